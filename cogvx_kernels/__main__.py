@@ -1,0 +1,28 @@
+"""`cogvx-kernels`: the tools of this package. Each is a module of `cogvx_kernels.tools`."""
+
+import importlib
+import sys
+
+TOOLS = {
+    "verify": "every op against its reference, on this GPU or in Triton's interpreter",
+    "doctor": "what is installed here, what will run where, and what is lost",
+    "aot": "compile every kernel for GPUs that are not here and hold it to its budget",
+    "bench": "time ops beside what you would run instead (forwards to python -m benchmarks)",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in TOOLS:
+        # Imported when named: only some of them can do without Triton.
+        return importlib.import_module(f"cogvx_kernels.tools.{argv[0]}").main(argv[1:])
+    lines = "\n".join(f"  {name:8} {what}" for name, what in TOOLS.items())
+    print(f"usage: cogvx-kernels TOOL [options]\n\n{lines}\n\ncogvx-kernels TOOL --help says more.")
+    if not argv or argv[0] in ("-h", "--help"):
+        return 0
+    print(f"cogvx-kernels: no tool is called {argv[0]!r}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Which of an op's two ways runs, the kernel or the reference. The only place that chooses.
+
+=============  ==============  =========================  ============================
+asked for      kernel can run  cannot, tensors on a CPU   cannot, tensors on a GPU
+=============  ==============  =========================  ============================
+"auto"         kernel          reference, silently        reference, and a warning
+"kernel"       kernel          error with the reason      error with the reason
+"reference"    reference       reference                  reference
+=============  ==============  =========================  ============================
+
+A reason is a sentence that an op returns, never an exception that somebody caught.
+"""
+
+import importlib.util
+import os
+import warnings
+
+import torch
+from torch import Tensor
+
+from . import _checks
+
+BACKENDS = ("auto", "kernel", "reference")
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton decides when a kernel is decorated, so a later change of the variable has no effect there.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+class KernelFallbackWarning(UserWarning):
+    """A GPU tensor takes the plain-torch reference because the kernel cannot run."""
+
+
+def choose(backend: str, op: str, reason: str | None, x: Tensor) -> bool:
+    """True if the kernel is to run, False for the reference.
+
+    `reason` says why the kernel cannot take these arguments, or is None if it can; `x` is any of
+    the op's tensors. Raises ValueError for an unknown backend and RuntimeError if `"kernel"` is
+    asked for and cannot run.
+    """
+    _checks.choice(op, "backend", backend, BACKENDS)
+    if backend == "reference":
+        return False
+    if reason is None:
+        return True
+    if backend == "kernel":
+        raise RuntimeError(
+            f'{op}: backend="kernel" cannot run: {reason}. Use backend="auto" or "reference".'
+        )
+    if x.is_cuda and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"{op}: the plain-torch reference runs, because {reason}.",
+            KernelFallbackWarning,
+            stacklevel=3,
+        )
+    return False
+
+
+def triton_reason(name: str, x: Tensor) -> str | None:
+    """Why no Triton kernel can run on `x`, an argument called `name`; None if one can."""
+    if not HAS_TRITON:
+        return "Triton is not installed (pip install triton)"
+    if INTERPRETED:
+        return None if x.device.type in ("cpu", "cuda") else f"{name} is on {x.device}"
+    if not x.is_cuda:
+        return (
+            f"{name} is on {x.device}; the kernel needs a GPU, or Triton's interpreter "
+            "(TRITON_INTERPRET=1, set before Python starts)"
+        )
+    if x.dtype is torch.bfloat16 and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(x.device)
+        if capability < (8, 0):
+            return f"{name} is bfloat16 and this GPU (sm_{capability[0]}{capability[1]}) has none"
+    return None

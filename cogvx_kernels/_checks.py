@@ -1,0 +1,96 @@
+"""Argument checks, in one voice: op, argument, what was wanted, what came.
+
+Called at the door (`op.py`), once; inside, everything trusts. A wrong type is a TypeError, a wrong
+value a ValueError. Nothing is allocated and nothing launched before a check has spoken.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(value: Any) -> str:
+    """What came, in words short enough for an error message."""
+    if isinstance(value, Tensor):
+        return f"{dtype_name(value.dtype)} {tuple(value.shape)} on {value.device}"
+    text = repr(value)
+    return f"{text[:60]}… ({type(value).__name__})" if len(text) > 60 else text
+
+
+def tensor(op: str, name: str, value: Any, dims: Sequence[str]) -> Tensor:
+    """`value` is a floating-point tensor with one dimension for each word of `dims`."""
+    wanted = f"({', '.join(dims)})"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor {wanted}; got {describe(value)}")
+    if not value.is_floating_point():
+        raise TypeError(
+            f"{op}: {name} must be a floating-point tensor {wanted}; got {describe(value)}"
+        )
+    if value.dim() != len(dims):
+        raise ValueError(
+            f"{op}: {name} must have {len(dims)} dimensions {wanted}; got {describe(value)}"
+        )
+    return value
+
+
+def shape(op: str, name: str, value: Tensor, wanted: Sequence[int], dims: str, why: str) -> None:
+    """`value` has the shape `wanted`, which `dims` spells in words and `why` explains."""
+    if tuple(value.shape) != tuple(wanted):
+        raise ValueError(
+            f"{op}: {name} must be {dims} = {tuple(wanted)} {why}; got {tuple(value.shape)}"
+        )
+
+
+def dtype(op: str, name: str, value: Tensor, wanted: Sequence[torch.dtype]) -> None:
+    if value.dtype not in wanted:
+        names = " or ".join(dtype_name(d) for d in wanted)
+        raise TypeError(f"{op}: {name} must be {names}; got {dtype_name(value.dtype)}")
+
+
+def same_device(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(
+            f"{op}: {name} must be on the device of {other_name}, {other.device}; "
+            f"got {value.device}"
+        )
+
+
+def no_grad(op: str, name: str, value: Tensor) -> None:
+    """`value` is not differentiable here; refuse, rather than detach in silence."""
+    if value.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op}: {name} is not differentiable and must not require a gradient; "
+            f"got requires_grad=True (pass {name}.detach())"
+        )
+
+
+def integer(op: str, name: str, value: Any, low: int, high: int, why: str) -> None:
+    """`value` is an integer in [low, high]; a torch.SymInt of a traced shape counts as one."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an integer; got {describe(value)}")
+    if not low <= value <= high:
+        raise ValueError(f"{op}: {name} must be in [{low}, {high}] {why}; got {value}")
+
+
+def positive(op: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number; got {describe(value)}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{op}: {name} must be positive and finite; got {value}")
+
+
+def flag(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False; got {describe(value)}")
+
+
+def choice(op: str, name: str, value: Any, wanted: Sequence[str]) -> None:
+    if value not in wanted:
+        names = ", ".join(f'"{w}"' for w in wanted)
+        raise ValueError(f"{op}: {name} must be one of {names}; got {describe(value)}")

@@ -1,0 +1,151 @@
+"""Grid to angles: positions along frames, height and width, and the cos and sin of every pair.
+
+A table has one row for each video token, frames slowest and width fastest, and one column for each
+pair of dims that turn: first the pairs of the time axis, then of height, then of width. It is half
+as wide as the head dims it turns, because both dims of a pair share an angle.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+
+AXES = ("frames", "height", "width")
+
+
+def split_headdim(headdim: int) -> tuple[int, int, int]:
+    """How many dims of a head turn with time, height and width: 16, 24, 24 of 64.
+
+    Height and width get the even number nearest to 3/8 of headdim (ties up, but time keeps at
+    least 2), time the rest; 8, 16, 16 of 40 and 32, 48, 48 of 128. At 64 it is CogVideoX's split.
+
+    Raises ValueError if headdim is odd or less than 6.
+    """
+    if headdim % 2 or headdim < 6:
+        raise ValueError(f"split_headdim: headdim must be even and at least 6; got {headdim}")
+    side = 2 * ((3 * headdim + 8) // 16)  # 3/8 of headdim, to the nearest even number, ties up
+    side = min(side, 2 * ((headdim - 2) // 4))
+    return headdim - 2 * side, side, side
+
+
+def crop_positions(
+    grid: Sequence[int], base_grid: tuple[int, int] = (30, 45)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions of CogVideoX 1.0: the tokens cover a centred crop of the grid it was trained on.
+
+    The crop has the aspect of the token grid and is as large as fits in `base_grid`. The n rows lie
+    evenly from top to bottom·(n - 1)/n, and the columns likewise: it is the *absolute* end that is
+    scaled, so that with an offset the step is not extent/n. Where grid and base_grid agree, as at
+    480x720, the positions are the integers.
+
+    grid       (frames, height, width) in tokens, positive
+    base_grid  (height, width) in tokens of the training size; 30, 45 for 480x720
+    returns    three 1-D fp32 tensors: frames, height, width
+
+    Source: fact sheet section 3.2; diffusers' get_resize_crop_region_for_grid and linspace grid.
+    """
+    frames, height, width = _grid("crop_positions", grid)
+    base_height, base_width = base_grid
+    if height / width > base_height / base_width:
+        crop_height, crop_width = base_height, round(base_height / height * width)
+    else:
+        crop_height, crop_width = round(base_width / width * height), base_width
+    top = round((base_height - crop_height) / 2)
+    left = round((base_width - crop_width) / 2)
+    return (
+        torch.arange(frames, dtype=torch.float32),
+        _linspace(top, (top + crop_height) * (height - 1) / height, height),
+        _linspace(left, (left + crop_width) * (width - 1) / width, width),
+    )
+
+
+def slice_positions(
+    grid: Sequence[int], max_grid: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions of CogVideoX 1.5: the integers along each axis.
+
+    grid      (frames, height, width) in tokens, positive; frames after the temporal patch
+    max_grid  (height, width) in tokens that the model knows; None for no bound
+    returns   three 1-D fp32 tensors: frames, height, width
+
+    Raises ValueError if the grid is larger than max_grid. Source: fact sheet section 3.3.
+    """
+    sizes = _grid("slice_positions", grid)
+    for axis, size, bound in zip(AXES[1:], sizes[1:], max_grid or sizes[1:], strict=True):
+        if size > bound:
+            raise ValueError(
+                f"slice_positions: grid {sizes} exceeds max_grid {max_grid} in {axis}: "
+                f"at most {bound}, got {size}"
+            )
+    frames, height, width = (torch.arange(size, dtype=torch.float32) for size in sizes)
+    return frames, height, width
+
+
+def rope3d_tables(
+    positions: Sequence[Tensor] | Tensor,
+    split: Sequence[int],
+    *,
+    theta: float = 10000.0,
+    frequencies: Sequence[Tensor] | None = None,
+    precision: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin for `rope3d`, each (video_len, sum(split) // 2) fp32.
+
+    Axis i turns split[i] dims: pair j by position · theta^(-2j / split[i]).
+
+    positions    three 1-D tensors (frames, height, width), whose product is the grid, as
+                 `crop_positions` and `slice_positions` give them; or (video_len, 3), a position
+                 for each token. Any unit: fractions and offsets are as good as integers.
+    split        even dims of time, height, width: (16, 24, 24) for CogVideoX, `split_headdim` for
+                 others, (44, 42, 42) for Wan, (16, 56, 56) for HunyuanVideo
+    theta        base of the frequencies: 10000 for CogVideoX and Wan, 256 for HunyuanVideo
+    frequencies  instead of theta: three tensors (split[i] // 2,), radians per position
+    precision    in which angles are computed; float32 as in CogVideoX, float64 as in Wan
+
+    Raises ValueError if shapes do not fit. The tables lie on the device of the positions.
+    Source: fact sheet section 3.1; arXiv 2408.06072, section 2.2.
+    """
+    op = "rope3d_tables"
+    if len(split) != 3 or any(dims < 0 or dims % 2 for dims in split) or not sum(split):
+        raise ValueError(f"{op}: split must be three even numbers of dims; got {tuple(split)}")
+    if frequencies is None:
+        _checks.positive(op, "theta", theta)
+        frequencies = [
+            1.0 / theta ** (torch.arange(0, dims, 2, dtype=precision) / dims) for dims in split
+        ]
+    if [tuple(f.shape) for f in frequencies] != [(dims // 2,) for dims in split]:
+        raise ValueError(
+            f"{op}: frequencies must be tensors of shapes {[(dims // 2,) for dims in split]} for "
+            f"split {tuple(split)}; got {[tuple(f.shape) for f in frequencies]}"
+        )
+    if isinstance(positions, Tensor):
+        _checks.shape(op, "positions", positions, (len(positions), 3), "(video_len, 3)", "")
+        columns = positions.unbind(1)
+    else:
+        if len(positions) != 3 or any(p.dim() != 1 for p in positions):
+            raise ValueError(
+                f"{op}: positions must be three 1-D tensors (frames, height, width) or one "
+                f"(video_len, 3); got {[tuple(p.shape) for p in positions]}"
+            )
+        columns = [p.flatten() for p in torch.meshgrid(*positions, indexing="ij")]
+    angles = torch.cat(
+        [
+            torch.outer(column.to(precision), frequency.to(column.device, precision))
+            for column, frequency in zip(columns, frequencies, strict=True)
+        ],
+        1,
+    )
+    return angles.cos().float(), angles.sin().float()
+
+
+def _grid(op: str, grid: Sequence[int]) -> tuple[int, int, int]:
+    if len(grid) != 3 or any(size < 1 for size in grid):
+        raise ValueError(f"{op}: grid must be positive (frames, height, width); got {tuple(grid)}")
+    frames, height, width = grid
+    return frames, height, width
+
+
+def _linspace(start: float, stop: float, count: int) -> Tensor:
+    return torch.linspace(start, stop, count, dtype=torch.float32)

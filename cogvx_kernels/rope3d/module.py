@@ -1,0 +1,78 @@
+"""The drop-ins: what a model's attention holds instead of its own norms and rotation."""
+
+from torch import Tensor, nn
+
+from .. import _checks
+from .op import qk_norm_rope3d, rope3d
+
+
+class RoPE3D(nn.Module):
+    """`rope3d` as a module; no parameters."""
+
+    def __init__(self, interleaved: bool = True, backend: str = "auto") -> None:
+        super().__init__()
+        self.interleaved = interleaved
+        self.backend = backend
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, text_len: int = 0) -> Tensor:
+        return rope3d(
+            x, cos, sin, text_len=text_len, interleaved=self.interleaved, backend=self.backend
+        )
+
+    def extra_repr(self) -> str:
+        return f"interleaved={self.interleaved}, backend={self.backend!r}"
+
+
+class QKNormRoPE3D(nn.Module):
+    """`qk_norm_rope3d` as a module: the two norms of an attention, and its rotation.
+
+    The norms are plain torch modules named as in diffusers, so that the keys of the state dict are
+    `norm_q.weight`, `norm_q.bias`, `norm_k.weight`, `norm_k.bias`, whatever the backend.
+    """
+
+    def __init__(
+        self,
+        headdim: int,
+        norm: str = "layer",
+        eps: float = 1e-6,
+        affine: bool = True,
+        interleaved: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        _checks.choice("QKNormRoPE3D", "norm", norm, ("layer", "rms"))
+        make = nn.LayerNorm if norm == "layer" else nn.RMSNorm
+        self.norm_q = make(headdim, eps=eps, elementwise_affine=affine)
+        self.norm_k = make(headdim, eps=eps, elementwise_affine=affine)
+        self.norm = norm
+        self.interleaved = interleaved
+        self.backend = backend
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        text_len: int = 0,
+        inplace: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        return qk_norm_rope3d(
+            q,
+            k,
+            self.norm_q.weight,
+            getattr(self.norm_q, "bias", None),
+            self.norm_k.weight,
+            getattr(self.norm_k, "bias", None),
+            cos,
+            sin,
+            text_len=text_len,
+            norm=self.norm,
+            eps=self.norm_q.eps,
+            interleaved=self.interleaved,
+            inplace=inplace,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"interleaved={self.interleaved}, backend={self.backend!r}"

@@ -1,0 +1,321 @@
+"""The door: checks, the choice of the way, and the torch ops behind it with their gradients."""
+
+import torch
+from torch import Tensor
+
+from .. import _backend, _checks
+from .reference import qk_norm_rope3d_reference, rope3d_reference
+
+HEADS = ("batch", "seqlen", "nheads", "headdim")
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# --- cogvx::rope3d ---------------------------------------------------------------------------
+
+
+@torch.library.custom_op("cogvx::rope3d", mutates_args=())
+def _rope3d(
+    x: Tensor, cos: Tensor, sin: Tensor, text_len: int, interleaved: bool, inverse: bool
+) -> Tensor:
+    from . import kernel
+
+    return kernel.rope3d_fwd(x, cos, sin, text_len, interleaved, inverse)
+
+
+@_rope3d.register_fake
+def _(x, cos, sin, text_len, interleaved, inverse):
+    return x.new_empty(x.shape)
+
+
+def _rope3d_setup(ctx, inputs, output):
+    _, cos, sin, *ctx.settings = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _rope3d_backward(ctx, dout):
+    """The transpose of a rotation turns back."""
+    text_len, interleaved, inverse = ctx.settings
+    dx = _rope3d(dout, *ctx.saved_tensors, text_len, interleaved, not inverse)
+    return dx, None, None, None, None, None
+
+
+_rope3d.register_autograd(_rope3d_backward, setup_context=_rope3d_setup)
+
+
+# --- cogvx::qk_norm_rope3d, its backward, and its in-place form ------------------------------
+
+
+@torch.library.custom_op("cogvx::qk_norm_rope3d", mutates_args=())
+def _qk_norm_rope3d(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    text_len: int,
+    norm: str,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    from . import kernel
+
+    return kernel.qk_norm_rope3d_fwd(
+        q, k, q_weight, q_bias, k_weight, k_bias, cos, sin, text_len, norm, eps, interleaved, False
+    )
+
+
+@_qk_norm_rope3d.register_fake
+def _(q, k, *_):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@torch.library.custom_op("cogvx::qk_norm_rope3d_backward", mutates_args=())
+def _qk_norm_rope3d_grads(
+    dq_out: Tensor,
+    dk_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    text_len: int,
+    norm: str,
+    eps: float,
+    interleaved: bool,
+    affine_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from . import kernel
+
+    return kernel.qk_norm_rope3d_bwd(
+        dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, text_len, norm, eps, interleaved,
+        affine_grads,
+    )  # fmt: skip
+
+
+@_qk_norm_rope3d_grads.register_fake
+def _(dq_out, dk_out, q, k, *rest):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    affine = q.new_empty((4 if rest[-1] else 0, q.shape[-1]), dtype=wide)
+    return q.new_empty(q.shape), k.new_empty(k.shape), affine
+
+
+def _qk_norm_rope3d_setup(ctx, inputs, output):
+    q, k, *affine, cos, sin, text_len, norm, eps, interleaved = inputs
+    q_weight, _, k_weight, _ = affine
+    ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
+    ctx.settings = text_len, norm, eps, interleaved
+    ctx.affine_dtypes = [None if x is None else x.dtype for x in affine]
+
+
+def _qk_norm_rope3d_backward(ctx, dq_out, dk_out):
+    wanted = ctx.needs_input_grad[2:6]
+    dq, dk, rows = _qk_norm_rope3d_grads(
+        dq_out, dk_out, *ctx.saved_tensors, *ctx.settings, any(wanted)
+    )
+    affine = [
+        rows[i].to(dtype) if want else None
+        for i, (want, dtype) in enumerate(zip(wanted, ctx.affine_dtypes, strict=True))
+    ]
+    return dq, dk, *affine, None, None, None, None, None, None
+
+
+_qk_norm_rope3d.register_autograd(_qk_norm_rope3d_backward, setup_context=_qk_norm_rope3d_setup)
+
+
+@torch.library.custom_op("cogvx::qk_norm_rope3d_", mutates_args=("q", "k"))
+def _qk_norm_rope3d_inplace(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    text_len: int,
+    norm: str,
+    eps: float,
+    interleaved: bool,
+) -> None:
+    from . import kernel
+
+    kernel.qk_norm_rope3d_fwd(
+        q, k, q_weight, q_bias, k_weight, k_bias, cos, sin, text_len, norm, eps, interleaved, True
+    )
+
+
+# --- checks ----------------------------------------------------------------------------------
+
+
+def _check_rope(
+    op: str, name: str, x: Tensor, cos: Tensor, sin: Tensor, text_len: int, interleaved: bool
+) -> None:
+    _checks.tensor(op, name, x, HEADS)
+    _checks.flag(op, "interleaved", interleaved)
+    batch, seqlen, nheads, headdim = x.shape
+    _checks.integer(op, "text_len", text_len, 0, seqlen, f"(the seqlen of {name})")
+    for table_name, table in (("cos", cos), ("sin", sin)):
+        _checks.tensor(op, table_name, table, ("video_len", "rotary_dim // 2"))
+        wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+        _checks.dtype(op, table_name, table, (torch.float32, wide))
+        _checks.same_device(op, table_name, table, name, x)
+        _checks.no_grad(op, table_name, table)
+        half = table.shape[1]
+        if not 1 <= half <= headdim // 2:
+            raise ValueError(
+                f"{op}: {table_name} must have 1 to headdim // 2 = {headdim // 2} columns, one "
+                f"per pair of dims that turn; got {tuple(table.shape)}"
+            )
+        _checks.shape(
+            op, table_name, table, (seqlen - text_len, half), "(video_len, rotary_dim // 2)",
+            f"for {name} of shape {tuple(x.shape)} and text_len={text_len}",
+        )  # fmt: skip
+    _checks.shape(op, "sin", sin, cos.shape, "the shape of cos", "")
+
+
+def _check_qk_norm_rope(
+    op: str, q: Tensor, k: Tensor, affine: dict[str, Tensor | None], norm: str, eps: float
+) -> None:
+    _checks.tensor(op, "k", k, HEADS)
+    _checks.dtype(op, "k", k, (q.dtype,))
+    _checks.same_device(op, "k", k, "q", q)
+    batch, seqlen, _, headdim = q.shape
+    _checks.shape(
+        op, "k", k, (batch, seqlen, k.shape[2], headdim), "(batch, seqlen, any nheads, headdim)",
+        f"for q of shape {tuple(q.shape)}",
+    )  # fmt: skip
+    for name, x in affine.items():
+        if x is not None:
+            _checks.tensor(op, name, x, ("headdim",))
+            _checks.dtype(op, name, x, (q.dtype, torch.float32))
+            _checks.same_device(op, name, x, "q", q)
+            _checks.shape(op, name, x, (headdim,), "(headdim,)", "")
+    _checks.choice(op, "norm", norm, ("layer", "rms"))
+    _checks.positive(op, "eps", eps)
+
+
+def _check_inplace(op: str, tensors: dict[str, Tensor | None]) -> None:
+    for name, x in tensors.items():
+        if x is not None and x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{op}: inplace=True overwrites q and k, which the backward needs; "
+                f"got {name} with requires_grad=True. Use inplace=False, or torch.no_grad()"
+            )
+    for name in ("q", "k"):
+        x = tensors[name]
+        if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+            raise ValueError(
+                f"{op}: inplace=True needs {name} to have each element in a place of its own; "
+                f"got strides {x.stride()} for shape {tuple(x.shape)}"
+            )
+
+
+def _reason(name: str, x: Tensor) -> str | None:
+    """Why the kernels cannot take `x`, or None."""
+    if x.dtype not in KERNEL_DTYPES:
+        return (
+            f"{name} is {_checks.dtype_name(x.dtype)}; the kernel takes float32, float16, bfloat16"
+        )
+    if x.shape[-1] % 2:
+        return f"{name} has headdim {x.shape[-1]}; the kernel takes even ones"
+    return _backend.triton_reason(name, x)
+
+
+# --- the public functions --------------------------------------------------------------------
+
+
+def rope3d(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    text_len: int = 0,
+    interleaved: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Rotary position for the video tokens of a joint sequence; text tokens pass bit for bit.
+
+    Args:
+        x: (batch, seqlen, nheads, headdim), any strides; the first `text_len` tokens are text. q
+            and k of one packed projection, (batch, seqlen, 3 · nheads · headdim), turn in one call
+            as its first 2 · nheads heads.
+        cos, sin: (video_len, rotary_dim // 2) fp32, of `rope3d_tables`; rotary_dim <= headdim.
+            Constants: they get no gradient.
+        text_len: tokens that pass, 0 to seqlen.
+        interleaved: pairs are dims (2j, 2j + 1), as in CogVideoX; else (j, j + rotary_dim / 2).
+        backend: "auto", "kernel" or "reference".
+
+    Returns:
+        A new contiguous tensor of x's shape and dtype; computed in at least fp32, rounded once.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+        RuntimeError: backend="kernel" and the kernel cannot run, or a table requires a gradient.
+
+    Source: arXiv 2104.09864, section 3.4; arXiv 2408.06072, section 2.2.
+    """
+    _check_rope("rope3d", "x", x, cos, sin, text_len, interleaved)
+    if _backend.choose(backend, "rope3d", _reason("x", x), x):
+        return _rope3d(x, cos, sin, text_len, interleaved, False)
+    return rope3d_reference(x, cos, sin, text_len=text_len, interleaved=interleaved)
+
+
+def qk_norm_rope3d(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    text_len: int = 0,
+    norm: str = "layer",
+    eps: float = 1e-6,
+    interleaved: bool = True,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Normalise every head of q and k, then `rope3d` on the video tokens: one pass over both.
+
+    Args:
+        q, k: (batch, seqlen, nheads, headdim), any strides, for example views of one packed qkv
+            projection, which are read where they are; k may have fewer heads than q.
+        q_weight, q_bias, k_weight, k_bias: (headdim,) of the norm, or None; fp32 or q's dtype.
+        cos, sin, text_len, interleaved, backend: as in `rope3d`. All tokens are normalised.
+        norm: "layer" (CogVideoX) or "rms".
+        eps: added to the variance; 1e-6 in the released models.
+        inplace: overwrite q and k and return them; refused where a gradient is wanted.
+
+    Returns:
+        (q, k) of the same shapes and dtype, new and contiguous unless inplace; computed in at
+        least fp32, rounded once. Gradients for q, k and the weights and biases; what is kept for
+        the backward is the inputs as they are.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+        RuntimeError: backend="kernel" and the kernel cannot run; inplace under grad; a table
+            requires a gradient.
+
+    Source: arXiv 2408.06072, section 2.2.
+    """
+    affine = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
+    _check_rope("qk_norm_rope3d", "q", q, cos, sin, text_len, interleaved)
+    _check_qk_norm_rope("qk_norm_rope3d", q, k, affine, norm, eps)
+    _checks.flag("qk_norm_rope3d", "inplace", inplace)
+    if inplace:
+        _check_inplace("qk_norm_rope3d", {"q": q, "k": k, **affine})
+    arguments = (q, k, *affine.values(), cos, sin)
+    if _backend.choose(backend, "qk_norm_rope3d", _reason("q", q), q):
+        if inplace:
+            _qk_norm_rope3d_inplace(*arguments, text_len, norm, float(eps), interleaved)
+            return q, k
+        return _qk_norm_rope3d(*arguments, text_len, norm, float(eps), interleaved)
+    out = qk_norm_rope3d_reference(
+        *arguments, text_len=text_len, norm=norm, eps=eps, interleaved=interleaved
+    )
+    return (q.copy_(out[0]), k.copy_(out[1])) if inplace else out

@@ -1,0 +1,265 @@
+"""Kernels against references: shared by the tests, `cogvx-kernels verify` and the benchmarks.
+
+Truth is the reference in fp64; the yardstick is the reference in the dtype under test; a kernel
+must be about as near to the truth as its yardstick is (`judge`).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._opinfo import SIZES, OpInfo, Sample, Size, TensorSpec
+from .rope3d.opinfo import QK_NORM_ROPE3D, ROPE3D
+
+__all__ = [
+    "LAYOUTS",
+    "OPS",
+    "SIZES",
+    "Size",
+    "Verdict",
+    "compare",
+    "cotangents",
+    "evaluate",
+    "judge",
+    "materialize",
+]
+
+OPS: Mapping[str, OpInfo] = {info.name: info for info in (ROPE3D, QK_NORM_ROPE3D)}
+
+Allocate = Callable[..., Tensor]
+
+# --- from a sample to tensors ----------------------------------------------------------------
+
+
+def _packed(shape: tuple[int, ...], new: Allocate) -> Tensor:
+    *outer, nheads, headdim = shape
+    return new((*outer, 3, nheads, headdim)).select(-3, 1)
+
+
+def _transposed(shape: tuple[int, ...], new: Allocate) -> Tensor:
+    return new((shape[0], shape[2], shape[1], *shape[3:])).transpose(1, 2)
+
+
+def _offset(shape: tuple[int, ...], new: Allocate) -> Tensor:
+    return new((math.prod(shape) + 3,))[3:].view(shape)
+
+
+def _strided(shape: tuple[int, ...], new: Allocate) -> Tensor:
+    return new((*shape[:-1], 2 * shape[-1]))[..., ::2]
+
+
+def _expanded(shape: tuple[int, ...], new: Allocate) -> Tensor:
+    return new((1, *shape[1:])).expand(shape)
+
+
+# How a tensor of a shape lies in memory that `new` hands out by shape.
+LAYOUTS: Mapping[str, Callable[[tuple[int, ...], Allocate], Tensor]] = {
+    "contiguous": lambda shape, new: new(shape),
+    "packed": _packed,
+    "transposed": _transposed,
+    "offset": _offset,
+    "strided": _strided,
+    "expanded": _expanded,
+}
+
+
+def _random_values(spec: TensorSpec, shape: tuple[int, ...], seed: int) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    if spec.values in ("cos", "sin"):  # one seed for both: two columns of the same angles
+        angles = 7 * torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+        return angles.cos() if spec.values == "cos" else angles.sin()
+    x = torch.randn(shape, generator=random)
+    if spec.values == "rows":
+        row = (*shape[:-1], 1)
+        return x * (1 + torch.rand(row, generator=random)) + torch.randn(row, generator=random)
+    return 1 + x / 4 if spec.values == "weight" else x
+
+
+def _exact_values(spec: TensorSpec, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Small integers that tell where they stand; every sum and product of theirs is exact."""
+    place = torch.arange(math.prod(shape)).reshape(shape) + seed
+    if spec.values in ("cos", "sin"):  # quarter turns
+        quarters = torch.tensor([1.0, 0.0, -1.0, 0.0])
+        where = torch.arange(math.prod(shape)).reshape(shape)
+        return quarters[(where + (spec.values == "sin")) % 4]
+    if spec.values == "rows":  # mean 0 and mean square 1: a norm leaves it as it is
+        signs = 1.0 - 2.0 * (torch.arange(shape[-1]) % 2)
+        return signs * (1.0 - 2.0 * (place[..., :1] % 2))
+    return ((place * 7919) % 251 - 125).float()
+
+
+def materialize(
+    sample: Sample,
+    dtype: torch.dtype,
+    *,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    exact: bool = False,
+    new: Allocate | None = None,
+) -> dict[str, Any]:
+    """The sample's arguments, tensors filled from `seed`. `new(shape, dtype, device)` allocates."""
+    new = new or (lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device))
+    values = _exact_values if exact else _random_values
+    arguments: dict[str, Any] = {}
+    for place, (name, spec) in enumerate(sample.arguments.items()):
+        if not isinstance(spec, TensorSpec):
+            arguments[name] = spec
+            continue
+        wide = torch.promote_types(dtype, torch.float32)
+        kind = wide if spec.dtype == "wide" else dtype
+        tensor = LAYOUTS[spec.layout](spec.shape, lambda shape, k=kind: new(shape, k, device))
+        arguments[name] = tensor
+        if tensor.is_meta:
+            continue
+        # Fill what lies in memory once: an expanded tensor has many elements in one place.
+        base = tensor[:1] if spec.layout == "expanded" else tensor
+        base.copy_(values(spec, tuple(base.shape), 1000 * seed + place))
+    return arguments
+
+
+def cotangents(outputs: tuple[Tensor, ...], seed: int, exact: bool = False) -> tuple[Tensor, ...]:
+    """A gradient to send back into each output."""
+    values = _exact_values if exact else _random_values
+    return tuple(
+        values(TensorSpec(tuple(x.shape)), tuple(x.shape), 1000 * seed + 500 + i).to(x)
+        for i, x in enumerate(outputs)
+    )
+
+
+# --- from arguments to results ---------------------------------------------------------------
+
+
+def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def evaluate(
+    function: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    differentiable: tuple[str, ...] = (),
+    douts: tuple[Tensor, ...] | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Outputs (`out0`, `out1`, …) and gradients (`dq`, …) of a call, by name.
+
+    `differentiable` arguments that are there require a gradient; each is a leaf of its own with
+    the same strides. `douts` are sent back, or nothing is if there are none.
+    """
+    leaves = {
+        name: arguments[name].detach().requires_grad_()
+        for name in differentiable
+        if arguments.get(name) is not None
+    }
+    outputs = as_tuple(function(**{**arguments, **leaves}, **options))
+    results = {f"out{i}": x.detach() for i, x in enumerate(outputs)}
+    if leaves and douts is not None:
+        gradients = torch.autograd.grad(outputs, tuple(leaves.values()), douts)
+        results |= {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+    return results
+
+
+def to_double(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values in fp64, exactly."""
+    return {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+
+
+# --- the rule --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far a result and its yardstick are from the truth, and whether that is near enough."""
+
+    name: str
+    error: float  # largest absolute error
+    yardstick: float
+    ulp: float  # at the truth's largest value
+    rms: float
+    rms_yardstick: float
+    ok: bool
+
+    @property
+    def multiple(self) -> float:
+        """The error as a multiple of the yardstick's."""
+        if self.error == 0:
+            return 0.0
+        return self.error / self.yardstick if self.yardstick else math.inf
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: error {self.error:.3g} (reference {self.yardstick:.3g}, ulp "
+            f"{self.ulp:.3g}), rms {self.rms:.3g} (reference {self.rms_yardstick:.3g})"
+        )
+
+
+def judge(
+    name: str, result: Tensor, yardstick: Tensor, truth: Tensor, summed: bool = False
+) -> Verdict:
+    """The rule of numerics.
+
+    A row's result may be off by at most what the yardstick is off, plus 1 ulp, and in the root
+    mean square by 1.05 times as much; a sum over rows by twice as much, because the order of the
+    sum is free. Where the truth is infinite or not a number, the result must be so too.
+
+    Two roots of mean squares over n rows, each row's errors sharing that of its statistics, differ
+    by chance with a standard deviation of 1/sqrt(n); four of those are allowed on top, which is
+    nothing at a model's size and lets a sample of ten rows be judged at all.
+    """
+    if result.dtype != yardstick.dtype or result.shape != yardstick.shape:
+        got, wanted = (f"{x.dtype} {tuple(x.shape)}" for x in (result, yardstick))
+        raise AssertionError(f"{name}: got {got}, wanted {wanted}")
+    eps = torch.finfo(result.dtype).eps
+    result, yardstick, truth = (x.detach().double().cpu() for x in (result, yardstick, truth))
+    finite = yardstick.isfinite()
+    specials = [x[~finite].nan_to_num() for x in (result, yardstick)]
+    same_specials = torch.equal(result.isfinite(), finite) and torch.equal(*specials)
+    truth = truth[finite]
+    error, reference = result[finite] - truth, yardstick[finite] - truth
+    worst, worst_reference = _largest(error), _largest(reference)
+    rms, rms_reference = _rms(error), _rms(reference)
+    largest = _largest(truth)
+    ulp = eps * 2.0 ** math.floor(math.log2(largest)) if largest else 0.0
+    if summed:
+        near = worst <= 2 * worst_reference + ulp and rms <= 2 * rms_reference + ulp
+    else:
+        rows = max(1, math.prod(result.shape[:-1]))
+        chance = 1 + 4 / math.sqrt(rows)
+        near = worst <= worst_reference + ulp and rms <= 1.05 * chance * rms_reference
+    ok = same_specials and near
+    return Verdict(name, worst, worst_reference, ulp, rms, rms_reference, ok)
+
+
+def compare(
+    info: OpInfo,
+    sample: Sample,
+    dtype: torch.dtype,
+    *,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    function: Callable[..., Any] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> list[Verdict]:
+    """A verdict on each output and gradient of the op's kernel, or of `function` in its place."""
+    if arguments is None:
+        arguments = materialize(sample, dtype, device=device, seed=seed)
+    options: dict[str, Any] = {"backend": "kernel"} if function is None else {}
+    outputs = as_tuple(info.reference(**arguments))
+    douts = cotangents(outputs, seed)
+    ours = evaluate(function or info.op, arguments, info.differentiable, douts, **options)
+    yardstick = evaluate(info.reference, arguments, info.differentiable, douts)
+    wide_douts = tuple(x.double() for x in douts)
+    truth = evaluate(info.reference, to_double(arguments), info.differentiable, wide_douts)
+    summed = {f"d{name}" for name in info.summed}
+    return [judge(name, ours[name], yardstick[name], truth[name], name in summed) for name in truth]
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt()) if x.numel() else 0.0

@@ -1,0 +1,234 @@
+"""`cogvx-kernels aot`: compile every kernel for GPUs that are not here, and hold it to its budget.
+
+The launchers run on meta tensors of a model's size, with a driver that only compiles: what is
+compiled is exactly what would be launched, with its specialisations and launch choices. Registers,
+spills and access widths are read from the binary, and the intermediate code is linted: offsets of
+64 bits, no fp64, every masked load with a value for masked lanes, no atomics.
+"""
+
+import argparse
+import collections
+import dataclasses
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from .._backend import INTERPRETED
+from .._opinfo import SIZES, Budget, OpInfo
+from ..testing import OPS, materialize
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What one compiled kernel costs. Access widths in bits; loads and stores as {width: count}."""
+
+    op: str
+    kernel: str
+    size: str
+    target: str
+    registers: int
+    spills: int
+    shared: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+    lint: list[str]
+
+    def violations(self, budget: Budget) -> list[str]:
+        """Where it is worse than its budget, in words."""
+        narrow = sum(
+            count
+            for accesses in (self.loads, self.stores)
+            for width, count in accesses.items()
+            if width < budget.access
+        )
+        limits = [
+            ("spills", self.spills, 0),
+            ("shared memory", self.shared, budget.shared),
+            (f"accesses under {budget.access} bits", narrow, budget.narrow),
+        ]
+        if self.target.startswith("sm_"):
+            limits.append(("registers", self.registers, budget.registers))
+        over = [f"{name}: {got}, at most {most}" for name, got, most in limits if got > most]
+        if not (self.loads.get(budget.access) and self.stores.get(budget.access)):
+            over.append(f"no load or no store of {budget.access} bits")
+        return over + self.lint
+
+
+class _CompileOnly:
+    """A Triton driver for a target that is not here."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:  # the key of the cache of compiled kernels
+        return str(self.target)
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+
+def compile_launches(info: OpInfo, size: str, dtype: torch.dtype, target: GPUTarget) -> list[Any]:
+    """What the op's launchers would launch at that size, compiled: Triton's compiled kernels.
+
+    Leaves the compile-only driver in place: without a GPU there is none to go back to.
+    """
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        return compiled[-1]
+
+    kernel = importlib.import_module(info.op.__module__.rpartition(".")[0] + ".kernel")
+    arguments = materialize(info.at_size(SIZES[size]), dtype, device="meta")
+    driver.set_active(_CompileOnly(target))
+    JITFunction.run = compile_only
+    try:
+        info.launch(kernel, arguments)
+    finally:
+        JITFunction.run = run
+    return compiled
+
+
+def inspect(info: OpInfo, size: str, target: str, compiled: Any) -> Report:
+    """Read a compiled kernel."""
+    kernel = compiled.metadata.name
+    read = _read_cubin if "cubin" in compiled.asm else _read_amdgcn
+    return Report(info.name, kernel, size, target, *read(compiled), lint=lint(compiled.asm["ttir"]))
+
+
+def lint(ttir: str) -> list[str]:
+    """What the house forbids in a kernel, found in Triton's first intermediate code."""
+    found = []
+    for offset, kind in re.findall(r"tt\.addptr %\w+, (%\w+) : [^,\n]+, ([^\n]+?) loc", ttir):
+        if re.search(r"\bi32\b|xi32\b", kind) and not re.fullmatch(r"%c\w*_i32\w*", offset):
+            found.append(f"an offset of 32 bits: {offset}")
+    if re.search(r"\bf64\b|xf64\b", ttir):
+        found.append("fp64 arithmetic")
+    for operands in re.findall(r"tt\.load ([^:{\n]+)", ttir):
+        if operands.count("%") == 2:
+            found.append(f"a masked load without other=: {operands.strip()}")
+    if "tt.atomic" in ttir:
+        found.append("an atomic")
+    return found
+
+
+def reports(ops: list[OpInfo], targets: list[str]) -> Iterator[tuple[Report, Budget]]:
+    """A report for each budget of each op on each target."""
+    for info in ops:
+        for size in dict.fromkeys(budget.size for budget in info.budgets):
+            for target in targets:
+                budgets = [b for b in info.budgets if b.size == size]
+                for compiled in compile_launches(info, size, budgets[0].dtype, TARGETS[target]):
+                    report = inspect(info, size, target, compiled)
+                    for budget in budgets:
+                        if budget.kernel == report.kernel:
+                            yield report, budget
+
+
+def _read_cubin(compiled: Any) -> tuple[int, int, int, dict[int, int], dict[int, int]]:
+    """Registers and stack from the resource table, widths from the disassembly."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(compiled.asm["cubin"])
+        usage, sass = (
+            subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {usage!r}")
+    registers, stack, local = map(int, found.groups())
+
+    def widths(pattern: str) -> dict[int, int]:
+        counts: collections.Counter[int] = collections.Counter()
+        for modifiers in re.findall(pattern, sass):
+            width = re.search(r"\.(?:U|S)?(8|16|64|128|256)\b", modifiers)
+            counts[int(width.group(1)) if width else 32] += 1
+        return dict(counts)
+
+    loads, stores = widths(r"\bLDG(?:STS)?((?:\.\w+)*)"), widths(r"\bSTG((?:\.\w+)*)")
+    return registers, stack + local, compiled.metadata.shared, loads, stores
+
+
+def _read_amdgcn(compiled: Any) -> tuple[int, int, int, dict[int, int], dict[int, int]]:
+    assembly = compiled.asm["amdgcn"]
+
+    def number(key: str) -> int:
+        found = re.search(rf"\.{key}:\s+(\d+)", assembly)
+        return int(found.group(1)) if found else 0
+
+    def widths(verb: str) -> dict[int, int]:
+        counts: collections.Counter[int] = collections.Counter()
+        for kind in re.findall(rf"\b(?:global|buffer)_{verb}_(\w+)", assembly):
+            words = re.search(r"dwordx?(\d?)", kind)
+            counts[32 * int(words.group(1) or 1) if words else 16] += 1
+        return dict(counts)
+
+    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+    return (
+        number("vgpr_count"), spills, compiled.metadata.shared, widths("load"), widths("store"),
+    )  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="cogvx-kernels aot", description=__doc__)
+    parser.add_argument("--op", choices=OPS, action="append", help="default: all")
+    parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
+    parser.add_argument("--json", metavar="FILE", help="also write the reports there ('-': only)")
+    options = parser.parse_args(argv)
+    if INTERPRETED:
+        print("cogvx-kernels aot: the interpreter compiles nothing; unset TRITON_INTERPRET",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    ops = [OPS[name] for name in options.op or OPS]
+    rows, failures = [], []
+    quiet = options.json == "-"
+    if not quiet:
+        print(f"{'kernel':30}{'size':22}{'target':8}{'regs':>5}{'spill':>6}{'shared':>7}"
+              "  loads, stores as bits:count")  # fmt: skip
+    for report, budget in reports(ops, options.target or list(TARGETS)):
+        over = report.violations(budget)
+        rows.append(dataclasses.asdict(report) | {"violations": over})
+        failures += [f"{report.kernel} {report.size} {report.target}: {line}" for line in over]
+        if not quiet:
+            loads, stores = (
+                " ".join(f"{width}:{count}" for width, count in sorted(x.items(), reverse=True))
+                for x in (report.loads, report.stores)
+            )
+            print(f"{report.kernel:30}{report.size:22}{report.target:8}{report.registers:>5}"
+                  f"{report.spills:>6}{report.shared:>7}  {loads} | {stores}")  # fmt: skip
+    if options.json:
+        text = json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1)
+        if quiet:
+            print(text)
+        else:
+            Path(options.json).write_text(text + "\n")
+    for line in failures:
+        print(f"over budget: {line}", file=sys.stderr)
+    if not quiet:
+        print(f"{len(rows)} compiled with triton {triton.__version__}, {len(failures)} over budget")
+    return 1 if failures or not rows else 0

@@ -1,0 +1,105 @@
+"""Triton's interpreter, made right for bfloat16 and quick enough to test with.
+
+With TRITON_INTERPRET=1 Triton runs kernels on the CPU, in NumPy. As it comes (3.6.0 and 3.7.1) it
+truncates when it stores bfloat16, where every GPU rounds to nearest even; it computes with bfloat16
+blocks as if their bits were integers, silently; and it patches `triton.language` anew for every
+call of a device function, which is more than half of its time. `install()` cures the three; a
+kernel that computes on a bfloat16 block before it widens it is refused by name.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+import triton.runtime.interpreter as triton_interpreter
+from triton.runtime.interpreter import (
+    GridExecutor,
+    InterpretedFunction,
+    InterpreterBuilder,
+    TensorHandle,
+)
+
+
+def round_to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """Bits of fp32 values rounded to bfloat16, to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(x), 0x7FC0, bits).astype(np.uint16).reshape(np.shape(x))
+
+
+def widen_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """fp32 values of bfloat16 bits."""
+    return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
+
+
+def install() -> None:
+    """Cure the interpreter in this process. Calling it again changes nothing."""
+    if not hasattr(InterpreterBuilder.cast_impl, "cured"):
+        _cure_casts()
+        _cure_arithmetic()
+        _patch_language_once_per_launch()
+
+
+def _is_bfloat16(x: TensorHandle) -> bool:
+    return x.dtype.scalar == tl.bfloat16 and x.data.dtype == np.uint16
+
+
+def _cure_casts() -> None:
+    original = InterpreterBuilder.cast_impl
+
+    def cast_impl(self: Any, src: TensorHandle, dst_type: Any) -> TensorHandle:
+        if _is_bfloat16(src) and dst_type.scalar.is_floating():
+            src = TensorHandle(widen_bfloat16(src.data), tl.float32)
+        if dst_type.scalar == tl.bfloat16 and src.dtype.scalar.is_floating():
+            narrow = src.data.astype(np.float32)
+            return TensorHandle(round_to_bfloat16(narrow), tl.bfloat16)
+        if src.dtype.scalar == dst_type.scalar:
+            return src
+        return original(self, src, dst_type)
+
+    cast_impl.cured = True  # type: ignore[attr-defined]
+    InterpreterBuilder.cast_impl = cast_impl
+
+
+def _cure_arithmetic() -> None:
+    def refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse_bfloat16(self: Any, *args: Any) -> Any:
+            if any(isinstance(x, TensorHandle) and _is_bfloat16(x) for x in args):
+                raise TypeError("arithmetic on a bfloat16 block: widen it to tl.float32 first")
+            return original(self, *args)
+
+        return refuse_bfloat16
+
+    for name in ("binary_op", "unary_op"):
+        setattr(InterpreterBuilder, name, refusing(getattr(InterpreterBuilder, name)))
+
+    original_dot = InterpreterBuilder.create_dot
+
+    def dot(self: Any, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
+        a, b = (
+            TensorHandle(widen_bfloat16(x.data), tl.float32) if _is_bfloat16(x) else x
+            for x in (a, b)
+        )
+        return original_dot(self, a, b, *rest)
+
+    InterpreterBuilder.create_dot = dot
+
+
+def _patch_language_once_per_launch() -> None:
+    patched: set[int] = set()  # the modules whose functions this launch has called
+    launch = GridExecutor.__call__
+
+    def launch_and_forget(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
+        patched.clear()
+        launch(self, *args, **kwargs)
+
+    def call_device_function(self: InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
+        module = id(self.fn.__globals__)
+        if module not in patched:
+            triton_interpreter._patch_lang(self.fn)
+            patched.add(module)
+        return self.rewrite()(*args, **kwargs)
+
+    GridExecutor.__call__ = launch_and_forget
+    InterpretedFunction.__call__ = call_device_function

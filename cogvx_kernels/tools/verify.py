@@ -1,0 +1,101 @@
+"""`cogvx-kernels verify`: every op, every sample, its kernel against its reference.
+
+On a GPU, or with `--device cpu` in Triton's interpreter. Each row is the worst output or gradient
+of one sample in one dtype: how far the kernel is from the reference in fp64, as a multiple of how
+far the reference itself is in that dtype. Exit status 1 if any row misses the rule.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from .. import __version__, _backend, _checks
+from .._opinfo import SIZES, OpInfo, Sample
+from ..testing import OPS, Verdict, compare
+
+
+def rows(
+    ops: list[OpInfo], device: str, quick: bool, seed: int
+) -> Iterator[tuple[OpInfo, Sample, torch.dtype, list[Verdict]]]:
+    """The verdicts on each sample in each dtype; on a GPU at a model's size too."""
+    for info in ops:
+        samples = info.samples[::4] if quick else info.samples
+        if device != "cpu" and not quick:
+            size = SIZES["2b-480x720-49f"]
+            samples = (*samples, info.at_size(size))
+        for sample in samples:
+            for dtype in info.dtypes:
+                yield info, sample, dtype, compare(info, sample, dtype, device=device, seed=seed)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="cogvx-kernels verify", description=__doc__)
+    parser.add_argument("--op", choices=OPS, action="append", help="default: all")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU if there is one")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
+    parser.add_argument("--quick", action="store_true", help="every fourth sample")
+    parser.add_argument("--seed", type=int, default=0, help="of the random inputs; default 0")
+    options = parser.parse_args(argv)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    reason = _prepare(device, argv)
+    if reason:
+        print(f"cogvx-kernels verify: cannot run: {reason}", file=sys.stderr)
+        return 2
+
+    print(f"cogvx {__version__}, torch {torch.__version__}, on {_describe(device)}")
+    print("error: the kernel's against fp64, as a multiple of the reference's own in that dtype")
+    print(f"{'op':16}{'sample':36}{'dtype':10}{'worst':10}{'error':>7}  verdict")
+    report, misses = [], 0
+    ops = [OPS[name] for name in options.op or OPS]
+    for info, sample, dtype, verdicts in rows(ops, device, options.quick, options.seed):
+        worst = max(verdicts, key=lambda v: (not v.ok, v.multiple))
+        ok = all(v.ok for v in verdicts)
+        misses += not ok
+        kind = _checks.dtype_name(dtype)
+        verdict = "ok" if ok else "MISS: " + "; ".join(str(v) for v in verdicts if not v.ok)
+        print(f"{info.name:16}{sample.reason:36}{kind:10}{worst.name:10}{worst.multiple:>6.2f}x"
+              f"  {verdict}")  # fmt: skip
+        report += [
+            {"op": info.name, "sample": sample.reason, "dtype": kind, "tensor": v.name, "ok": v.ok,
+             "error": _number(v.error), "reference_error": _number(v.yardstick),
+             "ulp": v.ulp, "multiple": _number(v.multiple)}
+            for v in verdicts
+        ]  # fmt: skip
+    print(f"{len(report)} tensors compared, {misses} rows missed the rule")
+    if options.json:
+        facts = {"cogvx": __version__, "torch": torch.__version__, "device": _describe(device)}
+        Path(options.json).write_text(json.dumps({**facts, "rows": report}, indent=1) + "\n")
+    return 1 if misses or not report else 0
+
+
+def _prepare(device: str, argv: list[str]) -> str | None:
+    """Make the kernels runnable on `device`, or say why they are not."""
+    if not _backend.HAS_TRITON:
+        return "Triton is not installed (pip install triton)"
+    if device == "cpu" and not _backend.INTERPRETED:
+        # Triton decides when it is imported, so begin again, as told.
+        command = [sys.executable, "-m", "cogvx_kernels", "verify", *argv]
+        sys.stdout.flush()
+        os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
+    if device != "cpu" and not torch.cuda.is_available():
+        return f"--device {device}, and torch {torch.__version__} finds no GPU"
+    if _backend.INTERPRETED:
+        from . import interpreter
+
+        interpreter.install()
+    return None
+
+
+def _describe(device: str) -> str:
+    how = "Triton's interpreter, " if _backend.INTERPRETED else ""
+    return how + (device if device == "cpu" else torch.cuda.get_device_name(device))
+
+
+def _number(x: float) -> float | None:
+    return x if math.isfinite(x) else None
