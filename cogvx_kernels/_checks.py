@@ -4,7 +4,7 @@ Called at the door (`op.py`), once; inside, everything trusts. A wrong type is a
 value a ValueError. Nothing is allocated and nothing launched before a check has spoken.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,11 +39,21 @@ def tensor(op: str, name: str, value: Any, dims: Sequence[str]) -> Tensor:
     return value
 
 
-def shape(op: str, name: str, value: Tensor, wanted: Sequence[int], dims: str, why: str) -> None:
-    """`value` has the shape `wanted`, which `dims` spells in words and `why` explains."""
+def shape(
+    op: str,
+    name: str,
+    value: Tensor,
+    wanted: Sequence[int],
+    dims: str,
+    why: Callable[[], str] = lambda: "",
+) -> None:
+    """`value` has the shape `wanted`, which `dims` spells in words and `why` explains.
+
+    `why` is called only to complain: a compiler that traces the check could not print its sizes.
+    """
     if tuple(value.shape) != tuple(wanted):
         raise ValueError(
-            f"{op}: {name} must be {dims} = {tuple(wanted)} {why}; got {tuple(value.shape)}"
+            f"{op}: {name} must be {dims} = {tuple(wanted)}{why()}; got {tuple(value.shape)}"
         )
 
 

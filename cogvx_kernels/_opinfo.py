@@ -112,6 +112,7 @@ class OpInfo:
     at_size         the arguments at one of SIZES, laid out as a model has them
     differentiable  names of the arguments with a gradient
     summed          those of them whose gradient is a sum over rows
+    variants        further arguments of the op that change no value, but allow no gradient
     cost            of the forward and of the backward, of a sample's arguments
     launch          calls its launchers, given the room's kernel module and a sample's arguments
     budgets         of its kernels, ahead of time
@@ -129,6 +130,7 @@ class OpInfo:
     torch_ops: tuple[str, ...]
     launch: Callable[[Any, Mapping[str, Any]], None]
     summed: tuple[str, ...] = ()
+    variants: tuple[Mapping[str, Any], ...] = ()
     budgets: tuple[Budget, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)

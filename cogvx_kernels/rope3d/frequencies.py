@@ -121,7 +121,7 @@ def rope3d_tables(
             f"split {tuple(split)}; got {[tuple(f.shape) for f in frequencies]}"
         )
     if isinstance(positions, Tensor):
-        _checks.shape(op, "positions", positions, (len(positions), 3), "(video_len, 3)", "")
+        _checks.shape(op, "positions", positions, (len(positions), 3), "(video_len, 3)")
         columns = positions.unbind(1)
     else:
         if len(positions) != 3 or any(p.dim() != 1 for p in positions):

@@ -56,7 +56,7 @@ def _rows(x, token, seqlen, head, ALIGN: tl.constexpr):
 
 @triton.jit
 def _pair_dims(HEADDIM: tl.constexpr, ROTARY: tl.constexpr, HALF: tl.constexpr):
-    """The dims of the first and second elements of half-split pairs; those that pass pair up too."""
+    """Dims of the first and second elements of half-split pairs; those that pass pair up too."""
     j = tl.arange(0, HALF)
     if ROTARY == HEADDIM:
         return j, j + HEADDIM // 2

@@ -171,9 +171,9 @@ def _check_rope(
             )
         _checks.shape(
             op, table_name, table, (seqlen - text_len, half), "(video_len, rotary_dim // 2)",
-            f"for {name} of shape {tuple(x.shape)} and text_len={text_len}",
+            lambda: f" for {name} of shape {tuple(x.shape)} and text_len={text_len}",
         )  # fmt: skip
-    _checks.shape(op, "sin", sin, cos.shape, "the shape of cos", "")
+    _checks.shape(op, "sin", sin, cos.shape, "the shape of cos")
 
 
 def _check_qk_norm_rope(
@@ -185,14 +185,14 @@ def _check_qk_norm_rope(
     batch, seqlen, _, headdim = q.shape
     _checks.shape(
         op, "k", k, (batch, seqlen, k.shape[2], headdim), "(batch, seqlen, any nheads, headdim)",
-        f"for q of shape {tuple(q.shape)}",
+        lambda: f" for q of shape {tuple(q.shape)}",
     )  # fmt: skip
     for name, x in affine.items():
         if x is not None:
             _checks.tensor(op, name, x, ("headdim",))
             _checks.dtype(op, name, x, (q.dtype, torch.float32))
             _checks.same_device(op, name, x, "q", q)
-            _checks.shape(op, name, x, (headdim,), "(headdim,)", "")
+            _checks.shape(op, name, x, (headdim,), "(headdim,)")
     _checks.choice(op, "norm", norm, ("layer", "rms"))
     _checks.positive(op, "eps", eps)
 

@@ -214,6 +214,7 @@ QK_NORM_ROPE3D = OpInfo(
     differentiable=("q", "k", "q_weight", "q_bias", "k_weight", "k_bias"),
     summed=("q_weight", "q_bias", "k_weight", "k_bias"),
     cost=_qk_norm_rope_cost,
+    variants=({"inplace": True},),
     torch_ops=("qk_norm_rope3d", "qk_norm_rope3d_", "qk_norm_rope3d_backward"),
     launch=_qk_norm_rope_launch,
     budgets=_QK_NORM_ROPE_BUDGETS,

@@ -162,16 +162,17 @@ def _read_cubin(compiled: Any) -> tuple[int, int, int, dict[int, int], dict[int,
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage!r}")
     registers, stack, local = map(int, found.groups())
-
-    def widths(pattern: str) -> dict[int, int]:
-        counts: collections.Counter[int] = collections.Counter()
-        for modifiers in re.findall(pattern, sass):
-            width = re.search(r"\.(?:U|S)?(8|16|64|128|256)\b", modifiers)
-            counts[int(width.group(1)) if width else 32] += 1
-        return dict(counts)
-
-    loads, stores = widths(r"\bLDG(?:STS)?((?:\.\w+)*)"), widths(r"\bSTG((?:\.\w+)*)")
+    loads, stores = (widths(p, sass) for p in (r"\bLDG(?:STS)?((?:\.\w+)*)", r"\bSTG((?:\.\w+)*)"))
     return registers, stack + local, compiled.metadata.shared, loads, stores
+
+
+def widths(pattern: str, sass: str) -> dict[int, int]:
+    """Bits of each access in a disassembly; `pattern` captures an instruction's modifiers."""
+    counts: collections.Counter[int] = collections.Counter()
+    for modifiers in re.findall(pattern, sass):
+        width = re.search(r"\.(?:U|S)?(8|16|64|128|256)\b", modifiers)
+        counts[int(width.group(1)) if width else 32] += 1
+    return dict(counts)
 
 
 def _read_amdgcn(compiled: Any) -> tuple[int, int, int, dict[int, int], dict[int, int]]:
@@ -181,7 +182,7 @@ def _read_amdgcn(compiled: Any) -> tuple[int, int, int, dict[int, int], dict[int
         found = re.search(rf"\.{key}:\s+(\d+)", assembly)
         return int(found.group(1)) if found else 0
 
-    def widths(verb: str) -> dict[int, int]:
+    def widths_of(verb: str) -> dict[int, int]:
         counts: collections.Counter[int] = collections.Counter()
         for kind in re.findall(rf"\b(?:global|buffer)_{verb}_(\w+)", assembly):
             words = re.search(r"dwordx?(\d?)", kind)
@@ -190,7 +191,7 @@ def _read_amdgcn(compiled: Any) -> tuple[int, int, int, dict[int, int], dict[int
 
     spills = number("vgpr_spill_count") + number("sgpr_spill_count")
     return (
-        number("vgpr_count"), spills, compiled.metadata.shared, widths("load"), widths("store"),
+        number("vgpr_count"), spills, compiled.metadata.shared, widths_of("load"), widths_of("store"),
     )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": _version("triton") if _backend.HAS_TRITON else None,
         "numpy": _version("numpy"),
         "extension": _extension(lost),
         "gpus": _gpus(lost, warnings),
@@ -79,13 +79,12 @@ def main(argv: list[str]) -> int:
 
 def _ops() -> dict[str, str]:
     """Where each op's kernel runs, asked of the op itself."""
-    where = "GPU" if torch.cuda.is_available() else "CPU"
-    probe = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
-    reason = _backend.triton_reason("a tensor", probe)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reason = _backend.triton_reason("a tensor", torch.empty(0, device=device))
     ran = "the Triton kernel" if reason is None else f"the plain-torch reference: {reason}"
     if reason is None and _backend.INTERPRETED:
         ran += ", interpreted"
-    return {name: f"on this {where}, {ran}" for name in OPS}
+    return {name: f"on {device}, {ran}" for name in OPS}
 
 
 def _extension(lost: list[str]) -> str:

@@ -2,9 +2,10 @@
 
 With TRITON_INTERPRET=1 Triton runs kernels on the CPU, in NumPy. As it comes (3.6.0 and 3.7.1) it
 truncates when it stores bfloat16, where every GPU rounds to nearest even; it computes with bfloat16
-blocks as if their bits were integers, silently; and it patches `triton.language` anew for every
-call of a device function, which is more than half of its time. `install()` cures the three; a
-kernel that computes on a bfloat16 block before it widens it is refused by name.
+blocks as if their bits were integers, silently; it warns of infinities and NaN, which a GPU takes
+in its stride; and it spends most of its time on patching `triton.language` anew for every call of
+a device function. `install()` cures the four; a kernel that computes on a bfloat16 block before it
+widens it is refused by name.
 """
 
 from collections.abc import Callable
@@ -38,7 +39,7 @@ def install() -> None:
     if not hasattr(InterpreterBuilder.cast_impl, "cured"):
         _cure_casts()
         _cure_arithmetic()
-        _patch_language_once_per_launch()
+        _cure_launches()
 
 
 def _is_bfloat16(x: TensorHandle) -> bool:
@@ -86,13 +87,14 @@ def _cure_arithmetic() -> None:
     InterpreterBuilder.create_dot = dot
 
 
-def _patch_language_once_per_launch() -> None:
+def _cure_launches() -> None:
     patched: set[int] = set()  # the modules whose functions this launch has called
     launch = GridExecutor.__call__
 
-    def launch_and_forget(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
+    def launch_quietly(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
         patched.clear()
-        launch(self, *args, **kwargs)
+        with np.errstate(all="ignore"):
+            launch(self, *args, **kwargs)
 
     def call_device_function(self: InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
         module = id(self.fn.__globals__)
@@ -101,5 +103,5 @@ def _patch_language_once_per_launch() -> None:
             patched.add(module)
         return self.rewrite()(*args, **kwargs)
 
-    GridExecutor.__call__ = launch_and_forget
+    GridExecutor.__call__ = launch_quietly
     InterpretedFunction.__call__ = call_device_function

@@ -1,0 +1,10 @@
+"""What the tests look through: each piece makes one kind of silent bug loud.
+
+pages    memory that ends the process when it is touched
+fence    tensors between such pages, full of poison: reads and writes out of bounds
+virtual  tensors too wide for 32-bit offsets, in next to no memory
+observe  every load, store and launch in Triton's interpreter; programs in a random order
+races    two programs at one address
+workers  cases in a forked process, so that a crash is one red test
+planted  kernels with one bug each, to see that the pieces find it
+"""

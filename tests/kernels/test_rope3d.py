@@ -1,0 +1,410 @@
+"""Laws of `rope3d`, and its golden values (fact sheet, sections 3 and 9)."""
+
+import dataclasses
+import importlib
+
+import pytest
+import torch
+
+import cogvx_kernels as ck
+from cogvx_kernels import _backend
+from cogvx_kernels.testing import OPS, SIZES, compare, judge, materialize
+
+BASE_GRID = (30, 45)  # tokens of 480x720
+
+
+def tables(grid=(2, 3, 4), split=(16, 24, 24), positions=ck.slice_positions):
+    return ck.rope3d_tables(positions(grid), split)
+
+
+def angles(cos, sin):
+    return torch.atan2(sin, cos)
+
+
+# --- frequencies -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("headdim", "split"),
+    [(64, (16, 24, 24)), (40, (8, 16, 16)), (128, (32, 48, 48)), (80, (20, 30, 30)),
+     (96, (24, 36, 36)), (8, (4, 2, 2)), (6, (2, 2, 2))],
+)  # fmt: skip
+def test_split_of_a_head(headdim, split):
+    assert ck.split_headdim(headdim) == split
+    assert sum(split) == headdim
+
+
+@pytest.mark.parametrize("headdim", [4, 15, 0])
+def test_split_refuses_what_cannot_be_paired(headdim):
+    with pytest.raises(ValueError, match=f"headdim must be even and at least 6; got {headdim}"):
+        ck.split_headdim(headdim)
+
+
+def test_golden_frequencies():
+    """Angles of the token at (1, 1, 1) are the frequencies: time's, then height's, then width's."""
+    found = angles(*tables((2, 2, 2)))[-1]
+    time = torch.tensor([1, 0.31623, 0.1, 0.031623, 0.01, 0.0031623, 0.001, 0.00031623])
+    side = torch.tensor([1, 0.464159, 0.215443, 0.1, 0.0464159, 0.0215443, 0.01, 0.00464159,
+                         0.00215443, 0.001, 0.000464159, 0.000215443])  # fmt: skip
+    torch.testing.assert_close(found, torch.cat([time, side, side]), rtol=2e-5, atol=0)
+
+
+def test_golden_row_of_a_token():
+    """At 480x720 token (t, h, w) is row (t·30 + h)·45 + w, with angles t, h, w times frequency."""
+    cos, sin = tables((13, 30, 45), positions=ck.crop_positions)
+    assert cos.shape == sin.shape == (17550, 32)
+    assert cos.dtype == sin.dtype == torch.float32
+    for t, h, w in ((0, 0, 0), (12, 29, 44), (5, 17, 31)):
+        row = (t * 30 + h) * 45 + w
+        expected = torch.cat([
+            t * 10000.0 ** (-2 * torch.arange(8).double() / 16),
+            h * 10000.0 ** (-2 * torch.arange(12).double() / 24),
+            w * 10000.0 ** (-2 * torch.arange(12).double() / 24),
+        ])  # fmt: skip
+        torch.testing.assert_close(cos[row], expected.cos().float(), rtol=0, atol=5e-6)
+        torch.testing.assert_close(sin[row], expected.sin().float(), rtol=0, atol=5e-6)
+
+
+def test_crop_positions_at_the_base_grid_are_integers_bit_for_bit():
+    for ours, integers in zip(
+        ck.crop_positions((13, *BASE_GRID)), ck.slice_positions((13, *BASE_GRID)), strict=True
+    ):
+        assert torch.equal(ours, integers)
+
+
+@pytest.mark.parametrize(
+    ("grid", "top_left", "bottom_right"),
+    [((48, 85), (2, 0), (27, 45)), ((45, 30), (0, 12), (30, 32)),
+     ((24, 36), (0, 0), (30, 45)), ((32, 32), (0, 8), (30, 38))],
+)  # fmt: skip
+def test_golden_crop_regions(grid, top_left, bottom_right):
+    frames, *sides = ck.crop_positions((3, *grid), BASE_GRID)
+    assert frames.tolist() == [0, 1, 2]
+    for side, n, start, stop in zip(sides, grid, top_left, bottom_right, strict=True):
+        assert len(side) == n
+        assert side[0] == start
+        assert side[-1].item() == pytest.approx(stop * (n - 1) / n, rel=1e-6)
+
+
+def test_golden_crop_positions():
+    _, height, _ = ck.crop_positions((1, 48, 85))
+    assert height[:3].tolist() == pytest.approx([2, 2.520, 3.040], abs=5e-4)
+    _, height, width = ck.crop_positions((1, 45, 30))
+    assert (height[-1].item(), width[-1].item()) == pytest.approx((29.33, 30.93), abs=5e-3)
+
+
+def test_slice_positions_refuse_more_than_the_model_knows():
+    assert [len(p) for p in ck.slice_positions((11, 48, 85), (48, 85))] == [11, 48, 85]
+    with pytest.raises(ValueError, match=r"grid \(1, 60, 85\) exceeds max_grid \(48, 85\) in hei"):
+        ck.slice_positions((1, 60, 85), (48, 85))
+
+
+@pytest.mark.parametrize("positions", [ck.crop_positions, ck.slice_positions])
+@pytest.mark.parametrize("grid", [(0, 3, 4), (3, 4), (2, -1, 4)])
+def test_grids_must_be_positive(positions, grid):
+    with pytest.raises(ValueError, match="grid must be positive"):
+        positions(grid)
+
+
+def test_a_position_for_each_token_equals_the_grid():
+    grid = ck.slice_positions((2, 3, 4))
+    tokens = torch.cartesian_prod(*grid)
+    for ours, expected in zip(
+        ck.rope3d_tables(tokens, (16, 24, 24)), ck.rope3d_tables(grid, (16, 24, 24)), strict=True
+    ):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("split", [(44, 42, 42), (16, 56, 56)], ids=["Wan", "HunyuanVideo"])
+def test_splits_of_other_models(split):
+    cos, sin = ck.rope3d_tables(
+        ck.slice_positions((2, 3, 4)), split, theta=256.0, precision=torch.float64
+    )
+    assert cos.shape == (24, 64)
+    expected = torch.arange(4.0).double() * 256.0 ** (-2 / split[2])  # second pair of width
+    column = (split[0] + split[1]) // 2 + 1
+    torch.testing.assert_close(angles(cos, sin)[:4, column].double(), expected)
+
+
+def test_custom_frequencies():
+    split = (2, 4, 2)
+    frequencies = [torch.tensor([0.5]), torch.tensor([0.25, 0.125]), torch.tensor([1.0])]
+    cos, sin = ck.rope3d_tables(ck.slice_positions((2, 2, 2)), split, frequencies=frequencies)
+    torch.testing.assert_close(angles(cos, sin)[-1], torch.tensor([0.5, 0.25, 0.125, 1.0]))
+    with pytest.raises(ValueError, match="frequencies must be tensors of shapes"):
+        ck.rope3d_tables(ck.slice_positions((2, 2, 2)), (4, 4, 2), frequencies=frequencies)
+
+
+@pytest.mark.parametrize("split", [(15, 24, 24), (0, 0, 0), (16, 48), (-2, 4, 4)])
+def test_tables_refuse_splits_that_cannot_be_paired(split):
+    with pytest.raises(ValueError, match="split must be three even numbers"):
+        ck.rope3d_tables(ck.slice_positions((1, 2, 2)), split)
+
+
+def test_tables_refuse_positions_of_other_shapes():
+    with pytest.raises(ValueError, match="positions must be"):
+        ck.rope3d_tables(torch.zeros(4, 2), (2, 2, 2))
+    with pytest.raises(ValueError, match="positions must be"):
+        ck.rope3d_tables([torch.zeros(2), torch.zeros(2)], (2, 2, 2))
+
+
+# --- the rotation ----------------------------------------------------------------------------
+
+BACKENDS = ["reference", "kernel"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_a_rotation_keeps_lengths(backend, interleaved, device):
+    cos, sin = (t.to(device) for t in tables())
+    x = torch.randn(2, 24, 2, 64, device=device)
+    out = ck.rope3d(x, cos, sin, interleaved=interleaved, backend=backend)
+    torch.testing.assert_close(out.norm(dim=-1), x.norm(dim=-1))
+    assert not torch.allclose(out, x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_depend_on_differences_of_position(backend, device):
+    """q·k after the rotation is the same wherever the two stand, if they stand equally far apart."""
+    q, k = torch.randn(2, 1, 1, 1, 64, device=device).double().float()
+    grid = ck.slice_positions((3, 3, 3))
+    scores = []
+    for shift in (0.0, 5.0):
+        cos, sin = (t.to(device) for t in ck.rope3d_tables([p + shift for p in grid], (16, 24, 24)))
+        turned = [
+            ck.rope3d(x.expand(1, 27, 1, 64), cos, sin, backend=backend)[0, :, 0] for x in (q, k)
+        ]
+        scores.append(turned[0] @ turned[1].T)
+    torch.testing.assert_close(*scores, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_text_passes_bit_for_bit_even_if_it_is_not_finite(backend, device):
+    cos, sin = (t.to(device) for t in tables())
+    x = torch.randn(1, 27, 2, 64, device=device)
+    x[0, 0, 0, 0], x[0, 1, 0, 3], x[0, 2, 1, 5] = float("nan"), float("inf"), -0.0
+    out = ck.rope3d(x, cos, sin, text_len=3, backend=backend)
+    assert torch.equal(out[:, :3].view(torch.int32), x[:, :3].view(torch.int32))
+    assert out[:, 3:].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_dims_past_rotary_dim_pass_bit_for_bit(backend, interleaved, device):
+    cos, sin = (t.to(device) for t in tables(split=(4, 6, 6)))
+    x = torch.randn(1, 24, 2, 40, device=device)
+    out = ck.rope3d(x, cos, sin, interleaved=interleaved, backend=backend)
+    assert torch.equal(out[..., 16:], x[..., 16:])
+    assert not torch.equal(out[0, -1, :, :16], x[0, -1, :, :16])
+
+
+def test_half_split_is_interleaved_with_its_dims_shuffled(device):
+    cos, sin = (t.to(device) for t in tables())
+    x = torch.randn(1, 24, 2, 64, device=device)
+    halves = x.unflatten(-1, (32, 2)).transpose(-1, -2).flatten(-2)
+    out = ck.rope3d(x, cos, sin, backend="kernel")
+    split = ck.rope3d(halves, cos, sin, interleaved=False, backend="kernel")
+    assert torch.equal(split.unflatten(-1, (2, 32)).transpose(-1, -2).flatten(-2), out)
+
+
+def test_q_and_k_of_a_packed_projection_turn_in_one_call(device):
+    cos, sin = (t.to(device) for t in tables())
+    qkv = torch.randn(2, 24, 3, 2, 64, device=device)
+    both = ck.rope3d(qkv.flatten(2, 3)[:, :, :4], cos, sin, backend="kernel")
+    for i in range(2):
+        alone = ck.rope3d(qkv[:, :, i], cos, sin, backend="kernel")
+        assert torch.equal(both[:, :, 2 * i : 2 * i + 2], alone)
+
+
+def test_not_a_number_stays_in_its_row(device):
+    """A NaN in one head of one token leaves every other row bit for bit as it was."""
+    cos, sin = (t.to(device) for t in tables())
+    q, k = torch.randn(2, 2, 26, 3, 64, device=device)
+    before = ck.qk_norm_rope3d(q, k, *[None] * 4, cos, sin, text_len=2, backend="kernel")
+    q = q.clone()
+    q[1, 4, 2, 7] = float("nan")
+    after = ck.qk_norm_rope3d(q, k, *[None] * 4, cos, sin, text_len=2, backend="kernel")
+    assert after[0][1, 4, 2].isnan().all()
+    after[0][1, 4, 2] = before[0][1, 4, 2]
+    assert torch.equal(after[0], before[0]) and torch.equal(after[1], before[1])
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("scale, offset", [(0.0, 0.0), (1e-30, 0.0), (1e15, 0.0), (1e-2, 1e4)])
+def test_rows_that_are_hard_to_normalise(norm, scale, offset, device):
+    """All zero, tiny, huge, and a spread that is small beside the mean: as near as the reference."""
+    cos, sin = (t.to(device) for t in tables((1, 1, 4)))
+    x = torch.randn(1, 4, 64, 64, device=device) * scale + offset
+    call = (x, x, *[None] * 4, cos, sin)
+    ours, _ = ck.qk_norm_rope3d(*call, norm=norm, backend="kernel")
+    reference, _ = ck.qk_norm_rope3d_reference(*call, norm=norm)
+    wide = [None if t is None else t.double() for t in call]
+    truth, _ = ck.qk_norm_rope3d_reference(*wide, norm=norm)
+    verdict = judge("q", ours, reference, truth)
+    assert verdict.ok, str(verdict)
+
+
+# --- the backward's strips, and bytes --------------------------------------------------------
+
+
+@pytest.mark.parametrize("programs", [1, 2, 3, 7])
+def test_backward_strips_cover_every_token_once(programs, monkeypatch, device):
+    """More tokens than programs, as on a GPU: the same gradients, up to the order of the sums."""
+    kernel = importlib.import_module("cogvx_kernels.rope3d.kernel")
+    info = OPS["qk_norm_rope3d"]
+    monkeypatch.setattr(kernel, "BACKWARD_PROGRAMS", programs)
+    for sample in info.samples[:2]:
+        verdicts = compare(info, sample, torch.float32, device=device)
+        assert all(v.ok for v in verdicts), [str(v) for v in verdicts if not v.ok]
+
+
+@pytest.mark.skipif(not _backend.INTERPRETED, reason="bytes are counted in the interpreter")
+@pytest.mark.parametrize("size", ["2b-480x720-49f", "5b-480x720-49f", "card-480x720-49f"])
+def test_bytes_asked_for_are_near_the_least_possible(size, monkeypatch):
+    """Counted on a few tokens with the model's heads: at most 1.05 times the op's cost."""
+    from tests.harness.observe import observe
+
+    kernel = importlib.import_module("cogvx_kernels.rope3d.kernel")
+    monkeypatch.setattr(kernel, "BACKWARD_PROGRAMS", 1)  # weights are loaded once a program
+    info, full = OPS["qk_norm_rope3d"], SIZES[size]
+    asked = {}
+    for tokens in (2, 4):
+        few = dataclasses.replace(full, frames=1, height=1, width=tokens, text_len=0, batch=1)
+        arguments = materialize(info.at_size(few), torch.bfloat16)
+        with observe() as seen:
+            info.launch(kernel, arguments)
+        assert len(seen.launches) == 2
+        asked[tokens] = [launch.bytes_read + launch.bytes_written for launch in seen.launches]
+    meta = materialize(info.at_size(full), torch.bfloat16, device="meta")
+    for i, cost in enumerate(info.cost(meta)):
+        per_token = (asked[4][i] - asked[2][i]) / 2
+        assert per_token * full.batch * full.seqlen <= 1.05 * cost.bytes
+
+
+@pytest.mark.parametrize("changed", ["q", "k_weight"])
+def test_an_input_changed_before_the_backward_is_noticed(changed, device):
+    arguments = materialize(OPS["qk_norm_rope3d"].samples[0], torch.float32, device=device)
+    leaf = arguments[changed].requires_grad_()
+    moved = leaf * 1
+    out = ck.qk_norm_rope3d(**{**arguments, changed: moved}, backend="kernel")
+    moved.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (out[0].sum() + out[1].sum()).backward()
+
+
+# --- in place, modules, doors ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_place_on_a_packed_projection(backend, dtype, device):
+    """q and k are overwritten where they lie, v is not touched, and the bits are the same."""
+    cos, sin = (t.to(device) for t in tables())
+    weights = torch.randn(4, 40, device=device).to(dtype)
+    cos, sin = cos[:, :20].contiguous(), sin[:, :20].contiguous()
+    qkv = torch.randn(2, 26, 3, 3, 40, device=device).to(dtype)
+    before = qkv.clone()
+    call = (*weights, cos, sin)
+    expected = ck.qk_norm_rope3d(*before.unbind(2)[:2], *call, text_len=2, backend=backend)
+    q, k, v = qkv.unbind(2)
+    out = ck.qk_norm_rope3d(q, k, *call, text_len=2, inplace=True, backend=backend)
+    assert out[0] is q and out[1] is k
+    assert torch.equal(q, expected[0]) and torch.equal(k, expected[1])
+    assert torch.equal(v, before[:, :, 2])
+
+
+@pytest.mark.parametrize("wants", ["q", "k", "q_weight", "k_bias"])
+def test_in_place_refuses_under_grad(wants):
+    cos, sin = tables()
+    arguments = {name: torch.randn(1, 24, 2, 64) for name in ("q", "k")}
+    arguments |= {n: torch.randn(64) for n in ("q_weight", "q_bias", "k_weight", "k_bias")}
+    arguments[wants].requires_grad_()
+    before = arguments["q"].clone()
+    with pytest.raises(RuntimeError, match=f"inplace=True overwrites .* got {wants} with requires"):
+        ck.qk_norm_rope3d(**arguments, cos=cos, sin=sin, inplace=True)
+    assert torch.equal(arguments["q"], before)
+    with torch.no_grad():
+        ck.qk_norm_rope3d(**arguments, cos=cos, sin=sin, inplace=True)
+    assert not torch.equal(arguments["q"], before)
+
+
+def test_in_place_refuses_overlapping_elements():
+    cos, sin = tables()
+    q = torch.randn(1, 24, 1, 64).expand(2, 24, 3, 64)
+    with pytest.raises(ValueError, match=r"needs q to have each element in a place .* strides \(0"):
+        ck.qk_norm_rope3d(q, q.clone(), *[None] * 4, cos, sin, inplace=True)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("affine", [True, False])
+def test_module_equals_the_function_and_keeps_diffusers_names(norm, affine, device):
+    module = ck.QKNormRoPE3D(40, norm=norm, affine=affine).to(device)
+    names = {"layer": ["weight", "bias"], "rms": ["weight"]}[norm] if affine else []
+    expected = [f"norm_{x}.{name}" for x in "qk" for name in names]
+    assert list(module.state_dict()) == expected
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    cos, sin = (t[:, :20].contiguous().to(device) for t in tables())
+    q, k = torch.randn(2, 1, 26, 2, 40, device=device)
+    ours = module(q, k, cos, sin, text_len=2)
+    theirs = [
+        ck.rope3d_reference(norm_of(x), cos, sin, text_len=2)
+        for norm_of, x in ((module.norm_q, q), (module.norm_k, k))
+    ]
+    torch.testing.assert_close(list(ours), theirs, rtol=1e-5, atol=1e-5)
+    if affine:
+        ours[0].sum().backward()
+        assert all(p.grad is not None for p in module.norm_q.parameters())
+    assert "interleaved=True" in repr(module)
+
+
+def test_rope_module(device):
+    cos, sin = (t.to(device) for t in tables())
+    x = torch.randn(1, 24, 2, 64, device=device)
+    for interleaved in (True, False):
+        module = ck.RoPE3D(interleaved)
+        assert not module.state_dict()
+        expected = ck.rope3d_reference(x, cos, sin, interleaved=interleaved)
+        torch.testing.assert_close(module(x, cos, sin), expected)
+
+
+def test_double_precision_takes_the_reference_unless_the_kernel_is_asked_for():
+    cos, sin = tables()
+    x = torch.randn(1, 24, 2, 64, dtype=torch.float64)
+    assert torch.equal(ck.rope3d(x, cos, sin), ck.rope3d_reference(x, cos, sin))
+    message = "cannot run: x is float64; the kernel takes float32, float16, bfloat16. Use backend="
+    with pytest.raises(RuntimeError, match=message):
+        ck.rope3d(x, cos, sin, backend="kernel")
+
+
+def test_tables_get_no_gradient_and_say_so():
+    cos, sin = tables()
+    with pytest.raises(RuntimeError, match=r"rope3d: sin is not differentiable .* sin\.detach\(\)"):
+        ck.rope3d(torch.randn(1, 24, 2, 64), cos, sin.requires_grad_())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"cos": torch.ones(23, 32)}, ValueError,
+         r"cos must be \(video_len, rotary_dim // 2\) = \(24, 32\) for x of shape "
+         r"\(1, 26, 2, 64\) and text_len=2; got \(23, 32\)"),
+        ({"cos": torch.ones(24, 64), "sin": torch.ones(24, 64)}, ValueError,
+         r"cos must have 1 to headdim // 2 = 32 columns"),
+        ({"sin": torch.ones(24, 16)}, ValueError, r"sin must be the shape of cos = \(24, 32\)"),
+        ({"cos": torch.ones(24, 32, dtype=torch.bfloat16)}, TypeError,
+         r"cos must be float32 .*; got bfloat16"),
+        ({"text_len": 27}, ValueError, r"text_len must be in \[0, 26\] .*; got 27"),
+        ({"text_len": 2.0}, TypeError, r"text_len must be an integer; got 2.0"),
+        ({"text_len": True}, TypeError, r"text_len must be an integer; got True"),
+        ({"interleaved": 1}, TypeError, r"interleaved must be True or False; got 1"),
+        ({"backend": "triton"}, ValueError, r'backend must be one of "auto", "kernel", "reference"'),
+        ({"x": torch.ones(1, 26, 128)}, ValueError,
+         r"x must have 4 dimensions \(batch, seqlen, nheads, headdim\); got float32 \(1, 26, 128\)"),
+    ],
+)  # fmt: skip
+def test_messages_name_what_was_wanted_and_what_came(change, error, message):
+    cos, sin = tables()
+    arguments = {"x": torch.randn(1, 26, 2, 64), "cos": cos, "sin": sin, "text_len": 2} | change
+    with pytest.raises(error, match="rope3d: " + message):
+        ck.rope3d(**arguments)

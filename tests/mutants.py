@@ -1,0 +1,142 @@
+"""`make mutants`: seeded bugs, put into a copy of the project one by one; the suite must see each.
+
+A mutant is a text of a file and what takes its place. It is killed if the kernels' tests fail, and
+not because the mutant cannot run at all. Exit status 1 if one survives.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ("tests/kernels",)
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+ROPE3D = "cogvx_kernels/rope3d/kernel.py"
+
+MUTANTS = (
+    Mutant("sign of sin", ROPE3D, "a * cos - b * sin", "a * cos + b * sin"),
+    Mutant("the first video token does not turn", ROPE3D, "(position >= 0)", "(position > 0)"),
+    Mutant(
+        "stride of the last dim ignored", ROPE3D,
+        "d.to(tl.int64)[None, :] * stride_dim)\n        x = tl.load", "d.to(tl.int64)[None, :])\n        x = tl.load",
+    ),
+    Mutant("gradient of half the bias dropped", ROPE3D, "dbias_b += db", "dbias_b += 0.0 * db"),
+    Mutant("offsets of 32 bits", ROPE3D, "(token // seqlen).to(tl.int64)", "(token // seqlen)"),
+    Mutant("eps forgotten", ROPE3D, "tl.rsqrt(variance + EPS)", "tl.rsqrt(variance)"),
+    Mutant(
+        "one head too many", ROPE3D,
+        "        mask = head < NHEADS\n        rows = _rows(x, token", "        mask = head <= NHEADS\n        rows = _rows(x, token",
+    ),
+    Mutant("backward turns on, not back", ROPE3D, "_rotate(da, db, cos, -sin,", "_rotate(da, db, cos, sin,"),
+    Mutant(
+        "gradient of the mean forgotten", ROPE3D, "da, db = da - mean, db - mean", "da, db = da, db"
+    ),
+    Mutant("padding lanes in the variance", ROPE3D, "if 2 * HALF != HEADDIM:", "if 2 * HALF < 0:"),
+    Mutant("k normalised with q's weights", ROPE3D, "k_out, k, k_affine, token", "k_out, k, q_affine, token"),
+    Mutant(
+        "q's and k's shares of dweight in one place", ROPE3D,
+        "program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)", "program = tl.program_id(0)",
+    ),
+    Mutant(
+        "masked lanes undefined", ROPE3D, "tl.load(cos_ptr + at, mask=turning, other=0.0)",
+        "tl.load(cos_ptr + at, mask=turning)",
+    ),
+    Mutant(
+        "rounded twice", ROPE3D,
+        "        a, b = _rotate(a, b, cos, sin, turning)\n",
+        "        a = a.to(x.ptr.dtype.element_ty).to(COMPUTE)\n"
+        "        a, b = _rotate(a, b, cos, sin, turning)\n",
+    ),
+    Mutant(
+        "tokens skipped between strips", ROPE3D,
+        "ntokens, tl.num_programs(0))", "ntokens, tl.num_programs(0) + 1)",
+    ),
+    Mutant(
+        "launched on whatever device is current", ROPE3D,
+        "    align = alignment(q_out, k_out, q, k)\n    with on_device(q):",
+        "    align = alignment(q_out, k_out, q, k)\n    if True:",
+    ),
+    Mutant(
+        "an angle of 0 instead of a select", ROPE3D,
+        "tl.where(turning, a * cos - b * sin, a)", "a * tl.where(turning, cos, 1.0) - b * sin",
+    ),
+    Mutant(
+        "half-split dims that pass, written over", ROPE3D,
+        "tl.where(turning, j + ROTARY // 2, j + HEADDIM // 2)", "j + ROTARY // 2",
+    ),
+)  # fmt: skip
+
+
+class Result(NamedTuple):
+    mutant: Mutant
+    killed: bool
+    seconds: float
+    said: str
+
+
+def run(mutant: Mutant) -> Result:
+    """Apply the mutant to a copy and run the tests there until the first failure."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("cogvx_kernels", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        path = copy / mutant.file
+        text = path.read_text()
+        if text.count(mutant.old) != 1:
+            raise SystemExit(
+                f"{mutant.name}: its text stands {text.count(mutant.old)} times in {path.name}"
+            )
+        path.write_text(text.replace(mutant.old, mutant.new))
+        start = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--fuzz", "100",
+             "--seed", "1", *TESTS],
+            cwd=copy, capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(copy)},
+        )  # fmt: skip
+        failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+        said = (
+            failed[0].removeprefix("FAILED ") if failed else done.stdout[-300:] + done.stderr[-300:]
+        )
+        killed = done.returncode == 1 and bool(failed)
+        return Result(mutant, killed, time.monotonic() - start, said)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
+    parser.add_argument("--only", metavar="WORDS", help="mutants whose name contains these words")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    options = parser.parse_args(argv)
+    mutants = [m for m in MUTANTS if (options.only or "") in m.name]
+    survivors = 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for result in pool.map(run, mutants):
+            survivors += not result.killed
+            verdict = "killed" if result.killed else "SURVIVED"
+            print(
+                f"{verdict:9}{result.mutant.name:45}{result.seconds:5.0f} s  {result.said}",
+                flush=True,
+            )
+    print(f"{len(mutants) - survivors} of {len(mutants)} mutants killed")
+    return 1 if survivors or not mutants else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""The budget of every kernel, held without a GPU: a worse kernel is over it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cogvx_kernels import _backend
+
+if not _backend.HAS_TRITON:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from cogvx_kernels._opinfo import Budget  # noqa: E402
+from cogvx_kernels.testing import OPS  # noqa: E402
+from cogvx_kernels.tools import aot  # noqa: E402
+
+from .test_tools import type_in  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """All budgets on all targets, in a process of its own: there the interpreter is off."""
+    done = type_in("aot", "--json", "-")
+    assert done.returncode in (0, 1), done.stderr
+    return json.loads(done.stdout)["kernels"], done
+
+
+def test_every_kernel_is_within_its_budget(compiled):
+    kernels, done = compiled
+    assert done.returncode == 0, done.stderr
+    assert [k for k in kernels if k["violations"]] == []
+
+
+def test_every_budget_is_held_on_every_target(compiled):
+    kernels, _ = compiled
+    held = {(k["op"], k["kernel"], k["size"], k["target"]) for k in kernels}
+    assert held == {
+        (info.name, budget.kernel, budget.size, target)
+        for info in OPS.values()
+        for budget in info.budgets
+        for target in aot.TARGETS
+    }
+    assert all(info.budgets for info in OPS.values())
+
+
+WORSE = {
+    # what is done to the kernel -> what its report must complain of
+    "odd and even dims apart": (
+        "        d = tl.arange(0, 2 * HALF)\n"
+        "        at = ptr + (rows[:, None] + d.to(tl.int64)[None, :] * stride_dim)\n"
+        "        x = tl.load(at, mask=row_mask[:, None] & (d < HEADDIM)[None, :], other=0.0)\n"
+        "        a, b = tl.split(tl.reshape(x, (rows.shape[0], HALF, 2)))\n",
+        "        d = 2 * tl.arange(0, HALF)\n"
+        "        at = ptr + (rows[:, None] + d.to(tl.int64)[None, :] * stride_dim)\n"
+        "        mask = row_mask[:, None] & (d < HEADDIM)[None, :]\n"
+        "        a = tl.load(at, mask=mask, other=0.0)\n"
+        "        b = tl.load(at + stride_dim, mask=mask, other=0.0)\n",
+        "accesses under 128 bits",
+    ),
+    "offsets of 32 bits": (
+        "    return (batch * x.batch + seq * x.seq + head.to(tl.int64) * x.head) * ALIGN",
+        "    return ((batch * x.batch + seq * x.seq + head.to(tl.int64) * x.head) * ALIGN)"
+        ".to(tl.int32)",
+        "an offset of 32 bits",
+    ),
+    "masked lanes undefined": (
+        "sin = tl.load(sin_ptr + at, mask=turning, other=0.0)",
+        "sin = tl.load(sin_ptr + at, mask=turning)",
+        "a masked load without other=",
+    ),
+    "fp64 inside": (
+        "    return tl.where(turning, a * cos - b * sin, a), ",
+        "    a = (a.to(tl.float64) * 1.5).to(tl.float32)\n"
+        "    return tl.where(turning, a * cos - b * sin, a), ",
+        "fp64 arithmetic",
+    ),
+    "a tile of 16,384 elements": ("TILE = 1024", "TILE = 16384", "registers"),
+}
+
+
+@pytest.mark.parametrize("what", WORSE)
+def test_a_worse_kernel_is_over_budget(what, tmp_path):
+    """The gate must be able to fail: compile a copy that was made worse."""
+    old, new, complaint = WORSE[what]
+    package = tmp_path / "cogvx_kernels"
+    subprocess.run(["cp", "-r", ROOT / "cogvx_kernels", package], check=True)
+    kernel = package / "rope3d" / "kernel.py"
+    text = kernel.read_text()
+    assert text.count(old) == 1, f"{what}: the text to change is not there once"
+    kernel.write_text(text.replace(old, new))
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.path.insert(0, '.'); import os; "
+         "os.environ.pop('TRITON_INTERPRET', None); from cogvx_kernels.__main__ import main; "
+         "sys.exit(main(['aot', '--op', 'rope3d', '--target', 'sm_90']))"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert complaint in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("sass", "widths"),
+    [
+        ("LDG.E.128.CONSTANT R4, desc[UR4][R2.64]", {128: 1}),
+        ("@!P0 LDG.E.U16 R4, [R2]", {16: 1}),
+        ("LDG.E R4, [R2] ; LDG.E.64 R4, [R2.64]", {32: 1, 64: 1}),
+        ("LDGSTS.E.BYPASS.128 [R1], [R2.64]", {128: 1}),
+    ],
+)
+def test_widths_are_read_from_the_disassembly(sass, widths):
+    assert aot.widths(r"\bLDG(?:STS)?((?:\.\w+)*)", sass) == widths
+
+
+def test_violations_name_every_limit():
+    report = aot.Report(
+        "op", "k", "s", "sm_90", 65, 8, 129, {128: 1, 16: 5}, {32: 1}, ["an atomic"]
+    )
+    said = report.violations(Budget("k", "s", registers=64, shared=128, narrow=5))
+    assert said == [
+        "spills: 8, at most 0",
+        "shared memory: 129, at most 128",
+        "accesses under 128 bits: 6, at most 5",
+        "registers: 65, at most 64",
+        "no load or no store of 128 bits",
+        "an atomic",
+    ]

@@ -1,0 +1,201 @@
+"""The house's own laws: floors, furniture, laziness, and README's tree."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "cogvx_kernels"
+ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/reference.py"))
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py"))
+
+# Floor 1 in order: each may import those before it.
+FOUNDATIONS = ("_checks", "_launch", "_opinfo", "modality", "_backend")
+# What a file of a room may import of its own room.
+WITHIN_A_ROOM = {
+    "reference": set(),
+    "kernel": set(),
+    "frequencies": set(),
+    "op": {"reference", "kernel"},
+    "module": {"op"},
+    "opinfo": {"op", "reference"},
+    "__init__": {"frequencies", "module", "op", "reference"},
+}
+NAMES_TRITON = {"cogvx_kernels/tools/aot.py", "cogvx_kernels/tools/interpreter.py"} | {
+    f"cogvx_kernels/{room}/kernel.py" for room in ROOMS
+}
+# The imports that wait inside a function, because what they reach for may be missing.
+IMPORTS_IN_FUNCTIONS = {f"cogvx_kernels/{room}/op.py": "from . import kernel" for room in ROOMS}
+IMPORTS_IN_FUNCTIONS["cogvx_kernels/tools/verify.py"] = "from . import interpreter"
+
+
+def imports(path: str) -> set[str]:
+    """Absolute names of the modules that a file imports, wherever in it."""
+    package = path.removesuffix(".py").removesuffix("/__init__").split("/")
+    if not path.endswith("__init__.py"):
+        package = package[:-1]
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *(node.module.split(".") if node.module else [])]
+            names = [".".join([*base, alias.name]) for alias in node.names]
+            modules = {name for name in names if is_module(name)}
+            found |= modules or {".".join(base)}
+    return found
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def own(path: str) -> set[str]:
+    """The imports of this package, without its name: `_checks`, `rope3d.op`, `` for itself."""
+    names = {name for name in imports(path) if name.split(".")[0] == "cogvx_kernels"}
+    return {name.removeprefix("cogvx_kernels").removeprefix(".") for name in names}
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_imports_point_down(path):
+    _, *folders, file = path.removesuffix(".py").split("/")
+    place = folders[0] if folders else ""
+    allowed = set(FOUNDATIONS)
+    if not place and file in FOUNDATIONS:
+        allowed = set(FOUNDATIONS[: FOUNDATIONS.index(file)])
+    elif place in ROOMS:
+        allowed |= {f"{place}.{name}" for name in WITHIN_A_ROOM[file]}
+    elif place == "tools":
+        allowed |= {"", "testing", "tools.interpreter"}
+    elif file == "testing":
+        allowed |= {f"{room}.opinfo" for room in ROOMS}
+    elif file == "__init__":
+        allowed |= set(ROOMS)
+    elif file == "__main__":
+        allowed = set()
+    assert own(path) <= allowed
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_what_may_be_missing_stays_behind_one_line(path):
+    roots = {name.split(".")[0] for name in imports(path)}
+    third_party = roots - set(sys.stdlib_module_names) - {"cogvx_kernels", "torch"}
+    assert third_party <= ({"triton", "numpy"} if path in NAMES_TRITON else set())
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_no_import_waits_in_a_function(path):
+    tree = ast.parse((ROOT / path).read_text())
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    waiting = {
+        ast.unparse(node)
+        for function in functions
+        for node in ast.walk(function)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    }
+    assert waiting <= {IMPORTS_IN_FUNCTIONS.get(path)}
+
+
+def test_tests_and_benchmarks_do_not_know_each_other():
+    for folder, other in (("tests", "benchmarks"), ("benchmarks", "tests")):
+        for path in (ROOT / folder).rglob("*.py"):
+            roots = {n.split(".")[0] for n in imports(path.relative_to(ROOT).as_posix())}
+            assert other not in roots, path
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_room_has_the_furniture(room):
+    files = {path.stem for path in (PACKAGE / room).glob("*.py")}
+    assert {"__init__", "reference", "op", "module", "opinfo"} <= files
+    assert files <= set(WITHIN_A_ROOM)
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_the_package_keeps_its_manners(path):
+    text = (ROOT / path).read_text()
+    assert not re.search(r"\btl\.atomic", text), "atomics change bits from run to run"
+    assert not re.search(r"""device=["']cuda""", text), "allocate on an input's device"
+    assert "cuda.current_device" not in text, "allocate on an input's device"
+    assert "torch.load(" not in text
+    if path not in ("cogvx_kernels/_backend.py", "cogvx_kernels/tools/verify.py"):
+        assert "os.environ" not in text, "a switch is an argument, not an environment variable"
+
+
+def run_python(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_import_is_lazy():
+    """No Triton, no GPU, no extension: in a fresh process, where nothing has imported them yet."""
+    code = """
+import sys, torch, cogvx_kernels, cogvx_kernels.testing
+loaded = [name for name in ("triton", "cogvx_kernels._C", "numpy.f2py") if name in sys.modules]
+print(loaded, torch.cuda.is_initialized())
+"""
+    assert run_python(code).split("\n")[0] == "[] False"
+
+
+def test_without_triton_the_references_run_and_doctor_says_so():
+    code = """
+import sys
+class NoTriton:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError("No module named 'triton'", name="triton")
+sys.meta_path.insert(0, NoTriton())
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "triton" else found(name, *a)
+import torch, cogvx_kernels
+from cogvx_kernels.__main__ import main
+x, angles = torch.randn(1, 5, 2, 8), torch.randn(3, 4)
+out = cogvx_kernels.rope3d(x, angles.cos(), angles.sin(), text_len=2)
+assert torch.equal(out[:, :2], x[:, :2]) and not torch.equal(out, x)
+try:
+    cogvx_kernels.rope3d(x, angles.cos(), angles.sin(), text_len=2, backend="kernel")
+except RuntimeError as error:
+    print(error)
+assert main(["verify"]) == 2
+assert main(["doctor"]) == 0
+"""
+    said = run_python(code)
+    assert 'rope3d: backend="kernel" cannot run: Triton is not installed' in said
+    assert "every op runs its plain-torch reference" in said
+
+
+def test_public_names_are_there_and_sorted():
+    for name in ("cogvx_kernels", *(f"cogvx_kernels.{room}" for room in ROOMS)):
+        module = importlib.import_module(name)
+        assert module.__all__ == sorted(module.__all__)
+        assert all(hasattr(module, public) for public in module.__all__)
+
+
+def test_readme_tree_is_the_tree():
+    """README draws the folders; every line of the drawing exists, and every source file is drawn."""
+    drawing = re.search(r"```\n\.\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert drawing, "README.md has no tree"
+    drawn, path = set(), []
+    for line in drawing.group(1).splitlines():
+        found = re.match(r"([│ ]*)[├└]── (\S+)", line)
+        assert found, f"README.md: cannot read the line {line!r} of the tree"
+        depth = len(found.group(1)) // 4
+        path = [*path[:depth], found.group(2).rstrip("/")]
+        drawn.add("/".join(path))
+    for name in drawn:
+        assert (ROOT / name).exists(), f"README.md draws {name}, which does not exist"
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    sources = {f for f in tracked if f.startswith(("cogvx", "csrc/", "benchmarks/", "tests/"))}
+    undrawn = {f for f in sources if f not in drawn and Path(f).suffix in (".py", ".cu", ".cpp")}
+    undrawn = {f for f in undrawn if Path(f).name != "__init__.py"}
+    assert not undrawn, f"README.md does not draw {sorted(undrawn)}"
