@@ -1,0 +1,66 @@
+# Every target sets itself up in .venv on a fresh machine, and is quick the second time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# the environment's ninja and clang-format, wherever a tool looks for them
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test verify bench lint aot mutants clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
+
+demo: $(READY)  ## environment, every kernel against its reference, a short benchmark into out/
+	cogvx-kernels doctor
+	cogvx-kernels verify
+	python -m benchmarks --op qk_norm_rope3d --size tiny --out out
+
+ifdef TRITON
+# the kernel suite on another Triton, put before the environment's own
+SIDE := $(VENV)/triton-$(TRITON)
+test: $(SIDE)/.ready
+	PYTHONPATH=$(CURDIR)/$(SIDE) python -c 'import triton; print("triton", triton.__version__)'
+	PYTHONPATH=$(CURDIR)/$(SIDE) python -m pytest -n auto --fuzz 200 tests/kernels
+
+$(SIDE)/.ready: | $(READY)
+	python -m pip install -q --no-deps --upgrade --target $(SIDE) triton==$(TRITON)
+	touch $@
+else
+test: $(READY)  ## all tests; TRITON=3.6.0: the kernels' tests on that Triton
+	python -m pytest -n auto
+endif
+
+verify: $(READY)  ## every op on every sample against its reference, as a table
+	cogvx-kernels verify
+
+bench: $(READY)  ## the benchmark suite into out/; ARGS="--op rope3d" narrows it
+	python -m benchmarks --out out $(ARGS)
+
+lint: $(READY)  ## ruff, mypy, clang-format
+	ruff check .
+	ruff format --check .
+	mypy
+	clang-format --dry-run --Werror csrc/*
+
+aot: $(READY)  ## every Triton kernel through the compilers of every target; needs no GPU
+	cogvx-kernels aot
+
+mutants: $(READY)  ## does the test suite notice when a kernel is broken on purpose?
+	python -m tests.mutants
+
+clean:  ## remove all that make has made, .venv included
+	rm -rf $(VENV) build out *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks
+	rm -f cogvx_kernels/_C.*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and pinned: the extension is built against the torch that will run it
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	python -m pip install -q -c constraints.txt setuptools wheel pybind11 ninja torch
+	python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@python -c 'import torch, cogvx_kernels._C as extension; print(extension.build_info())' || \
+	    echo 'cogvx: there is no C++ extension; pip install -v --no-build-isolation -e . says why'
+	touch $@

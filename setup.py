@@ -1,0 +1,99 @@
+"""Builds cogvx_kernels._C from csrc/: C++ always, CUDA when nvcc is there. The rest is pyproject.
+
+COGVX_CUDA=1 insists on the CUDA half, COGVX_CUDA=0 forbids it; TORCH_CUDA_ARCH_LIST chooses its
+architectures. Nothing is downloaded, no GPU is asked. Without a compiler there is simply no _C.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import pybind11
+    import torch
+    from torch.utils import cpp_extension
+except ImportError as error:
+    raise SystemExit(
+        f"cogvx is built against the torch that will run it, but here: {error}. Install torch, "
+        "setuptools, wheel, pybind11 and ninja, then: pip install --no-build-isolation ."
+    ) from error
+
+ROOT = Path(__file__).resolve().parent
+ASKED = os.environ.get("COGVX_CUDA", "")
+TORCH = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
+
+
+def find_cuda() -> tuple[str, str]:
+    """What nvcc says of its folders and "", or "" and why there is no CUDA half."""
+    if ASKED == "0":
+        return "", "COGVX_CUDA=0 forbids it"
+    if torch.version.hip or (torch.version.cuda is None and TORCH < (2, 13)):
+        return "", f"torch {torch.__version__} has no CUDA; use a CUDA build, or torch >= 2.13"
+    places = [f"{os.environ[n]}/bin" for n in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(n)]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join([*places, os.environ.get("PATH", "")]))
+    if nvcc is None:
+        looked = ", ".join(places) or "CUDA_HOME, CUDA_PATH (not set)"
+        return "", f"no nvcc in {looked} or on PATH; install the CUDA toolkit or set CUDA_HOME"
+    said = subprocess.run([nvcc, "--dryrun", "_.cu"], capture_output=True, text=True).stderr
+    return (said, "") if "_HERE_=" in said else ("", f"{nvcc} does not work: {said.strip()}")
+
+
+def extension(cuda: str):
+    """_C on torch's stable ABI, aimed at the oldest torch that has what it uses."""
+    sources = ["csrc/ops.cpp", "csrc/frame_cache_cpu.cpp"]
+    ext = cpp_extension.CppExtension("cogvx_kernels._C", sources)
+    ext.include_dirs.insert(0, pybind11.get_include())
+    host = f"-fvisibility=hidden,-ffile-prefix-map={ROOT}/="
+    ext.extra_compile_args = {"cxx": ["-O3", "-g0", *host.split(",")]}
+    # 2.10, or 2.13 for CUDA: the first to say which stream is current without libtorch_cuda
+    target = "0x020D000000000000" if cuda and TORCH >= (2, 13) else "0x020A000000000000"
+    ext.define_macros.append(("TORCH_TARGET_VERSION", target))
+    if cuda:
+        # torch empties CUDA_HOME in its CPU build; nvcc knows its folders, even behind a wrapper
+        nvcc = Path(re.search("_HERE_=(.+)", cuda)[1], "nvcc")
+        cpp_extension.CUDA_HOME = str(nvcc.parents[1])
+        ext.include_dirs += re.findall('"-I([^"]+)"', re.search("INCLUDES=.*", cuda)[0])
+        ext.library_dirs += re.findall('"-L([^"]+)"', re.search("LIBRARIES=.*", cuda)[0])
+        ext.libraries += ["cudart_static", "dl", "pthread", "rt"]
+        ext.extra_link_args = ["-Wl,--exclude-libs,ALL"]  # torch's libcudart is not to meet ours
+        ext.sources.append("csrc/frame_cache_cuda.cu")
+        known = subprocess.check_output([nvcc, "--list-gpu-arch"], text=True)
+        archs = [a for a in ("8.0", "9.0", "10.0") if f"compute_{a.replace('.', '')}\n" in known]
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or ";".join(archs) + "+PTX"
+        os.environ["TORCH_CUDA_ARCH_LIST"] = archs  # where torch looks, before it would ask a GPU
+        ext.extra_compile_args["cxx"].append("-DCOGVX_CUDA_ARCHS=" + re.sub("[; ]+", ",", archs))
+        # ninja does not see what a .cu includes: this define changes when the header does
+        header = f"-DCOGVX_HEADER={os.stat(ROOT / 'csrc/frame_cache.h').st_mtime_ns}"
+        ext.extra_compile_args["nvcc"] = ["-O3", "-DUSE_CUDA", header, f"-Xcompiler={host}"]
+        if TORCH < (2, 13):
+            ext.libraries.append("torch_cuda")
+    return ext
+
+
+class Build(cpp_extension.BuildExtension):
+    def build_extensions(self) -> None:
+        [ext] = self.extensions
+        self.build_temp = f"build/torch-{torch.__version__}"  # lasts, so ninja finds its objects
+        try:
+            return super().build_extensions()
+        except Exception as error:  # every compiler fails in its own way
+            if ASKED == "1":
+                raise
+            print(f"cogvx: could not compile {', '.join(ext.sources)}: {error}")
+        if "csrc/frame_cache_cuda.cu" in ext.sources:
+            vars(ext).update(vars(extension("")))
+            return self.build_extensions()
+        print("cogvx: installing without cogvx_kernels._C; the plain-torch reference takes over")
+        (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+        self.extensions = []
+
+
+cuda, why_not = find_cuda()
+if why_not and ASKED == "1":
+    raise SystemExit(f"COGVX_CUDA=1 insists on the CUDA half of cogvx, but {why_not}.")
+print(f"cogvx: the CUDA half of cogvx_kernels._C is {'left out: ' + why_not if why_not else 'in'}")
+setup(ext_modules=[extension(cuda)], cmdclass={"build_ext": Build})
