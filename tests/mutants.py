@@ -34,24 +34,33 @@ MUTANTS = (
     Mutant("the first video token does not turn", ROPE3D, "(position >= 0)", "(position > 0)"),
     Mutant(
         "stride of the last dim ignored", ROPE3D,
-        "d.to(tl.int64)[None, :] * stride_dim)\n        x = tl.load", "d.to(tl.int64)[None, :])\n        x = tl.load",
+        "[None, :] * stride_dim)\n        x = tl.load",
+        "[None, :])\n        x = tl.load",
     ),
     Mutant("gradient of half the bias dropped", ROPE3D, "dbias_b += db", "dbias_b += 0.0 * db"),
     Mutant("offsets of 32 bits", ROPE3D, "(token // seqlen).to(tl.int64)", "(token // seqlen)"),
     Mutant("eps forgotten", ROPE3D, "tl.rsqrt(variance + EPS)", "tl.rsqrt(variance)"),
     Mutant(
         "one head too many", ROPE3D,
-        "        mask = head < NHEADS\n        rows = _rows(x, token", "        mask = head <= NHEADS\n        rows = _rows(x, token",
+        "mask = head < NHEADS\n        rows = _rows(x,",
+        "mask = head <= NHEADS\n        rows = _rows(x,",
     ),
-    Mutant("backward turns on, not back", ROPE3D, "_rotate(da, db, cos, -sin,", "_rotate(da, db, cos, sin,"),
+    Mutant(
+        "backward turns on, not back", ROPE3D,
+        "_rotate(da, db, cos, -sin,", "_rotate(da, db, cos, sin,",
+    ),
     Mutant(
         "gradient of the mean forgotten", ROPE3D, "da, db = da - mean, db - mean", "da, db = da, db"
     ),
     Mutant("padding lanes in the variance", ROPE3D, "if 2 * HALF != HEADDIM:", "if 2 * HALF < 0:"),
-    Mutant("k normalised with q's weights", ROPE3D, "k_out, k, k_affine, token", "k_out, k, q_affine, token"),
+    Mutant(
+        "k normalised with q's weights", ROPE3D,
+        "k_out, k, k_affine, token", "k_out, k, q_affine, token",
+    ),
     Mutant(
         "q's and k's shares of dweight in one place", ROPE3D,
-        "program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)", "program = tl.program_id(0)",
+        "program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)",
+        "program = tl.program_id(0)",
     ),
     Mutant(
         "masked lanes undefined", ROPE3D, "tl.load(cos_ptr + at, mask=turning, other=0.0)",

@@ -54,7 +54,7 @@ def test_verify_starts_the_interpreter_by_itself(tmp_path):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("bug", ["value", "one element", "gradient", "not a number"])
 def test_verify_catches_a_broken_kernel(op, bug, capsys, device):
-    """Each output or gradient that a kernel gets a little wrong is a miss and an exit status of 1."""
+    """An output or a gradient that is a little wrong is a miss, and an exit status of 1."""
     broken = OPS[op]
     evaluate = verify.compare.__globals__["evaluate"]
 

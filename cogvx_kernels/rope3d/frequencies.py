@@ -122,7 +122,7 @@ def rope3d_tables(
         )
     if isinstance(positions, Tensor):
         _checks.shape(op, "positions", positions, (len(positions), 3), "(video_len, 3)")
-        columns = positions.unbind(1)
+        columns = list(positions.unbind(1))
     else:
         if len(positions) != 3 or any(p.dim() != 1 for p in positions):
             raise ValueError(

@@ -45,6 +45,7 @@ class QKNormRoPE3D(nn.Module):
         self.norm_q = make(headdim, eps=eps, elementwise_affine=affine)
         self.norm_k = make(headdim, eps=eps, elementwise_affine=affine)
         self.norm = norm
+        self.eps = eps
         self.interleaved = interleaved
         self.backend = backend
 
@@ -68,7 +69,7 @@ class QKNormRoPE3D(nn.Module):
             sin,
             text_len=text_len,
             norm=self.norm,
-            eps=self.norm_q.eps,
+            eps=self.eps,
             interleaved=self.interleaved,
             inplace=inplace,
             backend=self.backend,

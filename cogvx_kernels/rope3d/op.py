@@ -197,15 +197,14 @@ def _check_qk_norm_rope(
     _checks.positive(op, "eps", eps)
 
 
-def _check_inplace(op: str, tensors: dict[str, Tensor | None]) -> None:
-    for name, x in tensors.items():
+def _check_inplace(op: str, q: Tensor, k: Tensor, affine: dict[str, Tensor | None]) -> None:
+    for name, x in {"q": q, "k": k, **affine}.items():
         if x is not None and x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 f"{op}: inplace=True overwrites q and k, which the backward needs; "
                 f"got {name} with requires_grad=True. Use inplace=False, or torch.no_grad()"
             )
-    for name in ("q", "k"):
-        x = tensors[name]
+    for name, x in {"q": q, "k": k}.items():
         if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
             raise ValueError(
                 f"{op}: inplace=True needs {name} to have each element in a place of its own; "
@@ -308,8 +307,8 @@ def qk_norm_rope3d(
     _check_qk_norm_rope("qk_norm_rope3d", q, k, affine, norm, eps)
     _checks.flag("qk_norm_rope3d", "inplace", inplace)
     if inplace:
-        _check_inplace("qk_norm_rope3d", {"q": q, "k": k, **affine})
-    arguments = (q, k, *affine.values(), cos, sin)
+        _check_inplace("qk_norm_rope3d", q, k, affine)
+    arguments = (q, k, q_weight, q_bias, k_weight, k_bias, cos, sin)
     if _backend.choose(backend, "qk_norm_rope3d", _reason("q", q), q):
         if inplace:
             _qk_norm_rope3d_inplace(*arguments, text_len, norm, float(eps), interleaved)

@@ -49,9 +49,9 @@ def _qk_norm_rope(
     arguments = dict(_rope(reason, **rope).arguments)
     q = arguments.pop("x")
     batch, seqlen, nheads, headdim = q.shape
-    vector = {"dtype": "wide" if wide_affine else None}
-    weight = TensorSpec((headdim,), "weight", **vector)
-    bias = TensorSpec((headdim,), "normal", **vector)
+    kind = "wide" if wide_affine else None
+    weight = TensorSpec((headdim,), "weight", dtype=kind)
+    bias = TensorSpec((headdim,), "normal", dtype=kind)
     return Sample(
         reason,
         {

@@ -72,8 +72,10 @@ def qk_norm_rope3d_reference(
         x = x if weight is None else x * weight
         return x if bias is None else x + bias
 
-    rope = {"text_len": text_len, "interleaved": interleaved}
+    def rotate(x: Tensor) -> Tensor:
+        return rope3d_reference(x, cos, sin, text_len=text_len, interleaved=interleaved)
+
     return (
-        rope3d_reference(normalise(q, q_weight, q_bias), cos, sin, **rope).to(q.dtype),
-        rope3d_reference(normalise(k, k_weight, k_bias), cos, sin, **rope).to(k.dtype),
+        rotate(normalise(q, q_weight, q_bias)).to(q.dtype),
+        rotate(normalise(k, k_weight, k_bias)).to(k.dtype),
     )

@@ -189,10 +189,9 @@ def _read_amdgcn(compiled: Any) -> tuple[int, int, int, dict[int, int], dict[int
             counts[32 * int(words.group(1) or 1) if words else 16] += 1
         return dict(counts)
 
+    registers, shared = number("vgpr_count"), compiled.metadata.shared
     spills = number("vgpr_spill_count") + number("sgpr_spill_count")
-    return (
-        number("vgpr_count"), spills, compiled.metadata.shared, widths_of("load"), widths_of("store"),
-    )  # fmt: skip
+    return registers, spills, shared, widths_of("load"), widths_of("store")
 
 
 def main(argv: list[str]) -> int:

@@ -30,7 +30,8 @@ OPTIONAL = {
 
 def examine() -> dict[str, Any]:
     """The facts, as data; what is lost is in `lost`, and what may do harm in `warnings`."""
-    lost, warnings = [], []
+    lost: list[str] = []
+    warnings: list[str] = []
     facts: dict[str, Any] = {
         "cogvx": __version__,
         "python": platform.python_version(),
@@ -98,7 +99,7 @@ def _extension(lost: list[str]) -> str:
         return "not built"
     build = extension.build_info()
     if not build.get("cuda"):
-        lost.append("the extension was built without CUDA (no nvcc was found): CPU tensors only")
+        lost.append("the extension was built without CUDA: CPU tensors only")
     return ", ".join(f"{key} {value}" for key, value in build.items())
 
 

@@ -25,8 +25,8 @@ from triton.runtime.interpreter import (
 def round_to_bfloat16(x: np.ndarray) -> np.ndarray:
     """Bits of fp32 values rounded to bfloat16, to nearest even; NaN stays NaN."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(x), 0x7FC0, bits).astype(np.uint16).reshape(np.shape(x))
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16).reshape(np.shape(x))
 
 
 def widen_bfloat16(bits: np.ndarray) -> np.ndarray:

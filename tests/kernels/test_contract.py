@@ -27,6 +27,8 @@ from cogvx_kernels.testing import OPS, compare, cotangents, evaluate, materializ
 if not _backend.HAS_TRITON:
     pytest.skip("the contract is about Triton kernels: Triton is missing", allow_module_level=True)
 if _backend.INTERPRETED:
+    from triton.runtime.interpreter import GridExecutor
+
     from tests.harness.fence import Fence, untouched
     from tests.harness.observe import observe
     from tests.harness.virtual import wide_strides
@@ -109,7 +111,7 @@ def fake_metadata(info: OpInfo, arguments: Mapping[str, Any]) -> list[tuple[Any,
 
 
 def hold_all(cases: list[tuple[Any, ...]]) -> None:
-    """Each case, a name and the arguments of `hold`, in a forked worker, so that a crash is one red case; all that failed, at once."""
+    """Cases, each a name and the arguments of `hold`, in forked workers; a crash is one red."""
     by_name = {name: case for name, *case in cases}
     outcomes = run_cases(lambda name: hold(*by_name[name]), by_name, timeout=120)
     failed = [str(outcome) for outcome in outcomes if not outcome.ok]
@@ -128,7 +130,7 @@ def test_samples(info, dtype, seed):
 @interpreted
 @pytest.mark.parametrize("chunk", range(FUZZ_CHUNKS))
 def test_random_cases(chunk, fuzz, seed):
-    """`--fuzz N` cases in all. Case i of seed S is case 0 of seed S + i: that is how to repeat it."""
+    """`--fuzz N` cases in all. Case i of seed S is case 0 of seed S + i: so can one be repeated."""
     cases = []
     for i in range(chunk, fuzz, FUZZ_CHUNKS):
         rng = random.Random(seed + i)
@@ -473,12 +475,9 @@ def test_offsets_of_more_than_32_bits(info, direction):
 def test_grids_are_within_the_limits_of_a_launch(info, batch, length):
     """More than 65,535 of anything: the grid is looked at, the programs are not run."""
     sample = resized(info.samples[0], 0, length)
-    narrow = {n: dataclasses.replace(s, shape=(batch, *s.shape[1:2], 1, 2) if len(s.shape) == 4
-              else (*s.shape[:-1], {64: 2, 32: 1}[s.shape[-1]])) for n, s in sample.specs().items()}  # fmt: skip
-    sample = dataclasses.replace(sample, arguments={**sample.arguments, **narrow})
+    specs = {name: smallest(spec, batch) for name, spec in sample.specs().items()}
+    sample = dataclasses.replace(sample, arguments={**sample.arguments, **specs})
     arguments = materialize(sample, torch.float16)
-    from triton.runtime.interpreter import GridExecutor
-
     grids = []
     with mock.patch.object(GridExecutor, "__call__", lambda self, *a, **k: grids.append(self.grid)):
         evaluate(
@@ -490,11 +489,18 @@ def test_grids_are_within_the_limits_of_a_launch(info, batch, length):
         assert x < 2**31 and y <= 65535 and z <= 65535, grid
 
 
+def smallest(spec: TensorSpec, batch: int) -> TensorSpec:
+    """The same tensor for a batch of one head of two dims."""
+    *outer, last = spec.shape
+    outer = [batch, outer[1], 1] if len(outer) == 3 else outer
+    return dataclasses.replace(spec, shape=(*outer, {64: 2, 32: 1}[last]))
+
+
 # --- wrong arguments -------------------------------------------------------------------------
 
 
 def wrong_tensors(x: Tensor) -> dict[str, Any]:
-    """What a tensor argument must not be; an error names the argument, what was wanted, what came."""
+    """What a tensor argument must not be."""
     wider = torch.cat([x, x[..., :1]], -1)
     return {
         "a list": x.tolist() if x.numel() < 100 else [1.0],

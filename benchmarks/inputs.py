@@ -1,0 +1,85 @@
+"""The arguments that are timed: random, made on the device, at a model's size and layout."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cogvx_kernels.testing import LAYOUTS, OpInfo, Sample, Size, TensorSpec
+
+MODEL = "model"
+HALF_SPLIT = "half-split, no text"
+
+
+def conventions(info: OpInfo, size: Size) -> dict[str, Sample]:
+    """The call as the model makes it, and as other libraries could make it too, by name.
+
+    Ratios are formed inside a convention, never across: each is another function.
+    """
+    model = info.at_size(size)
+    if info.name != "rope3d":
+        return {MODEL: model}
+    batch, _, *head = model.arguments["x"].shape
+    x = replace(model.arguments["x"], shape=(batch, size.video_len, *head), layout="contiguous")
+    changed = {"x": x, "text_len": 0, "interleaved": False}
+    return {MODEL: model, HALF_SPLIT: Sample(HALF_SPLIT, {**model.arguments, **changed})}
+
+
+def make(
+    sample: Sample, dtype: torch.dtype, device: str | torch.device, seed: int
+) -> dict[str, Any]:
+    """Random arguments of a call, the same for the same seed.
+
+    `cogvx_kernels.testing.materialize` draws on the CPU, so that a test gives the same numbers
+    everywhere; that would take longer than all the timing. And here, as in a model, the tensors
+    laid out packed are views of one projection.
+    """
+    random = torch.Generator(device).manual_seed(seed)
+    wide = torch.promote_types(dtype, torch.float32)
+    packed: dict[tuple[int, ...], list[Tensor]] = {}
+    arguments: dict[str, Any] = {}
+    for name, spec in sample.arguments.items():
+        if not isinstance(spec, TensorSpec):
+            arguments[name] = spec
+            continue
+        kind = wide if spec.dtype == "wide" else dtype
+        if spec.layout == "packed" and packed.get(spec.shape):
+            tensor = packed[spec.shape].pop(0)
+        elif spec.layout == "packed":
+            *outer, nheads, headdim = spec.shape
+            qkv = torch.empty((*outer, 3, nheads, headdim), dtype=kind, device=device)
+            tensor, *packed[spec.shape] = qkv.normal_(generator=random).unbind(-3)
+        else:
+            tensor = LAYOUTS[spec.layout](
+                spec.shape, lambda shape, k=kind: torch.empty(shape, dtype=k, device=device)
+            )
+        arguments[name] = _fill(tensor, spec.values, random)
+    return arguments
+
+
+def _fill(x: Tensor, values: str, random: torch.Generator) -> Tensor:
+    if values in ("cos", "sin"):  # of the same angles, in every set
+        x.normal_(0, 7, generator=torch.Generator(x.device).manual_seed(0))
+        return x.cos_() if values == "cos" else x.sin_()
+    x.normal_(generator=random)
+    if values == "rows":
+        row = x.new_empty((*x.shape[:-1], 1))
+        x.mul_(row.uniform_(1, 2, generator=random)).add_(row.normal_(generator=random))
+    elif values == "weight":
+        x.div_(4).add_(1)
+    return x
+
+
+def cotangents(outputs: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:
+    """A random gradient to send back into each output."""
+    random = torch.Generator(outputs[0].device).manual_seed(seed)
+    return tuple(
+        torch.empty(x.shape, dtype=x.dtype, device=x.device).normal_(generator=random)
+        for x in outputs
+    )
+
+
+def nbytes(arguments: Mapping[str, Any]) -> int:
+    return sum(x.numel() * x.element_size() for x in arguments.values() if isinstance(x, Tensor))

@@ -1,0 +1,172 @@
+"""The benchmarks as a program: what they write, what they refuse. Nothing here is timed."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cogvx_kernels.testing import OPS, SIZES
+
+ROOT = Path(__file__).resolve().parent.parent
+
+ABSOLUTE = ("median_ms", "p25_ms", "p75_ms", "gb_per_s", "copy_gb_per_s")
+COLUMNS = (
+    "op size convention pass provider dtype device median_ms p25_ms p75_ms gb_per_s "
+    "percent_of_copy ratio_to_eager noise_percent note commit date torch triton cuda driver "
+    "device_name sm_clock_mhz copy_gb_per_s command"
+).split()
+ON_CPU = ("--device", "cpu", "--size", "tiny", "--quick")
+
+# A rotation that turns the text too: right wherever there is none.
+PLANT = """
+import dataclasses, sys
+from cogvx_kernels import testing
+
+info = testing.OPS["rope3d"]
+def wrong(x, cos, sin, *, text_len, interleaved, backend):
+    return info.reference(x, cos, sin, text_len=text_len, interleaved=interleaved).roll(1, 1)
+testing.OPS["rope3d"] = dataclasses.replace(info, {field}=wrong)
+from benchmarks.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """python with these words, in the root; by default kernels are not interpreted."""
+    return subprocess.run(
+        (sys.executable, *words),
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "0", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def bench(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run("-m", "benchmarks", *words, **environment)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run on a CPU, and its folder."""
+    out = tmp_path_factory.mktemp("bench")
+    words = ("--op", "rope3d", *ON_CPU, "--providers", "cogvx-auto", "--out", str(out))
+    done = bench(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done, out
+
+
+def test_writes_rows_with_their_company(finished):
+    _, out = finished
+    with (out / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == COLUMNS
+    assert [(row["pass"], row["provider"]) for row in rows] == [
+        (which, name) for which in ("forward", "backward") for name in ("eager", "cogvx-auto")
+    ]
+    for row in rows:
+        assert row["op"] == "rope3d" and row["size"] == "tiny" and row["note"]
+        assert all(row[name] for name in ("commit", "date", "torch", "device_name", "command"))
+        assert float(row["ratio_to_eager"]) > 0
+
+
+def test_shows_no_absolute_time_of_a_cpu(finished):
+    done, out = finished
+    with (out / "results.csv").open(newline="") as file:
+        assert all(row[name] == "" for row in csv.DictReader(file) for name in ABSOLUTE)
+    written = json.loads((out / "rope3d-tiny-float32-cpu.json").read_text())
+    assert written["conditions"]["copy_gb_per_s"] is None
+    assert all(row[name] is None for row in written["rows"] for name in ABSOLUTE[:-1])
+    assert "no kernel is timed" in done.stdout and " GB/s ·" not in done.stdout
+
+
+def test_command_in_the_row_names_no_folder(finished):
+    _, out = finished
+    command = json.loads((out / "rope3d-tiny-float32-cpu.json").read_text())["conditions"][
+        "command"
+    ]
+    assert command.startswith("python -m benchmarks --op rope3d") and str(out) not in command
+
+
+def test_draws_a_picture_or_says_why_not(finished):
+    done, out = finished
+    picture = out / "rope3d-tiny-float32-cpu.png"
+    if picture.exists():
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    else:
+        assert "matplotlib is not installed" in done.stdout
+
+
+def test_a_wrong_kernel_is_not_timed(tmp_path):
+    done = run(
+        "-c", PLANT.replace("{field}", "op"), "--op", "rope3d", *ON_CPU, "--out", str(tmp_path)
+    )
+    assert done.returncode == 1, done.stderr
+    assert "outside the rule" in done.stdout and "cogvx-auto, model: out0: error" in done.stdout
+    assert "x eager" not in done.stdout and not list(tmp_path.iterdir())
+
+
+def test_a_wrong_peer_gets_no_row(tmp_path):
+    plant = PLANT.replace("{field}=wrong", 'peers={"them": lambda **a: wrong(**a, backend="")}')
+    words = ("--op", "rope3d", *ON_CPU, "--providers", "them", "--out", str(tmp_path))
+    done = run("-c", plant, *words)
+    assert done.returncode == 1, done.stderr
+    assert "refused, its results are wrong: them" in done.stdout
+    rows = json.loads((tmp_path / "rope3d-tiny-float32-cpu.json").read_text())["rows"]
+    assert {row["provider"] for row in rows} == {"eager"}
+
+
+@pytest.mark.slow
+def test_the_interpreter_is_checked_and_never_timed(tmp_path):
+    pytest.importorskip("triton")
+    words = ("--op", "rope3d", *ON_CPU, "--providers", "cogvx", "--out", str(tmp_path))
+    done = bench(*words, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "rope3d-tiny-float32-cpu.json").read_text())["rows"]
+    interpreted = [row for row in rows if row["provider"] == "cogvx"]
+    assert interpreted and all("never timed" in row["note"] for row in interpreted)
+    assert all(row["ratio_to_eager"] is None for row in interpreted)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--op", "rope4d"), ("rope4d", *OPS)),
+        (("--size", "6b"), ("6b", *SIZES)),
+        (("--providers", "nobody"), ("nobody", "eager", "compile")),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_known(words, named):
+    done = bench(*words)
+    assert done.returncode == 2
+    assert all(name in done.stderr for name in named)
+
+
+def test_list_names_everything():
+    done = bench("--list")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in (*OPS, *SIZES, "diffusers-eager", "liger"))
+
+
+def test_tune_needs_a_gpu():
+    pytest.importorskip("triton")
+    done = run("-m", "benchmarks.tune", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2 and "needs a CUDA device" in done.stderr
+
+
+def test_laws_of_the_checks_hold():
+    """They live beside what they are about: neither folder imports from the other."""
+    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/test_check.py")
+    assert done.returncode == 0, done.stdout
+
+
+def test_gpu_check_is_a_script():
+    done = subprocess.run(
+        ("bash", "-n", str(ROOT / "benchmarks/gpu_check.sh")), capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
