@@ -16,8 +16,8 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd.gradcheck import GradcheckError
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.gradcheck import GradcheckError
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogvx_kernels import _backend, testing
