@@ -206,15 +206,16 @@ def judge(
     sum is free. Where the truth is infinite or not a number, the result must be so too.
 
     In fp32 both results wear the roundings of every step, and two samples of n rows, whose elements
-    share the error of their row's statistics, differ by chance with a standard deviation of about
-    1/sqrt(n): four of those are allowed to the yardstick, which is nothing at a model's size. In
-    fp16 and bf16 the last rounding outweighs all that, so nothing is allowed.
+    share the error of their row's statistics, or of n sums, differ by chance with a standard
+    deviation of about 1/sqrt(n): four of those are allowed to the yardstick, which is next to
+    nothing at a model's size. In fp16 and bf16 the last rounding outweighs all that, so nothing is.
     """
     if result.dtype != yardstick.dtype or result.shape != yardstick.shape:
         got, wanted = (f"{x.dtype} {tuple(x.shape)}" for x in (result, yardstick))
         raise AssertionError(f"{name}: got {got}, wanted {wanted}")
-    eps, rows = torch.finfo(result.dtype).eps, max(1, math.prod(result.shape[:-1]))
-    chance = 1 + 4 / math.sqrt(rows) if result.dtype is torch.float32 else 1.0
+    eps = torch.finfo(result.dtype).eps
+    samples = max(1, math.prod(result.shape if summed else result.shape[:-1]))
+    chance = 1 + 4 / math.sqrt(samples) if result.dtype is torch.float32 else 1.0
     result, yardstick, truth = (x.detach().double().cpu() for x in (result, yardstick, truth))
     finite = yardstick.isfinite()
     specials = [x[~finite].nan_to_num() for x in (result, yardstick)]
@@ -226,7 +227,8 @@ def judge(
     largest = _largest(truth)
     ulp = eps * 2.0 ** math.floor(math.log2(largest)) if largest else 0.0
     if summed:
-        near = worst <= 2 * worst_reference + ulp and rms <= 2 * rms_reference + ulp
+        limit = 2 * chance
+        near = worst <= limit * worst_reference + ulp and rms <= limit * rms_reference + ulp
     else:
         near = worst <= chance * worst_reference + ulp and rms <= 1.05 * chance * rms_reference
     ok = same_specials and near

@@ -59,8 +59,8 @@ MUTANTS = (
     ),
     Mutant(
         "q's and k's shares of dweight in one place", ROPE3D,
-        "program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)",
-        "program = tl.program_id(0)",
+        "program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)",
+        "program = tl.program_id(0).to(tl.int64)",
     ),
     Mutant(
         "masked lanes undefined", ROPE3D, "tl.load(cos_ptr + at, mask=turning, other=0.0)",

@@ -65,7 +65,12 @@ WORSE = {
         "    return (batch * x.batch + seq * x.seq + head.to(tl.int64) * x.head) * ALIGN",
         "    return ((batch * x.batch + seq * x.seq + head.to(tl.int64) * x.head) * ALIGN)"
         ".to(tl.int32)",
-        "an offset of 32 bits",
+        "64 bits cut to 32",
+    ),
+    "products of 32 bits": (
+        "    batch = (token // seqlen).to(tl.int64)",
+        "    batch = ((token // seqlen) * 2 // 2).to(tl.int64)",
+        "a product of 32 bits",
     ),
     "masked lanes undefined": (
         "sin = tl.load(sin_ptr + at, mask=turning, other=0.0)",

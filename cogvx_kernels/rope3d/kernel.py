@@ -286,8 +286,8 @@ def _qk_norm_rope3d_bwd_kernel(
 ):  # fmt: skip
     """Grid (programs, 2); the second axis is q or k. dweight_ptr: (2, programs, 2, headdim)."""
     if dweight_ptr is not None:
-        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        dweight_ptr += program.to(tl.int64) * (2 * HEADDIM)
+        program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+        dweight_ptr += program * (2 * HEADDIM)
     if tl.program_id(1) == 0:
         _backward_heads(
             dq, dweight_ptr, dq_out, q, q_weight_ptr, cos_ptr, sin_ptr, ntokens, seqlen, text_len,

@@ -125,6 +125,10 @@ def lint(ttir: str) -> list[str]:
     for offset, kind in re.findall(r"tt\.addptr %\w+, (%\w+) : [^,\n]+, ([^\n]+?) loc", ttir):
         if re.search(r"\bi32\b|xi32\b", kind) and not re.fullmatch(r"%c\w*_i32\w*", offset):
             found.append(f"an offset of 32 bits: {offset}")
+    for product in re.findall(r"(arith\.muli [^:\n]+) : (?:tensor<\w+xi32>|i32)", ttir):
+        found.append(f"a product of 32 bits: {product}")
+    for narrowed in re.findall(r"(arith\.trunci [^:\n]+) : \S*i64\S* to \S*i32", ttir):
+        found.append(f"64 bits cut to 32: {narrowed}")
     if re.search(r"\bf64\b|xf64\b", ttir):
         found.append("fp64 arithmetic")
     for operands in re.findall(r"tt\.load ([^:{\n]+)", ttir):
