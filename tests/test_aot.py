@@ -50,20 +50,20 @@ def test_every_budget_is_held_on_every_target(compiled):
 WORSE = {
     # what is done to the kernel -> what its report must complain of
     "odd and even dims apart": (
-        "        d = tl.arange(0, 2 * HALF)\n"
+        "        d = tl.arange(0, 2 * P.HALF)\n"
         "        at = ptr + (rows[:, None] + d.to(tl.int64)[None, :] * stride_dim)\n"
-        "        x = tl.load(at, mask=row_mask[:, None] & (d < HEADDIM)[None, :], other=0.0)\n"
-        "        a, b = tl.split(tl.reshape(x, (rows.shape[0], HALF, 2)))\n",
-        "        d = 2 * tl.arange(0, HALF)\n"
+        "        x = tl.load(at, mask=row_mask[:, None] & (d < P.HEADDIM)[None, :], other=0.0)\n"
+        "        a, b = tl.split(tl.reshape(x, (rows.shape[0], P.HALF, 2)))\n",
+        "        d = 2 * tl.arange(0, P.HALF)\n"
         "        at = ptr + (rows[:, None] + d.to(tl.int64)[None, :] * stride_dim)\n"
-        "        mask = row_mask[:, None] & (d < HEADDIM)[None, :]\n"
+        "        mask = row_mask[:, None] & (d < P.HEADDIM)[None, :]\n"
         "        a = tl.load(at, mask=mask, other=0.0)\n"
         "        b = tl.load(at + stride_dim, mask=mask, other=0.0)\n",
         "accesses under 128 bits",
     ),
     "offsets of 32 bits": (
-        "    return (batch * x.batch + seq * x.seq + head.to(tl.int64) * x.head) * ALIGN",
-        "    return ((batch * x.batch + seq * x.seq + head.to(tl.int64) * x.head) * ALIGN)"
+        "    return (batch * x.batch + seq * x.seq + head.to(tl.int64) * x.head) * P.ALIGN",
+        "    return ((batch * x.batch + seq * x.seq + head.to(tl.int64) * x.head) * P.ALIGN)"
         ".to(tl.int32)",
         "64 bits cut to 32",
     ),

@@ -39,6 +39,21 @@ class Heads(NamedTuple):
     dim: int
 
 
+class Plan(NamedTuple):
+    """What is constant in a launch, and compiled into the kernel."""
+
+    HEADDIM: int
+    ROTARY: int  # dims that turn
+    HALF: int  # lanes for the pairs of a head: a power of two
+    INTERLEAVED: bool
+    INVERSE: bool  # turn back
+    BLOCK_H: int  # heads at a time
+    ALIGN: int  # elements that strides are multiples of
+    NORM: str  # "layer", "rms" or "none"
+    EPS: float
+    COMPUTE: tl.dtype
+
+
 class Affine(NamedTuple):
     """Weight and bias of a norm, (headdim,) and contiguous, or None."""
 
@@ -47,95 +62,91 @@ class Affine(NamedTuple):
 
 
 @triton.jit
-def _rows(x, token, seqlen, head, ALIGN: tl.constexpr):
+def _rows(x, token, seqlen, head, P: tl.constexpr):
     """Offset of each head's first element; 64 bits from the first product on."""
     batch = (token // seqlen).to(tl.int64)
     seq = (token % seqlen).to(tl.int64)
-    return (batch * x.batch + seq * x.seq + head.to(tl.int64) * x.head) * ALIGN
+    return (batch * x.batch + seq * x.seq + head.to(tl.int64) * x.head) * P.ALIGN
 
 
 @triton.jit
-def _pair_dims(HEADDIM: tl.constexpr, ROTARY: tl.constexpr, HALF: tl.constexpr):
+def _pair_dims(P: tl.constexpr):
     """Dims of the first and second elements of half-split pairs; those that pass pair up too."""
-    j = tl.arange(0, HALF)
-    if ROTARY == HEADDIM:
-        return j, j + HEADDIM // 2
-    turning = j < ROTARY // 2
+    j = tl.arange(0, P.HALF)
+    if P.ROTARY == P.HEADDIM:
+        return j, j + P.HEADDIM // 2
+    turning = j < P.ROTARY // 2
     return (
-        tl.where(turning, j, j + ROTARY // 2),
-        tl.where(turning, j + ROTARY // 2, j + HEADDIM // 2),
+        tl.where(turning, j, j + P.ROTARY // 2),
+        tl.where(turning, j + P.ROTARY // 2, j + P.HEADDIM // 2),
     )
 
 
 @triton.jit
-def _load_pairs(
-    ptr, rows, row_mask, stride_dim,
-    HEADDIM: tl.constexpr, ROTARY: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):  # fmt: skip
+def _load_pairs(ptr, rows, row_mask, stride_dim, P: tl.constexpr):
     """Heads as (rows, HALF) twice, widened.
 
     Interleaved ones are loaded whole and split in registers: every access is then 16 bytes wide,
     where loading odd and even dims apart would make it 2.
     """
-    if INTERLEAVED:
-        d = tl.arange(0, 2 * HALF)
+    if P.INTERLEAVED:
+        d = tl.arange(0, 2 * P.HALF)
         at = ptr + (rows[:, None] + d.to(tl.int64)[None, :] * stride_dim)
-        x = tl.load(at, mask=row_mask[:, None] & (d < HEADDIM)[None, :], other=0.0)
-        a, b = tl.split(tl.reshape(x, (rows.shape[0], HALF, 2)))
+        x = tl.load(at, mask=row_mask[:, None] & (d < P.HEADDIM)[None, :], other=0.0)
+        a, b = tl.split(tl.reshape(x, (rows.shape[0], P.HALF, 2)))
     else:
-        mask = row_mask[:, None] & (tl.arange(0, HALF) < HEADDIM // 2)[None, :]
-        first, second = _pair_dims(HEADDIM, ROTARY, HALF)
+        mask = row_mask[:, None] & (tl.arange(0, P.HALF) < P.HEADDIM // 2)[None, :]
+        first, second = _pair_dims(P)
         at = ptr + (rows[:, None] + first.to(tl.int64)[None, :] * stride_dim)
         a = tl.load(at, mask=mask, other=0.0)
         at = ptr + (rows[:, None] + second.to(tl.int64)[None, :] * stride_dim)
         b = tl.load(at, mask=mask, other=0.0)
-    return a.to(COMPUTE), b.to(COMPUTE)
+    return a.to(P.COMPUTE), b.to(P.COMPUTE)
 
 
 @triton.jit
-def _store_pairs(
-    ptr, rows, row_mask, stride_dim, a, b,
-    HEADDIM: tl.constexpr, ROTARY: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-):  # fmt: skip
+def _store_pairs(ptr, rows, row_mask, stride_dim, a, b, P: tl.constexpr):
     """The inverse of `_load_pairs`; rounds to the tensor's dtype, once."""
     a = a.to(ptr.dtype.element_ty)
     b = b.to(ptr.dtype.element_ty)
-    if INTERLEAVED:
-        d = tl.arange(0, 2 * HALF)
+    if P.INTERLEAVED:
+        d = tl.arange(0, 2 * P.HALF)
         at = ptr + (rows[:, None] + d.to(tl.int64)[None, :] * stride_dim)
-        x = tl.reshape(tl.join(a, b), (rows.shape[0], 2 * HALF))
-        tl.store(at, x, mask=row_mask[:, None] & (d < HEADDIM)[None, :])
+        x = tl.reshape(tl.join(a, b), (rows.shape[0], 2 * P.HALF))
+        tl.store(at, x, mask=row_mask[:, None] & (d < P.HEADDIM)[None, :])
     else:
-        mask = row_mask[:, None] & (tl.arange(0, HALF) < HEADDIM // 2)[None, :]
-        first, second = _pair_dims(HEADDIM, ROTARY, HALF)
+        mask = row_mask[:, None] & (tl.arange(0, P.HALF) < P.HEADDIM // 2)[None, :]
+        first, second = _pair_dims(P)
         tl.store(ptr + (rows[:, None] + first.to(tl.int64)[None, :] * stride_dim), a, mask=mask)
         tl.store(ptr + (rows[:, None] + second.to(tl.int64)[None, :] * stride_dim), b, mask=mask)
 
 
 @triton.jit
-def _load_weight(
-    ptr,
-    HEADDIM: tl.constexpr, ROTARY: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):  # fmt: skip
+def _load_weight(ptr, P: tl.constexpr):
     """A vector (headdim,) as (1, HALF) twice."""
     row = tl.zeros((1,), tl.int64)
-    return _load_pairs(ptr, row, row == 0, 1, HEADDIM, ROTARY, HALF, INTERLEAVED, COMPUTE)
+    return _load_pairs(ptr, row, row == 0, 1, P)
 
 
 @triton.jit
-def _load_angles(
-    cos_ptr, sin_ptr, token, seqlen, text_len,
-    ROTARY: tl.constexpr, HALF: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
+def _store_share(ptr, a, b, P: tl.constexpr):
+    """The sum over heads of (BLOCK_H, HALF) twice, as a vector (headdim,)."""
+    row = tl.zeros((1,), tl.int64)
+    a, b = tl.sum(a, axis=0)[None, :], tl.sum(b, axis=0)[None, :]
+    _store_pairs(ptr, row, row == 0, 1, a, b, P)
+
+
+@triton.jit
+def _load_angles(cos_ptr, sin_ptr, token, seqlen, text_len, P: tl.constexpr):
     """cos and sin of the token's pairs, and which of them turn: none of a text token's."""
     position = token % seqlen - text_len
-    j = tl.arange(0, HALF)
-    turning = (j < ROTARY // 2) & (position >= 0)
-    at = position.to(tl.int64) * (ROTARY // 2) + j
-    cos = tl.load(cos_ptr + at, mask=turning, other=0.0).to(COMPUTE)
-    sin = tl.load(sin_ptr + at, mask=turning, other=0.0).to(COMPUTE)
+    j = tl.arange(0, P.HALF)
+    turning = (j < P.ROTARY // 2) & (position >= 0)
+    at = position.to(tl.int64) * (P.ROTARY // 2) + j
+    cos = tl.load(cos_ptr + at, mask=turning, other=0.0).to(P.COMPUTE)
+    sin = tl.load(sin_ptr + at, mask=turning, other=0.0).to(P.COMPUTE)
+    if P.INVERSE:
+        sin = -sin
     return cos[None, :], sin[None, :], turning[None, :]
 
 
@@ -146,108 +157,84 @@ def _rotate(a, b, cos, sin, turning):
 
 
 @triton.jit
-def _normalise(
-    a, b, HEADDIM: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr
-):
+def _normalise(a, b, P: tl.constexpr):
     """Each head, less its mean for a LayerNorm, over its root mean square; and 1 / that root."""
-    if NORM == "layer":
-        mean = (tl.sum(a + b, axis=1) * (1.0 / HEADDIM))[:, None]
+    if P.NORM == "layer":
+        mean = (tl.sum(a + b, axis=1) * (1.0 / P.HEADDIM))[:, None]
         a -= mean
         b -= mean
-        if 2 * HALF != HEADDIM:
-            within = (tl.arange(0, HALF) < HEADDIM // 2)[None, :]
+        if 2 * P.HALF != P.HEADDIM:
+            within = (tl.arange(0, P.HALF) < P.HEADDIM // 2)[None, :]
             a = tl.where(within, a, 0.0)
             b = tl.where(within, b, 0.0)
-    variance = tl.sum(a * a + b * b, axis=1) * (1.0 / HEADDIM)
-    rstd = tl.rsqrt(variance + EPS)[:, None]
+    variance = tl.sum(a * a + b * b, axis=1) * (1.0 / P.HEADDIM)
+    rstd = tl.rsqrt(variance + P.EPS)[:, None]
     return a * rstd, b * rstd, rstd
 
 
 @triton.jit
 def _forward_heads(
-    out, x, affine, token, seqlen, cos, sin, turning,
-    NHEADS: tl.constexpr, BLOCK_H: tl.constexpr, ALIGN: tl.constexpr,
-    HEADDIM: tl.constexpr, ROTARY: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    NORM: tl.constexpr, EPS: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
+    out, x, affine, token, seqlen, cos, sin, turning, NHEADS: tl.constexpr, P: tl.constexpr
+):
     """All heads of one token of one tensor."""
     if affine.weight is not None:
-        weight_a, weight_b = _load_weight(
-            affine.weight, HEADDIM, ROTARY, HALF, INTERLEAVED, COMPUTE
-        )
+        weight_a, weight_b = _load_weight(affine.weight, P)
     if affine.bias is not None:
-        bias_a, bias_b = _load_weight(affine.bias, HEADDIM, ROTARY, HALF, INTERLEAVED, COMPUTE)
-    for first in range(0, NHEADS, BLOCK_H):
-        head = first + tl.arange(0, BLOCK_H)
+        bias_a, bias_b = _load_weight(affine.bias, P)
+    for first in range(0, NHEADS, P.BLOCK_H):
+        head = first + tl.arange(0, P.BLOCK_H)
         mask = head < NHEADS
-        rows = _rows(x, token, seqlen, head, ALIGN)
-        a, b = _load_pairs(x.ptr, rows, mask, x.dim, HEADDIM, ROTARY, HALF, INTERLEAVED, COMPUTE)
-        if NORM != "none":
-            a, b, _ = _normalise(a, b, HEADDIM, HALF, NORM, EPS)
+        rows = _rows(x, token, seqlen, head, P)
+        a, b = _load_pairs(x.ptr, rows, mask, x.dim, P)
+        if P.NORM != "none":
+            a, b, _ = _normalise(a, b, P)
         if affine.weight is not None:
             a, b = a * weight_a, b * weight_b
         if affine.bias is not None:
             a, b = a + bias_a, b + bias_b
         a, b = _rotate(a, b, cos, sin, turning)
-        rows = _rows(out, token, seqlen, head, ALIGN)
-        _store_pairs(out.ptr, rows, mask, out.dim, a, b, HEADDIM, ROTARY, HALF, INTERLEAVED)
+        rows = _rows(out, token, seqlen, head, P)
+        _store_pairs(out.ptr, rows, mask, out.dim, a, b, P)
 
 
 @triton.jit(do_not_specialize=["seqlen", "text_len"])
 def _rope3d_fwd_kernel(
     q_out, k_out, q, k, q_affine, k_affine, cos_ptr, sin_ptr, seqlen, text_len,
-    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, BLOCK_H: tl.constexpr, ALIGN: tl.constexpr,
-    HEADDIM: tl.constexpr, ROTARY: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    INVERSE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, COMPUTE: tl.constexpr,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
+    """Grid (tokens,). No k if K_HEADS is 0."""
     token = tl.program_id(0)
-    cos, sin, turning = _load_angles(
-        cos_ptr, sin_ptr, token, seqlen, text_len, ROTARY, HALF, COMPUTE
-    )
-    if INVERSE:
-        sin = -sin
-    _forward_heads(
-        q_out, q, q_affine, token, seqlen, cos, sin, turning, Q_HEADS, BLOCK_H, ALIGN,
-        HEADDIM, ROTARY, HALF, INTERLEAVED, NORM, EPS, COMPUTE,
-    )  # fmt: skip
+    cos, sin, turning = _load_angles(cos_ptr, sin_ptr, token, seqlen, text_len, P)
+    _forward_heads(q_out, q, q_affine, token, seqlen, cos, sin, turning, Q_HEADS, P)
     if K_HEADS > 0:
-        _forward_heads(
-            k_out, k, k_affine, token, seqlen, cos, sin, turning, K_HEADS, BLOCK_H, ALIGN,
-            HEADDIM, ROTARY, HALF, INTERLEAVED, NORM, EPS, COMPUTE,
-        )  # fmt: skip
+        _forward_heads(k_out, k, k_affine, token, seqlen, cos, sin, turning, K_HEADS, P)
 
 
 @triton.jit
 def _backward_heads(
     dx, dweight_ptr, dout, x, weight_ptr, cos_ptr, sin_ptr, ntokens, seqlen, text_len,
-    NHEADS: tl.constexpr, BLOCK_H: tl.constexpr, ALIGN: tl.constexpr,
-    HEADDIM: tl.constexpr, ROTARY: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    NORM: tl.constexpr, EPS: tl.constexpr, COMPUTE: tl.constexpr,
+    NHEADS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """All heads of every PROGRAMS-th token of one tensor, and their share of dweight and dbias."""
     if weight_ptr is not None:
-        weight_a, weight_b = _load_weight(weight_ptr, HEADDIM, ROTARY, HALF, INTERLEAVED, COMPUTE)
-    dweight_a = tl.zeros((BLOCK_H, HALF), COMPUTE)
-    dweight_b = tl.zeros((BLOCK_H, HALF), COMPUTE)
-    dbias_a = tl.zeros((BLOCK_H, HALF), COMPUTE)
-    dbias_b = tl.zeros((BLOCK_H, HALF), COMPUTE)
+        weight_a, weight_b = _load_weight(weight_ptr, P)
+    BLOCK_H: tl.constexpr = P.BLOCK_H
+    HALF: tl.constexpr = P.HALF
+    dweight_a = tl.zeros((BLOCK_H, HALF), P.COMPUTE)
+    dweight_b = tl.zeros((BLOCK_H, HALF), P.COMPUTE)
+    dbias_a = tl.zeros((BLOCK_H, HALF), P.COMPUTE)
+    dbias_b = tl.zeros((BLOCK_H, HALF), P.COMPUTE)
     for token in range(tl.program_id(0), ntokens, tl.num_programs(0)):
-        cos, sin, turning = _load_angles(
-            cos_ptr, sin_ptr, token, seqlen, text_len, ROTARY, HALF, COMPUTE
-        )
-        for first in range(0, NHEADS, BLOCK_H):
-            head = first + tl.arange(0, BLOCK_H)
+        cos, sin, turning = _load_angles(cos_ptr, sin_ptr, token, seqlen, text_len, P)
+        for first in range(0, NHEADS, P.BLOCK_H):
+            head = first + tl.arange(0, P.BLOCK_H)
             mask = head < NHEADS
-            rows = _rows(dout, token, seqlen, head, ALIGN)
-            da, db = _load_pairs(
-                dout.ptr, rows, mask, dout.dim, HEADDIM, ROTARY, HALF, INTERLEAVED, COMPUTE
-            )
-            rows = _rows(x, token, seqlen, head, ALIGN)
-            a, b = _load_pairs(
-                x.ptr, rows, mask, x.dim, HEADDIM, ROTARY, HALF, INTERLEAVED, COMPUTE
-            )
-            da, db = _rotate(da, db, cos, -sin, turning)
-            a, b, rstd = _normalise(a, b, HEADDIM, HALF, NORM, EPS)
+            rows = _rows(dout, token, seqlen, head, P)
+            da, db = _load_pairs(dout.ptr, rows, mask, dout.dim, P)
+            rows = _rows(x, token, seqlen, head, P)
+            a, b = _load_pairs(x.ptr, rows, mask, x.dim, P)
+            da, db = _rotate(da, db, cos, sin, turning)
+            a, b, rstd = _normalise(a, b, P)
             if dweight_ptr is not None:
                 dweight_a += da * a
                 dweight_b += db * b
@@ -255,54 +242,43 @@ def _backward_heads(
                 dbias_b += db
             if weight_ptr is not None:
                 da, db = da * weight_a, db * weight_b
-            along = (tl.sum(da * a + db * b, axis=1) * (1.0 / HEADDIM))[:, None]
-            if NORM == "layer":
-                mean = (tl.sum(da + db, axis=1) * (1.0 / HEADDIM))[:, None]
+            along = (tl.sum(da * a + db * b, axis=1) * (1.0 / P.HEADDIM))[:, None]
+            if P.NORM == "layer":
+                mean = (tl.sum(da + db, axis=1) * (1.0 / P.HEADDIM))[:, None]
                 da, db = da - mean, db - mean
             da, db = (da - a * along) * rstd, (db - b * along) * rstd
-            rows = _rows(dx, token, seqlen, head, ALIGN)
-            _store_pairs(dx.ptr, rows, mask, dx.dim, da, db, HEADDIM, ROTARY, HALF, INTERLEAVED)
+            rows = _rows(dx, token, seqlen, head, P)
+            _store_pairs(dx.ptr, rows, mask, dx.dim, da, db, P)
     if dweight_ptr is not None:
-        row = tl.zeros((1,), tl.int64)
-        _store_pairs(
-            dweight_ptr, row, row == 0, 1,
-            tl.sum(dweight_a, axis=0)[None, :], tl.sum(dweight_b, axis=0)[None, :],
-            HEADDIM, ROTARY, HALF, INTERLEAVED,
-        )  # fmt: skip
-        _store_pairs(
-            dweight_ptr + HEADDIM, row, row == 0, 1,
-            tl.sum(dbias_a, axis=0)[None, :], tl.sum(dbias_b, axis=0)[None, :],
-            HEADDIM, ROTARY, HALF, INTERLEAVED,
-        )  # fmt: skip
+        _store_share(dweight_ptr, dweight_a, dweight_b, P)
+        _store_share(dweight_ptr + P.HEADDIM, dbias_a, dbias_b, P)
 
 
 @triton.jit(do_not_specialize=["ntokens", "seqlen", "text_len"])
 def _qk_norm_rope3d_bwd_kernel(
     dq, dk, dweight_ptr, dq_out, dk_out, q, k, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
     ntokens, seqlen, text_len,
-    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, BLOCK_H: tl.constexpr, ALIGN: tl.constexpr,
-    HEADDIM: tl.constexpr, ROTARY: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    NORM: tl.constexpr, EPS: tl.constexpr, COMPUTE: tl.constexpr,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs, 2); the second axis is q or k. dweight_ptr: (2, programs, 2, headdim)."""
     if dweight_ptr is not None:
         program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-        dweight_ptr += program * (2 * HEADDIM)
+        dweight_ptr += program * (2 * P.HEADDIM)
     if tl.program_id(1) == 0:
         _backward_heads(
             dq, dweight_ptr, dq_out, q, q_weight_ptr, cos_ptr, sin_ptr, ntokens, seqlen, text_len,
-            Q_HEADS, BLOCK_H, ALIGN, HEADDIM, ROTARY, HALF, INTERLEAVED, NORM, EPS, COMPUTE,
+            Q_HEADS, P,
         )  # fmt: skip
     else:
         _backward_heads(
             dk, dweight_ptr, dk_out, k, k_weight_ptr, cos_ptr, sin_ptr, ntokens, seqlen, text_len,
-            K_HEADS, BLOCK_H, ALIGN, HEADDIM, ROTARY, HALF, INTERLEAVED, NORM, EPS, COMPUTE,
+            K_HEADS, P,
         )  # fmt: skip
 
 
-def _heads(x: Tensor, align: int) -> Heads:
+def _heads(x: Tensor, plan: Plan) -> Heads:
     *outer, dim = x.stride()
-    return Heads(x, *(stride // align for stride in outer), dim)
+    return Heads(x, *(stride // plan.ALIGN for stride in outer), dim)
 
 
 def _affine(weight: Tensor | None, bias: Tensor | None) -> Affine:
@@ -313,23 +289,25 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _constants(q: Tensor, k: Tensor | None, cos: Tensor, interleaved: bool) -> dict[str, object]:
-    """The constexpr arguments that both kernels share."""
-    headdim, q_heads = q.shape[3], q.shape[2]
-    k_heads = 0 if k is None else k.shape[2]
-    half = triton.next_power_of_2(headdim) // 2
-    return {
-        "Q_HEADS": q_heads,
-        "K_HEADS": k_heads,
-        "BLOCK_H": min(triton.next_power_of_2(max(q_heads, k_heads)), max(1, TILE // (2 * half))),
-        "HEADDIM": headdim,
-        "ROTARY": 2 * cos.shape[1],
-        "HALF": half,
-        "INTERLEAVED": interleaved,
-        "COMPUTE": tl.float64 if q.dtype is torch.float64 else tl.float32,
-        "num_warps": NUM_WARPS,
-        "enable_fp_fusion": True,
-    }
+def _plan(
+    cos: Tensor, interleaved: bool, norm: str, eps: float, *heads: Tensor, inverse: bool = False
+) -> Plan:
+    """For a launch over these tensors of heads, outputs included."""
+    dtype, headdim = heads[0].dtype, heads[0].shape[3]
+    lanes = triton.next_power_of_2(headdim)
+    nheads = triton.next_power_of_2(max(x.shape[2] for x in heads))
+    return Plan(
+        HEADDIM=headdim,
+        ROTARY=2 * cos.shape[1],
+        HALF=lanes // 2,
+        INTERLEAVED=interleaved,
+        INVERSE=inverse,
+        BLOCK_H=min(nheads, max(1, TILE // lanes)),
+        ALIGN=alignment(*heads),
+        NORM=norm,
+        EPS=eps,
+        COMPUTE=tl.float64 if dtype is torch.float64 else tl.float32,
+    )
 
 
 def rope3d_fwd(
@@ -337,16 +315,15 @@ def rope3d_fwd(
 ) -> Tensor:
     """x turned by its angles, or back by them, as a new contiguous tensor."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    batch, seqlen, _, _ = x.shape
     if x.numel() == 0:
         return out
-    align = alignment(out, x)
+    batch, seqlen, nheads, _ = x.shape
+    plan = _plan(cos, interleaved, "none", 0.0, x, out, inverse=inverse)
     with on_device(x):
         _rope3d_fwd_kernel[(batch * seqlen,)](
-            _heads(out, align), None, _heads(x, align), None, _affine(None, None), None,
+            _heads(out, plan), None, _heads(x, plan), None, _affine(None, None), None,
             cos.contiguous(), sin.contiguous(), seqlen, text_len,
-            ALIGN=align, INVERSE=inverse, NORM="none", EPS=0.0,
-            **_constants(x, None, cos, interleaved),
+            Q_HEADS=nheads, K_HEADS=0, P=plan, num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
@@ -361,17 +338,17 @@ def qk_norm_rope3d_fwd(
     """q and k normalised and turned: written over themselves, or as new contiguous tensors."""
     q_out = q if inplace else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = k if inplace else torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    batch, seqlen, _, _ = q.shape
     if q.numel() + k.numel() == 0:
         return q_out, k_out
-    align = alignment(q_out, k_out, q, k)
+    batch, seqlen, q_heads, _ = q.shape
+    plan = _plan(cos, interleaved, norm, eps, q, k, q_out, k_out)
     with on_device(q):
         _rope3d_fwd_kernel[(batch * seqlen,)](
-            _heads(q_out, align), _heads(k_out, align), _heads(q, align), _heads(k, align),
+            _heads(q_out, plan), _heads(k_out, plan), _heads(q, plan), _heads(k, plan),
             _affine(q_weight, q_bias), _affine(k_weight, k_bias),
             cos.contiguous(), sin.contiguous(), seqlen, text_len,
-            ALIGN=align, INVERSE=False, NORM=norm, EPS=eps,
-            **_constants(q, k, cos, interleaved),
+            Q_HEADS=q_heads, K_HEADS=k.shape[2], P=plan,
+            num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return q_out, k_out
 
@@ -388,22 +365,21 @@ def qk_norm_rope3d_bwd(
     """
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    batch, seqlen, _, headdim = q.shape
+    batch, seqlen, q_heads, headdim = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     rows = 4 if affine_grads else 0
     if q.numel() + k.numel() == 0:
         return dq, dk, torch.zeros((rows, headdim), dtype=wide, device=q.device)
     programs = min(batch * seqlen, BACKWARD_PROGRAMS)
-    shares = torch.empty((programs, rows, headdim), dtype=wide, device=q.device)
-    shares = shares.view(2, programs, rows // 2, headdim)
-    align = alignment(dq, dk, dq_out, dk_out, q, k)
+    shares = torch.empty((2, programs, rows // 2, headdim), dtype=wide, device=q.device)
+    plan = _plan(cos, interleaved, norm, eps, q, k, dq, dk, dq_out, dk_out, inverse=True)
     with on_device(q):
         _qk_norm_rope3d_bwd_kernel[(programs, 2)](
-            _heads(dq, align), _heads(dk, align), shares if affine_grads else None,
-            _heads(dq_out, align), _heads(dk_out, align), _heads(q, align), _heads(k, align),
+            _heads(dq, plan), _heads(dk, plan), shares if affine_grads else None,
+            _heads(dq_out, plan), _heads(dk_out, plan), _heads(q, plan), _heads(k, plan),
             _contiguous(q_weight), _contiguous(k_weight),
             cos.contiguous(), sin.contiguous(), batch * seqlen, seqlen, text_len,
-            ALIGN=align, NORM=norm, EPS=eps,
-            **_constants(q, k, cos, interleaved),
+            Q_HEADS=q_heads, K_HEADS=k.shape[2], P=plan,
+            num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return dq, dk, shares.sum(1).view(rows, headdim)
