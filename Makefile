@@ -47,6 +47,7 @@ lint: $(READY)  ## ruff, mypy, clang-format
 
 aot: $(READY)  ## every Triton kernel through the compilers of every target; needs no GPU
 	cogvx-kernels aot
+	cogvx-kernels aot --samples --target sm_90
 
 mutants: $(READY)  ## does the test suite notice when a kernel is broken on purpose?
 	python -m tests.mutants

@@ -26,7 +26,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from .._backend import INTERPRETED
-from .._opinfo import SIZES, Budget, OpInfo
+from .._opinfo import SIZES, Budget, OpInfo, Sample
 from ..testing import OPS, materialize
 
 TARGETS = {
@@ -89,8 +89,10 @@ class _CompileOnly:
         return 0
 
 
-def compile_launches(info: OpInfo, size: str, dtype: torch.dtype, target: GPUTarget) -> list[Any]:
-    """What the op's launchers would launch at that size, compiled: Triton's compiled kernels.
+def compile_launches(
+    info: OpInfo, sample: Sample, dtype: torch.dtype, target: GPUTarget
+) -> list[Any]:
+    """What the op's launchers would launch for a sample, compiled: Triton's compiled kernels.
 
     Leaves the compile-only driver in place: without a GPU there is none to go back to.
     """
@@ -102,7 +104,7 @@ def compile_launches(info: OpInfo, size: str, dtype: torch.dtype, target: GPUTar
         return compiled[-1]
 
     kernel = importlib.import_module(info.op.__module__.rpartition(".")[0] + ".kernel")
-    arguments = materialize(info.at_size(SIZES[size]), dtype, device="meta")
+    arguments = materialize(sample, dtype, device="meta")
     driver.set_active(_CompileOnly(target))
     JITFunction.run = compile_only
     try:
@@ -145,11 +147,22 @@ def reports(ops: list[OpInfo], targets: list[str]) -> Iterator[tuple[Report, Bud
         for size in dict.fromkeys(budget.size for budget in info.budgets):
             for target in targets:
                 budgets = [b for b in info.budgets if b.size == size]
-                for compiled in compile_launches(info, size, budgets[0].dtype, TARGETS[target]):
+                sample, dtype = info.at_size(SIZES[size]), budgets[0].dtype
+                for compiled in compile_launches(info, sample, dtype, TARGETS[target]):
                     report = inspect(info, size, target, compiled)
                     for budget in budgets:
                         if budget.kernel == report.kernel:
                             yield report, budget
+
+
+def small_reports(ops: list[OpInfo], targets: list[str]) -> Iterator[Report]:
+    """Each sample, in dtypes by turns: options that no budget covers compile too, unspilled."""
+    for info in ops:
+        for i, sample in enumerate(info.samples):
+            for target in targets:
+                dtype = info.dtypes[i % len(info.dtypes)]
+                for compiled in compile_launches(info, sample, dtype, TARGETS[target]):
+                    yield inspect(info, sample.reason, target, compiled)
 
 
 def _read_cubin(compiled: Any) -> tuple[int, int, int, dict[int, int], dict[int, int]]:
@@ -202,6 +215,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="cogvx-kernels aot", description=__doc__)
     parser.add_argument("--op", choices=OPS, action="append", help="default: all")
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
+    parser.add_argument("--samples", action="store_true", help="every small sample instead")
     parser.add_argument("--json", metavar="FILE", help="also write the reports there ('-': only)")
     options = parser.parse_args(argv)
     if INTERPRETED:
@@ -212,10 +226,17 @@ def main(argv: list[str]) -> int:
     rows, failures = [], []
     quiet = options.json == "-"
     if not quiet:
-        print(f"{'kernel':30}{'size':22}{'target':8}{'regs':>5}{'spill':>6}{'shared':>7}"
+        print(f"{'kernel':30}{'size':36}{'target':8}{'regs':>5}{'spill':>6}{'shared':>7}"
               "  loads, stores as bits:count")  # fmt: skip
-    for report, budget in reports(ops, options.target or list(TARGETS)):
-        over = report.violations(budget)
+    targets = options.target or list(TARGETS)
+    found: Iterator[tuple[Report, Budget | None]] = (
+        ((report, None) for report in small_reports(ops, targets))
+        if options.samples
+        else reports(ops, targets)
+    )
+    for report, budget in found:
+        spilled = [f"spills: {report.spills}"] if report.spills else []
+        over = report.violations(budget) if budget else spilled + report.lint
         rows.append(dataclasses.asdict(report) | {"violations": over})
         failures += [f"{report.kernel} {report.size} {report.target}: {line}" for line in over]
         if not quiet:
@@ -223,7 +244,7 @@ def main(argv: list[str]) -> int:
                 " ".join(f"{width}:{count}" for width, count in sorted(x.items(), reverse=True))
                 for x in (report.loads, report.stores)
             )
-            print(f"{report.kernel:30}{report.size:22}{report.target:8}{report.registers:>5}"
+            print(f"{report.kernel:30}{report.size:36}{report.target:8}{report.registers:>5}"
                   f"{report.spills:>6}{report.shared:>7}  {loads} | {stores}")  # fmt: skip
     if options.json:
         text = json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1)
