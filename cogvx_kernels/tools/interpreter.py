@@ -3,9 +3,9 @@
 With TRITON_INTERPRET=1 Triton runs kernels on the CPU, in NumPy. As it comes (3.6.0 and 3.7.1) it
 truncates when it stores bfloat16, where every GPU rounds to nearest even; it computes with bfloat16
 blocks as if their bits were integers, silently; it warns of infinities and NaN, which a GPU takes
-in its stride; and it spends most of its time on patching `triton.language` anew for every call of
-a device function. `install()` cures the four; a kernel that computes on a bfloat16 block before it
-widens it is refused by name.
+in its stride; with 3.6.0 a loop to a runtime bound offends NumPy, from 2.4 on fatally; and most of
+its time goes into patching `triton.language` anew for every call of a device function. `install()`
+cures them all; a kernel that computes on a bfloat16 block before it widens it is refused by name.
 """
 
 from collections.abc import Callable
@@ -39,6 +39,7 @@ def install() -> None:
     if not hasattr(InterpreterBuilder.cast_impl, "cured"):
         _cure_casts()
         _cure_arithmetic()
+        _cure_indices()
         _cure_launches()
 
 
@@ -85,6 +86,16 @@ def _cure_arithmetic() -> None:
         return original_dot(self, a, b, *rest)
 
     InterpreterBuilder.create_dot = dot
+
+
+def _cure_indices() -> None:
+    patch = triton_interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    triton_interpreter._patch_lang_tensor = patch_lang_tensor
 
 
 def _cure_launches() -> None:
