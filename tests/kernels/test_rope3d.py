@@ -8,7 +8,7 @@ import torch
 
 import cogvx_kernels as ck
 from cogvx_kernels import _backend
-from cogvx_kernels.testing import OPS, SIZES, compare, judge, materialize
+from cogvx_kernels.testing import OPS, SIZES, compare, evaluate, judge, materialize
 
 BASE_GRID = (30, 45)  # tokens of 480x720
 
@@ -311,6 +311,45 @@ def test_in_place_on_a_packed_projection(backend, dtype, device):
     assert out[0] is q and out[1] is k
     assert torch.equal(q, expected[0]) and torch.equal(k, expected[1])
     assert torch.equal(v, before[:, :, 2])
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_in_place_compiled_changes_the_same_memory(compiler, device):
+    """The views of the packed projection that the compiled graph writes are the caller's own."""
+    torch._dynamo.reset()
+    cos, sin = (t.to(device) for t in tables())
+    qkv = torch.randn(1, 26, 3, 2, 64, device=device)
+    expected = qkv.clone()
+
+    def step(qkv):
+        q, k, v = qkv.unbind(2)
+        q, k = ck.qk_norm_rope3d(
+            q, k, *[None] * 4, cos, sin, text_len=2, inplace=True, backend="kernel"
+        )
+        return (q * k).sum(-1), v
+
+    with torch.no_grad():
+        plain = step(expected)
+        compiled = torch.compile(step, fullgraph=True, backend=compiler)(qkv)
+    assert torch.equal(qkv, expected)
+    torch.testing.assert_close(compiled, plain)
+
+
+def test_autocast_changes_nothing(device):
+    """Dtypes are the arguments' own, of results and of gradients, in autocast and out of it."""
+    info = OPS["qk_norm_rope3d"]
+    arguments = materialize(info.samples[0], torch.bfloat16, device=device)
+    for name in ("q_weight", "k_bias"):  # parameters stay fp32 under autocast
+        arguments[name] = arguments[name].float()
+    douts = tuple(torch.ones_like(arguments[name]) for name in ("q", "k"))
+    call = (info.op, arguments, info.differentiable, douts)
+    plain = evaluate(*call, backend="kernel")
+    with torch.autocast(device, torch.float16):
+        cast = evaluate(*call, backend="kernel")
+    for name, x in cast.items():
+        assert x.dtype == (arguments[name[1:]] if name[0] == "d" else arguments["q"]).dtype
+        assert torch.equal(x, plain[name]), name
 
 
 @pytest.mark.parametrize("wants", ["q", "k", "q_weight", "k_bias"])
