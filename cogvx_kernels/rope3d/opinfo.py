@@ -108,8 +108,8 @@ QK_NORM_CASES: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-def _random_rope(rng: random.Random, smallest: int = 2) -> dict[str, Any]:
-    headdim = max(smallest, rng.choice((2, 6, 16, 40, 64, 80, 96, 128)))
+def _random_rope(rng: random.Random, smallest: int = 4) -> dict[str, Any]:
+    headdim = max(smallest, rng.choice((4, 6, 16, 40, 64, 80, 96, 128)))
     return {
         "batch": rng.choice((1, 1, 1, 2)),
         "text_len": rng.choice((0, 1, 2)),
@@ -125,7 +125,7 @@ def _random_rope(rng: random.Random, smallest: int = 2) -> dict[str, Any]:
 def _random_qk_norm_rope(rng: random.Random) -> dict[str, Any]:
     # A few numbers that happen to be alike make a LayerNorm ill-conditioned: in fp32 anything goes.
     norm = rng.choice(("layer", "layer", "rms"))
-    return _random_rope(rng, smallest=16 if norm == "layer" else 2) | {
+    return _random_rope(rng, smallest=16 if norm == "layer" else 4) | {
         "norm": norm,
         "affine": "".join(rng.choice((letter, "-")) for letter in "wwbb"),
         "k_heads": rng.choice((None, 1, 2)),

@@ -198,6 +198,17 @@ def test_dims_past_rotary_dim_pass_bit_for_bit(backend, interleaved, device):
     assert not torch.equal(out[0, -1, :, :16], x[0, -1, :, :16])
 
 
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_a_head_of_two_dims(interleaved, device):
+    """One pair. Not in the fuzz: Triton 3.6's interpreter takes a block of one for a scalar."""
+    angles_of = torch.randn(3, 1, device=device)
+    x = torch.randn(2, 5, 3, 2, device=device)
+    call = (x, angles_of.cos(), angles_of.sin())
+    ours = ck.rope3d(*call, text_len=2, interleaved=interleaved, backend="kernel")
+    expected = ck.rope3d_reference(*call, text_len=2, interleaved=interleaved)
+    torch.testing.assert_close(ours, expected)
+
+
 def test_half_split_is_interleaved_with_its_dims_shuffled(device):
     cos, sin = (t.to(device) for t in tables())
     x = torch.randn(1, 24, 2, 64, device=device)
