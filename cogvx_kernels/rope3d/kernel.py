@@ -333,7 +333,7 @@ def qk_norm_rope3d_fwd(
     q_weight: Tensor | None, q_bias: Tensor | None,
     k_weight: Tensor | None, k_bias: Tensor | None,
     cos: Tensor, sin: Tensor, text_len: int, norm: str, eps: float, interleaved: bool,
-    inplace: bool,
+    *, inplace: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q and k normalised and turned: written over themselves, or as new contiguous tensors."""
     q_out = q if inplace else torch.empty(q.shape, dtype=q.dtype, device=q.device)

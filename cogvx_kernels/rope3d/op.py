@@ -12,17 +12,20 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # --- cogvx::rope3d ---------------------------------------------------------------------------
 
 
-@torch.library.custom_op("cogvx::rope3d", mutates_args=())
-def _rope3d(
-    x: Tensor, cos: Tensor, sin: Tensor, text_len: int, interleaved: bool, inverse: bool
-) -> Tensor:
+@torch.library.custom_op(
+    "cogvx::rope3d",
+    mutates_args=(),
+    schema="(Tensor x, Tensor cos, Tensor sin, int text_len, bool interleaved, bool inverse)"
+    " -> Tensor",
+)
+def _rope3d(*arguments):
     from . import kernel
 
-    return kernel.rope3d_fwd(x, cos, sin, text_len, interleaved, inverse)
+    return kernel.rope3d_fwd(*arguments)
 
 
 @_rope3d.register_fake
-def _(x, cos, sin, text_len, interleaved, inverse):
+def _(x, *_):
     return x.new_empty(x.shape)
 
 
@@ -41,29 +44,21 @@ def _rope3d_backward(ctx, dout):
 _rope3d.register_autograd(_rope3d_backward, setup_context=_rope3d_setup)
 
 
-# --- cogvx::qk_norm_rope3d, its backward, and its in-place form ------------------------------
+# --- cogvx::qk_norm_rope3d, its in-place form, and its backward ------------------------------
+
+AFFINE = "Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias"
+SETTINGS = "Tensor cos, Tensor sin, int text_len, str norm, float eps, bool interleaved"
 
 
-@torch.library.custom_op("cogvx::qk_norm_rope3d", mutates_args=())
-def _qk_norm_rope3d(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None,
-    q_bias: Tensor | None,
-    k_weight: Tensor | None,
-    k_bias: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    text_len: int,
-    norm: str,
-    eps: float,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    "cogvx::qk_norm_rope3d",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, {AFFINE}, {SETTINGS}) -> (Tensor, Tensor)",
+)
+def _qk_norm_rope3d(*arguments):
     from . import kernel
 
-    return kernel.qk_norm_rope3d_fwd(
-        q, k, q_weight, q_bias, k_weight, k_bias, cos, sin, text_len, norm, eps, interleaved, False
-    )
+    return kernel.qk_norm_rope3d_fwd(*arguments, inplace=False)
 
 
 @_qk_norm_rope3d.register_fake
@@ -71,28 +66,27 @@ def _(q, k, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-@torch.library.custom_op("cogvx::qk_norm_rope3d_backward", mutates_args=())
-def _qk_norm_rope3d_grads(
-    dq_out: Tensor,
-    dk_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    text_len: int,
-    norm: str,
-    eps: float,
-    interleaved: bool,
-    affine_grads: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "cogvx::qk_norm_rope3d_",
+    mutates_args=("q", "k"),
+    schema=f"(Tensor(a!) q, Tensor(b!) k, {AFFINE}, {SETTINGS}) -> ()",
+)
+def _qk_norm_rope3d_inplace(*arguments):
     from . import kernel
 
-    return kernel.qk_norm_rope3d_bwd(
-        dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, text_len, norm, eps, interleaved,
-        affine_grads,
-    )  # fmt: skip
+    kernel.qk_norm_rope3d_fwd(*arguments, inplace=True)
+
+
+@torch.library.custom_op(
+    "cogvx::qk_norm_rope3d_backward",
+    mutates_args=(),
+    schema="(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight,"
+    f" {SETTINGS}, bool affine_grads) -> (Tensor, Tensor, Tensor)",
+)
+def _qk_norm_rope3d_grads(*arguments):
+    from . import kernel
+
+    return kernel.qk_norm_rope3d_bwd(*arguments)
 
 
 @_qk_norm_rope3d_grads.register_fake
@@ -123,28 +117,6 @@ def _qk_norm_rope3d_backward(ctx, dq_out, dk_out):
 
 
 _qk_norm_rope3d.register_autograd(_qk_norm_rope3d_backward, setup_context=_qk_norm_rope3d_setup)
-
-
-@torch.library.custom_op("cogvx::qk_norm_rope3d_", mutates_args=("q", "k"))
-def _qk_norm_rope3d_inplace(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None,
-    q_bias: Tensor | None,
-    k_weight: Tensor | None,
-    k_bias: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    text_len: int,
-    norm: str,
-    eps: float,
-    interleaved: bool,
-) -> None:
-    from . import kernel
-
-    kernel.qk_norm_rope3d_fwd(
-        q, k, q_weight, q_bias, k_weight, k_bias, cos, sin, text_len, norm, eps, interleaved, True
-    )
 
 
 # --- checks ----------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def _rope_launch(kernel: Any, a: Mapping[str, Any]) -> None:
 def _qk_norm_rope_launch(kernel: Any, a: Mapping[str, Any]) -> None:
     settings = a["cos"], a["sin"], a["text_len"], a["norm"], 1e-6, a["interleaved"]
     affine = a["q_weight"], a["q_bias"], a["k_weight"], a["k_bias"]
-    q, k = kernel.qk_norm_rope3d_fwd(a["q"], a["k"], *affine, *settings, True)
+    q, k = kernel.qk_norm_rope3d_fwd(a["q"], a["k"], *affine, *settings, inplace=True)
     kernel.qk_norm_rope3d_bwd(q, k, q, k, affine[0], affine[2], *settings, True)
 
 

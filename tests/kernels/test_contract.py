@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.gradcheck import GradcheckError
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -415,7 +416,7 @@ def test_compiles_in_one_graph(info, device):
 def test_compiles_once_for_many_lengths(info, device):
     """dynamic=True: lengths of text and video change, and no third graph is made."""
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(info.op, fullgraph=True, dynamic=True, backend=counter)
     for text_len, video_len in ((2, 3), (5, 2), (3, 7), (0, 4), (6, 1)):
         sample = resized(info.samples[0], text_len, video_len)
