@@ -9,13 +9,15 @@ from .reference import qk_norm_rope3d_reference, rope3d_reference
 HEADS = ("batch", "seqlen", "nheads", "headdim")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+# In the schemas below text_len is a SymInt: one compiled graph serves all lengths of text.
+
 # --- cogvx::rope3d ---------------------------------------------------------------------------
 
 
 @torch.library.custom_op(
     "cogvx::rope3d",
     mutates_args=(),
-    schema="(Tensor x, Tensor cos, Tensor sin, int text_len, bool interleaved, bool inverse)"
+    schema="(Tensor x, Tensor cos, Tensor sin, SymInt text_len, bool interleaved, bool inverse)"
     " -> Tensor",
 )
 def _rope3d(*arguments):
@@ -47,7 +49,7 @@ _rope3d.register_autograd(_rope3d_backward, setup_context=_rope3d_setup)
 # --- cogvx::qk_norm_rope3d, its in-place form, and its backward ------------------------------
 
 AFFINE = "Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias"
-SETTINGS = "Tensor cos, Tensor sin, int text_len, str norm, float eps, bool interleaved"
+SETTINGS = "Tensor cos, Tensor sin, SymInt text_len, str norm, float eps, bool interleaved"
 
 
 @torch.library.custom_op(

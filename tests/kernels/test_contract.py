@@ -414,7 +414,7 @@ def test_compiles_in_one_graph(info, device):
 @EVERY_OP
 @pytest.mark.filterwarnings("ignore")
 def test_compiles_once_for_many_lengths(info, device):
-    """dynamic=True: lengths of text and video change, and no third graph is made."""
+    """dynamic=True: lengths of text and video change; a second graph is for a length of 1."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(info.op, fullgraph=True, dynamic=True, backend=counter)
@@ -426,7 +426,7 @@ def test_compiles_once_for_many_lengths(info, device):
             expected = call(info, arguments)
         for a, b in zip(ours, expected, strict=True):
             assert torch.equal(a, b), (text_len, video_len)
-    assert counter.frame_count <= 3, f"{counter.frame_count} graphs for 5 lengths"
+    assert counter.frame_count <= 2, f"{counter.frame_count} graphs for 5 lengths"
 
 
 def resized(sample: Sample, text_len: int, video_len: int) -> Sample:
