@@ -414,10 +414,11 @@ def test_compiles_in_one_graph(info, device):
 @EVERY_OP
 @pytest.mark.filterwarnings("ignore")
 def test_compiles_once_for_many_lengths(info, device):
-    """dynamic=True: lengths of text and video change; a second graph is for a length of 1."""
+    """dynamic=True: lengths of text and video change; one graph more, for a length of 1."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(info.op, fullgraph=True, dynamic=True, backend=counter)
+    graphs = []
     for text_len, video_len in ((2, 3), (5, 2), (3, 7), (0, 4), (6, 1)):
         sample = resized(info.samples[0], text_len, video_len)
         arguments = materialize(sample, torch.float32, device=device)
@@ -426,7 +427,8 @@ def test_compiles_once_for_many_lengths(info, device):
             expected = call(info, arguments)
         for a, b in zip(ours, expected, strict=True):
             assert torch.equal(a, b), (text_len, video_len)
-    assert counter.frame_count <= 2, f"{counter.frame_count} graphs for 5 lengths"
+        graphs.append(counter.frame_count)
+    assert len(set(graphs[:-1])) == 1 and graphs[-1] <= graphs[0] + 1, f"{graphs} graphs"
 
 
 def resized(sample: Sample, text_len: int, video_len: int) -> Sample:
