@@ -40,7 +40,11 @@ MUTANTS = (
         "[None, :])\n        x = tl.load",
     ),
     Mutant("gradient of half the bias dropped", ROPE3D, "dbias_b += db", "dbias_b += 0.0 * db"),
-    Mutant("offsets of 32 bits", ROPE3D, "(token // seqlen).to(tl.int64)", "(token // seqlen)"),
+    Mutant(
+        "offsets of 32 bits", ROPE3D,
+        "head.to(tl.int64) * x.head) * P.ALIGN",
+        "head.to(tl.int64) * x.head).to(tl.int32) * P.ALIGN",
+    ),
     Mutant("eps forgotten", ROPE3D, "tl.rsqrt(variance + P.EPS)", "tl.rsqrt(variance)"),
     Mutant(
         "one head too many", ROPE3D,
