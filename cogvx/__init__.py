@@ -1,0 +1,1 @@
+"""CogVideoX in thin torch, on the ops of cogvx_kernels."""

@@ -1,0 +1,70 @@
+"""Bytes alive in tensors, counted as a program runs: what a clip needs, on any device or on none.
+
+`LiveBytes` sees every tensor that torch operations make inside it, through the dispatcher, so it
+works for the meta device too, where there are shapes and no memory: that is how `cogvx.plan`
+forecasts. It does not see what a library allocates inside one operation (a convolution's
+workspace), nor the rounding and fragmentation of an allocator.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors made inside it: `now` and, since the last `reset`, `peak`.
+
+    Tensors that existed before are not counted, unless they are given to `count`.
+
+    >>> with LiveBytes() as live:
+    ...     x = torch.zeros(1000).exp().sum()
+    >>> live.peak, live.now
+    (8000, 4)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._seen.update(_storages(args, kwargs))  # a view of one of these is not new
+        out = func(*args, **kwargs)
+        self.count(out)
+        return out
+
+    def count(self, *tensors: Any) -> None:
+        """Counts the storages of tensors (in any nesting) from now until they are freed."""
+        for storage in _storages(tensors):
+            if storage not in self._seen:
+                self._seen.add(storage)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+
+    def _freed(self, nbytes: int) -> None:
+        self.now -= nbytes
+
+    def reset(self) -> None:
+        """Forgets the peak: from here it is what is alive now."""
+        self.peak = self.now
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers, each storage once."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum({storage._cdata: storage.nbytes() for storage in _storages(tensors)}.values())
+
+
+def _storages(*tensors: Any) -> list[torch.UntypedStorage]:
+    return [
+        tensor.untyped_storage()
+        for tensor in tree_leaves(tensors)
+        if isinstance(tensor, Tensor) and tensor.layout is torch.strided
+    ]
