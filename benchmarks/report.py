@@ -5,12 +5,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from .conditions import CONDITIONS
 from .timing import Times
 
 Conditions = Mapping[str, Any]
+
+
+class Cells(Protocol):
+    """A row of any kind: its cells by column."""
+
+    def cells(self) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -53,7 +59,6 @@ class Row:
 
 
 COLUMN_OF = {"which": "pass"}  # a word that Python keeps for itself
-COLUMNS = tuple(Row("", "", "", "", "", "", "").cells())
 
 # --- the table -------------------------------------------------------------------------------
 
@@ -108,9 +113,9 @@ def small_print(conditions: Conditions) -> str:
 # --- files -----------------------------------------------------------------------------------
 
 
-def add_to_csv(path: Path, rows: Sequence[Row], conditions: Conditions) -> None:
+def add_to_csv(path: Path, rows: Sequence[Cells], conditions: Conditions) -> None:
     """Append; a file with other columns is somebody else's and is refused."""
-    header = [*COLUMNS, *CONDITIONS]
+    header = [*rows[0].cells(), *CONDITIONS]
     old = path.read_text().splitlines() if path.exists() else []
     if old and next(csv.reader(old)) != header:
         raise ValueError(f"{path} has other columns than these rows; move it away first")
@@ -121,7 +126,7 @@ def add_to_csv(path: Path, rows: Sequence[Row], conditions: Conditions) -> None:
         writer.writerows(_rounded({**row.cells(), **conditions}) for row in rows)
 
 
-def write_json(path: Path, rows: Sequence[Row], conditions: Conditions, **more: Any) -> None:
+def write_json(path: Path, rows: Sequence[Cells], conditions: Conditions, **more: Any) -> None:
     content = {"conditions": conditions, "rows": [row.cells() for row in rows], **more}
     path.write_text(json.dumps(content, indent=1) + "\n")
 

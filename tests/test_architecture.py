@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "cogvx_kernels"
 ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/reference.py"))
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py"))
+MODEL_FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "cogvx").rglob("*.py"))
 
 # Floor 1 in order: each may import those before it.
 FOUNDATIONS = ("_checks", "_launch", "_opinfo", "modality", "_backend")
@@ -28,6 +29,24 @@ WITHIN_A_ROOM = {
 }
 NAMES_TRITON = {"cogvx_kernels/tools/aot.py", "cogvx_kernels/tools/interpreter.py"} | {
     f"cogvx_kernels/{room}/kernel.py" for room in ROOMS
+}
+# The model's floors, from the ground up: a file or folder may import those of lower floors only.
+MODEL_FLOORS = (
+    {"config", "memory", "files"},
+    {"frames"},
+    {"vae", "transformer", "schedulers", "text", "video"},
+    {"checkpoint", "plan"},
+    {"sat", "pipeline"},
+    {"factorized"},
+    {"__init__"},
+    {"cli"},
+    {"__main__"},
+)
+# What may be missing, and the one file that reaches for it, inside a function.
+MODEL_OPTIONAL = {
+    "cogvx/text.py": "transformers",
+    "cogvx/video.py": "av",
+    "cogvx/transformer/attention.py": "flash_attn",
 }
 # The imports that wait inside a function, because what they reach for may be missing.
 IMPORTS_IN_FUNCTIONS = {f"cogvx_kernels/{room}/op.py": "from . import kernel" for room in ROOMS}
@@ -58,9 +77,28 @@ def is_module(name: str) -> bool:
 
 
 def own(path: str) -> set[str]:
-    """The imports of this package, without its name: `_checks`, `rope3d.op`, `` for itself."""
-    names = {name for name in imports(path) if name.split(".")[0] == "cogvx_kernels"}
-    return {name.removeprefix("cogvx_kernels").removeprefix(".") for name in names}
+    """The imports of its own package, without its name: `_checks`, `rope3d.op`, `` for itself."""
+    package = path.split("/")[0]
+    names = {name for name in imports(path) if name.split(".")[0] == package}
+    return {name.removeprefix(package).removeprefix(".") for name in names}
+
+
+def roots(path: str) -> set[str]:
+    """Packages that are neither this project's nor Python's own."""
+    names = {name.split(".")[0] for name in imports(path)}
+    return names - set(sys.stdlib_module_names) - {"cogvx", "cogvx_kernels", "torch"}
+
+
+def in_functions(path: str) -> set[str]:
+    """The import statements of a file that wait inside a function."""
+    tree = ast.parse((ROOT / path).read_text())
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    return {
+        ast.unparse(node)
+        for function in functions
+        for node in ast.walk(function)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    }
 
 
 @pytest.mark.parametrize("path", FILES)
@@ -85,29 +123,51 @@ def test_imports_point_down(path):
 
 @pytest.mark.parametrize("path", FILES)
 def test_what_may_be_missing_stays_behind_one_line(path):
-    roots = {name.split(".")[0] for name in imports(path)}
-    third_party = roots - set(sys.stdlib_module_names) - {"cogvx_kernels", "torch"}
-    assert third_party <= ({"triton", "numpy"} if path in NAMES_TRITON else set())
+    assert roots(path) <= ({"triton", "numpy"} if path in NAMES_TRITON else set())
+    assert not any(name.split(".")[0] == "cogvx" for name in imports(path))
 
 
 @pytest.mark.parametrize("path", FILES)
 def test_no_import_waits_in_a_function(path):
-    tree = ast.parse((ROOT / path).read_text())
-    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
-    waiting = {
-        ast.unparse(node)
-        for function in functions
-        for node in ast.walk(function)
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-    }
-    assert waiting <= {IMPORTS_IN_FUNCTIONS.get(path)}
+    assert in_functions(path) <= {IMPORTS_IN_FUNCTIONS.get(path)}
+
+
+@pytest.mark.parametrize("path", MODEL_FILES)
+def test_the_model_points_down(path):
+    place = path.removesuffix(".py").split("/")[1]
+    floor = next(n for n, names in enumerate(MODEL_FLOORS) if place in names)
+    below = set().union(*MODEL_FLOORS[:floor])
+    inside = {place} if path.count("/") > 1 else set()
+    for name in own(path):
+        assert (name.split(".")[0] or "__init__") in below | inside, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODEL_FILES)
+def test_the_model_uses_public_names_of_the_kernels(path):
+    for name in imports(path):
+        package, *modules = name.split(".")
+        if package == "cogvx_kernels":
+            public = {*importlib.import_module("cogvx_kernels").__all__, "modality"}
+            assert set(modules) <= public, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODEL_FILES)
+def test_the_model_runs_without_its_extras(path):
+    always = {"safetensors", "tqdm"}
+    optional = MODEL_OPTIONAL.get(path)
+    assert roots(path) <= always | {optional}
+    for statement in in_functions(path):
+        assert re.match(rf"(import|from) {optional}\b", statement), f"{path}: {statement}"
+    top = ast.parse((ROOT / path).read_text()).body
+    eager = {ast.unparse(node) for node in top if isinstance(node, (ast.Import, ast.ImportFrom))}
+    assert optional is None or not any(optional in statement for statement in eager)
 
 
 def test_tests_and_benchmarks_do_not_know_each_other():
     for folder, other in (("tests", "benchmarks"), ("benchmarks", "tests")):
         for path in (ROOT / folder).rglob("*.py"):
-            roots = {n.split(".")[0] for n in imports(path.relative_to(ROOT).as_posix())}
-            assert other not in roots, path
+            names = {n.split(".")[0] for n in imports(path.relative_to(ROOT).as_posix())}
+            assert other not in names, path
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -117,13 +177,13 @@ def test_every_room_has_the_furniture(room):
     assert files <= set(WITHIN_A_ROOM)
 
 
-@pytest.mark.parametrize("path", FILES)
+@pytest.mark.parametrize("path", FILES + MODEL_FILES)
 def test_the_package_keeps_its_manners(path):
     text = (ROOT / path).read_text()
     assert not re.search(r"\btl\.atomic", text), "atomics change bits from run to run"
     assert not re.search(r"""device=["']cuda""", text), "allocate on an input's device"
     assert "cuda.current_device" not in text, "allocate on an input's device"
-    assert "torch.load(" not in text
+    assert not re.search(r"torch\.load\((?![^()]*weights_only=True)", text), "never a pickle"
     if path not in ("cogvx_kernels/_backend.py", "cogvx_kernels/tools/verify.py"):
         assert "os.environ" not in text, "a switch is an argument, not an environment variable"
 
@@ -137,8 +197,9 @@ def run_python(code: str) -> str:
 def test_import_is_lazy():
     """No Triton, no GPU, no extension: in a fresh process, where nothing has imported them yet."""
     code = """
-import sys, torch, cogvx_kernels, cogvx_kernels.testing
-loaded = [name for name in ("triton", "cogvx_kernels._C", "numpy.f2py") if name in sys.modules]
+import sys, torch, cogvx_kernels, cogvx_kernels.testing, cogvx
+heavy = ("triton", "cogvx_kernels._C", "numpy.f2py", "transformers", "diffusers", "av")
+loaded = [name for name in heavy if name in sys.modules]
 print(loaded, torch.cuda.is_initialized())
 """
     assert run_python(code).split("\n")[0] == "[] False"
@@ -173,7 +234,8 @@ assert main(["doctor"]) == 0
 
 
 def test_public_names_are_there_and_sorted():
-    for name in ("cogvx_kernels", *(f"cogvx_kernels.{room}" for room in ROOMS)):
+    packages = ("cogvx", "cogvx.vae", "cogvx.transformer", "cogvx.schedulers", "cogvx_kernels")
+    for name in (*packages, *(f"cogvx_kernels.{room}" for room in ROOMS)):
         module = importlib.import_module(name)
         assert module.__all__ == sorted(module.__all__)
         assert all(hasattr(module, public) for public in module.__all__)

@@ -1,0 +1,19 @@
+"""Noise: how much there is at each timestep, and how a solver takes it away."""
+
+from .ddim import DDIM
+from .dpm import DPMSolver
+from .guidance import dynamic_guidance
+from .noise_schedule import NoiseSchedule
+from .trajectory import Trajectory, trajectory
+
+SOLVERS = {"ddim": DDIM, "dpm": DPMSolver}
+
+__all__ = [
+    "DDIM",
+    "SOLVERS",
+    "DPMSolver",
+    "NoiseSchedule",
+    "Trajectory",
+    "dynamic_guidance",
+    "trajectory",
+]

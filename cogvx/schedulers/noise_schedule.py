@@ -1,0 +1,101 @@
+"""How much signal is left at each timestep, and the algebra between x, x0, noise and v."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..config import SchedulerConfig
+
+CLEAN = -1  # the timestep before 0: no noise at all
+
+Coefficient = float | Tensor
+
+
+class NoiseSchedule:
+    """x = √ᾱ·x0 + √(1-ᾱ)·noise, with ᾱ falling from almost 1 at timestep 0 to 0 at the last.
+
+    The betas are the squares of an even walk from √beta_start to √beta_end and ᾱ is the running
+    product of 1 - beta. The signal-to-noise ratio is then divided by `snr_shift_scale`, and √ᾱ is
+    moved and stretched so that the last one is 0 and the first stays (zero terminal SNR).
+
+    alphas_cumprod  (num_train_timesteps,) float64, on the CPU whatever the device of the model:
+                    a timestep given as an int costs no transfer and no synchronisation
+
+    A timestep is an int for the whole batch, or a (batch,) integer tensor; 0 is the least noise,
+    num_train_timesteps - 1 the most, `CLEAN` none (int only). Source: fact sheet section 5.1;
+    arXiv 2305.08891, algorithm 1, for the terminal SNR.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        roots = torch.linspace(
+            math.sqrt(config.beta_start),
+            math.sqrt(config.beta_end),
+            config.num_train_timesteps,
+            dtype=torch.float64,
+        )
+        alphas = torch.cumprod(1.0 - roots**2, 0)
+        shift = config.snr_shift_scale
+        alphas = alphas / (shift + (1 - shift) * alphas)
+        if config.rescale_betas_zero_snr:
+            alphas = _zero_terminal_snr(alphas)
+        self.alphas_cumprod = alphas
+        self._alphas: list[float] = alphas.tolist()
+
+    def alpha(self, timestep: int) -> float:
+        """ᾱ at a timestep; 1 at `CLEAN`. Raises ValueError for one that is not of the schedule."""
+        if not CLEAN <= timestep < len(self._alphas):
+            raise ValueError(
+                f"NoiseSchedule: timestep must be in [0, {len(self._alphas) - 1}], or {CLEAN} for "
+                f"no noise; got {timestep}"
+            )
+        return 1.0 if timestep == CLEAN else self._alphas[timestep]
+
+    def add_noise(self, x0: Tensor, noise: Tensor, timestep: int | Tensor) -> Tensor:
+        """√ᾱ·x0 + √(1-ᾱ)·noise: x0 as it is at a timestep, in x0's dtype.
+
+        Computed in at least float32 and rounded once. (diffusers rounds ᾱ to the dtype of x0 before
+        it takes 1 - ᾱ, so that in bfloat16 its first timesteps have no noise at all.)
+        """
+        signal, sigma = self._roots(timestep, x0)
+        return (signal * _wide(x0) + sigma * _wide(noise)).to(x0.dtype)
+
+    def velocity(self, x0: Tensor, noise: Tensor, timestep: int | Tensor) -> Tensor:
+        """v = √ᾱ·noise - √(1-ᾱ)·x0, what the transformer is trained to predict; in x0's dtype."""
+        signal, sigma = self._roots(timestep, x0)
+        return (signal * _wide(noise) - sigma * _wide(x0)).to(x0.dtype)
+
+    def x0_from_v(self, x: Tensor, v: Tensor, timestep: int | Tensor) -> Tensor:
+        """x0 = √ᾱ·x - √(1-ᾱ)·v, the inverse of the two above; -v where nothing of x0 is left.
+
+        For an int each product is rounded to the dtype of its tensor and the difference to the
+        wider of the two, as diffusers steps: with x in bfloat16 and v in float32 it is float32.
+        """
+        signal, sigma = self._roots(timestep, x)
+        return signal * x - sigma * v
+
+    def _roots(self, timestep: int | Tensor, like: Tensor) -> tuple[Coefficient, Coefficient]:
+        """√ᾱ and √(1-ᾱ): floats for an int, else (batch, 1, 1, …) in at least float32."""
+        if not isinstance(timestep, Tensor):
+            alpha = self.alpha(timestep)
+            return math.sqrt(alpha), math.sqrt(1 - alpha)
+        if timestep.shape != like.shape[:1] or timestep.is_floating_point():
+            raise ValueError(
+                f"NoiseSchedule: timestep must be an int or integers of shape (batch,) = "
+                f"({len(like)},); got {timestep.dtype} of shape {tuple(timestep.shape)}"
+            )
+        alpha = self.alphas_cumprod.to(timestep.device)[timestep].view(-1, *[1] * (like.dim() - 1))
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        roots = alpha.sqrt().to(like.device, dtype), (1 - alpha).sqrt().to(like.device, dtype)
+        return roots
+
+
+def _zero_terminal_snr(alphas: Tensor) -> Tensor:
+    roots = alphas.sqrt()
+    first, last = roots[0], roots[-1]
+    return ((roots - last) * (first / (first - last))) ** 2
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
