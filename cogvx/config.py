@@ -260,6 +260,11 @@ class TransformerConfig(Config):
                 "TransformerConfig: use_learned_positional_embeddings must be false with "
                 f"patch_size_t; got true with patch_size_t {self.patch_size_t}"
             )
+        if self.ofs_embed_dim not in (None, self.time_embed_dim):
+            raise ValueError(
+                "TransformerConfig: ofs_embed_dim must be null or time_embed_dim "
+                f"{self.time_embed_dim}, because the two are added; got {self.ofs_embed_dim}"
+            )
         if (self.num_text_experts == 0) != (self.num_video_experts == 0):
             raise ValueError(
                 f"TransformerConfig: num_text_experts and num_video_experts must both be 0 (one "

@@ -3,7 +3,7 @@
 Importing this package imports no Triton, asks for no GPU and builds nothing.
 """
 
-from ._backend import KernelFallbackWarning
+from ._backend import BACKENDS, KernelFallbackWarning
 from .rope3d import (
     QKNormRoPE3D,
     RoPE3D,
@@ -20,6 +20,7 @@ from .rope3d import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "BACKENDS",
     "KernelFallbackWarning",
     "QKNormRoPE3D",
     "RoPE3D",

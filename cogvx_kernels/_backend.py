@@ -60,6 +60,8 @@ def triton_reason(name: str, x: Tensor) -> str | None:
     """Why no Triton kernel can run on `x`, an argument called `name`; None if one can."""
     if not HAS_TRITON:
         return "Triton is not installed (pip install triton)"
+    if x.is_meta:
+        return None  # nothing runs: the op says what shapes would come out
     if INTERPRETED:
         return None if x.device.type in ("cpu", "cuda") else f"{name} is on {x.device}"
     if not x.is_cuda:

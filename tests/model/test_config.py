@@ -42,6 +42,11 @@ WRONG = {
         {"use_learned_positional_embeddings": True, "patch_size_t": 2},
         "use_learned_positional_embeddings must be false",
     ),
+    "times that cannot be added": (
+        TransformerConfig,
+        {"ofs_embed_dim": 8},
+        "ofs_embed_dim must be null or time_embed_dim 512.*got 8",
+    ),
     "an odd head": (
         TransformerConfig,
         {"use_rotary_positional_embeddings": True, "attention_head_dim": 63},

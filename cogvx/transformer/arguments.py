@@ -1,0 +1,131 @@
+"""The door of the transformer: every argument is looked at once, before anything is computed."""
+
+import torch
+from torch import Tensor
+
+from ..config import TransformerConfig
+from .experts import Routing
+
+WHERE = "ExpertTransformer"
+
+
+def check_arguments(
+    config: TransformerConfig,
+    dtype: torch.dtype,
+    latents: Tensor,
+    text: Tensor,
+    timestep: Tensor,
+    ofs: Tensor | None,
+    routing: list[Routing] | None,
+) -> None:
+    """Raises TypeError or ValueError, naming the argument, what was wanted and what came.
+
+    dtype  of the model
+    """
+    _tensor("latents", latents, ("batch", "frames", "channels", "height", "width"))
+    _tensor("text", text, ("batch", "text_len", "text_embed_dim"))
+    _latents(config, latents)
+    _text(config, text, latents)
+    # Under autocast torch casts what enters a layer, of whatever dtype it is.
+    if latents.dtype != dtype and not torch.is_autocast_enabled(latents.device.type):
+        raise TypeError(
+            f"{WHERE}: latents must be {_name(dtype)} as the model is; got {_name(latents.dtype)}"
+        )
+    if text.dtype != latents.dtype:
+        raise TypeError(
+            f"{WHERE}: text must be {_name(latents.dtype)} as latents are; got {_name(text.dtype)}"
+        )
+    if text.device != latents.device:
+        raise ValueError(
+            f"{WHERE}: text must be on the device of latents, {latents.device}; got {text.device}"
+        )
+    batch = latents.shape[0]
+    _numbers("timestep", timestep, [(), (batch,)], "a scalar or (batch,)")
+    if config.ofs_embed_dim is None and ofs is not None:
+        raise ValueError(
+            f"{WHERE}: ofs must be None in a model without ofs_embed_dim; got {_came(ofs)}"
+        )
+    if config.ofs_embed_dim is not None:
+        if ofs is None:
+            raise ValueError(
+                f"{WHERE}: ofs must be given to a model with ofs_embed_dim, 2.0 in the released "
+                "one; got None"
+            )
+        _numbers("ofs", ofs, [(), (1,), (batch,)], "a scalar, (1,) or (batch,)")
+    if routing is not None and not isinstance(routing, list):
+        raise TypeError(f"{WHERE}: routing must be a list to fill, or None; got {_came(routing)}")
+
+
+def _latents(config: TransformerConfig, latents: Tensor) -> None:
+    _, frames, channels, height, width = latents.shape
+    if channels != config.in_channels:
+        raise ValueError(
+            f"{WHERE}: latents must have {config.in_channels} channels (batch, frames, channels, "
+            f"height, width); got {channels} in {tuple(latents.shape)}"
+        )
+    for name, size, multiple, rule in (
+        ("height", height, config.patch_size, "patch_size"),
+        ("width", width, config.patch_size, "patch_size"),
+        ("frames", frames, config.patch_size_t or 1, "patch_size_t"),
+    ):
+        if size < 1 or size % multiple:
+            below = size // multiple * multiple
+            nearest = " or ".join(str(n) for n in (below, below + multiple) if n > 0)
+            raise ValueError(
+                f"{WHERE}: latents must have {name} a positive multiple of {rule} = {multiple}, "
+                f"nearest {nearest}; got {size} in {tuple(latents.shape)}"
+            )
+    if config.use_learned_positional_embeddings and (height, width) != (
+        config.sample_height,
+        config.sample_width,
+    ):
+        raise ValueError(
+            f"{WHERE}: latents must be {config.sample_height}x{config.sample_width} in a model "
+            f"with learned positions, which knows no other; got {height}x{width}"
+        )
+
+
+def _text(config: TransformerConfig, text: Tensor, latents: Tensor) -> None:
+    batch, text_len, dim = text.shape
+    if batch != latents.shape[0]:
+        raise ValueError(
+            f"{WHERE}: text must have the batch of latents, {latents.shape[0]}; got {batch}"
+        )
+    if dim != config.text_embed_dim:
+        raise ValueError(
+            f"{WHERE}: text must have text_embed_dim = {config.text_embed_dim} values a token; "
+            f"got {dim} in {tuple(text.shape)}"
+        )
+    added = not config.use_rotary_positional_embeddings or config.use_learned_positional_embeddings
+    if added and text_len != config.max_text_seq_length:
+        raise ValueError(
+            f"{WHERE}: text must have max_text_seq_length = {config.max_text_seq_length} tokens in "
+            f"a model that adds positions to them; got {text_len} (pad it, as in training)"
+        )
+
+
+def _tensor(name: str, value: object, dims: tuple[str, ...]) -> None:
+    wanted = f"a floating-point tensor ({', '.join(dims)})"
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{WHERE}: {name} must be {wanted}; got {_came(value)}")
+    if value.dim() != len(dims):
+        raise ValueError(f"{WHERE}: {name} must be {wanted}; got {_came(value)}")
+
+
+def _numbers(name: str, value: object, shapes: list[tuple[int, ...]], words: str) -> None:
+    if not isinstance(value, Tensor) or value.dtype is torch.bool or value.is_complex():
+        raise TypeError(f"{WHERE}: {name} must be a tensor of numbers; got {_came(value)}")
+    if tuple(value.shape) not in shapes:
+        raise ValueError(
+            f"{WHERE}: {name} must be {words} = {shapes[-1]}; got {tuple(value.shape)}"
+        )
+
+
+def _came(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{_name(value.dtype)} {tuple(value.shape)}"
+    return f"{str(value)[:60]} ({type(value).__name__})"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,152 @@
+"""Joint attention: every token of text and video sees every other, under no mask.
+
+`attend` is the one place that chooses who computes the softmax.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.backends import cuda
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cogvx_kernels import qk_norm_rope3d
+
+SDPA_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+ATTENTION_BACKENDS = ("auto", *SDPA_BACKENDS, "flash-attn")
+
+# On a GPU: torch's own order has FlashAttention 2 first, which cuDNN outruns on Hopper.
+GPU_ORDER = [SDPA_BACKENDS[name] for name in ("cudnn", "flash", "efficient", "math")]
+
+QK_NORM_EPS = 1e-6  # of the released models
+
+
+def check_choice(where: str, name: str, value: object, wanted: Sequence[str]) -> None:
+    """Raises ValueError unless `value` is one of the names."""
+    if value not in wanted:
+        names = ", ".join(f'"{w}"' for w in wanted)
+        raise ValueError(f"{where}: {name} must be one of {names}; got {value!r}")
+
+
+def check_attention(where: str, attention: str) -> None:
+    """Raises ValueError for an unknown backend and RuntimeError for one not installed."""
+    check_choice(where, "attention", attention, ATTENTION_BACKENDS)
+    if attention == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
+        raise RuntimeError(
+            f'{where}: attention="flash-attn" cannot run: flash_attn is not installed '
+            '(pip install flash-attn). Use attention="auto".'
+        )
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, attention: str = "auto") -> Tensor:
+    """softmax(q kᵀ / √headdim) v for every head: (batch, seqlen, nheads, headdim), like q, k, v.
+
+    "auto" is cuDNN, FlashAttention, memory-efficient or plain, the first that can on a GPU, and
+    torch's choice elsewhere. On the meta device the shape comes out and nothing of seqlen².
+
+    Raises RuntimeError if a backend asked for by name cannot run on these tensors.
+    """
+    if q.device.type == "meta":
+        turned = [x.transpose(1, 2) for x in (q, k, v)]
+        out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*turned)
+        return out.transpose(1, 2)
+    if attention == "flash-attn":
+        return _flash_attn(q, k, v)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if attention == "auto":
+        if not q.is_cuda:
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        order = GPU_ORDER
+    else:
+        order = [SDPA_BACKENDS[attention]]
+        # Under a compiler torch itself refuses, with less to say.
+        reason = None if torch.compiler.is_compiling() else _sdpa_reason(q, k, v, attention)
+        if reason:
+            raise RuntimeError(
+                f'attention="{attention}" cannot run: {reason}. Use attention="auto".'
+            )
+    with sdpa_kernel(order, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _sdpa_reason(q: Tensor, k: Tensor, v: Tensor, attention: str) -> str | None:
+    """Why that backend cannot take these tensors, or None."""
+    if attention == "math":
+        return None
+    if not q.is_cuda:
+        if attention == "flash" and q.device.type == "cpu":
+            return None
+        return f"q is on {q.device}; it needs a CUDA GPU"
+    can_use = {
+        "flash": cuda.can_use_flash_attention,
+        "cudnn": cuda.can_use_cudnn_attention,
+        "efficient": cuda.can_use_efficient_attention,
+    }[attention]
+    if can_use(cuda.SDPAParams(q, k, v, None, 0.0, False, False)):
+        return None
+    return f"torch has none for {q.dtype} of head dim {q.shape[-1]} on {q.device}"
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The flash-attn package, which takes this layout as it is."""
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+        raise RuntimeError(
+            'attention="flash-attn" cannot run: it takes float16 or bfloat16 on a CUDA GPU; '
+            f'q is {q.dtype} on {q.device}. Use attention="auto".'
+        )
+    import flash_attn
+
+    return flash_attn.flash_attn_func(q, k, v)
+
+
+class JointAttention(nn.Module):
+    """Attention over the joint sequence: q and k are normalised by head, those of video turned."""
+
+    def __init__(
+        self, dim: int, nheads: int, backend: str = "auto", attention: str = "auto"
+    ) -> None:
+        super().__init__()
+        check_attention("JointAttention", attention)
+        self.nheads = nheads
+        self.backend = backend
+        self.attention = attention
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.norm_q = nn.LayerNorm(dim // nheads, QK_NORM_EPS)
+        self.norm_k = nn.LayerNorm(dim // nheads, QK_NORM_EPS)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (batch, seqlen, dim) -> the same shape.
+
+        cos, sin  (rows, headdim // 2): the last `rows` tokens turn by them, those before pass; no
+                  rows in a model without RoPE
+        """
+        heads = (self.nheads, -1)
+        q, k, v = (to(x).unflatten(2, heads) for to in (self.to_q, self.to_k, self.to_v))
+        q, k = qk_norm_rope3d(
+            q,
+            k,
+            self.norm_q.weight,
+            self.norm_q.bias,
+            self.norm_k.weight,
+            self.norm_k.bias,
+            cos,
+            sin,
+            text_len=x.shape[1] - cos.shape[0],
+            eps=QK_NORM_EPS,
+            inplace=not torch.is_grad_enabled(),
+            backend=self.backend,
+        )
+        return self.to_out(attend(q, k, v, self.attention).flatten(2))
+
+    def extra_repr(self) -> str:
+        return f"nheads={self.nheads}, backend={self.backend!r}, attention={self.attention!r}"
