@@ -4,16 +4,19 @@ from .ddim import DDIM
 from .dpm import DPMSolver
 from .guidance import dynamic_guidance
 from .noise_schedule import NoiseSchedule
+from .solver import Solver, draw
 from .trajectory import Trajectory, trajectory
 
-SOLVERS = {"ddim": DDIM, "dpm": DPMSolver}
+SOLVERS: dict[str, type[Solver]] = {"ddim": DDIM, "dpm": DPMSolver}
 
 __all__ = [
     "DDIM",
     "SOLVERS",
     "DPMSolver",
     "NoiseSchedule",
+    "Solver",
     "Trajectory",
+    "draw",
     "dynamic_guidance",
     "trajectory",
 ]

@@ -6,9 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import SchedulerConfig
-from .noise_schedule import NoiseSchedule
-from .trajectory import Trajectory, trajectory
+from .solver import Solver, draw
+from .trajectory import Trajectory
 
 
 class Coefficients(NamedTuple):
@@ -21,7 +20,7 @@ class Coefficients(NamedTuple):
     slope: float
 
 
-class DPMSolver:
+class DPMSolver(Solver):
     """SDE-DPM-Solver++ of second order in two steps, as CogVideoX uses it.
 
     With λ = ½·ln(ᾱ/(1-ᾱ)), h = λ' - λ (' is the target) and r = (λ - λ_before)/h:
@@ -31,29 +30,14 @@ class DPMSolver:
     The first step and the last are of first order (slope 0). At the noisiest timestep λ is -∞, and
     so x is dropped and the step after it has slope 0 too; at the last, the result is x0.
 
-    It holds the noise schedule and no state; the run is used as in `DDIM`, and `memory` is the x0
-    of the step before. Noise is drawn as diffusers draws it, so that one generator gives one video
-    in both: twice in a middle step (the first draw is thrown away), else once.
-
-    compat  step as diffusers where the number of steps does not divide 1000; see `trajectory`
+    The memory is the x0 of the step before. Noise is drawn as diffusers draws it, so that one
+    generator gives one video in both: twice in a middle step (the first draw is thrown away), else
+    once.
 
     Source: fact sheet section 5.4; arXiv 2211.01095.
     """
 
     name = "dpm"
-
-    def __init__(self, config: SchedulerConfig, compat: bool = False) -> None:
-        self.schedule = NoiseSchedule(config)
-        self.compat = compat
-
-    def trajectory(self, num_steps: int, strength: float = 1.0) -> Trajectory:
-        """Where the steps begin and end; with strength, only the last int(num_steps·strength)."""
-        timesteps = self.schedule.config.num_train_timesteps
-        return trajectory(num_steps, timesteps, strength, self.compat)
-
-    def timesteps(self, num_steps: int) -> list[int]:
-        """The timesteps of so many steps: 999, 979, …, 19 of 50."""
-        return list(self.trajectory(num_steps).timesteps)
 
     def step(
         self,
@@ -64,13 +48,7 @@ class DPMSolver:
         memory: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x at the target of step `index`, and the x0 to give to the next step as `memory`.
-
-        x          at steps.timesteps[index], any shape
-        v          the model's answer there, at least as wide as x; float32 beside a bfloat16 x
-        memory     what the step before returned; None for the first of a run
-        generator  of the noise, which has the shape and dtype of x; torch's own if None
-        returns    x in its dtype, and x0 in that of v
+        """As `Solver.step`; the memory is x0, in the wider dtype of x and v.
 
         Raises ValueError if a step but the first comes without memory.
         """
@@ -104,16 +82,6 @@ class DPMSolver:
             noise_factor=math.sqrt(1 - alpha_target) * math.sqrt(1 - math.exp(-2 * h)),
             slope=slope,
         )
-
-
-def draw(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Gaussian noise of the shape, dtype and device of a tensor.
-
-    It is drawn where the generator lives, so that a CPU generator gives the same on every device.
-    """
-    where = generator.device if generator is not None else like.device
-    noise = torch.randn(like.shape, generator=generator, device=where, dtype=like.dtype)
-    return noise.to(like.device)
 
 
 def _half_log_snr(alpha: float) -> float:

@@ -6,8 +6,8 @@ import math
 def dynamic_guidance(guidance: float, timestep: int, num_steps: int) -> float:
     """The guidance of one step under "dynamic CFG", between 1 and 1 + guidance.
 
-    1 + guidance·(1 - cos(π·((num_steps - timestep)/num_steps)⁵))/2, where timestep is the *training*
-    timestep, 999 at the start, and not the number of the step. So the guidance jumps up and down
+    1 + guidance·(1 - cos(π·((num_steps - timestep)/num_steps)⁵))/2, where timestep is that of the
+    *training*, 999 at the start, and not the number of the step. So the guidance jumps up and down
     until timestep 100 or so, and ends near 1. It looks like a slip, but the models were published
     with it, in both stacks, and their authors kept it.
 

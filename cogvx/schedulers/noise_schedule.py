@@ -85,10 +85,13 @@ class NoiseSchedule:
                 f"NoiseSchedule: timestep must be an int or integers of shape (batch,) = "
                 f"({len(like)},); got {timestep.dtype} of shape {tuple(timestep.shape)}"
             )
-        alpha = self.alphas_cumprod.to(timestep.device)[timestep].view(-1, *[1] * (like.dim() - 1))
         dtype = torch.promote_types(like.dtype, torch.float32)
-        roots = alpha.sqrt().to(like.device, dtype), (1 - alpha).sqrt().to(like.device, dtype)
-        return roots
+        alphas = self.alphas_cumprod.to(timestep.device)[timestep]
+        signal, sigma = (
+            root.to(like.device, dtype).view(-1, *[1] * (like.dim() - 1))
+            for root in (alphas.sqrt(), (1 - alphas).sqrt())
+        )
+        return signal, sigma
 
 
 def _zero_terminal_snr(alphas: Tensor) -> Tensor:

@@ -35,8 +35,8 @@ def trajectory(
     For 62 numbers of steps, 61 the smallest, diffusers lists one more timestep, which is -1 and
     which its tables read as the noisiest of all. Such a step is left out here, with compat too.
 
-    Raises ValueError unless num_steps is in [1, num_train_timesteps] and strength, in (0, 1], leaves
-    a step. Source: fact sheet section 5.1.
+    Raises ValueError unless num_steps is in [1, num_train_timesteps] and strength, in (0, 1],
+    leaves a step. Source: fact sheet section 5.1.
     """
     integer = isinstance(num_steps, int) and not isinstance(num_steps, bool)
     if not integer or not 1 <= num_steps <= num_train_timesteps:
@@ -49,7 +49,7 @@ def trajectory(
             f"trajectory: strength must be at most 1 and leave one of {num_steps} steps: at least "
             f"1/{num_steps}; got {strength}"
         )
-    # The stride as numpy.arange makes it, because its error decides the ties of 48 steps and others.
+    # The stride as numpy.arange makes it: its error decides the ties, of which 48 steps have some.
     stride = num_train_timesteps - (num_train_timesteps - num_train_timesteps / num_steps)
     timesteps = tuple(round(num_train_timesteps - i * stride) - 1 for i in range(num_steps))
     if compat:
