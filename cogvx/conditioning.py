@@ -1,0 +1,143 @@
+"""Between what people see and what the transformer is told: text, image and video as tensors."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .request import Inputs, Request, check_finite
+from .schedulers import Solver, Trajectory, draw
+from .text import TextEncoder
+from .vae import CausalVAE, Tiling
+
+Progress = Callable[[str, int, int], None]
+
+
+def embeddings(
+    text_encoder: TextEncoder | None, inputs: Inputs, request: Request, progress: Progress
+) -> tuple[Tensor, Tensor | None]:
+    """Embeddings of the prompts, and of the negative ones if there is guidance.
+
+    Both (batch, text_len, dim). With uncond="zeros" the negative ones are zeros, as SAT trains and
+    samples; with "prompt" they are those of the negative prompt, by default of no words, as in
+    diffusers. Each text is encoded once.
+    """
+    text, negative = inputs.prompt_embeds, inputs.negative_prompt_embeds
+    total = (text is None) + (request.guided and request.uncond == "prompt" and negative is None)
+    done = 0
+    if text is None:
+        text = _encode(text_encoder, inputs.prompts, request)
+        done += 1
+        progress("text", done, total)
+    if not request.guided:
+        return text, None
+    if request.uncond == "zeros":
+        return text, torch.zeros_like(text)
+    if negative is None:
+        words = inputs.negative_prompt
+        texts = [words] if isinstance(words, str) else list(words)
+        negative = _encode(text_encoder, texts, request).expand(request.batch, -1, -1)
+        progress("text", done + 1, total)
+    return text, negative
+
+
+def _encode(text_encoder: TextEncoder | None, texts: Sequence[str], request: Request) -> Tensor:
+    if text_encoder is None:
+        raise ValueError(
+            "CogVideoX.generate: text_encoder must be there to encode a prompt; got None: load the "
+            "model with one, or give prompt_embeds and, for guidance, negative_prompt_embeds"
+        )
+    states = text_encoder.encode(texts, request.text_length)
+    check_finite(states, "the text encoder")
+    return states
+
+
+def encoded(
+    vae: CausalVAE,
+    video: Tensor,
+    generator: torch.Generator,
+    progress: Progress,
+    tiling: Tiling | None = None,
+) -> Tensor:
+    """Raw latents of (batch, frames, channels, height, width), drawn from what the VAE says.
+
+    One item after another, each with its own draw, as diffusers does and as memory likes it.
+    """
+    weight = next(vae.parameters())
+    latents = []
+    for index, item in enumerate(torch.split(video.to(weight), 1)):
+        chunks = partial(_item_progress, progress, index, len(video))
+        latents.append(vae.encode(item, tiling=tiling, progress=chunks).sample(generator))
+    raw = torch.cat(latents)
+    check_finite(raw, "the VAE's encoder")
+    return raw
+
+
+def _item_progress(progress: Progress, item: int, items: int, done: int, total: int) -> None:
+    progress("encode", item * total + done, items * total)
+
+
+def decode(
+    vae: CausalVAE,
+    latents: Tensor,
+    tiling: Tiling | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """The video of scaled latents without padding, float32 and clamped to [-1, 1].
+
+    latents   (batch, frames, channels, height, width), any device and dtype
+    progress  called with "decode", the chunks that are done, and how many there are
+
+    Raises FloatingPointError if the VAE gives NaN or infinity.
+    """
+    weight = next(vae.parameters())
+    tell = None if progress is None else partial(progress, "decode")
+    raw = (1 / vae.config.scaling_factor) * latents.to(weight)
+    with torch.no_grad():
+        video = vae.decode(raw, tiling=tiling, progress=tell)
+    check_finite(video, "decode")
+    return video.float().clamp_(-1, 1)
+
+
+def image_condition(raw: Tensor, vae: CausalVAE, request: Request, like: Tensor) -> Tensor:
+    """What goes beside the noisy latents of image-to-video: the image's latents, then zeros.
+
+    CogVideoX1.5 (a VAE with `invert_scale_latents`) has three opinions about their scale:
+    "diffusers" divides by the scaling factor, "sat" leaves them raw, "train" multiplies, as both
+    training programs did. 1.0 multiplies everywhere. With padding, the image lies on the padding,
+    which is dropped in the end. Source: fact sheet section 6.3.
+
+    raw      (1 or batch, 1, channels, height, width)
+    returns  of request.shape, dtype and device of `like`
+    """
+    scale = vae.config.scaling_factor
+    if vae.config.invert_scale_latents:
+        scale = {"diffusers": 1 / scale, "sat": 1.0, "train": scale}[request.image_latent_scale]
+    condition = torch.zeros(request.shape, dtype=like.dtype, device=like.device)
+    condition[:, :1] = scale * raw.to(like)
+    return condition
+
+
+def noisy_video(
+    raw: Tensor,
+    vae: CausalVAE,
+    request: Request,
+    solver: Solver,
+    steps: Trajectory,
+    generator: torch.Generator,
+    like: Tensor,
+) -> Tensor:
+    """Where video-to-video begins: the video's latents, as noisy as the first of the steps is.
+
+    Padding repeats the first latent, as in the training of CogVideoX1.5. (diffusers refuses what
+    would need any.) The scale multiplies in every model. Source: fact sheet section 6.4.
+
+    raw      (1 or batch, frames without padding, channels, height, width)
+    returns  of request.shape, dtype and device of `like`
+    """
+    latents = vae.config.scaling_factor * raw.to(like)
+    padding = latents[:, :1].expand(-1, request.padding, -1, -1, -1)
+    latents = torch.cat([padding, latents], 1).expand(request.shape)
+    noise = draw(latents, generator)
+    return solver.schedule.add_noise(latents, noise, steps.timesteps[0])

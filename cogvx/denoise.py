@@ -1,0 +1,119 @@
+"""The loop from noise to latents: predict, guide, step."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .request import Request, check_finite
+from .schedulers import Solver, Trajectory, dynamic_guidance
+from .transformer import ExpertTransformer
+
+OFS = 2.0  # the only one that CogVideoX1.5-5B-I2V was trained with
+
+Callback = Callable[[int, int, Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What every prediction is told.
+
+    text      embeddings of the prompts, (batch, text_len, dim)
+    negative  of what to stay away from, the same shape; None without guidance
+    image     latents of the first frame and zeros after it, as the noisy latents but for noise;
+              None in a model that takes no image
+    """
+
+    text: Tensor
+    negative: Tensor | None = None
+    image: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run is: latents after `done` steps, and the solver's memory of the last of them."""
+
+    latents: Tensor
+    memory: Tensor | None = None
+    done: int = 0
+
+
+def denoise(
+    transformer: ExpertTransformer,
+    solver: Solver,
+    steps: Trajectory,
+    state: State,
+    conditions: Conditions,
+    request: Request,
+    generator: torch.Generator,
+    callback: Callback | None = None,
+) -> Iterator[State]:
+    """Yields the state after each step that is left, until all are done.
+
+    callback  called with the number of the step, from 0, its timestep and the latents after it;
+              what it returns, unless None, takes their place
+
+    Raises FloatingPointError, naming the step, as soon as latents are not finite. (To know it, each
+    step waits for the device; that is what a progress bar is about, too.)
+    """
+    latents, memory = state.latents, state.memory
+    for index in range(state.done, len(steps)):
+        timestep = steps.timesteps[index]
+        guidance = request.guidance
+        if request.dynamic_guidance:
+            guidance = dynamic_guidance(guidance, timestep, len(steps))
+        v = predict(transformer, latents, conditions, timestep, guidance, request.cfg == "batch")
+        latents, memory = solver.step(latents, v, index, steps, memory, generator)
+        check_finite(latents, f"step {index + 1} of {len(steps)}, timestep {timestep},")
+        if callback is not None:
+            changed = callback(index, timestep, latents)
+            latents = latents if changed is None else changed.to(latents)
+        yield State(latents, memory, index + 1)
+
+
+def predict(
+    transformer: ExpertTransformer,
+    latents: Tensor,
+    conditions: Conditions,
+    timestep: int,
+    guidance: float,
+    together: bool = True,
+) -> Tensor:
+    """v at a timestep, in float32: without - and away from - the negative text, with the text.
+
+    v = v_negative + guidance·(v_text - v_negative). Where `conditions.negative` is None, v_text.
+
+    together  both in one batch, the negative half first; else one after the other, in half the
+              memory
+    """
+    if conditions.image is not None:
+        latents = torch.cat([latents, conditions.image], 2)
+
+    def ask(latents: Tensor, text: Tensor) -> Tensor:
+        time = torch.full((len(latents),), timestep, device=latents.device)
+        ofs = None
+        if transformer.config.ofs_embed_dim is not None:
+            ofs = latents.new_full((1,), OFS)
+        v: Tensor = transformer(latents, text, time, ofs)
+        return v.float()
+
+    if conditions.negative is None:
+        return ask(latents, conditions.text)
+    if together:
+        texts = torch.cat([conditions.negative, conditions.text])
+        away, towards = ask(torch.cat([latents, latents]), texts).chunk(2)
+    else:
+        away, towards = ask(latents, conditions.negative), ask(latents, conditions.text)
+    return away + guidance * (towards - away)
+
+
+def generator_of(seed: int | None, generator: torch.Generator | None) -> torch.Generator:
+    """The caller's; or one of the seed, on the CPU; or of a seed that torch itself draws."""
+    if generator is not None:
+        if seed is not None:
+            raise ValueError("CogVideoX.generate: seed must be None beside a generator; got both")
+        return generator
+    if seed is None:
+        seed = int(torch.randint(2**63 - 1, ()))
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,383 @@
+"""Text, image or video in, video out: the whole way, in the order in which it is walked."""
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import saved
+from .checkpoint import (
+    atomic_path,
+    load_scheduler,
+    load_transformer,
+    load_vae,
+    save_scheduler,
+    save_transformer,
+    save_vae,
+)
+from .checkpoint.folder import DIFFUSERS_VERSION
+from .checkpoint.folder import SOLVERS as SOLVER_CLASSES
+from .conditioning import Progress, decode, embeddings, encoded, image_condition, noisy_video
+from .config import SchedulerConfig
+from .denoise import Callback, Conditions, State, denoise, generator_of
+from .files import CONFIG_BYTES, read_json
+from .plan import Plan, forecast
+from .request import Inputs, Request, default_size, resolve
+from .saved import Record, Saved
+from .schedulers import SOLVERS, Solver, Trajectory, draw
+from .text import T5TextEncoder, TextEncoder
+from .transformer import ExpertTransformer
+from .vae import CausalVAE, Tiling
+
+PathLike = str | os.PathLike[str]
+LARGE = 3072  # the hidden size of the models of 5 billion parameters
+
+
+class CogVideoX:
+    """A model of the CogVideoX family with all that it takes to generate a video.
+
+    transformer   with twice as many channels in as out, an image-to-video model; else text- and
+                  video-to-video
+    vae           of the same latents
+    scheduler     the noise that the transformer was trained with
+    text_encoder  anything with `encode` (see `cogvx.text.TextEncoder`); None if embeddings are
+                  always given
+    solver        "ddim" or "dpm", what `generate` takes by default
+
+    The parts are attributes, and may be exchanged. Raises ValueError if they do not fit together.
+    """
+
+    def __init__(
+        self,
+        transformer: ExpertTransformer,
+        vae: CausalVAE,
+        scheduler: SchedulerConfig,
+        text_encoder: TextEncoder | None = None,
+        solver: str = "ddim",
+    ) -> None:
+        channels = transformer.config.out_channels
+        if vae.config.latent_channels != channels:
+            raise ValueError(
+                f"CogVideoX: vae must have the transformer's {channels} latent channels; got "
+                f"{vae.config.latent_channels}"
+            )
+        if transformer.config.in_channels not in (channels, 2 * channels):
+            raise ValueError(
+                f"CogVideoX: transformer must have {channels} channels in, as out, or twice as "
+                f"many for image-to-video; got {transformer.config.in_channels}"
+            )
+        if text_encoder is not None and text_encoder.dim != transformer.config.text_embed_dim:
+            raise ValueError(
+                f"CogVideoX: text_encoder must have the transformer's text_embed_dim "
+                f"{transformer.config.text_embed_dim}; got {text_encoder.dim}"
+            )
+        if solver not in SOLVERS:
+            raise ValueError(f"CogVideoX: solver must be one of {', '.join(SOLVERS)}; got {solver}")
+        self.transformer = transformer
+        self.vae = vae
+        self.scheduler = scheduler
+        self.text_encoder = text_encoder
+        self.solver = solver
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: PathLike,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        backend: str = "auto",
+        attention: str = "auto",
+        text_encoder: bool | TextEncoder = True,
+    ) -> "CogVideoX":
+        """The model in a folder of the hub's layout: transformer/, vae/, scheduler/ and, if the
+        model has one, text_encoder/ with tokenizer/. Nothing is downloaded.
+
+        dtype         of all weights: bfloat16 for 5B and 1.5, float16 for 2B; None keeps the files'
+        backend       of the kernels, and attention: see `ExpertTransformer`
+        text_encoder  False leaves it out (4.8 billion parameters), for when embeddings are given;
+                      or one of your own
+
+        Raises CheckpointError or FileNotFoundError for what is missing or not as it should be.
+        """
+        solver, scheduler = load_scheduler(path)
+        if text_encoder is True and _has_text_encoder(Path(path)):
+            text_encoder = T5TextEncoder.from_pretrained(path, dtype, device)
+        return cls(
+            load_transformer(path, dtype, device, backend, attention),
+            load_vae(path, dtype, device),
+            scheduler,
+            None if isinstance(text_encoder, bool) else text_encoder,
+            solver,
+        )
+
+    def save_pretrained(self, path: PathLike) -> None:
+        """Writes the folder that `from_pretrained` reads; a released model's diffusers reads too.
+
+        A text encoder is written if it can write itself (`T5TextEncoder`), else left out.
+        """
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_transformer(self.transformer, folder / "transformer")
+        save_vae(self.vae, folder / "vae")
+        save_scheduler(self.scheduler, folder / "scheduler", self.solver)
+        has_text = isinstance(self.text_encoder, T5TextEncoder)
+        if isinstance(self.text_encoder, T5TextEncoder):
+            self.text_encoder.save_pretrained(folder)
+        with atomic_path(folder / "model_index.json") as part:
+            index = json.dumps(self._model_index(has_text), indent=2, sort_keys=True) + "\n"
+            part.write_text(index, encoding="utf-8")
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        image: Tensor | None = None,
+        video: Tensor | None = None,
+        strength: float = 0.8,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int = 50,
+        guidance: float = 6.0,
+        dynamic_guidance: bool = False,
+        scheduler: str | None = None,
+        compat: bool = False,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        latents: Tensor | None = None,
+        cfg: str = "batch",
+        uncond: str = "prompt",
+        image_latent_scale: str = "diffusers",
+        text_length: int | None = None,
+        tiling: Tiling | None = None,
+        output: str = "video",
+        callback: Callback | None = None,
+        progress: Progress | None = None,
+        save_latents: PathLike | None = None,
+        checkpoint_every: int | None = None,
+        resume: PathLike | None = None,
+    ) -> Tensor:
+        """A video of the prompt; from an image, if one is given, or from another video.
+
+        Args:
+            prompt: one text or several, a video for each; long and in English, as in training.
+            negative_prompt: what to stay away from; one, or one for each prompt; by default "".
+            image: the first frame, (batch or 1, 3, height, width) in [-1, 1], already of the size
+                of the video. Image-to-video models need one, others take none.
+            video: (batch or 1, frames, 3, height, width) in [-1, 1], to be made anew.
+            strength: how much of it: the last int(steps·strength) of the steps are walked.
+            num_frames: of the video; 49 for CogVideoX, 81 for 1.5, unless the config says another
+                number. (diffusers' image-to-video takes 49 for 1.5 too.) See `cogvx.frames`.
+            height, width: in pixels, multiples of 16; by default those of the config or the source.
+            steps: from 1 to 1000.
+            guidance: how much the text weighs. 1 or less: no second prediction, twice as fast.
+            dynamic_guidance: see `cogvx.schedulers.dynamic_guidance`. False as in diffusers; the
+                5B models are recommended with True and scheduler="dpm".
+            scheduler: "ddim" or "dpm"; None for the model's own.
+            compat: step as diffusers where the number of steps does not divide 1000.
+            seed: of all random numbers, which are drawn on the CPU: the same on every device.
+            generator: draws them instead; as in diffusers, in the same order.
+            prompt_embeds, negative_prompt_embeds: (batch, text_len, text_embed_dim), instead of
+                the texts.
+            latents: the noise to begin with, padding included, instead of a draw.
+            cfg: "batch" asks both predictions of guidance at once, "two_pass" one after the other.
+            uncond: "prompt" takes the embeddings of negative_prompt, "zeros" zeros, as SAT does.
+            image_latent_scale: of 1.5's image-to-video: "diffusers", "sat" or "train"; see
+                `cogvx.conditioning.image_condition`.
+            text_length: tokens of a prompt; by default the config's, 226. SAT has 224 for 1.5.
+            tiling: of the VAE, if a clip does not fit; see `cogvx.vae.Tiling`.
+            output: "video" or "latents", which are scaled and still padded, as in diffusers.
+            callback: see `cogvx.denoise.denoise`.
+            progress: called with a stage ("text", "encode", "denoise", "decode"), how much of it
+                is done and how much there is: texts, chunks of the VAE, steps.
+            save_latents: a file for the latents, written before they are decoded (`decode_saved`).
+            checkpoint_every: also write it after every so many steps.
+            resume: such a file; what it has done is not done again. The result is the same, bit for
+                bit. Everything else must be asked for as it was.
+
+        Returns the video, (batch, frames, 3, height, width) float32 in [-1, 1], on the VAE's
+        device, or the latents.
+
+        Raises ValueError or TypeError, before anything is computed, for what cannot be;
+        FloatingPointError, naming the stage, for NaN or infinity; CheckpointError if `resume` was
+        made with something else, naming the difference.
+        """
+        inputs = Inputs(
+            prompt,
+            negative_prompt or "",
+            image,
+            video,
+            prompt_embeds,
+            negative_prompt_embeds,
+            latents,
+        )
+        request = resolve(
+            self.transformer.config,
+            self.vae.config,
+            inputs,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            text_length=text_length,
+            strength=strength,
+            scheduler=scheduler or self.solver,
+            compat=compat,
+            steps=steps,
+            guidance=guidance,
+            dynamic_guidance=dynamic_guidance,
+            cfg=cfg,
+            uncond=uncond,
+            image_latent_scale=image_latent_scale,
+            output=output,
+        )
+        saved.check_saving(save_latents, checkpoint_every)
+        self._warn_of_half()
+        progress = progress or _no_progress
+        solver = SOLVERS[request.scheduler](self.scheduler, compat)
+        walk = solver.trajectory(steps, request.strength)
+        random, record = generator_of(seed, generator), {}
+        if save_latents is not None or resume is not None:
+            record = self._record(request, inputs, random)
+        conditions: Conditions | None
+        if resume is None:
+            conditions, state = self._begin(inputs, request, solver, walk, random, tiling, progress)
+        else:
+            has = self._resumed(resume, record, seed, random)
+            record, conditions, state = has.record, has.conditions, has.state
+        if conditions is not None:  # None: the file had all steps
+            run = denoise(
+                self.transformer, solver, walk, state, conditions, request, random, callback
+            )
+            for state in run:
+                due = checkpoint_every is not None and state.done % checkpoint_every == 0
+                if save_latents is not None and due and state.done < len(walk):
+                    now = Saved(record, len(walk), state, conditions, random.get_state())
+                    saved.write(save_latents, now)
+                progress("denoise", state.done, len(walk))
+        if save_latents is not None:
+            saved.write(save_latents, Saved(record, len(walk), state))
+        if output == "latents":
+            return state.latents
+        return decode(self.vae, state.latents[:, request.padding :], tiling, progress)
+
+    def decode_saved(
+        self,
+        path: PathLike,
+        tiling: Tiling | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """The video of latents that `generate` saved; see `cogvx.saved.decode_saved`."""
+        return saved.decode_saved(self.vae, path, tiling, progress)
+
+    def plan(
+        self,
+        *,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        **options: Any,
+    ) -> Plan:
+        """What `generate` needs for a clip, before it begins; see `cogvx.plan.forecast`, also for
+        `options`: batch, guidance, cfg, tiling, budget, …"""
+        usual = default_size(self.transformer.config, self.vae.config)
+        return forecast(
+            self.transformer.config,
+            self.vae.config,
+            frames=self.transformer.config.sample_frames if num_frames is None else num_frames,
+            height=usual[0] if height is None else height,
+            width=usual[1] if width is None else width,
+            **{"dtype": next(self.transformer.parameters()).dtype, **options},
+        )
+
+    def _begin(
+        self,
+        inputs: Inputs,
+        request: Request,
+        solver: Solver,
+        walk: Trajectory,
+        generator: torch.Generator,
+        tiling: Tiling | None,
+        progress: Progress,
+    ) -> tuple[Conditions, State]:
+        """What the first step needs: text, then image or video, then noise, in this order."""
+        weight = next(self.transformer.parameters())
+        like = weight.new_empty(request.shape)
+        text, negative = embeddings(self.text_encoder, inputs, request, progress)
+        text, negative = text.to(like), None if negative is None else negative.to(like)
+        if inputs.video is not None:
+            raw = encoded(self.vae, inputs.video, generator, progress, tiling)
+            latents = noisy_video(raw, self.vae, request, solver, walk, generator, like)
+            return Conditions(text, negative), State(latents)
+        image = None
+        if inputs.image is not None:
+            raw = encoded(self.vae, inputs.image[:, None], generator, progress, tiling)
+            image = image_condition(raw, self.vae, request, like)
+        latents = draw(like, generator) if inputs.latents is None else inputs.latents.to(like)
+        return Conditions(text, negative, image), State(latents)
+
+    def _record(self, request: Request, inputs: Inputs, generator: torch.Generator) -> Record:
+        """All that must be the same for a file of latents to be gone on with."""
+        return {
+            **saved.record_of(request, inputs),
+            **saved.record_of_model("transformer", self.transformer),
+            **saved.record_of_model("vae", self.vae),
+            **saved.record_of_config("scheduler", self.scheduler),
+            "generator": generator.device.type,
+            "seed": generator.initial_seed(),
+        }
+
+    def _resumed(
+        self, path: PathLike, record: Record, seed: int | None, generator: torch.Generator
+    ) -> Saved:
+        """What a file holds, on the transformer's device, and the random numbers as they were."""
+        has = saved.read(path)
+        wanted = {
+            name: value for name, value in record.items() if seed is not None or name != "seed"
+        }
+        saved.check_record(path, has.record, wanted)
+        if has.random is not None:
+            generator.set_state(has.random)
+        return has.to(next(self.transformer.parameters()).device)
+
+    def _model_index(self, has_text: bool) -> dict[str, Any]:
+        """What tells diffusers which of its classes read the folders."""
+        image = self.transformer.config.in_channels > self.transformer.config.out_channels
+        return {
+            "_class_name": f"CogVideoX{'ImageToVideo' if image else ''}Pipeline",
+            "_diffusers_version": DIFFUSERS_VERSION,
+            "scheduler": ["diffusers", SOLVER_CLASSES[self.solver]],
+            "text_encoder": ["transformers", "T5EncoderModel"] if has_text else [None, None],
+            "tokenizer": ["transformers", "T5Tokenizer"] if has_text else [None, None],
+            "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
+            "vae": ["diffusers", "AutoencoderKLCogVideoX"],
+        }
+
+    def _warn_of_half(self) -> None:
+        config, dtype = self.transformer.config, next(self.transformer.parameters()).dtype
+        if dtype == torch.float16 and config.hidden_size >= LARGE:
+            warnings.warn(
+                "the models of 5 billion parameters are trained in bfloat16, and in float16 they "
+                "overflow: a black video, or none; load them with dtype=torch.bfloat16",
+                stacklevel=4,
+            )
+
+
+def _has_text_encoder(folder: Path) -> bool:
+    """Whether the model has one: by its index, if it has that, else by its folder."""
+    if (folder / "model_index.json").is_file():
+        entry = read_json(folder / "model_index.json", CONFIG_BYTES).get("text_encoder")
+        return isinstance(entry, list) and any(entry)
+    return (folder / "text_encoder").is_dir()
+
+
+def _no_progress(stage: str, done: int, total: int) -> None:
+    pass

@@ -1,0 +1,266 @@
+"""What a generation is asked for, looked at once, before anything is computed.
+
+`resolve` turns the arguments of `CogVideoX.generate` and the configs of its models into a
+`Request`, where every default has become a number, or raises with the argument's name.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from . import frames
+from .config import TransformerConfig, VAEConfig
+from .schedulers import SOLVERS
+
+WHERE = "CogVideoX.generate"
+CHOICES: dict[str, tuple[str, ...]] = {
+    "scheduler": tuple(SOLVERS),
+    "cfg": ("batch", "two_pass"),
+    "uncond": ("prompt", "zeros"),
+    "image_latent_scale": ("diffusers", "sat", "train"),
+    "output": ("video", "latents"),
+}
+# What the converter writes into 1.5's config is the bound of a table, not a size to generate.
+TABLE_BOUND, SIZE_OF_1_5 = (300, 300), (96, 170)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Texts and tensors that a generation starts from, as the caller gave them."""
+
+    prompt: str | Sequence[str] | None = None
+    negative_prompt: str | Sequence[str] = ""
+    image: Tensor | None = None
+    video: Tensor | None = None
+    prompt_embeds: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+    latents: Tensor | None = None
+
+    @property
+    def prompts(self) -> list[str]:
+        return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt or ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Everything that decides a video besides `Inputs`, the models and the random numbers.
+
+    mode     "text", "image" or "video": what the video is made from
+    frames   of the video; height and width in pixels
+    shape    of the latents that are denoised: (batch, frames, channels, height, width)
+    padding  latent frames at the front that CogVideoX 1.5 needs to make their number a multiple of
+             its patch; they are denoised with the others and dropped before they are decoded
+    """
+
+    mode: str
+    frames: int
+    height: int
+    width: int
+    shape: tuple[int, int, int, int, int]
+    padding: int
+    text_length: int
+    scheduler: str
+    compat: bool
+    steps: int
+    strength: float
+    guidance: float
+    dynamic_guidance: bool
+    cfg: str
+    uncond: str
+    image_latent_scale: str
+
+    @property
+    def batch(self) -> int:
+        return self.shape[0]
+
+    @property
+    def guided(self) -> bool:
+        """Whether there are two predictions, with and without the text, to tell apart."""
+        return self.guidance > 1
+
+
+def resolve(
+    transformer: TransformerConfig,
+    vae: VAEConfig,
+    inputs: Inputs,
+    *,
+    num_frames: int | None,
+    height: int | None,
+    width: int | None,
+    text_length: int | None,
+    strength: float,
+    **options: Any,
+) -> Request:
+    """The request that the arguments of `generate` make; `options` are passed on as they are.
+
+    Raises ValueError or TypeError, naming the argument, what was wanted and what came.
+    """
+    for name, choices in CHOICES.items():
+        if name in options and options[name] not in choices:
+            raise _wrong(name, f"one of {', '.join(choices)}", repr(options[name]))
+    if not math.isfinite(options["guidance"]):
+        raise _wrong("guidance", "a finite number", f"{options['guidance']}")
+    mode = _mode(transformer, inputs)
+    batch = _batch(inputs, options["guidance"] > 1, options["uncond"])
+    source = {"image": inputs.image, "video": inputs.video}.get(mode)
+    if source is not None:
+        height, width = _like_source(mode, source, batch, vae, height, width)
+    if inputs.video is not None:
+        num_frames = _agreed("num_frames", num_frames, inputs.video.shape[1], "the video's")
+    ratio, usual = vae.spatial_compression_ratio, default_size(transformer, vae)
+    height = usual[0] if height is None else height
+    width = usual[1] if width is None else width
+    num_frames = transformer.sample_frames if num_frames is None else num_frames
+    frames.check(WHERE, "num_frames" if inputs.video is None else "video", num_frames, vae)
+    frames.check_size(WHERE, mode, height, width, ratio * transformer.patch_size)
+    if transformer.use_learned_positional_embeddings and (height, width) != usual:
+        only = f"{usual[0]}x{usual[1]}, the only size that this model's learned positions know"
+        raise _wrong("height and width", only, f"{height}x{width}")
+    length = frames.latent_frames(num_frames, vae)
+    padding = -length % (transformer.patch_size_t or 1)
+    channels = transformer.out_channels
+    request = Request(
+        mode=mode,
+        frames=num_frames,
+        height=height,
+        width=width,
+        shape=(batch, length + padding, channels, height // ratio, width // ratio),
+        padding=padding,
+        text_length=_text_length(transformer, text_length, inputs.prompt_embeds),
+        strength=float(strength) if mode == "video" else 1.0,
+        **{name: value for name, value in options.items() if name != "output"},
+    )
+    _check_tensors(transformer, inputs, request)
+    return request
+
+
+def default_size(transformer: TransformerConfig, vae: VAEConfig) -> tuple[int, int]:
+    """(height, width) in pixels of a video that nobody said the size of."""
+    height, width = transformer.sample_height, transformer.sample_width
+    if (height, width) == TABLE_BOUND:
+        height, width = SIZE_OF_1_5
+    return height * vae.spatial_compression_ratio, width * vae.spatial_compression_ratio
+
+
+def _mode(transformer: TransformerConfig, inputs: Inputs) -> str:
+    if inputs.image is not None and inputs.video is not None:
+        raise _wrong("image", "None where a video is given", "both")
+    mode = "image" if inputs.image is not None else "video" if inputs.video is not None else "text"
+    takes_image = transformer.in_channels == 2 * transformer.out_channels
+    if takes_image != (mode == "image"):
+        kind = "image-to-video" if takes_image else "text- and video-to-video"
+        raise _wrong(
+            "image",
+            "given" if takes_image else "None",
+            f"{'none' if takes_image else 'one'}: this is a {kind} model, whose transformer has "
+            f"{transformer.in_channels} channels in and {transformer.out_channels} out",
+        )
+    return mode
+
+
+def _batch(inputs: Inputs, guided: bool, uncond: str) -> int:
+    texts = (inputs.prompt, inputs.negative_prompt)
+    for name, text in zip(("prompt", "negative_prompt"), texts, strict=True):
+        words = [text] if isinstance(text, str) or text is None else list(text)
+        if any(not isinstance(word, str) for word in words if word is not None):
+            raise TypeError(f"{WHERE}: {name} must be text or a list of texts; got {text!r:.80}")
+    if (inputs.prompt is None) == (inputs.prompt_embeds is None):
+        came = "neither" if inputs.prompt is None else "both"
+        raise _wrong("prompt", "given, or else prompt_embeds", came)
+    if inputs.prompt_embeds is not None:
+        batch = len(inputs.prompt_embeds)
+    else:
+        batch = len(inputs.prompts)
+    if batch < 1:
+        raise _wrong("prompt", "at least one text", "none")
+    negative = inputs.negative_prompt
+    if not isinstance(negative, str) and len(negative) != batch:
+        raise _wrong("negative_prompt", f"one text, or {batch} as prompts", f"{len(negative)}")
+    if inputs.negative_prompt_embeds is not None and negative:
+        raise _wrong("negative_prompt", "empty where negative_prompt_embeds are given", "both")
+    if guided and uncond == "zeros" and (negative or inputs.negative_prompt_embeds is not None):
+        raise _wrong("negative_prompt", 'empty with uncond="zeros", which has no words', "one")
+    return batch
+
+
+def _like_source(
+    mode: str, source: Tensor, batch: int, vae: VAEConfig, height: int | None, width: int | None
+) -> tuple[int, int]:
+    """The size of the image or video, which must agree with what else was said."""
+    dims = {"image": "(batch, {}, height, width)", "video": "(batch, frames, {}, height, width)"}
+    wanted = f"a tensor {dims[mode].format(vae.in_channels)} in [-1, 1]"
+    if not isinstance(source, Tensor) or not source.is_floating_point():
+        raise TypeError(f"{WHERE}: {mode} must be {wanted}; got {_came(source)}")
+    if source.dim() != (4 if mode == "image" else 5) or source.shape[-3] != vae.in_channels:
+        raise _wrong(mode, wanted, _came(source))
+    if len(source) not in (1, batch):
+        raise _wrong(mode, f"one, or one for each of {batch} prompts", f"{len(source)}")
+    low, high = source.aminmax() if source.numel() else (source.new_zeros(()),) * 2
+    if not (low >= -1.001 and high <= 1.001):  # a rounding, not a range of its own
+        raise _wrong(mode, "in [-1, 1]", f"values from {low:.4g} to {high:.4g}")
+    return (
+        _agreed("height", height, source.shape[-2], f"the {mode}'s"),
+        _agreed("width", width, source.shape[-1], f"the {mode}'s"),
+    )
+
+
+def _agreed(name: str, said: int | None, has: int, whose: str) -> int:
+    if said not in (None, has):
+        raise _wrong(name, f"{whose}, {has} (resize it first), or None", f"{said}")
+    return has
+
+
+def _text_length(transformer: TransformerConfig, said: int | None, embeds: Tensor | None) -> int:
+    longest = transformer.max_text_seq_length
+    added = (
+        transformer.use_learned_positional_embeddings
+        or not transformer.use_rotary_positional_embeddings
+    )
+    usual = longest if embeds is None else embeds.shape[1]
+    length = usual if said is None else said
+    if length < 1:
+        raise _wrong("text_length", "at least 1", f"{length}")
+    if added and length != longest:
+        raise _wrong(
+            "text_length", f"{longest}, because this model adds positions to text", f"{length}"
+        )
+    return length
+
+
+def _check_tensors(transformer: TransformerConfig, inputs: Inputs, request: Request) -> None:
+    embeds = (request.batch, request.text_length, transformer.text_embed_dim)
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        value = getattr(inputs, name)
+        if value is not None and tuple(value.shape) != embeds:
+            raise _wrong(name, f"(batch, text_len, text_embed_dim) = {embeds}", _came(value))
+    latents = inputs.latents
+    if latents is not None and request.mode == "video":
+        raise _wrong("latents", "None where a video is given, which they come from", "both")
+    if latents is not None and tuple(latents.shape) != request.shape:
+        note = f", of which {request.padding} pads" if request.padding else ""
+        raise _wrong(
+            "latents", f"(batch, frames{note}, channels, height, width) = {request.shape}",
+            _came(latents),
+        )  # fmt: skip
+
+
+def _wrong(name: str, wanted: str, came: str) -> ValueError:
+    return ValueError(f"{WHERE}: {name} must be {wanted}; got {came}")
+
+
+def _came(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return type(value).__name__
+
+
+def check_finite(tensor: Tensor, stage: str) -> None:
+    """Raises FloatingPointError that names the stage if a value is NaN or infinite."""
+    low, high = tensor.aminmax()  # NaN is the least and the most; no copy is made
+    if not (math.isfinite(low) and math.isfinite(high)):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        hint = "; the 5B models overflow in it: use bfloat16" if dtype == "float16" else ""
+        raise FloatingPointError(f"{WHERE}: {stage} gave NaN or infinity in {dtype}{hint}")

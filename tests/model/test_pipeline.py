@@ -1,0 +1,466 @@
+"""What `generate` promises: sizes, switches, refusals, callbacks, and one seed one video."""
+
+import json
+import warnings
+from itertools import groupby
+
+import pytest
+import torch
+from diffusers import CogVideoXPipeline
+
+from cogvx import pipeline, request
+from cogvx.conditioning import decode
+from cogvx.memory import LiveBytes
+from cogvx.pipeline import CogVideoX
+from cogvx.request import default_size
+from cogvx.schedulers import NoiseSchedule
+from cogvx.transformer import ExpertTransformer
+from cogvx.vae import CausalVAE
+
+from .tiny_pipeline import (
+    CHANNELS,
+    DIM,
+    SCHEDULER,
+    SIDE,
+    TEXT_LEN,
+    Words,
+    embeds,
+    picture,
+    randomised,
+    tiny,
+    transformer_config,
+    vae_config,
+)
+
+SMALL = {"steps": 2, "num_frames": 9, "seed": 1}
+
+
+def test_one_seed_one_video():
+    pipe = tiny()
+    video = pipe.generate("a panda", **SMALL)
+    assert video.shape == (1, 9, 3, SIDE, SIDE) and video.dtype == torch.float32
+    assert video.min() >= -1 and video.max() <= 1 and not video.requires_grad
+    torch.rand(3)  # whatever else is drawn
+    again = pipe.generate("a panda", **SMALL)
+    assert torch.equal(video, again)
+    by_generator = {**SMALL, "seed": None, "generator": torch.Generator().manual_seed(1)}
+    assert torch.equal(video, pipe.generate("a panda", **by_generator))
+    assert not torch.equal(video, pipe.generate("a panda", **{**SMALL, "seed": 2}))
+    assert not torch.equal(video, pipe.generate("a bear", **SMALL))
+
+
+def test_without_a_seed_torch_draws_one():
+    pipe, unseeded = tiny(), {**SMALL, "seed": None}
+    torch.manual_seed(5)
+    one, two = pipe.generate("a", **unseeded), pipe.generate("a", **unseeded)
+    assert not torch.equal(one, two)
+    torch.manual_seed(5)
+    assert torch.equal(one, pipe.generate("a", **unseeded))
+
+
+@pytest.mark.parametrize("mode", ["text", "image", "video"])
+def test_two_passes_equal_one_batch(mode):
+    pipe = tiny("1.5-i2v" if mode == "image" else "5b")
+    given = {"text": {}, "image": {"image": picture(1)}, "video": {"video": picture(1, 9)}}[mode]
+    together, apart = (
+        pipe.generate("a", **{**SMALL, "num_frames": None}, **given, cfg=cfg, output="latents")
+        for cfg in ("batch", "two_pass")
+    )
+    # fp32 sums of another order, guidance of 6, two steps.
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-5)
+
+
+def test_texts_are_encoded_once():
+    pipe = tiny()
+    pipe.generate(["a", "b"], negative_prompt="c", **SMALL)
+    assert pipe.text_encoder.seen == [["a", "b"], ["c"]]
+    pipe.text_encoder.seen.clear()
+    pipe.generate(["a", "b"], negative_prompt=["c", "d"], **SMALL)
+    assert pipe.text_encoder.seen == [["a", "b"], ["c", "d"]]
+    pipe.text_encoder.seen.clear()
+    pipe.generate("a", guidance=1.0, **SMALL)
+    assert pipe.text_encoder.seen == [["a"]]
+
+
+def test_embeddings_are_as_good_as_texts():
+    pipe = tiny()
+    words, nothing = (Words().encode([text], TEXT_LEN) for text in ("a panda", ""))
+    expected = pipe.generate("a panda", **SMALL)
+    pipe.text_encoder = None
+    came = pipe.generate(prompt_embeds=words, negative_prompt_embeds=nothing, **SMALL)
+    assert torch.equal(came, expected)
+
+
+def test_uncond_of_zeros_is_that_of_sat():
+    pipe = tiny()
+    words = Words().encode(["a panda"], TEXT_LEN)
+    zeros = {"prompt_embeds": words, "negative_prompt_embeds": torch.zeros_like(words)}
+    came = pipe.generate("a panda", uncond="zeros", **SMALL)
+    assert pipe.text_encoder.seen == [["a panda"]]
+    assert torch.equal(came, pipe.generate(**zeros, **SMALL))
+
+
+def test_image_latents_have_three_scales_in_1_5_and_one_in_1_0():
+    image = picture(1)
+    for kind, count in (("1.5-i2v", 3), ("5b-i2v", 1)):
+        pipe = tiny(kind)
+        videos = {
+            name: pipe.generate("a", image=image, image_latent_scale=name, **SMALL)
+            for name in request.CHOICES["image_latent_scale"]
+        }
+        distinct = {tuple(video.flatten().tolist()) for video in videos.values()}
+        assert len(distinct) == count
+    # "train" of 1.5 is what 1.0 does with the same weights.
+    pipe, plain = tiny("1.5-i2v"), tiny("1.5-i2v")
+    plain.vae.config = vae_config("5b")
+    expected = plain.generate("a", image=image, **SMALL)
+    came = pipe.generate("a", image=image, image_latent_scale="train", **SMALL)
+    assert torch.equal(came, expected)
+
+
+def test_one_image_or_video_serves_all_prompts():
+    pipe = tiny("5b-i2v")
+    came = pipe.generate(["a", "b"], image=picture(1), **SMALL)
+    assert came.shape == (2, 9, 3, SIDE, SIDE) and not torch.equal(came[0], came[1])
+    pipe = tiny()
+    came = pipe.generate(["a", "b"], video=picture(1, 9), steps=2, seed=1)
+    assert came.shape == (2, 9, 3, SIDE, SIDE) and not torch.equal(came[0], came[1])
+
+
+def test_text_length_may_change_where_positions_do_not_count():
+    pipe = tiny("5b")
+    pipe.generate("a", text_length=TEXT_LEN - 2, **SMALL)
+    pipe.generate("a", text_length=TEXT_LEN + 3, **SMALL)
+    for kind in ("2b", "5b-i2v"):
+        given = {"image": picture(1)} if kind == "5b-i2v" else {}
+        with pytest.raises(ValueError, match=f"text_length must be {TEXT_LEN}"):
+            tiny(kind).generate("a", text_length=TEXT_LEN - 2, **given, **SMALL)
+
+
+def test_sizes_come_from_the_config_or_the_source():
+    pipe = tiny("5b")
+    assert pipe.generate("a", steps=1).shape == (1, 9, 3, SIDE, SIDE)
+    assert pipe.generate("a", steps=1, height=16, width=48).shape == (1, 9, 3, 16, 48)
+    source = picture(1, 1)[..., :16, :]
+    assert pipe.generate("a", video=source, steps=2).shape == (1, 1, 3, 16, SIDE)
+    pipe = tiny("1.5-i2v")
+    assert pipe.generate("a", image=picture(1), steps=1).shape[1] == 9
+
+
+def test_a_sample_size_of_300_is_not_a_size_to_generate():
+    """What the converter of 1.5 writes is the bound of a table; nobody wants 2400x2400."""
+    config = transformer_config("1.5", sample_height=300, sample_width=300)
+    assert default_size(config, vae_config("1.5")) == (768, 1360)
+
+
+@pytest.mark.parametrize("frames, latents", [(1, 2), (8, 2), (9, 4), (16, 4), (17, 6)])
+def test_1_5_pads_to_whole_patches_and_drops_what_it_padded(frames, latents):
+    pipe = tiny("1.5")
+    shapes = []
+    video = pipe.generate(
+        "a",
+        steps=1,
+        num_frames=frames,
+        seed=1,
+        callback=lambda step, timestep, x: shapes.append(x.shape[1]),
+    )
+    assert shapes == [latents] and video.shape[1] == frames
+    padded = pipe.generate("a", steps=1, num_frames=frames, seed=1, output="latents")
+    assert padded.shape[1] == latents
+    drop = latents - -(-frames // 4)
+    assert torch.equal(video, decode(pipe.vae, padded[:, drop:]))
+
+
+def test_1_5_takes_a_video_of_odd_latents():
+    """diffusers refuses it; the padding is the first latent again, as in training."""
+    pipe, video = tiny("1.5"), picture(1, 9)
+    asked = []
+    pipe.transformer.register_forward_pre_hook(lambda _, args: asked.append(args[0]))
+    came = pipe.generate("a", video=video, steps=50, strength=0.02, guidance=1.0, seed=1)
+    assert came.shape == video.shape
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        latents = 0.7 * pipe.vae.encode(video).sample(generator)
+    latents = torch.cat([latents[:, :1], latents], 1)
+    noise = torch.randn(latents.shape, generator=generator)
+    assert torch.equal(asked[0], NoiseSchedule(SCHEDULER).add_noise(latents, noise, 19))
+
+
+def test_strength_keeps_the_video_as_much_as_it_says():
+    pipe, video = tiny("5b"), picture(1, 9)
+    asked = []
+    pipe.generate("a", video=video, steps=10, strength=0.3, callback=lambda *a: asked.append(a[:2]))
+    assert asked == [(0, 299), (1, 199), (2, 99)]
+
+
+def test_guidance_of_one_asks_once():
+    pipe = tiny()
+    batches = []
+    pipe.transformer.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
+    pipe.generate("a", guidance=1.0, **SMALL)
+    pipe.generate("a", guidance=1.5, **SMALL)
+    pipe.generate("a", guidance=1.5, cfg="two_pass", **SMALL)
+    assert batches == [1, 1, 2, 2, 1, 1, 1, 1]
+
+
+def test_callback_sees_every_step_and_may_change_it():
+    pipe, seen = tiny(), []
+
+    def callback(step, timestep, latents):
+        seen.append((step, timestep, tuple(latents.shape)))
+        return torch.zeros_like(latents).double() if step == 1 else None
+
+    came = pipe.generate("a", **SMALL, callback=callback, output="latents")
+    assert seen == [(0, 999, (1, 3, CHANNELS, 4, 4)), (1, 499, (1, 3, CHANNELS, 4, 4))]
+    assert came.dtype == torch.float32 and came.abs().max() == 0
+
+
+@pytest.mark.parametrize("mode", ["text", "image", "video"])
+def test_progress_tells_of_every_stage(mode):
+    pipe = tiny("5b-i2v" if mode == "image" else "5b")
+    given = {"image": {"image": picture(1)}, "video": {"video": picture(2, 17)}}.get(mode, {})
+    prompts = ["a", "b"] if mode == "video" else "a"
+    told = []
+    frames = {} if mode == "video" else {"num_frames": 17}
+    pipe.generate(prompts, steps=4, **frames, **given, progress=lambda *now: told.append(now))
+    stages = {stage: [now[1:] for now in group] for stage, group in groupby(told, lambda t: t[0])}
+    names = (
+        ["text", "denoise", "decode"] if mode == "text" else ["text", "encode", "denoise", "decode"]
+    )
+    assert list(stages) == names
+    assert stages["text"] == [(1, 2), (2, 2)]
+    walked = 3 if mode == "video" else 4
+    assert stages["denoise"] == [(n, walked) for n in range(1, walked + 1)]
+    assert stages["decode"] == [(1, 2), (2, 2)]  # 5 latents in chunks of 3 and 2
+    if mode != "text":
+        count = 1 if mode == "image" else 4  # two videos in two chunks
+        assert stages["encode"] == [(n, count) for n in range(1, count + 1)]
+
+
+def poison(module, value=float("nan")):
+    next(module.parameters()).data.flatten()[0] = value
+
+
+def test_the_first_bad_stage_is_named(tmp_path):
+    pipe = tiny()
+    pipe.text_encoder.encode = lambda prompts, length: torch.full((1, length, DIM), float("inf"))
+    with pytest.raises(FloatingPointError, match="the text encoder gave NaN or infinity"):
+        pipe.generate("a", **SMALL)
+    pipe = tiny()
+    poison(pipe.vae.encoder)
+    with pytest.raises(FloatingPointError, match="the VAE's encoder gave NaN or infinity"):
+        pipe.generate("a", video=picture(1, 9))
+    pipe = tiny()
+
+    def callback(step, timestep, latents):
+        if step == 1:
+            poison(pipe.transformer)
+
+    with pytest.raises(FloatingPointError, match="step 3 of 5, timestep 599, gave NaN .*float32"):
+        pipe.generate("a", steps=5, num_frames=9, callback=callback)
+    pipe = tiny()
+    poison(pipe.vae.decoder, float("inf"))
+    with pytest.raises(FloatingPointError, match="decode gave NaN or infinity"):
+        pipe.generate("a", **SMALL, save_latents=tmp_path / "kept.safetensors")
+    assert (tmp_path / "kept.safetensors").is_file()  # what a failed decode does not cost
+
+
+def test_large_models_in_float16_are_warned_of(monkeypatch):
+    monkeypatch.setattr(pipeline, "LARGE", 32)
+    pipe = tiny()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.generate("a", **SMALL)
+        pipe.transformer.bfloat16()
+        pipe.generate("a", **SMALL)
+    pipe.transformer.half()
+    with pytest.warns(UserWarning, match="float16 they overflow.*dtype=torch.bfloat16"):
+        pipe.generate("a", **SMALL)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near(dtype):
+    pipe, other = tiny(), tiny()
+    other.transformer.to(dtype)
+    other.vae.to(dtype)
+    latents, half = (
+        p.generate("a", guidance=2.0, **SMALL, output="latents") for p in (pipe, other)
+    )
+    assert half.dtype == dtype
+    # Noise of another dtype is other noise: the two have no number in common but their sizes.
+    assert half.shape == latents.shape
+    given = {"latents": torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))}
+    one, two = (p.generate("a", guidance=2.0, **SMALL, **given) for p in (pipe, other))
+    assert two.dtype == torch.float32
+    # Two layers, two steps and a decoder, in 8 bits of mantissa; the videos' spread is 0.3.
+    assert (one - two).abs().mean() < 0.05
+
+
+def test_given_latents_are_the_noise():
+    pipe = tiny()
+    noise = torch.randn(1, 3, CHANNELS, 4, 4)
+    one, two = (pipe.generate("a", steps=2, latents=noise, seed=seed) for seed in (1, 2))
+    assert torch.equal(one, two)
+    kept = noise.clone()
+    pipe.generate("a", steps=2, latents=noise, scheduler="dpm")
+    assert torch.equal(noise, kept)
+
+
+def test_steps_do_not_add_up_in_memory():
+    pipe = tiny()
+
+    def peak(steps):
+        with LiveBytes() as live:
+            pipe.generate("a", steps=steps, num_frames=9, seed=1, scheduler="dpm")
+        return live.peak
+
+    peak(2)  # tables that are kept
+    assert peak(9) == peak(3)
+
+
+def test_nothing_is_left_for_the_garbage_collector_to_train():
+    pipe = tiny()
+    pipe.generate("a", **SMALL)
+    assert all(parameter.grad is None for parameter in pipe.transformer.parameters())
+    assert torch.is_grad_enabled()
+
+
+def test_factorised_model_with_experts():
+    config = transformer_config("1.5", patch_size_t=1, num_text_experts=1, num_video_experts=2)
+    vae = vae_config(
+        "5b",
+        factorized=True,
+        num_sample_frames_batch_size=4,
+        num_latent_frames_batch_size=1,
+    )
+    transformer = ExpertTransformer(config, backend="reference")
+    pipe = CogVideoX(randomised(transformer), randomised(CausalVAE(vae)), SCHEDULER, Words())
+    assert pipe.generate("a", steps=2, num_frames=13, seed=1).shape == (1, 13, 3, SIDE, SIDE)
+    with pytest.raises(ValueError, match=r"1 \+ 4k frames, nearest 5 or 9; got 8"):
+        pipe.generate("a", num_frames=8)
+
+
+def test_saved_and_loaded(tmp_path):
+    pipe = tiny(solver="dpm")
+    expected = pipe.generate("a", **SMALL)
+    pipe.save_pretrained(tmp_path)
+    again = CogVideoX.from_pretrained(tmp_path, backend="reference", text_encoder=Words())
+    assert again.solver == "dpm" and again.scheduler == pipe.scheduler
+    assert torch.equal(again.generate("a", **SMALL), expected)
+    assert CogVideoX.from_pretrained(tmp_path).text_encoder is None
+    # And diffusers reads the folder.
+    other = CogVideoXPipeline.from_pretrained(tmp_path, text_encoder=None, tokenizer=None)
+    other.set_progress_bar_config(disable=True)
+    given = {**embeds(), "num_frames": 9, "generator": torch.Generator().manual_seed(1)}
+    latents = other(**given, num_inference_steps=2, output_type="latent").frames
+    given["generator"].manual_seed(1)
+    came = again.generate(**given, steps=2, output="latents")
+    torch.testing.assert_close(came, latents, rtol=0, atol=1e-5)
+
+
+def test_a_text_encoder_that_the_index_promises_must_be_there(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["text_encoder"] == [None, None]
+    index["text_encoder"] = ["transformers", "T5EncoderModel"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match="text_encoder/ is missing"):
+        CogVideoX.from_pretrained(tmp_path)
+    assert CogVideoX.from_pretrained(tmp_path, text_encoder=False).text_encoder is None
+    with pytest.raises(ValueError, match="text_encoder must be there to encode a prompt"):
+        CogVideoX.from_pretrained(tmp_path, text_encoder=False).generate("a")
+
+
+def test_plan_is_of_this_model():
+    plan = tiny("1.5").plan(num_frames=17, guidance=False)
+    assert (plan.frames, plan.height, plan.width) == (17, SIDE, SIDE)
+    assert plan.video_tokens == 3 * 2 * 2  # 5 latents and one of padding, two of time a token
+    assert tiny().plan().frames == 9
+
+
+WRONG = {
+    "neither prompt": ({"prompt": None}, "prompt must be given, or else prompt_embeds; got nei"),
+    "both prompts": ({**embeds()}, "prompt must be given, or else prompt_embeds; got both"),
+    "no prompts": ({"prompt": []}, "prompt must be at least one text"),
+    "numbers": ({"prompt": [1]}, "prompt must be text or a list of texts"),
+    "negatives": ({"negative_prompt": ["a", "b"]}, "negative_prompt must be one text, or 1"),
+    "zeros": ({"negative_prompt": "a", "uncond": "zeros"}, "negative_prompt must be empty with"),
+    "no frames": ({"num_frames": 0}, "num_frames must have 1, 8k or 8k . 1 frames, nearest 1; got"),
+    "no height": ({"height": 0}, "height that is a multiple of 16, nearest 16; got 0x32"),
+    "no text": ({"text_length": 0}, "text_length must be at least 1; got 0"),
+    "guidance": ({"guidance": float("nan")}, "guidance must be a finite number; got nan"),
+    "frames": ({"num_frames": 12}, "num_frames must have 1, 8k or 8k . 1 frames, nearest 9 or 16"),
+    "height": ({"height": 40}, "height that is a multiple of 16, nearest 32 or 48; got 40x32"),
+    "width": ({"width": 8}, "width that is a multiple of 16, nearest 16; got 32x8"),
+    "image": ({"image": picture(1)}, "image must be None; got one: this is a text- and video-to"),
+    "two sources": ({"image": picture(1), "video": picture(1, 9)}, "image must be None where a"),
+    "steps": ({"steps": 0}, r"num_steps must be an integer in \[1, 1000\]; got 0"),
+    "strength": ({"video": picture(1, 9), "strength": 0.01}, "strength must be at most 1"),
+    "scheduler": ({"scheduler": "euler"}, "scheduler must be one of ddim, dpm; got 'euler'"),
+    "cfg": ({"cfg": "none"}, "cfg must be one of batch, two_pass"),
+    "uncond": ({"uncond": "none"}, "uncond must be one of prompt, zeros"),
+    "scale": ({"image_latent_scale": "x"}, "image_latent_scale must be one of diffusers, sat, tr"),
+    "output": ({"output": "pil"}, "output must be one of video, latents"),
+    "seeds": ({"seed": 1, "generator": torch.Generator()}, "seed must be None beside a generator"),
+    "latents": ({"latents": torch.zeros(1, 3, 4, 4, 5)}, r"= \(1, 3, 4, 4, 4\); got float32 \(1,"),
+    "video dims": ({"video": picture(9)}, r"video must be a tensor \(batch, frames, 3, height, w"),
+    "video range": ({"video": 3 * picture(1, 9)}, r"video must be in \[-1, 1\]; got values from"),
+    "video frames": ({"video": picture(1, 12)}, "video must have 1, 8k or 8k . 1 frames"),
+    "video length": ({"video": picture(1, 9), "num_frames": 17}, "num_frames must be the video's"),
+    "video size": ({"video": picture(1, 9), "height": 64}, "height must be the video's, 32 .res"),
+    "videos": ({"video": picture(2, 9)}, "video must be one, or one for each of 1 prompts; got 2"),
+    "noise": ({"video": picture(1, 9), "latents": torch.zeros(1)}, "latents must be None where a"),
+    "checkpoints": ({"checkpoint_every": 2}, "checkpoint_every must be at least 1, and save_late"),
+    "folder": ({"save_latents": "/nowhere/a.safetensors"}, "save_latents must be a file in a fo"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_is_refused_before_anything_is_computed(name):
+    options, match = WRONG[name]
+    pipe = tiny()
+    with pytest.raises((ValueError, TypeError), match=match):
+        pipe.generate(**{"prompt": "a", "num_frames": None, **options})
+    assert pipe.text_encoder.seen == []
+
+
+def test_image_models_refuse_what_is_no_image():
+    pipe = tiny("5b-i2v")
+    for options, match in (
+        ({}, "image must be given; got none: this is an? image-to-video model"),
+        ({"video": picture(1, 9)}, "image must be given"),
+        ({"image": "photo.png"}, r"image must be a tensor \(batch, 3, height, width\).*got str"),
+        ({"image": picture(1).long()}, "image must be a tensor"),
+        ({"image": 255 * picture(1)}, r"image must be in \[-1, 1\]"),
+        ({"image": float("nan") * picture(1)}, r"image must be in \[-1, 1\]; got values from nan"),
+        ({"image": picture(3)}, "image must be one, or one for each of 1 prompts; got 3"),
+        ({"image": picture(1)[..., :16]}, "32x32, the only size that this model's learned posit"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=match):
+            pipe.generate("a", **options)
+
+
+def test_embeddings_of_another_shape_are_refused():
+    words = embeds()["prompt_embeds"]
+    for wrong in ({"prompt_embeds": words[..., :8]}, {**embeds(), "prompt_embeds": words[:, :4]}):
+        with pytest.raises(ValueError, match=r"must be \(batch, text_len, text_embed_dim\) = "):
+            tiny().generate(**wrong)
+    both = {"negative_prompt": "a", **embeds()}
+    with pytest.raises(ValueError, match="negative_prompt must be empty where negative_prompt_em"):
+        tiny().generate(**both)
+
+
+def test_parts_that_do_not_fit_are_refused():
+    transformer = ExpertTransformer(transformer_config("5b"))
+    vae = CausalVAE(vae_config("5b"))
+    with pytest.raises(ValueError, match="vae must have the transformer's 4 latent channels"):
+        CogVideoX(transformer, CausalVAE(vae_config("5b", latent_channels=8)), SCHEDULER)
+    odd = ExpertTransformer(transformer_config("5b", in_channels=5))
+    with pytest.raises(ValueError, match="4 channels in, as out, or twice as many.*got 5"):
+        CogVideoX(odd, vae, SCHEDULER)
+    encoder = Words()
+    encoder.dim = 8
+    with pytest.raises(ValueError, match="text_encoder must have .* text_embed_dim 16; got 8"):
+        CogVideoX(transformer, vae, SCHEDULER, encoder)
+    with pytest.raises(ValueError, match="solver must be one of ddim, dpm; got euler"):
+        CogVideoX(transformer, vae, SCHEDULER, solver="euler")

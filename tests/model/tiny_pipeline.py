@@ -1,0 +1,148 @@
+"""Models small enough to generate with in a test: ours, and diffusers' with the same weights."""
+
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    CogVideoXVideoToVideoPipeline,
+)
+
+from cogvx.config import SchedulerConfig, TransformerConfig, VAEConfig
+from cogvx.pipeline import CogVideoX
+from cogvx.transformer import ExpertTransformer
+from cogvx.vae import CausalVAE
+
+CHANNELS, DIM, TEXT_LEN = 4, 16, 6
+SIDE = 32  # pixels: a grid of 2x2 tokens
+SCHEDULER = SchedulerConfig(snr_shift_scale=1.0)
+SOLVERS = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
+PIPELINES = {
+    "text": CogVideoXPipeline,
+    "image": CogVideoXImageToVideoPipeline,
+    "video": CogVideoXVideoToVideoPipeline,
+}
+
+# One of each released kind.
+_ROPE = {"use_rotary_positional_embeddings": True}
+_1_5 = {**_ROPE, "patch_size_t": 2, "patch_bias": False}
+KINDS = {
+    "2b": {},
+    "5b": _ROPE,
+    "5b-i2v": {**_ROPE, "in_channels": 8, "use_learned_positional_embeddings": True},
+    "1.5": _1_5,
+    "1.5-i2v": {**_1_5, "in_channels": 8, "ofs_embed_dim": 16},
+}
+
+
+class Words:
+    """A text encoder without a file: a prompt's letters seed its embeddings."""
+
+    dim = DIM
+
+    def __init__(self):
+        self.seen = []
+
+    def encode(self, prompts, max_length):
+        self.seen.append(list(prompts))
+        rows = []
+        for prompt in prompts:
+            generator = torch.Generator().manual_seed(sum(map(ord, prompt)))
+            rows.append(torch.randn(max_length, DIM, generator=generator))
+        return torch.stack(rows)
+
+
+def transformer_config(kind, **options):
+    values = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,  # 16: diffusers pairs the dims of 4, 6 and 6
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "time_embed_dim": 16,
+        "text_embed_dim": DIM,
+        "num_layers": 2,
+        "sample_width": SIDE // 8,
+        "sample_height": SIDE // 8,
+        "sample_frames": 9,
+        "max_text_seq_length": TEXT_LEN,
+        **KINDS[kind],
+    }
+    return TransformerConfig(**{**values, **options})
+
+
+def vae_config(kind, **options):
+    values = {
+        "latent_channels": CHANNELS,
+        "block_out_channels": (8, 8, 8, 8),
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+        "sample_height": SIDE,
+        "sample_width": SIDE,
+        "scaling_factor": 0.7,
+        "invert_scale_latents": kind.startswith("1.5"),
+    }
+    return VAEConfig(**{**values, **options})
+
+
+def randomised(module, seed=0):
+    """Weights of no special values, so that nothing is zero by chance of an initialisation."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            spread = 0.3 if parameter.dim() == 1 else parameter[0].numel() ** -0.5
+            parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
+    return module.eval()
+
+
+def tiny(kind="5b", seed=0, **options):
+    """A pipeline of ours with random weights, and videos that mostly stay within [-1, 1].
+
+    The kernels are proved elsewhere; here, where they would be interpreted, references run.
+    """
+    transformer = ExpertTransformer(transformer_config(kind), backend="reference")
+    vae = randomised(CausalVAE(vae_config(kind)), seed + 1)
+    with torch.no_grad():
+        for parameter in vae.decoder.conv_out.parameters():
+            parameter.mul_(0.2)
+    return CogVideoX(randomised(transformer, seed), vae, SCHEDULER, Words(), **options)
+
+
+def embeds(batch=1, seed=7):
+    """Embeddings to give, (prompt, negative)."""
+    generator = torch.Generator().manual_seed(seed)
+    both = torch.randn(2, batch, TEXT_LEN, DIM, generator=generator)
+    return {"prompt_embeds": both[0], "negative_prompt_embeds": both[1]}
+
+
+def picture(*shape, seed=8):
+    """Random pixels in [-1, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.rand(*shape, 3, SIDE, SIDE, generator=generator) - 1
+
+
+def theirs(pipe, mode, solver):
+    """diffusers' pipeline with the weights of ours."""
+    config = pipe.transformer.config
+    ours = {"mlp_ratio", "num_text_experts", "num_video_experts", "expert_top_k"}
+    values = {name: value for name, value in config.to_dict().items() if name not in ours}
+    transformer = CogVideoXTransformer3DModel(**values)
+    transformer.load_state_dict(pipe.transformer.state_dict())
+    wanted = pipe.vae.config
+    vae = AutoencoderKLCogVideoX(
+        latent_channels=wanted.latent_channels,
+        block_out_channels=wanted.block_out_channels,
+        layers_per_block=wanted.layers_per_block,
+        norm_num_groups=wanted.norm_num_groups,
+        sample_height=wanted.sample_height,
+        sample_width=wanted.sample_width,
+        scaling_factor=wanted.scaling_factor,
+        invert_scale_latents=wanted.invert_scale_latents,
+    )
+    vae.load_state_dict(pipe.vae.state_dict())
+    scheduler = SOLVERS[solver].from_config({**pipe.scheduler.to_dict(), "clip_sample": False})
+    other = PIPELINES[mode](None, None, vae.eval(), transformer.eval(), scheduler)
+    other.set_progress_bar_config(disable=True)
+    return other
