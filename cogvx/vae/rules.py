@@ -1,0 +1,106 @@
+"""What may go into a VAE, checked before any work: one description of each way through it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from .. import frames
+from ..config import VAEConfig
+from .decoder import Decoder
+from .encoder import Encoder
+
+Coder = Encoder | Decoder
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way through a VAE: encoding or decoding.
+
+    Attributes:
+        where: who complains.
+        name: what goes in, "video" or "latents".
+        coder: the module, for its config, dtype and device.
+        channels: of what goes in.
+        multiple: what height and width must be multiples of.
+        chunk: frames of every chunk but the first and last.
+        plan: number of frames -> frames of each chunk.
+        frames_out: number of frames -> number of frames that come out.
+    """
+
+    where: str
+    name: str
+    coder: Coder
+    channels: int
+    multiple: int
+    chunk: int
+    plan: Callable[[int], tuple[int, ...]]
+    frames_out: Callable[[int], int]
+
+    @property
+    def config(self) -> VAEConfig:
+        return self.coder.config
+
+    def check(self, x: Any) -> Tensor:
+        """x is a batch of clips, or pieces of clips, that the coder can take."""
+        dims = "(batch, frames, channels, height, width)"
+        if not isinstance(x, Tensor):
+            raise self._wrong(TypeError, f"a tensor {dims}", type(x).__name__)
+        if x.dim() != 5:
+            raise self._wrong(ValueError, f"5-dimensional {dims}", f"{tuple(x.shape)}")
+        if x.shape[2] != self.channels:
+            came = f"{tuple(x.shape)}, {x.shape[2]} channels"
+            raise self._wrong(ValueError, f"{dims} with {self.channels} channels", came)
+        if 0 in x.shape:
+            raise self._wrong(ValueError, f"{dims} with nothing empty", f"{tuple(x.shape)}")
+        weight = self.coder.conv_out.weight
+        if x.dtype != weight.dtype:
+            raise self._wrong(TypeError, f"{weight.dtype} as the weights", f"{x.dtype}")
+        if x.device != weight.device:
+            raise self._wrong(ValueError, f"on {weight.device} as the weights", f"{x.device}")
+        frames.check_size(self.where, self.name, x.shape[3], x.shape[4], self.multiple)
+        return x
+
+    def check_frames(self, count: int, name: str | None = None) -> None:
+        """So many frames make a whole clip."""
+        if self.name == "video":
+            frames.check(self.where, name or self.name, count, self.config)
+        elif count < 1:
+            raise self._wrong(ValueError, "at least 1 frame", f"{count}")
+
+    def _wrong(self, kind: type[Exception], wanted: str, came: str) -> Exception:
+        return kind(f"{self.where}: {self.name} must be {wanted}; got {came}")
+
+
+def encoding(encoder: Encoder, where: str) -> Way:
+    if not isinstance(encoder, Encoder):
+        raise TypeError(f"{where}: encoder must be an Encoder; got {type(encoder).__name__}")
+    config = encoder.config
+    return Way(
+        where=where,
+        name="video",
+        coder=encoder,
+        channels=config.in_channels,
+        multiple=config.spatial_compression_ratio,
+        chunk=config.num_sample_frames_batch_size,
+        plan=partial(frames.encode_plan, config=config),
+        frames_out=partial(frames.latent_frames, config=config),
+    )
+
+
+def decoding(decoder: Decoder, where: str) -> Way:
+    if not isinstance(decoder, Decoder):
+        raise TypeError(f"{where}: decoder must be a Decoder; got {type(decoder).__name__}")
+    config = decoder.config
+    return Way(
+        where=where,
+        name="latents",
+        coder=decoder,
+        channels=config.latent_channels,
+        multiple=1,
+        chunk=config.num_latent_frames_batch_size,
+        plan=partial(frames.decode_plan, config=config),
+        frames_out=partial(frames.video_frames, config=config),
+    )

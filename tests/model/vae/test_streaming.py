@@ -1,0 +1,394 @@
+"""A stream is the whole, bit for bit, in memory that does not grow; states are values."""
+
+import copy
+import itertools
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from cogvx import frames
+from cogvx.config import VAEConfig
+from cogvx.memory import LiveBytes
+from cogvx.vae import (
+    CausalVAE,
+    Decoder,
+    DecodeState,
+    DiagonalGaussian,
+    Encoder,
+    EncodeState,
+    FrameCache,
+    parts,
+)
+
+TINY = dict(
+    block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2
+)
+RELEASED = VAEConfig(**TINY)
+FACTORIZED = VAEConfig(
+    **TINY, factorized=True, num_sample_frames_batch_size=4, num_latent_frames_batch_size=1
+)
+PAIRED = VAEConfig(
+    **TINY, factorized=True, num_sample_frames_batch_size=8, num_latent_frames_batch_size=2
+)
+CONFIGS = {"released": RELEASED, "factorized": FACTORIZED, "factorized, by two": PAIRED}
+
+
+def make(config):
+    torch.manual_seed(0)
+    vae = CausalVAE(config)
+    for parameter in vae.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    return vae
+
+
+VAES = {name: make(config) for name, config in CONFIGS.items()}
+released, factorized, paired = VAES.values()
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def joined(chunks):
+    """The clip of a stream's chunks, of either kind."""
+    chunks = [c.moments if isinstance(c, DiagonalGaussian) else c for c in chunks]
+    return torch.cat(chunks, dim=1)
+
+
+def both(vae, latents):
+    """(whole, stream, input) of each way through the VAE."""
+    z = torch.randn(1, latents, 4, 2, 2)
+    video = torch.randn(1, frames.video_frames(latents, vae.config), 3, 16, 16)
+    return (
+        (vae.decode(z), vae.stream_decode, z),
+        (vae.encode(video).moments, vae.stream_encode, video),
+    )
+
+
+def cuts(length, rng):
+    """Random pieces of a clip, of 1 frame and more."""
+    places = sorted({0, length, *torch.randint(1, length + 1, (4,), generator=rng).tolist()})
+    return [end - start for start, end in itertools.pairwise(places)]
+
+
+@pytest.mark.parametrize("name", VAES)
+@pytest.mark.parametrize("latents", (1, 2, 3, 6, 7))
+def test_a_stream_of_a_tensor_is_the_whole_bit_for_bit(name, latents):
+    for whole, stream, x in both(VAES[name], latents):
+        assert torch.equal(joined(stream(x)), whole)
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_pieces_of_any_length_give_the_same_bits(name):
+    rng = torch.Generator().manual_seed(1)
+    for whole, stream, x in both(VAES[name], 7):
+        known = {"total": x.shape[1]} if name == "released" else {}
+        for pieces in ([1] * x.shape[1], *(cuts(x.shape[1], rng) for _ in range(4))):
+            assert torch.equal(joined(stream(iter(x.split(pieces, dim=1)), **known)), whole), pieces
+
+
+@pytest.mark.parametrize("latents", (1, 2, 3, 6, 7))
+def test_the_released_chunks_need_no_total(latents):
+    z = torch.randn(1, latents, 4, 2, 2)
+    pieces = z.split(frames.decode_plan(latents), dim=1)
+    assert torch.equal(joined(released.stream_decode(iter(pieces))), released.decode(z))
+    video = torch.randn(1, frames.video_frames(latents), 3, 16, 16)
+    pieces = video.split(frames.encode_plan(video.shape[1]), dim=1)
+    assert torch.equal(joined(released.stream_encode(iter(pieces))), released.encode(video).moments)
+
+
+@pytest.mark.parametrize(
+    "pieces", ((4,), (2, 1), (2, 3), (3, 1), (1, 2), (1, 1), (2, 2, 1), (3, 2, 4))
+)
+def test_other_latents_than_the_released_chunks_are_refused_by_name(pieces):
+    state = DecodeState()
+    z = [torch.randn(1, n, 4, 2, 2) for n in pieces]
+    for n, piece in enumerate(z[:-1], 1):
+        list(released.stream_decode(piece, state, total=None, last=False))
+        assert (state.taken, state.chunks) == (sum(pieces[:n]), n)
+    with pytest.raises(
+        ValueError, match=r"stream_decode: latents must come in the chunks .*total="
+    ):
+        list(released.stream_decode(iter(z[-1:]), state))
+    assert state.taken == sum(pieces[:-1])  # as it was
+
+
+@pytest.mark.parametrize("pieces", ((2,), (7,), (10,), (8, 9), (9, 1), (1, 8), (8, 4)))
+def test_other_frames_than_the_released_chunks_are_refused_by_name(pieces):
+    video = (torch.randn(1, n, 3, 8, 8) for n in pieces)
+    with pytest.raises(ValueError, match=r"stream_encode: video must come in the chunks .*total="):
+        list(released.stream_encode(video))
+
+
+def test_the_factorised_vae_refuses_a_clip_that_ends_within_a_latent():
+    pieces = torch.randn(1, 7, 3, 8, 8).split(1, dim=1)
+    with pytest.raises(ValueError, match=r"must have 1 \+ 4k frames, nearest 5 or 9; got 7"):
+        list(factorized.stream_encode(iter(pieces)))
+
+
+def test_a_total_is_kept_to():
+    z = torch.randn(1, 5, 4, 2, 2)
+    with pytest.raises(ValueError, match="must end after total = 4 frames; got 5"):
+        released.stream_decode(z, total=4)
+    with pytest.raises(ValueError, match="must end after total = 4 frames; got 5"):
+        list(released.stream_decode(iter(z.split(1, 1)), total=4))
+    with pytest.raises(ValueError, match="must have total = 6 frames; the clip ended after 5"):
+        list(released.stream_decode(iter(z.split(1, 1)), total=6))
+    with pytest.raises(ValueError, match="total must have 1, 8k or 8k"):
+        released.stream_encode(iter([]), total=10)
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_two_streams_of_one_vae_do_not_touch_each_other(name):
+    vae = VAES[name]
+    a, b = torch.randn(1, 7, 4, 2, 2), torch.randn(1, 6, 4, 3, 2)
+    streams = {"a": vae.stream_decode(a, DecodeState()), "b": vae.stream_decode(b, DecodeState())}
+    out = {"a": [], "b": []}
+    for turn in "abbaababbabaab":
+        out[turn] += [chunk for chunk in [next(streams[turn], None)] if chunk is not None]
+    assert torch.equal(joined(out["a"]), vae.decode(a))
+    assert torch.equal(joined(out["b"]), vae.decode(b))
+
+
+def test_two_threads_of_one_vae_do_not_touch_each_other():
+    clips = [torch.randn(1, 6, 4, 2, 2) for _ in range(2)]
+    alone = [released.decode(z) for z in clips]
+    out = [None, None]
+
+    def work(i):
+        with torch.no_grad():
+            out[i] = joined(released.stream_decode(clips[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for mine, expected in zip(out, alone, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_an_abandoned_clip_leaves_nothing_for_the_next(name):
+    vae = VAES[name]
+    a, b = torch.randn(1, 7, 4, 2, 2), torch.randn(1, 7, 4, 2, 2)
+    expected = copy.deepcopy(vae).decode(b)
+    next(vae.stream_decode(a))
+    assert torch.equal(vae.decode(b), expected)
+    assert torch.equal(joined(vae.stream_decode(b)), expected)
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_a_state_goes_on_where_it_was_left(name):
+    for whole, stream, x in both(VAES[name], 7):
+        state = EncodeState() if x.shape[2] == 3 else DecodeState()
+        plan = frames.encode_plan if x.shape[2] == 3 else frames.decode_plan
+        pieces = x.split(plan(x.shape[1], VAES[name].config), dim=1)
+        chunks = [c for p in pieces[:-1] for c in stream(p, state, last=False)]
+        assert state.nbytes > 0 and not state.ended
+        chunks += stream(pieces[-1], state)
+        assert torch.equal(joined(chunks), whole)
+        assert state.ended and state.nbytes == 0
+        with pytest.raises(RuntimeError, match="ended after .* reset"):
+            stream(x, state)
+        state.reset()
+        assert torch.equal(joined(stream(x, state)), whole)
+
+
+def test_a_clone_goes_its_own_way_and_fits_a_copy_of_the_vae():
+    z = torch.randn(1, 6, 4, 2, 2)
+    other = torch.cat([z[:, :4], torch.randn(1, 2, 4, 2, 2)], dim=1)
+    state = DecodeState()
+    begun = list(released.stream_decode(z[:, :2], state, last=False))
+    begun += released.stream_decode(z[:, 2:4], state, last=False)
+    clone = state.clone()
+    assert clone.nbytes == state.nbytes
+    held = {x.data_ptr() for x in state.cache.frames.values()}
+    assert not held & {x.data_ptr() for x in clone.cache.frames.values()}
+    moved = state.to("cpu")
+    a = list(released.stream_decode(z[:, 4:], state))
+    b = list(copy.deepcopy(released).stream_decode(other[:, 4:], clone))
+    c = list(released.stream_decode(z[:, 4:], moved))
+    assert torch.equal(joined(begun + a), released.decode(z))
+    assert torch.equal(joined(begun + b), released.decode(other))
+    assert torch.equal(joined(begun + c), released.decode(z))
+
+
+def test_a_moved_state_serves_the_vae_that_is_there():
+    state = DecodeState()
+    list(released.stream_decode(torch.randn(1, 2, 4, 2, 2), state, last=False))
+    there = state.to("meta")
+    assert all(x.device.type == "meta" for x in there.cache.frames.values())
+    vae = copy.deepcopy(released).to("meta")
+    z = torch.empty(1, 2, 4, 2, 2, device="meta")
+    assert joined(vae.stream_decode(z, there)).shape == (1, 8, 3, 16, 16)
+
+
+def test_every_convolution_in_time_remembers_two_frames_and_nothing_else_does():
+    for coder, x in (
+        (released.encoder, torch.randn(1, 8, 3, 16, 16)),
+        (released.decoder, torch.randn(1, 2, 4, 2, 2)),
+    ):
+        cache = FrameCache()
+        coder(x, cache)
+        kernels = {
+            name.removesuffix(".conv"): conv.in_channels
+            for name, conv in coder.named_modules()
+            if isinstance(conv, nn.Conv3d) and conv.kernel_size == (3, 3, 3)
+        }
+        assert set(cache.frames) == set(kernels)
+        assert all(x.shape[1:3] == (kernels[name], 2) for name, x in cache.frames.items())
+
+
+@pytest.mark.parametrize("coder", (Encoder, Decoder))
+def test_an_encoder_and_a_decoder_take_chunks_and_a_cache_themselves(coder):
+    vae = released
+    whole, _, x = both(vae, 5)[coder is Encoder]
+    plan = frames.encode_plan if coder is Encoder else frames.decode_plan
+    module = vae.encoder if coder is Encoder else vae.decoder
+    cache = FrameCache()
+    chunks = [module(chunk, cache) for chunk in x.split(plan(x.shape[1]), dim=1)]
+    assert torch.equal(joined(chunks), whole)
+
+
+class Cut(Exception):
+    pass
+
+
+def convolutions(module):
+    return [m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))]
+
+
+@pytest.mark.parametrize("way", ("encoder", "decoder"))
+def test_an_exception_in_any_convolution_leaves_a_state_that_says_so(way):
+    vae = copy.deepcopy(released)
+    coder = getattr(vae, way)
+    whole, stream, x = both(vae, 4)[way == "encoder"]
+
+    def fail(*_):
+        raise Cut
+
+    for conv in convolutions(coder):
+        state = EncodeState() if way == "encoder" else DecodeState()
+        running = stream(x, state)
+        next(running)
+        hook = conv.register_forward_pre_hook(fail)
+        with pytest.raises(Cut):
+            next(running)
+        hook.remove()
+        assert not state.cache.frames
+        with pytest.raises(RuntimeError, match="in the middle of a chunk .* reset"):
+            stream(x, state)
+        state.reset()
+        assert torch.equal(joined(stream(x, state)), whole)
+
+
+@pytest.mark.parametrize("way", ("encoder", "decoder"))
+def test_after_an_exception_anywhere_the_next_clip_is_untouched_and_nothing_is_held(way):
+    vae = copy.deepcopy(released)
+    whole, stream, x = both(vae, 2)[way == "encoder"]
+    run = vae.encode if way == "encoder" else vae.decode
+
+    def fail(*_):
+        raise Cut
+
+    for conv in convolutions(getattr(vae, way)):
+        hook = conv.register_forward_pre_hook(fail)
+        with LiveBytes() as live:
+            try:
+                run(x)
+            except Cut:
+                pass
+            else:
+                raise AssertionError("the hook did not fire")
+        hook.remove()
+        assert live.now == 0
+    assert torch.equal(joined(stream(x)), whole)
+
+
+@pytest.mark.parametrize("name", VAES)
+@pytest.mark.parametrize("way", ("encode", "decode"))
+def test_memory_does_not_grow_with_the_clip(name, way, monkeypatch):
+    monkeypatch.setattr(parts, "ELEMENTS", 1)
+    vae = VAES[name]
+
+    def peak(latents):
+        count = frames.video_frames(latents, vae.config)
+        with LiveBytes() as live:
+            if way == "decode":
+                pieces = (torch.randn(1, 1, 4, 2, 2) for _ in range(latents))
+                for _ in vae.stream_decode(pieces, total=latents):
+                    pass
+            else:
+                pieces = (torch.randn(1, 1, 3, 16, 16) for _ in range(count))
+                for _ in vae.stream_encode(pieces, total=count):
+                    pass
+        return live.peak
+
+    short, long = peak(5), peak(21)
+    assert abs(long / short - 1) < 0.01
+
+
+def test_parts_need_less_than_a_whole_chunk(monkeypatch):
+    def peak(elements):
+        monkeypatch.setattr(parts, "ELEMENTS", elements)
+        with LiveBytes() as live:
+            out = released.decode(z)
+        return live.peak, out
+
+    z = torch.randn(1, 5, 4, 4, 4)
+    whole, expected = peak(1 << 40)
+    cut, out = peak(1)
+    assert cut < 0.85 * whole
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_reader_may_reuse_its_buffer():
+    video = torch.randn(1, 9, 3, 16, 16)
+
+    def reader():
+        buffer = torch.empty(1, 3, 3, 16, 16)
+        for piece in video.split(3, dim=1):
+            yield buffer.copy_(piece)
+
+    out = joined(released.stream_encode(reader(), total=9))
+    assert torch.equal(out, released.encode(video).moments)
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_gradients_flow_through_the_cache(name):
+    """From the last frames of a clip to the first, across chunks."""
+    vae = VAES[name]
+    with torch.enable_grad():
+        z = torch.randn(1, 5, 4, 2, 2, requires_grad=True)
+        vae.decode(z)[:, -1].square().sum().backward()
+        assert z.grad[:, 0].abs().max() > 0
+        video = torch.randn(1, 17, 3, 16, 16, requires_grad=True)
+        vae.encode(video).mean[:, -1].square().sum().backward()
+        assert video.grad[:, 0].abs().max() > 0
+    vae.zero_grad()
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_checkpointing_changes_neither_values_nor_gradients(name):
+    results = []
+    video = torch.randn(1, 17, 3, 16, 16)
+    for on in (False, True):
+        vae = copy.deepcopy(VAES[name])
+        vae.gradient_checkpointing = on
+        assert vae.encoder.gradient_checkpointing is on and vae.decoder.gradient_checkpointing is on
+        with torch.enable_grad(), LiveBytes() as live:
+            out = vae(video)
+            live.reset()
+            held = live.now
+            out.square().mean().backward()
+        results.append((out.detach(), {n: p.grad for n, p in vae.named_parameters()}, held))
+    (out, grads, held), (again, grads_again, held_again) = results
+    assert torch.equal(out, again)
+    assert held_again < 0.7 * held
+    for key, grad in grads.items():
+        assert torch.equal(grad, grads_again[key]), key

@@ -1,0 +1,113 @@
+"""Tiles cover the frame, whatever their size, or are refused before any work."""
+
+import random
+
+import pytest
+import torch
+
+from cogvx.config import VAEConfig
+from cogvx.vae import CausalVAE, Tiling
+
+CONFIG = VAEConfig(
+    block_out_channels=(4, 4, 4, 4), latent_channels=2, layers_per_block=1, norm_num_groups=1
+)
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def meta():
+    with torch.device("meta"):
+        return CausalVAE(CONFIG)
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_any_tiles_give_the_right_size_or_a_value_error(meta, seed):
+    rng = random.Random(seed)
+    height, width = (8 * rng.randint(1, 14) for _ in "hw")
+    multiple = rng.choice((8, 8, 8, 1))
+    tiling = Tiling(
+        *(multiple * rng.randint(24 // multiple, 64 // multiple) for _ in "hw"),
+        *(rng.choice((0.0, 1 / 6, 0.2, 0.5, 0.9, rng.random())) for _ in "hw"),
+    )
+    video = torch.empty(1, 1, 3, height, width, device="meta")
+    z = torch.empty(1, 1, 2, height // 8, width // 8, device="meta")
+    if tiling.height % 8 or tiling.width % 8:
+        for call, x in ((meta.encode, video), (meta.decode, z)):
+            with pytest.raises(ValueError, match="tiling must have a .* multiple of 8"):
+                call(x, tiling=tiling)
+    else:
+        assert meta.encode(video, tiling=tiling).mean.shape == z.shape
+        assert meta.decode(z, tiling=tiling).shape == video.shape
+
+
+@pytest.mark.parametrize("overlap", (0.0, 1 / 6, 0.2, 0.5, 0.8))
+@pytest.mark.parametrize("size", (1, 2, 5, 6, 11))
+def test_blended_tiles_of_one_function_are_that_function(overlap, size):
+    """Where tiles agree, blending changes nothing and every place comes from its own place."""
+    from cogvx.vae.tiling import tiled
+
+    x = torch.randn(1, 2, 3, 8 * size, 8 * (size + 1), dtype=torch.float64)
+    tiling = Tiling(40, 24, overlap, overlap)
+    torch.testing.assert_close(tiled(lambda tile: tile.clone(), x, tiling, 8, (8, 8)), x)
+
+
+def test_no_overlap_is_honoured():
+    """Tiles side by side, each decoded alone."""
+    torch.manual_seed(0)
+    vae = CausalVAE(CONFIG)
+    z = torch.randn(1, 3, 2, 4, 6)
+    video = vae.decode(z, tiling=Tiling(16, 24, 0.0, 0.0))
+    for top in (0, 2):
+        for left in (0, 3):
+            alone = vae.decode(z[..., top : top + 2, left : left + 3])
+            place = video[..., 8 * top : 8 * top + 16, 8 * left : 8 * left + 24]
+            assert torch.equal(place, alone)
+
+
+def test_frames_no_larger_than_a_tile_are_not_cut():
+    vae = CausalVAE(CONFIG)
+    z = torch.randn(1, 2, 2, 4, 4)
+    assert torch.equal(vae.decode(z, tiling=Tiling(32, 32)), vae.decode(z))
+
+
+@pytest.mark.parametrize(
+    "options, error",
+    (
+        ({"overlap_height": 1.0}, ValueError),
+        ({"overlap_width": -0.1}, ValueError),
+        ({"overlap_width": float("nan")}, ValueError),
+        ({"height": 0}, ValueError),
+        ({"width": -8}, ValueError),
+        ({"width": 8.0}, TypeError),
+        ({"height": True}, TypeError),
+        ({"overlap_height": "a sixth"}, TypeError),
+    ),
+)
+def test_impossible_tiles_are_refused_by_name(options, error):
+    with pytest.raises(error, match=f"Tiling: {next(iter(options))} must be "):
+        Tiling(**options)
+
+
+def test_progress_counts_every_chunk_of_every_tile_of_every_clip():
+    vae = CausalVAE(CONFIG)
+    seen = []
+    z = torch.randn(2, 5, 2, 4, 4)
+    vae.decode(
+        z, tiling=Tiling(16, 16, 0.5, 0.0), slicing=True, progress=lambda *at: seen.append(at)
+    )
+    total = 2 * (4 * 2) * 2  # clips, tiles, chunks of 3 and 2 latents
+    assert seen == [(n, total) for n in range(1, total + 1)]
+
+
+def test_gradients_flow_through_blended_tiles():
+    torch.manual_seed(0)
+    vae = CausalVAE(CONFIG)
+    with torch.enable_grad():
+        z = torch.randn(1, 3, 2, 4, 4, requires_grad=True)
+        vae.decode(z, tiling=Tiling(16, 16, 0.5, 0.5)).square().mean().backward()
+    assert z.grad.abs().amin() > 0
