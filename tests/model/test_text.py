@@ -7,11 +7,11 @@ import warnings
 import pytest
 import torch
 from diffusers import CogVideoXPipeline
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from cogvx.text import T5TextEncoder
 
-WORDS = "a the panda plays guitar in bamboo forest while rain falls on quiet green leaves".split()
+from .tiny_pipeline import WORDS, save_text_encoder
+
 DIM = 32
 
 
@@ -19,24 +19,7 @@ DIM = 32
 def folder(tmp_path_factory):
     """A folder in hub layout with a random T5 of two layers and a vocabulary of a few words."""
     folder = tmp_path_factory.mktemp("model")
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)]
-    vocabulary += [(f"▁{word}", -float(i + 1)) for i, word in enumerate(WORDS)]
-    vocabulary += [(letter, -30.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"]
-    tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=DIM,
-        d_kv=8,
-        d_ff=48,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.3,  # to be off
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        T5EncoderModel(config).save_pretrained(folder / "text_encoder")
+    save_text_encoder(folder, DIM)
     return folder
 
 

@@ -10,6 +10,7 @@ from diffusers import (
     CogVideoXTransformer3DModel,
     CogVideoXVideoToVideoPipeline,
 )
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from cogvx.config import SchedulerConfig, TransformerConfig, VAEConfig
 from cogvx.pipeline import CogVideoX
@@ -25,6 +26,9 @@ PIPELINES = {
     "image": CogVideoXImageToVideoPipeline,
     "video": CogVideoXVideoToVideoPipeline,
 }
+
+# What the tiny text encoder knows, letters aside.
+WORDS = "a the panda plays guitar in bamboo forest while rain falls on quiet green leaves".split()
 
 # One of each released kind.
 _ROPE = {"use_rotary_positional_embeddings": True}
@@ -108,6 +112,34 @@ def tiny(kind="5b", seed=0, **options):
         for parameter in vae.decoder.conv_out.parameters():
             parameter.mul_(0.2)
     return CogVideoX(randomised(transformer, seed), vae, SCHEDULER, Words(), **options)
+
+
+def save(folder, kind="5b"):
+    """A tiny model in the hub's layout, text encoder and all."""
+    tiny(kind).save_pretrained(folder)
+    save_text_encoder(folder, DIM)
+
+
+def save_text_encoder(folder, dim):
+    """A random T5 of two layers, and its tokenizer."""
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)]
+    vocabulary += [(f"▁{word}", -float(i + 1)) for i, word in enumerate(WORDS)]
+    vocabulary += [(letter, -30.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=dim,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.3,  # to be off
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        T5EncoderModel(config).save_pretrained(folder / "text_encoder")
 
 
 def embeds(batch=1, seed=7):
