@@ -139,6 +139,7 @@ def forecast(
     tiling: Tiling | None = None,
     text_bytes: int = 0,
     encoded: int | None = None,
+    backend: str = "auto",
     budget: int | None = None,
 ) -> Plan:
     """The plan of generating a clip; without a transformer, of encoding and decoding it.
@@ -151,6 +152,8 @@ def forecast(
         prompt, are small and not forecast.
     encoded: how many frames are encoded first: 1 for an image, all for video-to-video. By default
         what the transformer says: 1 if it takes an image, else none; all without a transformer.
+    backend: of the kernels, as in `ExpertTransformer`: "reference", plain torch, is what runs on a
+        CPU and needs more.
     budget: bytes; `Plan.check` is called with it.
 
     Raises ValueError for a clip that the models cannot take, PlanError for one that cannot fit.
@@ -176,7 +179,7 @@ def forecast(
             padded = latents + -latents % (transformer.patch_size_t or 1)
             shape = (batch, padded, transformer.in_channels, height // ratio, width // ratio)
             copies = 2 if guidance and cfg == "batch" else 1
-            stages.append(_denoise(transformer, shape, copies, dtype))
+            stages.append(_denoise(transformer, shape, copies, dtype, backend))
             grid = padded // (transformer.patch_size_t or 1), *(n // patch for n in shape[3:])
             tokens = (transformer.max_text_seq_length, grid[0] * grid[1] * grid[2])
         stages.append(_decode(model, batch, latents, height, width, tiling))
@@ -192,11 +195,15 @@ def size(count: int) -> str:
 
 
 def _denoise(
-    config: TransformerConfig, shape: tuple[int, ...], copies: int, dtype: torch.dtype
+    config: TransformerConfig,
+    shape: tuple[int, ...],
+    copies: int,
+    dtype: torch.dtype,
+    backend: str,
 ) -> Stage:
     weights = module_bytes(ExpertTransformer(config).to(dtype))
     few = dataclasses.replace(config, num_layers=min(config.num_layers, LAYERS_COUNTED))
-    model = ExpertTransformer(few).to(dtype)
+    model = ExpertTransformer(few, backend).to(dtype)
     with LiveBytes() as live:
         text = torch.empty(copies * shape[0], config.max_text_seq_length, config.text_embed_dim,
                            dtype=dtype)  # fmt: skip

@@ -45,7 +45,7 @@ MODEL_FLOORS = (
 # What may be missing, and the one file that reaches for it, inside a function.
 MODEL_OPTIONAL = {
     "cogvx/text.py": "transformers",
-    "cogvx/video.py": "av",
+    "cogvx/video/container.py": "av",
     "cogvx/transformer/attention.py": "flash_attn",
 }
 # The imports that wait inside a function, because what they reach for may be missing.

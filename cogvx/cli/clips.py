@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import frames as frame_rule
-from .. import saved
 from ..checkpoint import CheckpointError
-from ..denoise import State
 from ..memory import LiveBytes
+from ..pipeline import saved
+from ..pipeline.denoise import State
 from ..vae import CausalVAE, DiagonalGaussian, Tiling
 from ..video import PSNR, WRITTEN, Clip, open_video, write_video
 from .arguments import add_machine, add_output, add_size, add_vae, check_output, open_vae

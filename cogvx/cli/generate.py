@@ -9,8 +9,8 @@ import torch
 
 from ..config import TransformerConfig, VAEConfig
 from ..pipeline import CogVideoX
+from ..pipeline.request import CHOICES, default_size
 from ..plan import forecast
-from ..request import CHOICES, default_size
 from ..schedulers import SOLVERS
 from ..video import open_video, read_image
 from . import arguments, clips
@@ -114,6 +114,7 @@ def _check_budget(options: argparse.Namespace) -> None:
         tiling=options.tiling,
         text_bytes=arguments.text_encoder_bytes(options.model),
         encoded=frames if options.video else None,
+        backend=options.backend if arguments.device_of(options).type == "cuda" else "reference",
         budget=options.vram_budget,
     )
 

@@ -10,8 +10,8 @@ from torch import nn
 from .. import sat
 from ..config import PRESETS, TransformerConfig, VAEConfig
 from ..factorized import build_transformer, build_vae
+from ..pipeline import default_size
 from ..plan import forecast
-from ..request import default_size
 from ..transformer import ExpertTransformer
 from ..vae import CausalVAE
 from . import arguments

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor, nn
 
 from ..config import VAEConfig
@@ -25,6 +26,19 @@ class CausalVAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+
+    @classmethod
+    def of(cls, encoder: Encoder, decoder: Decoder) -> "CausalVAE":
+        """The VAE of an encoder and a decoder that are there; they must be of one config."""
+        if encoder.config != decoder.config:
+            raise ValueError(
+                f"CausalVAE.of: decoder must have the encoder's config {encoder.config}; "
+                f"got {decoder.config}"
+            )
+        with torch.device("meta"):
+            vae = cls(encoder.config)
+        vae.encoder, vae.decoder = encoder, decoder
+        return vae
 
     @property
     def gradient_checkpointing(self) -> bool:

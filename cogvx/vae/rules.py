@@ -68,7 +68,9 @@ class Way:
         if self.name == "video":
             frames.check(self.where, name or self.name, count, self.config)
         elif count < 1:
-            raise self._wrong(ValueError, "at least 1 frame", f"{count}")
+            raise ValueError(
+                f"{self.where}: {name or self.name} must have at least 1 frame; got {count}"
+            )
 
     def _wrong(self, kind: type[Exception], wanted: str, came: str) -> Exception:
         return kind(f"{self.where}: {self.name} must be {wanted}; got {came}")

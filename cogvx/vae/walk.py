@@ -202,9 +202,9 @@ def _run_stream(
     way: Way, source: Iterable[Tensor], state: StreamState, last: bool
 ) -> Iterator[Tensor]:
     for piece in source:
-        _check_open(way, state)
         way.check(piece)
         _check_piece(way, state, piece, state.total)
+        _check_open(way, state)
         state.like = _likeness(piece)
         state.pending.append(piece)
         del piece

@@ -8,11 +8,10 @@ import pytest
 import torch
 from diffusers import CogVideoXPipeline
 
-from cogvx import pipeline, request
-from cogvx.conditioning import decode
 from cogvx.memory import LiveBytes
-from cogvx.pipeline import CogVideoX
-from cogvx.request import default_size
+from cogvx.pipeline import CogVideoX, cogvideox, request
+from cogvx.pipeline.conditioning import decode
+from cogvx.pipeline.request import default_size
 from cogvx.schedulers import NoiseSchedule
 from cogvx.transformer import ExpertTransformer
 from cogvx.vae import CausalVAE
@@ -266,7 +265,7 @@ def test_the_first_bad_stage_is_named(tmp_path):
 
 
 def test_large_models_in_float16_are_warned_of(monkeypatch):
-    monkeypatch.setattr(pipeline, "LARGE", 32)
+    monkeypatch.setattr(cogvideox, "LARGE", 32)
     pipe = tiny()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

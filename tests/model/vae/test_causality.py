@@ -62,7 +62,7 @@ def test_a_longer_clip_begins_with_the_shorter_one(vae, latents):
 
 
 def test_chunks_are_no_part_of_what_is_computed(vae):
-    """One chunk, or any plan: the same up to rounding, where the released VAE would be off by far."""
+    """One chunk, or any plan: the same up to rounding; the released VAE would be off by far."""
     z = torch.randn(1, 5, 4, 2, 2)
     torch.testing.assert_close(vae.decoder(z), vae.decode(z), rtol=1e-4, atol=1e-5)
     video = torch.randn(1, 17, 3, 16, 16)

@@ -60,7 +60,7 @@ def test_frames_of_the_factorised_vae_are_one_and_fours(count):
         ((1, 9, 3, 20, 16), "height that is a multiple of 8, nearest 16 or 24; got 20x16"),
         ((1, 9, 3, 16, 4), "width that is a multiple of 8, nearest 8; got 16x4"),
         ((1, 3, 9, 16, 16), "with 3 channels; got .* 9 channels"),
-        ((9, 3, 16, 16), "must be 5-dimensional .batch, frames, channels"),
+        ((9, 3, 16, 16), "be 5-dimensional .batch, frames, channels"),
         ((0, 9, 3, 16, 16), "nothing empty"),
         ((1, 0, 3, 16, 16), "nothing empty"),
         ((1, 9, 3, 0, 16), "nothing empty"),

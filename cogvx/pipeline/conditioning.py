@@ -6,10 +6,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..schedulers import Solver, Trajectory, draw
+from ..text import TextEncoder
+from ..vae import CausalVAE, Tiling
 from .request import Inputs, Request, check_finite
-from .schedulers import Solver, Trajectory, draw
-from .text import TextEncoder
-from .vae import CausalVAE, Tiling
 
 Progress = Callable[[str, int, int], None]
 

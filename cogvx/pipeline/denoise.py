@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..schedulers import Solver, Trajectory, dynamic_guidance
+from ..transformer import ExpertTransformer
 from .request import Request, check_finite
-from .schedulers import Solver, Trajectory, dynamic_guidance
-from .transformer import ExpertTransformer
 
 OFS = 2.0  # the only one that CogVideoX1.5-5B-I2V was trained with
 

@@ -17,14 +17,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import read_tensors, write_tensors
+from ..checkpoint import read_tensors, write_tensors
+from ..config import Config
+from ..files import CheckpointError, parse_json
+from ..transformer import ExpertTransformer
+from ..vae import CausalVAE, Tiling
 from .conditioning import Progress, decode
-from .config import Config
 from .denoise import Conditions, State
-from .files import CheckpointError, parse_json
 from .request import Inputs, Request
-from .transformer import ExpertTransformer
-from .vae import CausalVAE, Tiling
 
 FORMAT = "cogvx latents 1"
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from . import frames
-from .config import TransformerConfig, VAEConfig
-from .schedulers import SOLVERS
+from .. import frames
+from ..config import TransformerConfig, VAEConfig
+from ..schedulers import SOLVERS
 
 WHERE = "CogVideoX.generate"
 CHOICES: dict[str, tuple[str, ...]] = {

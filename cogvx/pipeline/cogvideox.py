@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import saved
-from .checkpoint import (
+from ..checkpoint import (
     atomic_path,
     load_scheduler,
     load_transformer,
@@ -20,19 +19,20 @@ from .checkpoint import (
     save_transformer,
     save_vae,
 )
-from .checkpoint.folder import DIFFUSERS_VERSION
-from .checkpoint.folder import SOLVERS as SOLVER_CLASSES
+from ..checkpoint.folder import DIFFUSERS_VERSION
+from ..checkpoint.folder import SOLVERS as SOLVER_CLASSES
+from ..config import SchedulerConfig
+from ..files import CONFIG_BYTES, read_json
+from ..plan import Plan, forecast
+from ..schedulers import SOLVERS, Solver, Trajectory, draw
+from ..text import T5TextEncoder, TextEncoder
+from ..transformer import ExpertTransformer
+from ..vae import CausalVAE, Tiling
+from . import saved
 from .conditioning import Progress, decode, embeddings, encoded, image_condition, noisy_video
-from .config import SchedulerConfig
 from .denoise import Callback, Conditions, State, denoise, generator_of
-from .files import CONFIG_BYTES, read_json
-from .plan import Plan, forecast
 from .request import Inputs, Request, default_size, resolve
 from .saved import Record, Saved
-from .schedulers import SOLVERS, Solver, Trajectory, draw
-from .text import T5TextEncoder, TextEncoder
-from .transformer import ExpertTransformer
-from .vae import CausalVAE, Tiling
 
 PathLike = str | os.PathLike[str]
 LARGE = 3072  # the hidden size of the models of 5 billion parameters
@@ -192,11 +192,11 @@ class CogVideoX:
             cfg: "batch" asks both predictions of guidance at once, "two_pass" one after the other.
             uncond: "prompt" takes the embeddings of negative_prompt, "zeros" zeros, as SAT does.
             image_latent_scale: of 1.5's image-to-video: "diffusers", "sat" or "train"; see
-                `cogvx.conditioning.image_condition`.
+                `cogvx.pipeline.conditioning.image_condition`.
             text_length: tokens of a prompt; by default the config's, 226. SAT has 224 for 1.5.
             tiling: of the VAE, if a clip does not fit; see `cogvx.vae.Tiling`.
             output: "video" or "latents", which are scaled and still padded, as in diffusers.
-            callback: see `cogvx.denoise.denoise`.
+            callback: see `cogvx.pipeline.denoise.denoise`.
             progress: called with a stage ("text", "encode", "denoise", "decode"), how much of it
                 is done and how much there is: texts, chunks of the VAE, steps.
             save_latents: a file for the latents, written before they are decoded (`decode_saved`).
@@ -275,7 +275,7 @@ class CogVideoX:
         tiling: Tiling | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
-        """The video of latents that `generate` saved; see `cogvx.saved.decode_saved`."""
+        """The video of latents that `generate` saved; see `cogvx.pipeline.saved.decode_saved`."""
         return saved.decode_saved(self.vae, path, tiling, progress)
 
     def plan(
@@ -289,13 +289,15 @@ class CogVideoX:
         """What `generate` needs for a clip, before it begins; see `cogvx.plan.forecast`, also for
         `options`: batch, guidance, cfg, tiling, budget, …"""
         usual = default_size(self.transformer.config, self.vae.config)
+        weight = next(self.transformer.parameters())
+        backend = self.transformer.backend if weight.is_cuda else "reference"
         return forecast(
             self.transformer.config,
             self.vae.config,
             frames=self.transformer.config.sample_frames if num_frames is None else num_frames,
             height=usual[0] if height is None else height,
             width=usual[1] if width is None else width,
-            **{"dtype": next(self.transformer.parameters()).dtype, **options},
+            **{"dtype": weight.dtype, "backend": backend, **options},
         )
 
     def _begin(

@@ -1,0 +1,25 @@
+"""Models in and out of folders and files; see `folder` for whole models, `tensors` for one file."""
+
+from ..files import CheckpointError, atomic_path
+from .folder import (
+    load_scheduler,
+    load_transformer,
+    load_vae,
+    save_scheduler,
+    save_transformer,
+    save_vae,
+)
+from .tensors import read_tensors, write_tensors
+
+__all__ = [
+    "CheckpointError",
+    "atomic_path",
+    "load_scheduler",
+    "load_transformer",
+    "load_vae",
+    "read_tensors",
+    "save_scheduler",
+    "save_transformer",
+    "save_vae",
+    "write_tensors",
+]

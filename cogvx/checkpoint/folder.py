@@ -1,0 +1,240 @@
+"""A component's folder, as diffusers lays it out: a config in JSON, and weights beside it."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ..config import Config, SchedulerConfig, TransformerConfig, VAEConfig
+from ..files import CONFIG_BYTES, CheckpointError, atomic_path, member, read_json, shown
+from ..transformer import ExpertTransformer
+from ..vae import CausalVAE
+from .weights import Weights, save
+
+C = TypeVar("C", bound=Config)
+M = TypeVar("M", bound=nn.Module)
+PathLike = str | os.PathLike[str]
+
+# The version whose keys we write; it is the first that knows CogVideoX 1.5.
+DIFFUSERS_VERSION = "0.32.0"
+TRANSFORMER_CLASSES = ("CogVideoXTransformer3DModel", "ExpertTransformer")
+VAE_CLASSES = ("AutoencoderKLCogVideoX", "CausalVAE")
+SOLVERS = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
+# What diffusers does not know, and need not while it has its default.
+OURS = frozenset(
+    {
+        "mlp_ratio",
+        "num_text_experts",
+        "num_video_experts",
+        "expert_top_k",
+        "factorized",
+        "num_sample_frames_batch_size",
+        "num_latent_frames_batch_size",
+    }
+)
+SHARD_BYTES = 5 * 10**9
+
+
+def load_transformer(
+    path: PathLike,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    backend: str = "auto",
+    attention: str = "auto",
+    *,
+    variant: str | None = None,
+    check_finite: bool = False,
+) -> ExpertTransformer:
+    """The transformer in a folder with `config.json` and safetensors, or in its `transformer/`.
+
+    dtype: what the weights are converted to; by default they stay what they are in the file.
+    variant: reads `diffusion_pytorch_model.{variant}.safetensors` instead.
+    check_finite: also refuse weights with NaN or infinity, naming them.
+
+    Before a byte of the weights is read, their names, shapes and dtypes are compared with the model
+    that the config describes. At most the model and one more tensor are in memory. Nothing is
+    mapped: the files may be replaced, or saved over, while the model lives.
+
+    Raises CheckpointError for anything in the folder that is not as it should be.
+    """
+    folder = _component(path, "transformer", "config.json")
+    config = _config(folder, "config.json", TransformerConfig, TRANSFORMER_CLASSES)
+    place = _where(dtype, device)
+    with Weights(folder, variant) as weights:
+        experts = max(1, config.num_text_experts + config.num_video_experts)
+        attention_and_ffn = config.hidden_size**2 * (4 + config.mlp_ratio * experts)
+        _bound(weights, "num_layers", config.num_layers, weights.children("transformer_blocks."))
+        _bound(weights, "weights", int(config.num_layers * attention_and_ffn), weights.numel())
+        model = empty(folder, lambda: ExpertTransformer(config, backend, attention))
+        weights.check(model)
+        weights.load_into(model, dtype, place, check_finite)
+    return model.eval()
+
+
+def load_vae(
+    path: PathLike,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    variant: str | None = None,
+    check_finite: bool = False,
+) -> CausalVAE:
+    """The VAE in a folder with `config.json` and safetensors, or in its `vae/`.
+
+    Arguments, promises and errors are those of `load_transformer`.
+    """
+    folder = _component(path, "vae", "config.json")
+    config = _config(folder, "config.json", VAEConfig, VAE_CLASSES)
+    place = _where(dtype, device)
+    with Weights(folder, variant) as weights:
+        levels, blocks = len(config.block_out_channels), "encoder.down_blocks."
+        first = weights.children(f"{blocks}0.resnets.")
+        _bound(weights, "block_out_channels", levels, weights.children(blocks))
+        _bound(weights, "layers_per_block", config.layers_per_block, first)
+        model = empty(folder, lambda: CausalVAE(config))
+        weights.check(model)
+        weights.load_into(model, dtype, place, check_finite)
+    return model.eval()
+
+
+def load_scheduler(path: PathLike) -> tuple[str, SchedulerConfig]:
+    """(solver, config) of a folder with `scheduler_config.json`, or of its `scheduler/`.
+
+    The solver is "ddim" or "dpm", after the class that the file names.
+    """
+    folder = _component(path, "scheduler", "scheduler_config.json")
+    values = read_json(member(folder, "scheduler_config.json"), CONFIG_BYTES)
+    solvers = {name: solver for solver, name in SOLVERS.items()}
+    name = values.get("_class_name")
+    if not isinstance(name, str) or name not in solvers:
+        raise CheckpointError(
+            f"{folder / 'scheduler_config.json'}: _class_name must be among "
+            f"{', '.join(solvers)}; got {shown(name)}"
+        )
+    return solvers[name], _config(folder, "scheduler_config.json", SchedulerConfig, (name,))
+
+
+def save_transformer(
+    model: ExpertTransformer, path: PathLike, max_shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes a transformer to a folder: what `load_transformer`, and for the released family also
+    diffusers, reads; in several files if it is larger than `max_shard_bytes`.
+
+    The folder may be the one that the model came from. A save that fails or is killed leaves there
+    what was there before, or the new model, whole. (Only if the two configs differ is there a
+    moment, between two renamings, in which the folder has no config and nobody can load it.)
+    """
+    if not isinstance(model, ExpertTransformer):
+        raise TypeError(f"save_transformer: model must be an ExpertTransformer; got {type(model)}")
+    config = transformer_values(model.config)
+    save(Path(path), config, model.state_dict(), max_shard_bytes)
+
+
+def save_vae(model: CausalVAE, path: PathLike, max_shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes a VAE to a folder; otherwise as `save_transformer`."""
+    if not isinstance(model, CausalVAE):
+        raise TypeError(f"save_vae: model must be a CausalVAE; got {type(model)}")
+    save(Path(path), vae_values(model.config), model.state_dict(), max_shard_bytes)
+
+
+def save_scheduler(config: SchedulerConfig, path: PathLike, solver: str = "ddim") -> None:
+    """Writes `scheduler_config.json` to a folder; solver: "ddim" or "dpm"."""
+    if solver not in SOLVERS:
+        raise ValueError(
+            f"save_scheduler: solver must be one of {', '.join(SOLVERS)}; got {solver!r}"
+        )
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    values = _values(config, (SOLVERS[solver], SOLVERS[solver]))
+    with atomic_path(folder / "scheduler_config.json") as part:
+        part.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def transformer_values(config: TransformerConfig) -> dict[str, Any]:
+    """What config.json of a transformer holds."""
+    return _values(config, TRANSFORMER_CLASSES)
+
+
+def vae_values(config: VAEConfig) -> dict[str, Any]:
+    """What config.json of a VAE holds."""
+    levels = len(config.block_out_channels)
+    return {
+        "down_block_types": ["CogVideoXDownBlock3D"] * levels,
+        "up_block_types": ["CogVideoXUpBlock3D"] * levels,
+        **_values(config, VAE_CLASSES),
+    }
+
+
+def _values(config: Config, classes: tuple[str, ...]) -> dict[str, Any]:
+    """The config, under diffusers' class name if diffusers can build it, else under ours."""
+    usual = {field.name for field in dataclasses.fields(config) if field.name in OURS}
+    usual = {name for name in usual if getattr(config, name) == _default(config, name)}
+    released = usual == OURS & {field.name for field in dataclasses.fields(config)}
+    values = {name: value for name, value in config.to_dict().items() if name not in usual}
+    name = classes[0] if released else classes[1]
+    return {"_class_name": name, "_diffusers_version": DIFFUSERS_VERSION, **values}
+
+
+def _default(config: Config, name: str) -> Any:
+    return next(field.default for field in dataclasses.fields(config) if field.name == name)
+
+
+def _component(path: PathLike, name: str, config: str) -> Path:
+    """The component's folder: `path`, or the folder in it that has the component's name."""
+    folder = Path(path)
+    try:
+        inner = folder / name
+        if inner.is_dir():
+            return inner
+        if folder.is_dir():
+            if (folder / config).is_file():
+                return folder
+            raise CheckpointError(f"{folder}: must hold {config}, or a folder {name}/ that does")
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{shown(str(path))}: cannot be looked into: {error}") from error
+    raise CheckpointError(f"{folder}: must be a folder, with {config} or {name}/ in it; it is not")
+
+
+def _config(folder: Path, name: str, kind: type[C], classes: tuple[str, ...]) -> C:
+    path = member(folder, name)
+    values = read_json(path, CONFIG_BYTES)
+    if values.get("_class_name", classes[0]) not in classes:
+        raise CheckpointError(
+            f"{path}: _class_name must be {' or '.join(classes)}; got "
+            f"{shown(values['_class_name'])}"
+        )
+    try:
+        return kind.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _bound(weights: Weights, name: str, said: int, held: int) -> None:
+    """Before even an empty model is built: a config promises no more than the files hold."""
+    if said > held:
+        raise CheckpointError(
+            f"{weights.folder / 'config.json'}: {name} must be at most {held:,}, which is what "
+            f"{weights.files[0].path.name} and its like hold; got {said:,}"
+        )
+
+
+def empty(where: object, build: Callable[[], M]) -> M:
+    """The model on the meta device: shapes, and no memory."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except (RuntimeError, OverflowError, ValueError) as error:  # a size beyond 64 bits, say
+        raise CheckpointError(f"{where}: cannot be built: {error}") from error
+
+
+def _where(dtype: torch.dtype | None, device: str | torch.device) -> torch.device:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating torch.dtype or None; got {dtype!r}")
+    return torch.device(device)

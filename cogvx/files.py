@@ -1,0 +1,245 @@
+"""Files that strangers wrote, and files that a crash must not spoil.
+
+What is read here may have been made to do harm: names that lead elsewhere, pipes that never end,
+JSON that swells. Everything is refused before it is opened or parsed, with a `CheckpointError`.
+"""
+
+import contextlib
+import glob
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+if sys.platform != "win32":
+    import fcntl
+
+MIB = 1 << 20
+CONFIG_BYTES = MIB
+INDEX_BYTES = 8 * MIB  # the largest model that a config can spell needs 4
+JSON_ITEMS = 400_000  # so that no JSON takes more than 100 MB, parsed
+NUMBER_DIGITS = 24
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
+
+
+class CheckpointError(ValueError):
+    """A folder or file does not hold what it should; the message names it, what and why."""
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A stranger's value, fit to stand in a message."""
+    if isinstance(value, int) and abs(value) >= 10**NUMBER_DIGITS:
+        return "a huge integer"
+    said = repr(value)
+    return said if len(said) <= limit else f"{said[:limit]}…"
+
+
+def listed(lines: list[str], limit: int = 10) -> str:
+    """The first lines, indented, and how many there are besides."""
+    more = [f"… and {len(lines) - limit} more"] if len(lines) > limit else []
+    return "".join(f"\n    {line}" for line in lines[:limit] + more)
+
+
+def member(folder: Path, name: object) -> Path:
+    """The file of `folder` that goes by `name`; nothing is opened.
+
+    Raises CheckpointError for whatever is not the plain name of a regular file inside the folder: a
+    path, a pipe, a device, a folder, a link that leads out. (The links of a Hugging Face cache,
+    from its `snapshots` to its own `blobs`, stay inside.)
+    """
+    if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name) or ".." in name:
+        raise CheckpointError(
+            f"{folder}: a file must go by a plain name, without folders; got {shown(name)}"
+        )
+    root = folder.resolve()
+    try:
+        real = (folder / name).resolve()
+        mode = real.stat().st_mode
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: has no file {name}") from error
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise CheckpointError(f"{folder / name}: cannot be found: {error}") from error
+    caches = [parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"]
+    if not any(home == real.parent or home in real.parents for home in (root, *caches)):
+        raise CheckpointError(
+            f"{folder / name}: must lie in its folder; it is a link to {real}. Copy the file, or "
+            "load the folder that it leads to"
+        )
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{folder / name}: must be a regular file; got {_kind(mode)}")
+    return folder / name
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, open to be read; anything else is refused before it can block or act."""
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise CheckpointError(f"{path}: must be a regular file; got {_kind(mode)}")
+        file = open(path, "rb", opener=_without_waiting)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: does not exist") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened: {error}") from error
+    except ValueError as error:  # a NUL in the name
+        raise CheckpointError(f"{shown(str(path))}: must be a path; {error}") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise CheckpointError(f"{path}: must be a regular file; it changed while it was opened")
+    return file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
+    return next((name for test, name in kinds.items() if test(mode)), "a device")
+
+
+def read_json(path: Path, limit: int) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes."""
+    with open_regular(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise CheckpointError(
+            f"{path}: must be JSON of at most {limit:,} bytes; got {path.stat().st_size:,}"
+        )
+    return parse_json(data, str(path))
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """The JSON object that `data` spells, as JSON is written between careful programs.
+
+    Raises CheckpointError for repeated keys, NaN and infinities, numbers of more than 24
+    characters, too deep or too many items, and whatever is not UTF-8.
+    """
+    if sum(map(data.count, (b"{", b"[", b","))) > JSON_ITEMS:
+        raise CheckpointError(f"{where}: must hold at most {JSON_ITEMS:,} items of JSON")
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_without_repeats,
+            parse_int=lambda digits: int(_short(digits)),
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
+    except RecursionError as error:
+        raise CheckpointError(f"{where}: must not nest so deeply") from error
+    except ValueError as error:
+        raise CheckpointError(f"{where}: must be JSON; {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: must hold a JSON object; got {shown(value)}")
+    return value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {shown(key)} comes twice")
+        found[key] = value
+    return found
+
+
+def _short(digits: str) -> str:
+    if len(digits) > NUMBER_DIGITS:
+        raise ValueError(f"a number of {len(digits):,} characters is too long")
+    return digits
+
+
+def _finite(digits: str) -> float:
+    value = float(_short(digits))
+    if not math.isfinite(value):
+        raise ValueError(f"{digits} is not a finite number")
+    return value
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path of the same name, in a new folder beside `path`; on success it becomes
+    `path`, at once.
+
+    Whoever reads `path` sees the old file or the whole new one, never a part, even if this process
+    is killed. If the body raises, KeyboardInterrupt included, all that it wrote in the temporary
+    folder is removed. What killed processes left behind is removed by the next call for `path`.
+
+    Raises FileNotFoundError if the folder does not exist or the body writes no file, and
+    IsADirectoryError if `path` is a folder.
+
+    >>> with atomic_path("clip.mp4") as part:
+    ...     encode(video, part)
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"atomic_path: path must name a file; got the folder {path}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"atomic_path: path must lie in a folder that exists; got {path}")
+    prefix, suffix = f".{path.stem[:100]}.", f".part{path.suffix[:50]}"
+    remove_abandoned(path.parent, f"{glob.escape(prefix)}*{glob.escape(suffix)}")
+    folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=path.parent))
+    try:
+        with _held(folder):
+            part = folder / path.name
+            yield part
+            os.chmod(part, 0o666 & ~_umask())
+            sync(part)
+            os.replace(part, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    sync(path.parent)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """A lock on a folder, which the system takes away with the process, however it ends.
+
+    False if a living process has it, or if there are no locks here. A link is no folder.
+    """
+    if sys.platform == "win32":
+        yield False
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except OSError:
+            held = False
+        yield held
+    finally:
+        os.close(handle)
+
+
+def remove_abandoned(folder: Path, pattern: str) -> None:
+    """Removes the temporary folders of `atomic_path` whose processes are dead."""
+    for part in folder.glob(pattern):
+        with contextlib.suppress(OSError), _held(part) as held:
+            if held:
+                shutil.rmtree(part)
+
+
+def _umask() -> int:
+    umask = os.umask(0o077)  # it cannot be read otherwise; a thread between sees the stricter
+    os.umask(umask)
+    return umask
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    if sys.platform != "win32":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

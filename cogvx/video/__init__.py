@@ -1,0 +1,26 @@
+"""Video files to tensors and back: `(batch, frames, channels, height, width)` in [-1, 1].
+
+A file is refused from its header, before a frame is decoded, when it is beyond the limits of
+`container`. PyAV is an extra, reached for when a file is opened: `pip install cogvx[video]`.
+"""
+
+from .container import VideoError
+from .quality import PSNR, psnr
+from .reading import Clip, VideoInfo, open_video, probe, read_image, read_video, stream_video
+from .writing import WRITTEN, write_contact_sheet, write_video
+
+__all__ = [
+    "PSNR",
+    "WRITTEN",
+    "Clip",
+    "VideoError",
+    "VideoInfo",
+    "open_video",
+    "probe",
+    "psnr",
+    "read_image",
+    "read_video",
+    "stream_video",
+    "write_contact_sheet",
+    "write_video",
+]

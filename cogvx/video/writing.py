@@ -1,0 +1,151 @@
+"""A tensor `(1, frames, 3, height, width)` in [-1, 1] to a file: a video, or a sheet of frames."""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files import atomic_path
+from .container import BT709, LIMITED, RATE_LIMIT, PathLike, VideoError, named_errors, precise, pyav
+
+WRITTEN = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".gif": "gif"}
+QUALITY = 15  # x264's crf: 0 is lossless, 18 is said to look it
+
+
+def write_video(
+    path: PathLike, video: Tensor | Iterable[Tensor], fps: float, *, crf: int = QUALITY
+) -> int:
+    """Writes a clip and returns its number of frames: `.mp4`, `.mov`, `.mkv` (H.264) or `.gif`.
+
+    video: (1, frames, 3, height, width) in about [-1, 1], clamped; or an iterator of such chunks,
+        taken one at a time.
+    crf: x264's; 0 loses nothing but what rounding to its colours does.
+
+    The file appears under its name when all of it is written, and not at all otherwise. Colours are
+    BT.709, tagged so. Even sizes are yuv420p, which everything plays; an odd one is yuv444p, which
+    keeps it. Raises VideoError, naming the frame, for a value that is not finite.
+    """
+    av = pyav()
+    format = WRITTEN.get(Path(path).suffix.lower())
+    if format is None:
+        raise VideoError(f"{path}: its name must end in one of {', '.join(WRITTEN)}")
+    if not 0 < fps <= RATE_LIMIT:
+        raise VideoError(f"{path}: fps must be above 0 and at most {RATE_LIMIT}; got {fps}")
+    rate = Fraction(fps).limit_denominator(1001)
+    stream = number = None
+    with (
+        named_errors(path, "cannot be written"),
+        atomic_path(path) as temporary,
+        av.open(os.fspath(temporary), "w", format=format) as container,
+    ):
+        for number, frame in enumerate(_frames(path, video)):
+            height, width = frame.shape[1:]
+            if stream is None:
+                stream = _start(container, format, rate, height, width, crf)
+                prepare = _palette(height, width, rate) if format == "gif" else _to_yuv(stream)
+            if (height, width) != (stream.height, stream.width):
+                raise VideoError(
+                    f"{path}: frame {number} must be {stream.height}x{stream.width}, as the first; "
+                    f"got {height}x{width}"
+                )
+            picture = _to_picture(f"{path}: frame {number}", frame)
+            picture.pts, picture.time_base = number, 1 / rate
+            for ready in prepare(picture):
+                container.mux(stream.encode(ready))
+        if stream is None or number is None:
+            raise VideoError(f"{path}: must have at least 1 frame; got none")
+        for ready in prepare(None):
+            container.mux(stream.encode(ready))
+        container.mux(stream.encode(None))
+    return number + 1
+
+
+def write_contact_sheet(path: PathLike, video: Tensor, most: int = 12) -> None:
+    """A PNG of up to `most` frames of a clip, evenly spaced, row by row."""
+    av = pyav()
+    frames = video[0, torch.linspace(0, video.shape[1] - 1, min(most, video.shape[1])).long()]
+    columns = math.ceil(math.sqrt(len(frames) * video.shape[-2] / video.shape[-1]))
+    blank = frames.new_ones(-len(frames) % columns, *frames.shape[1:])
+    rows = torch.cat([frames, blank]).view(-1, columns, *frames.shape[1:])
+    sheet = rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # (3, height, width)
+    picture = _to_picture(os.fspath(path), sheet)
+    codec = av.CodecContext.create("png", "w")
+    codec.width, codec.height, codec.pix_fmt = picture.width, picture.height, "rgb24"
+    codec.time_base = picture.time_base = Fraction(1)
+    with atomic_path(path) as temporary:
+        packets = [*codec.encode(picture), *codec.encode(None)]
+        Path(temporary).write_bytes(b"".join(bytes(packet) for packet in packets))
+
+
+def _frames(path: PathLike, video: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+    for chunk in [video] if isinstance(video, Tensor) else video:
+        if chunk.dim() != 5 or chunk.shape[0] != 1 or chunk.shape[2] != 3:
+            raise VideoError(
+                f"{path}: video must be (1, frames, 3, height, width); got {tuple(chunk.shape)}"
+            )
+        yield from chunk[0]
+
+
+def _to_picture(where: str, frame: Tensor) -> Any:
+    """(3, height, width) in [-1, 1] -> a picture in whole numbers from 0 to 255, rounded."""
+    if not frame.isfinite().all():
+        raise VideoError(f"{where}: must be finite; got NaN or infinity")
+    pixels = ((frame.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    picture = pyav().VideoFrame(frame.shape[2], frame.shape[1], "rgb24")
+    rows = torch.frombuffer(picture.planes[0], dtype=torch.uint8).view(picture.height, -1)
+    rows[:, : 3 * picture.width] = pixels.permute(1, 2, 0).flatten(1)
+    return picture
+
+
+def _start(container: Any, format: str, rate: Fraction, height: int, width: int, crf: int) -> Any:
+    stream = container.add_stream("gif" if format == "gif" else "libx264", rate=rate)
+    stream.height, stream.width = height, width
+    if format == "gif":
+        # The encoder's own saving compares palette indices of frames whose palettes differ.
+        stream.pix_fmt, stream.options = "pal8", {"gifflags": "0"}
+    else:
+        stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
+        # With mb-tree x264 writes other bytes now and then (libavcodec 62, frames of 64x64): off,
+        # 250 files of three clips were three files.
+        stream.options = {"crf": str(crf), "mbtree": "0"}
+        context = stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+        context.color_range = LIMITED
+    return stream
+
+
+def _to_yuv(stream: Any) -> Callable[[Any], list[Any]]:
+    how = {"format": stream.pix_fmt, "dst_colorspace": BT709, "dst_color_range": LIMITED}
+    how["interpolation"] = precise()
+    return lambda picture: [picture.reformat(**how)] if picture else []
+
+
+def _palette(height: int, width: int, rate: Fraction) -> Callable[[Any], list[Any]]:
+    """Gives each frame the 256 colours that suit it, in constant memory."""
+    av = pyav()
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=1 / rate)
+    split, sink = graph.add("split"), graph.add("buffersink")
+    make, use = graph.add("palettegen", "stats_mode=single"), graph.add("paletteuse", "new=1")
+    source.link_to(split)
+    split.link_to(make, 0, 0)
+    split.link_to(use, 1, 0)
+    make.link_to(use, 0, 1)
+    use.link_to(sink)
+    graph.configure()
+
+    def push(picture: Any) -> list[Any]:
+        graph.vpush(picture)
+        ready = []
+        with suppress(av.BlockingIOError, av.EOFError):
+            while True:
+                ready.append(graph.vpull())
+        return ready
+
+    return push
