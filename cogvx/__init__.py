@@ -22,13 +22,13 @@ from .transformer import ExpertTransformer, load_balancing_loss, upcycle
 from .vae import CausalVAE, DecodeState, EncodeState, Tiling
 
 __all__ = [
-    "PRESETS",
     "CausalVAE",
     "CheckpointError",
     "CogVideoX",
     "DecodeState",
     "EncodeState",
     "ExpertTransformer",
+    "PRESETS",
     "SchedulerConfig",
     "Tiling",
     "TransformerConfig",

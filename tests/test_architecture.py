@@ -234,7 +234,8 @@ assert main(["doctor"]) == 0
 
 
 def test_public_names_are_there_and_sorted():
-    packages = ("cogvx", "cogvx.vae", "cogvx.transformer", "cogvx.schedulers", "cogvx_kernels")
+    rooms = ("vae", "transformer", "schedulers", "video", "checkpoint", "pipeline")
+    packages = ("cogvx", *(f"cogvx.{room}" for room in rooms), "cogvx_kernels")
     for name in (*packages, *(f"cogvx_kernels.{room}" for room in ROOMS)):
         module = importlib.import_module(name)
         assert module.__all__ == sorted(module.__all__)

@@ -4,4 +4,8 @@ from .cogvideox import CogVideoX
 from .request import default_size
 from .saved import decode_saved
 
-__all__ = ["CogVideoX", "decode_saved", "default_size"]
+__all__ = [
+    "CogVideoX",
+    "decode_saved",
+    "default_size",
+]

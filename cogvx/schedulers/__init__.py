@@ -11,9 +11,9 @@ SOLVERS: dict[str, type[Solver]] = {"ddim": DDIM, "dpm": DPMSolver}
 
 __all__ = [
     "DDIM",
-    "SOLVERS",
     "DPMSolver",
     "NoiseSchedule",
+    "SOLVERS",
     "Solver",
     "Trajectory",
     "draw",

@@ -10,11 +10,11 @@ from .reading import Clip, VideoInfo, open_video, probe, read_image, read_video,
 from .writing import WRITTEN, write_contact_sheet, write_video
 
 __all__ = [
-    "PSNR",
-    "WRITTEN",
     "Clip",
+    "PSNR",
     "VideoError",
     "VideoInfo",
+    "WRITTEN",
     "open_video",
     "probe",
     "psnr",

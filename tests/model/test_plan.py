@@ -170,9 +170,9 @@ def test_two_layers_are_as_many_as_there_are():
     config = TRANSFORMERS["2b-like"]
     deep = dataclasses.replace(config, num_layers=7)
     shallow, deeper = (
-        forecast(
-            c, VAES["released"], frames=17, height=128, width=192, backend="reference"
-        ).stage("denoise")
+        forecast(c, VAES["released"], frames=17, height=128, width=192, backend="reference").stage(
+            "denoise"
+        )
         for c in (config, deep)
     )
     assert shallow.activations == deeper.activations and shallow.weights < deeper.weights
