@@ -14,7 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
 from torch import Tensor, nn
 
 from cogvx.config import PRESETS, TransformerConfig, VAEConfig
@@ -47,8 +49,8 @@ class Size:
 # A tenth of the released widths and a clip with every kind of chunk: what a CPU does in a second.
 SMALL = Size(
     17,
-    128,
-    192,
+    64,
+    96,
     VAEConfig(block_out_channels=(32, 64, 64, 128), norm_num_groups=8),
     TransformerConfig(
         num_attention_heads=4,
@@ -165,8 +167,6 @@ def _vae_encode(size: Size, dtype: torch.dtype, device: torch.device) -> dict[st
 
 def _transformer(size: Size, dtype: torch.dtype, device: torch.device) -> dict[str, Call]:
     """One denoising step under guidance: a batch of two."""
-    from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
-
     config, vae = size.transformer, size.vae
     theirs = _randomly(lambda: CogVideoXTransformer3DModel(**_common(config)), dtype, device)
     ours = _with_weights_of(theirs, lambda: ExpertTransformer(config))
@@ -209,8 +209,6 @@ PARTS: dict[str, Callable[[Size, torch.dtype, torch.device], dict[str, Call]]] =
 
 
 def _vaes(size: Size, dtype: torch.dtype, device: torch.device) -> tuple[Any, CausalVAE]:
-    from diffusers import AutoencoderKLCogVideoX
-
     theirs = _randomly(
         lambda: AutoencoderKLCogVideoX(
             block_out_channels=size.vae.block_out_channels,
@@ -232,6 +230,7 @@ def _common(config: TransformerConfig) -> dict[str, Any]:
 
 def _randomly(make: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device) -> Any:
     torch.manual_seed(0)
+    diffusers.utils.logging.set_verbosity_error()
     with torch.device(device):
         return make().to(dtype).requires_grad_(False).eval()
 

@@ -65,8 +65,8 @@ class TensorFile:
     def read(self, name: str) -> Tensor:
         """A tensor, in memory of its own, on the CPU.
 
-        It is copied once more, to where torch would have put it: the library's place is aligned to
-        16 bytes, torch's to 64, and the last bits of a sum can depend on that.
+        It is copied once more, because the library aligns to 16 bytes and torch to 64: no kernel
+        can tell it from one that torch made.
         """
         try:
             return self._file.get_tensor(name).clone()

@@ -104,7 +104,7 @@ def test_what_was_read_does_not_hang_on_the_file(tmp_path):
 
 
 def test_what_is_read_lies_where_torch_puts_tensors(tmp_path):
-    """Its kernels add up in another order in memory that is aligned otherwise."""
+    """At multiples of 64 bytes, which a kernel may choose its way by."""
     sizes = 1, 15, 16, 100, 10_000, 100_000
     write_tensors(tmp_path / "x", {str(size): torch.ones(size) for size in sizes})
     for _ in range(5):
