@@ -5,40 +5,20 @@ import dataclasses
 import pytest
 import torch
 
-from cogvx.config import TransformerConfig
 from cogvx.transformer import ExpertTransformer, load_balancing_loss, upcycle
 from cogvx.transformer.experts import ExpertFeedForward, Routing
 
-CONFIG = TransformerConfig(
-    num_attention_heads=2,
-    attention_head_dim=16,
-    in_channels=4,
-    out_channels=4,
-    time_embed_dim=6,
-    text_embed_dim=10,
-    num_layers=2,
-    sample_height=4,
-    sample_width=6,
-    sample_frames=5,
-    max_text_seq_length=5,
-    use_rotary_positional_embeddings=True,
-)
+from .tiny import ROPE, shaken
+
 TEXT_LEN, VIDEO_LEN, DIM = 5, 12, 6
 
 
 def made(text=0, video=0, top_k=1):
     """A model with weights that are not what training begins with, many of which are zero."""
     config = dataclasses.replace(
-        CONFIG, num_text_experts=text, num_video_experts=video, expert_top_k=top_k
+        ROPE, num_text_experts=text, num_video_experts=video, expert_top_k=top_k
     )
     return shaken(ExpertTransformer(config, backend="reference"))
-
-
-def shaken(module):
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return module
 
 
 def layer(text=2, video=3, top_k=1):
@@ -162,7 +142,7 @@ def test_load_balancing_loss_of_nothing_is_an_error():
 def test_routing_is_filled_once_for_each_router(experts, routers):
     model, routing = made(*experts), []
     model(*inputs(), routing=routing)
-    assert len(routing) == routers * CONFIG.num_layers
+    assert len(routing) == routers * ROPE.num_layers
     for of_one in routing:
         torch.testing.assert_close(of_one.fraction.sum(), torch.tensor(1.0))
         torch.testing.assert_close(of_one.probability.sum(), torch.tensor(1.0))
@@ -175,10 +155,10 @@ def test_the_loss_has_the_same_gradient_under_checkpointing():
         model.zero_grad()
         routing = []
         output = model(*arguments, routing=routing)
-        assert len(routing) == 2 * CONFIG.num_layers
+        assert len(routing) == 2 * ROPE.num_layers
         loss = load_balancing_loss(routing)
         (output.square().mean() + loss).backward()
-        assert len(routing) == 2 * CONFIG.num_layers
+        assert len(routing) == 2 * ROPE.num_layers
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
     for kept, again in zip(*results, strict=True):
         assert torch.equal(kept, again)
@@ -203,7 +183,7 @@ def test_the_loss_alone_spreads_the_tokens():
 
 def test_keys():
     keys = ExpertTransformer(
-        dataclasses.replace(CONFIG, num_layers=1, num_text_experts=1, num_video_experts=2)
+        dataclasses.replace(ROPE, num_layers=1, num_text_experts=1, num_video_experts=2)
     ).state_dict()
     of_ff = {k.removeprefix("transformer_blocks.0.ff.") for k in keys if ".ff." in k}
     tensors = ("net.0.proj.weight", "net.0.proj.bias", "net.2.weight", "net.2.bias")
@@ -234,7 +214,7 @@ def test_upcycled_feed_forward_is_bit_equal(before, after, top_k):
         if name.endswith("net.0.proj.bias"):
             parameter.data.fill_(30)
     grown = upcycle(model, num_text_experts=after[0], num_video_experts=after[1], top_k=top_k)
-    x = torch.randint(-1, 2, (2, TEXT_LEN + VIDEO_LEN, CONFIG.hidden_size)).float()
+    x = torch.randint(-1, 2, (2, TEXT_LEN + VIDEO_LEN, ROPE.hidden_size)).float()
     x[..., 20:] = 0
     for old, new in zip(model.transformer_blocks, grown.transformer_blocks, strict=True):
         wanted = old.ff(x) if before == (0, 0) else old.ff(x, TEXT_LEN)[0]

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from cogvx.config import TransformerConfig
 from cogvx.transformer import ExpertTransformer
 from cogvx.transformer.block import ExpertBlock
 from cogvx.transformer.embedding import JointEmbedding, timestep_sincos
@@ -18,32 +17,16 @@ from cogvx.transformer.modulation import ExpertAdaLayerNorm, expert_adaln, gated
 from cogvx.transformer.patch import patchify, unpatchify
 from cogvx.transformer.positions import Tables, sincos_table
 
-CONFIG = TransformerConfig(
-    num_attention_heads=2,
-    attention_head_dim=16,
-    in_channels=4,
-    out_channels=4,
-    time_embed_dim=6,
-    text_embed_dim=10,
-    num_layers=2,
-    sample_height=4,
-    sample_width=6,
-    sample_frames=5,
-    max_text_seq_length=5,
-)
-ROPE = dataclasses.replace(CONFIG, use_rotary_positional_embeddings=True)
+from .tiny import ROPE, SIN_COS, shaken
+
 EXPERTS = dataclasses.replace(ROPE, num_text_experts=2, num_video_experts=3)
-MODELS = {"sin-cos": CONFIG, "rope": ROPE, "experts": EXPERTS}
+MODELS = {"sin-cos": SIN_COS, "rope": ROPE, "experts": EXPERTS}
 models = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 
 
 def made(config, **options):
     """With weights that are not what training begins with, among which many are zero."""
-    model = ExpertTransformer(config, backend="reference", **options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    return shaken(ExpertTransformer(config, backend="reference", **options))
 
 
 def inputs(batch=2, dtype=torch.float32):
@@ -143,9 +126,9 @@ def test_a_new_block_passes_its_input_on(experts):
     )
     for block in model.transformer_blocks:
         assert isinstance(block, ExpertBlock)
-        x = torch.randn(2, 9, CONFIG.hidden_size)
+        x = torch.randn(2, 9, SIN_COS.hidden_size)
         none = torch.zeros(0, 8)
-        out, _ = block(x, torch.randn(2, CONFIG.time_embed_dim), none, none, 3)
+        out, _ = block(x, torch.randn(2, SIN_COS.time_embed_dim), none, none, 3)
         assert torch.equal(out, x)
 
 
@@ -262,13 +245,13 @@ def test_meta_gives_the_shape(config):
 
 
 def test_tables_are_no_state_and_do_not_pile_up():
-    tables = Tables(CONFIG)
+    tables = Tables(SIN_COS)
     for frames in range(1, 9):
         tables.sincos(frames, 4, 6, torch.device("cpu"), torch.bfloat16)
     assert len(tables._kept) == Tables.KEPT
     newest = tables.sincos(8, 4, 6, torch.device("cpu"), torch.bfloat16)
     assert newest is tables.sincos(8, 4, 6, torch.device("cpu"), torch.bfloat16)
-    model = made(CONFIG)
+    model = made(SIN_COS)
     model(*inputs())
     assert not list(model.buffers())
     gone = [weakref.ref(table) for table in model.tables._kept.values()]
@@ -288,7 +271,7 @@ def test_inference_mode_leaves_nothing_that_training_cannot_use(config):
 
 
 def test_a_copy_is_a_model_of_its_own():
-    model, arguments = made(CONFIG), inputs()
+    model, arguments = made(SIN_COS), inputs()
     wanted = model(*arguments)
     twin = copy.deepcopy(model)
     assert torch.equal(twin(*arguments), wanted)

@@ -5,24 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from cogvx.config import TransformerConfig
 from cogvx.transformer import ExpertTransformer
 from cogvx.transformer.positions import sincos_table
 
-SIN_COS = TransformerConfig(
-    num_attention_heads=2,
-    attention_head_dim=16,
-    in_channels=4,
-    out_channels=4,
-    time_embed_dim=6,
-    text_embed_dim=10,
-    num_layers=1,
-    sample_height=4,
-    sample_width=6,
-    sample_frames=5,
-    max_text_seq_length=5,
-)
-ROPE = dataclasses.replace(SIN_COS, use_rotary_positional_embeddings=True)
+from .tiny import ROPE, SIN_COS
+
 LEARNED = dataclasses.replace(ROPE, use_learned_positional_embeddings=True)
 V15 = dataclasses.replace(ROPE, patch_size_t=2)
 OFS = dataclasses.replace(ROPE, ofs_embed_dim=6)
