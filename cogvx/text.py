@@ -1,8 +1,10 @@
 """Prompts to embeddings: what a pipeline asks of a text encoder, and T5 from a folder."""
 
 import os
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,12 +65,13 @@ class T5TextEncoder:
                     f"T5TextEncoder.from_pretrained: folder must hold text_encoder/ and "
                     f"tokenizer/; got {folder}, where {path.name}/ is missing"
                 )
-        model = transformers.T5EncoderModel.from_pretrained(
-            folders[0],
-            dtype="auto" if dtype is None else dtype,
-            local_files_only=True,
-            use_safetensors=True,
-        )
+        with _bars_on_a_terminal_only(transformers):
+            model = transformers.T5EncoderModel.from_pretrained(
+                folders[0],
+                dtype="auto" if dtype is None else dtype,
+                local_files_only=True,
+                use_safetensors=True,
+            )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folders[1], local_files_only=True)
         return cls(model.to(device), tokenizer)
 
@@ -107,6 +110,19 @@ class T5TextEncoder:
                     f"{max_length}; left out: {left_out!r}",
                     stacklevel=4,
                 )
+
+
+@contextmanager
+def _bars_on_a_terminal_only(transformers: Any) -> Iterator[None]:
+    logging = transformers.utils.logging
+    hide = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if hide:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            logging.enable_progress_bar()
 
 
 def _transformers() -> Any:

@@ -10,7 +10,7 @@ from diffusers import CogVideoXPipeline
 
 from cogvx.text import T5TextEncoder
 
-from .tiny_pipeline import WORDS, save_text_encoder
+from .tiny_pipeline import WORDS, text_encoder
 
 DIM = 32
 
@@ -19,7 +19,7 @@ DIM = 32
 def folder(tmp_path_factory):
     """A folder in hub layout with a random T5 of two layers and a vocabulary of a few words."""
     folder = tmp_path_factory.mktemp("model")
-    save_text_encoder(folder, DIM)
+    text_encoder(DIM).save_pretrained(folder)
     return folder
 
 

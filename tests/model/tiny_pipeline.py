@@ -14,6 +14,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from cogvx.config import SchedulerConfig, TransformerConfig, VAEConfig
 from cogvx.pipeline import CogVideoX
+from cogvx.text import T5TextEncoder
 from cogvx.transformer import ExpertTransformer
 from cogvx.vae import CausalVAE
 
@@ -116,17 +117,17 @@ def tiny(kind="5b", seed=0, **options):
 
 def save(folder, kind="5b"):
     """A tiny model in the hub's layout, text encoder and all."""
-    tiny(kind).save_pretrained(folder)
-    save_text_encoder(folder, DIM)
+    pipe = tiny(kind)
+    pipe.text_encoder = text_encoder(DIM)
+    pipe.save_pretrained(folder)
 
 
-def save_text_encoder(folder, dim):
+def text_encoder(dim):
     """A random T5 of two layers, and its tokenizer."""
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)]
     vocabulary += [(f"▁{word}", -float(i + 1)) for i, word in enumerate(WORDS)]
     vocabulary += [(letter, -30.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"]
     tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0)
-    tokenizer.save_pretrained(folder / "tokenizer")
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=dim,
@@ -139,7 +140,7 @@ def save_text_encoder(folder, dim):
     )
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        T5EncoderModel(config).save_pretrained(folder / "text_encoder")
+        return T5TextEncoder(T5EncoderModel(config), tokenizer)
 
 
 def embeds(batch=1, seed=7):
