@@ -370,6 +370,7 @@ def test_faults_of_the_program_keep_their_traceback(capsys, here, monkeypatch):
 def test_a_signal_leaves_nothing(capsys, here, monkeypatch, number, status):
     """In the middle of the clip, after chunks have been written."""
     before = signal.getsignal(signal.SIGTERM)
+    heeded = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job may run without
     whole = clips._ticked
 
     def interrupted(chunks, total, done):
@@ -381,16 +382,21 @@ def test_a_signal_leaves_nothing(capsys, here, monkeypatch, number, status):
 
     facts(capsys, "encode", BIKES, *RANDOM, *SIZE, "--frames", 25, "--out", "a.safetensors")
     monkeypatch.setattr(clips, "_ticked", interrupted)
-    assert run(capsys, "decode", "a.safetensors", *RANDOM, "--out", "a.mp4")[0] == status
+    try:
+        assert run(capsys, "decode", "a.safetensors", *RANDOM, "--out", "a.mp4")[0] == status
+    finally:
+        signal.signal(signal.SIGINT, heeded)
     assert [path.name for path in here.iterdir()] == ["a.safetensors"]
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 def start(here, *words):
+    """A process that heeds Ctrl-C, as one at a terminal does."""
     return subprocess.Popen(
         [sys.executable, "-m", "cogvx", *map(str, words)],
         cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
