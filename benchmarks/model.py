@@ -19,6 +19,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
 from torch import Tensor, nn
 
+from cogvx.checkpoint.folder import transformer_values, vae_values
 from cogvx.config import PRESETS, TransformerConfig, VAEConfig
 from cogvx.memory import LiveBytes
 from cogvx.transformer import ExpertTransformer
@@ -168,7 +169,9 @@ def _vae_encode(size: Size, dtype: torch.dtype, device: torch.device) -> dict[st
 def _transformer(size: Size, dtype: torch.dtype, device: torch.device) -> dict[str, Call]:
     """One denoising step under guidance: a batch of two."""
     config, vae = size.transformer, size.vae
-    theirs = _randomly(lambda: CogVideoXTransformer3DModel(**_common(config)), dtype, device)
+    theirs = _randomly(
+        lambda: CogVideoXTransformer3DModel.from_config(transformer_values(config)), dtype, device
+    )
     ours = _with_weights_of(theirs, lambda: ExpertTransformer(config))
     patch = config.patch_size_t or 1
     frames = (size.frames - 1) // vae.temporal_compression_ratio + 1
@@ -210,22 +213,11 @@ PARTS: dict[str, Callable[[Size, torch.dtype, torch.device], dict[str, Call]]] =
 
 def _vaes(size: Size, dtype: torch.dtype, device: torch.device) -> tuple[Any, CausalVAE]:
     theirs = _randomly(
-        lambda: AutoencoderKLCogVideoX(
-            block_out_channels=size.vae.block_out_channels,
-            norm_num_groups=size.vae.norm_num_groups,
-            latent_channels=size.vae.latent_channels,
-            layers_per_block=size.vae.layers_per_block,
-        ),
+        lambda: AutoencoderKLCogVideoX.from_config(vae_values(size.vae)),
         dtype,
         device,
     )
     return theirs, _with_weights_of(theirs, lambda: CausalVAE(size.vae))
-
-
-def _common(config: TransformerConfig) -> dict[str, Any]:
-    """A config in the words that diffusers knows too."""
-    ours_alone = ("mlp_ratio", "num_text_experts", "num_video_experts", "expert_top_k")
-    return {key: value for key, value in config.to_dict().items() if key not in ours_alone}
 
 
 def _randomly(make: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device) -> Any:

@@ -60,12 +60,16 @@ def check_size(where: str, name: str, height: int, width: int, multiple: int) ->
     """Raises ValueError, with the nearest valid sizes, unless `multiple` divides both sides."""
     for side, size in (("height", height), ("width", width)):
         if size < 1 or size % multiple:
-            below = size // multiple * multiple
-            nearest = " or ".join(str(n) for n in (below, below + multiple) if n > 0)
             raise ValueError(
                 f"{where}: {name} must have a {side} that is a multiple of {multiple}, nearest "
-                f"{nearest}; got {height}x{width}"
+                f"{nearest_multiples(size, multiple)}; got {height}x{width}"
             )
+
+
+def nearest_multiples(size: int, multiple: int) -> str:
+    """The positive multiples next to a size that is none, in words: 80 or 96."""
+    below = size // multiple * multiple
+    return " or ".join(str(n) for n in (below, below + multiple) if n > 0)
 
 
 def latent_frames(frames: int, config: VAEConfig = RELEASED) -> int:

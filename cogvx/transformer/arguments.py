@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..config import TransformerConfig
+from ..frames import nearest_multiples
 from .experts import Routing
 
 WHERE = "ExpertTransformer"
@@ -69,11 +70,9 @@ def _latents(config: TransformerConfig, latents: Tensor) -> None:
         ("frames", frames, config.patch_size_t or 1, "patch_size_t"),
     ):
         if size < 1 or size % multiple:
-            below = size // multiple * multiple
-            nearest = " or ".join(str(n) for n in (below, below + multiple) if n > 0)
             raise ValueError(
                 f"{WHERE}: latents must have {name} a positive multiple of {rule} = {multiple}, "
-                f"nearest {nearest}; got {size} in {tuple(latents.shape)}"
+                f"nearest {nearest_multiples(size, multiple)}; got {size} in {tuple(latents.shape)}"
             )
     if config.use_learned_positional_embeddings and (height, width) != (
         config.sample_height,

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..frames import nearest_multiples
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -45,11 +47,9 @@ class Tiling:
         for name in ("height", "width"):
             size = getattr(self, name)
             if size % ratio:
-                below = size // ratio * ratio
-                nearest = " or ".join(str(n) for n in (below, below + ratio) if n)
                 raise ValueError(
                     f"{where}: tiling must have a {name} that is a multiple of {ratio}, nearest "
-                    f"{nearest}; got {size}"
+                    f"{nearest_multiples(size, ratio)}; got {size}"
                 )
 
     def cuts(self, height: int, width: int) -> bool:

@@ -12,6 +12,7 @@ from diffusers import (
 )
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
+from cogvx.checkpoint.folder import transformer_values, vae_values
 from cogvx.config import SchedulerConfig, TransformerConfig, VAEConfig
 from cogvx.pipeline import CogVideoX
 from cogvx.text import T5TextEncoder
@@ -158,22 +159,11 @@ def picture(*shape, seed=8):
 
 def theirs(pipe, mode, solver):
     """diffusers' pipeline with the weights of ours."""
-    config = pipe.transformer.config
-    ours = {"mlp_ratio", "num_text_experts", "num_video_experts", "expert_top_k"}
-    values = {name: value for name, value in config.to_dict().items() if name not in ours}
-    transformer = CogVideoXTransformer3DModel(**values)
-    transformer.load_state_dict(pipe.transformer.state_dict())
-    wanted = pipe.vae.config
-    vae = AutoencoderKLCogVideoX(
-        latent_channels=wanted.latent_channels,
-        block_out_channels=wanted.block_out_channels,
-        layers_per_block=wanted.layers_per_block,
-        norm_num_groups=wanted.norm_num_groups,
-        sample_height=wanted.sample_height,
-        sample_width=wanted.sample_width,
-        scaling_factor=wanted.scaling_factor,
-        invert_scale_latents=wanted.invert_scale_latents,
+    transformer = CogVideoXTransformer3DModel.from_config(
+        transformer_values(pipe.transformer.config)
     )
+    transformer.load_state_dict(pipe.transformer.state_dict())
+    vae = AutoencoderKLCogVideoX.from_config(vae_values(pipe.vae.config))
     vae.load_state_dict(pipe.vae.state_dict())
     scheduler = SOLVERS[solver].from_config({**pipe.scheduler.to_dict(), "clip_sample": False})
     other = PIPELINES[mode](None, None, vae.eval(), transformer.eval(), scheduler)
