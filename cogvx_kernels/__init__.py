@@ -4,6 +4,15 @@ Importing this package imports no Triton, asks for no GPU and builds nothing.
 """
 
 from ._backend import BACKENDS, KernelFallbackWarning
+from .expert_adaln import (
+    ExpertAdaLayerNorm,
+    expert_adaln,
+    expert_adaln_reference,
+    gated_residual,
+    gated_residual_adaln,
+    gated_residual_adaln_reference,
+    gated_residual_reference,
+)
 from .rope3d import (
     QKNormRoPE3D,
     RoPE3D,
@@ -26,6 +35,12 @@ __all__ = [
     "RoPE3D",
     "__version__",
     "crop_positions",
+    "expert_adaln",
+    "expert_adaln_reference",
+    "gated_residual",
+    "gated_residual_adaln",
+    "gated_residual_adaln_reference",
+    "gated_residual_reference",
     "qk_norm_rope3d",
     "qk_norm_rope3d_reference",
     "rope3d",

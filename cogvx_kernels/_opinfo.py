@@ -50,7 +50,8 @@ class TensorSpec:
     """A tensor argument before it exists: whoever makes it chooses memory, values and dtype.
 
     values  "normal"; "rows" (normal, with an offset and a scale for each row); "weight" (near 1);
-            "cos", "sin" (of the same angles)
+            "cos", "sin" (of the same angles); "flip" (normal, but 0 or 2 where integers are asked
+            for, the same for both dims of a pair: rows plus twice their negative are rows)
     layout  a key of `testing.LAYOUTS`
     dtype   None for the dtype under test, "wide" for at least fp32
     """
@@ -63,10 +64,14 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Sample:
-    """Arguments of one call by name, tensors as `TensorSpec`, and why this call is worth a test."""
+    """Arguments of one call by name, tensors as `TensorSpec`, and why this call is worth a test.
+
+    exact  whether there are small integers on which every order of computing gives the same bits
+    """
 
     reason: str
     arguments: Mapping[str, Any]
+    exact: bool = True
 
     def __str__(self) -> str:
         return self.reason.replace(" ", "_")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._opinfo import SIZES, OpInfo, Sample, Size, TensorSpec
+from .expert_adaln.opinfo import EXPERT_ADALN, GATED_RESIDUAL, GATED_RESIDUAL_ADALN
 from .rope3d.opinfo import QK_NORM_ROPE3D, ROPE3D
 
 __all__ = [
@@ -28,7 +29,16 @@ __all__ = [
     "materialize",
 ]
 
-OPS: Mapping[str, OpInfo] = {info.name: info for info in (ROPE3D, QK_NORM_ROPE3D)}
+OPS: Mapping[str, OpInfo] = {
+    info.name: info
+    for info in (
+        ROPE3D,
+        QK_NORM_ROPE3D,
+        EXPERT_ADALN,
+        GATED_RESIDUAL,
+        GATED_RESIDUAL_ADALN,
+    )
+}
 
 Allocate = Callable[..., Tensor]
 
@@ -55,6 +65,11 @@ def _strided(shape: tuple[int, ...], new: Allocate) -> Tensor:
     return new((*shape[:-1], 2 * shape[-1]))[..., ::2]
 
 
+def _chunk(shape: tuple[int, ...], new: Allocate) -> Tensor:
+    *outer, dim = shape
+    return new((*outer, 3 * dim)).narrow(-1, dim, dim)
+
+
 def _expanded(shape: tuple[int, ...], new: Allocate) -> Tensor:
     return new((1, *shape[1:])).expand(shape)
 
@@ -66,6 +81,7 @@ LAYOUTS: Mapping[str, Callable[[tuple[int, ...], Allocate], Tensor]] = {
     "transposed": _transposed,
     "offset": _offset,
     "strided": _strided,
+    "chunk": _chunk,
     "expanded": _expanded,
 }
 
@@ -92,6 +108,9 @@ def _exact_values(spec: TensorSpec, shape: tuple[int, ...], seed: int) -> Tensor
     if spec.values == "rows":  # mean 0 and mean square 1: a norm leaves it as it is
         signs = 1.0 - 2.0 * (torch.arange(shape[-1]) % 2)
         return signs * (1.0 - 2.0 * (place[..., :1] % 2))
+    if spec.values == "flip":
+        pairs = (place - seed) // 2 + seed
+        return 2.0 * (pairs * 7919 % 251 % 2)
     return ((place * 7919) % 251 - 125).float()
 
 

@@ -1,0 +1,342 @@
+"""The way: gate, residual, norm and modulation of a token in one pass, a run of tokens at a time.
+
+A strip is a run of tokens that share their modulation: of one sample, one modality and one group.
+A program takes one strip, loads the modulation once, folded into a factor and a term, and walks
+over the tokens; text strips and video strips are programs of one launch. The backward walks the
+same way, recomputes the statistics of the rows it holds anyway (they are never stored), and sums
+two vectors in registers, dout and dout·x̂, from which every gradient of modulation, weight and bias
+follows; a program's sums are a row of a buffer, summed at the end, without atomics, so the same
+input gives the same bits.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._launch import alignment, on_device
+
+# Reasoned, not yet measured: enough tokens to pay for loading the modulation, and few enough that
+# the shortest real sequence makes more programs than a GPU has places for.
+TOKENS = 8
+BACKWARD_TOKENS = 32
+# Lanes of a row for each warp: 16 elements a thread, two 16-byte loads of bf16.
+LANES_PER_WARP = 512
+
+
+class Rows(NamedTuple):
+    """A tensor (batch, seqlen, dim); strides of batch and seq are in units of ALIGN elements.
+
+    The product with a constant shows every compiler how far a row is aligned.
+    """
+
+    ptr: Tensor | None
+    batch: int
+    seq: int
+    dim: int
+
+
+class Modality(NamedTuple):
+    """The tokens of one modality: where they begin, how many share a modulation, in which strips.
+
+    shift, scale, gate  Rows (batch, groups, dim), their second stride that of a group
+    first               the first token
+    run                 tokens that share a modulation
+    strips              programs for each run
+    programs            for each sample
+    """
+
+    shift: Rows
+    scale: Rows
+    gate: Rows
+    first: int
+    run: int
+    strips: int
+    programs: int
+
+
+class Plan(NamedTuple):
+    """What is constant in a launch, and compiled into the kernel."""
+
+    DIM: int
+    LANES: int  # a power of two
+    TOKENS: int  # of a strip
+    ALIGN: int  # elements that strides are multiples of
+    NORM: str  # "layer", "rms" or "none"
+    GATED: bool  # x + gate·y comes first
+    EPS: float
+    COMPUTE: tl.dtype
+
+
+@triton.jit
+def _at(rows, batch, index, cols, P: tl.constexpr):
+    """Addresses of one row; 64 bits from the first product on."""
+    start = tl.cast(batch, tl.int64) * rows.batch + tl.cast(index, tl.int64) * rows.seq
+    return rows.ptr + (start * P.ALIGN + cols.to(tl.int64) * rows.dim)
+
+
+@triton.jit
+def _load(rows, batch, index, cols, mask, P: tl.constexpr):
+    return tl.load(_at(rows, batch, index, cols, P), mask=mask, other=0.0).to(P.COMPUTE)
+
+
+@triton.jit
+def _store(rows, batch, index, cols, mask, x, P: tl.constexpr):
+    """Rounds to the tensor's dtype, once; returns what was stored, widened again."""
+    rounded = x.to(rows.ptr.dtype.element_ty)
+    tl.store(_at(rows, batch, index, cols, P), rounded, mask=mask)
+    return rounded.to(P.COMPUTE)
+
+
+@triton.jit
+def _vector(ptr, cols, mask, otherwise: tl.constexpr, P: tl.constexpr):
+    """A vector (dim,), or a constant where there is none."""
+    if ptr is None:
+        return tl.full((P.LANES,), otherwise, P.COMPUTE)
+    return tl.load(ptr + cols, mask=mask, other=0.0).to(P.COMPUTE)
+
+
+@triton.jit
+def _normalise(x, mask, P: tl.constexpr):
+    """The row, less its mean for a LayerNorm, over its root mean square; and 1 / that root."""
+    if P.NORM == "layer":
+        mean = tl.sum(x, axis=0) * (1.0 / P.DIM)
+        x = tl.where(mask, x - mean, 0.0)
+    rstd = tl.rsqrt(tl.sum(x * x, axis=0) * (1.0 / P.DIM) + P.EPS)
+    return x * rstd, rstd
+
+
+@triton.jit
+def _forward_strip(
+    out, stream, x, y, weight_ptr, bias_ptr, modality, batch, place, P: tl.constexpr
+):
+    """One strip: `place` counts those of this sample and modality."""
+    cols = tl.arange(0, P.LANES)
+    mask = cols < P.DIM
+    group = place // modality.strips
+    begin = (place % modality.strips) * P.TOKENS
+    if P.NORM != "none":
+        factor = 1.0 + _load(modality.scale, batch, group, cols, mask, P)
+        term = _load(modality.shift, batch, group, cols, mask, P)
+        term += _vector(bias_ptr, cols, mask, 0.0, P) * factor
+        factor *= _vector(weight_ptr, cols, mask, 1.0, P)
+    if P.GATED:
+        gate = _load(modality.gate, batch, group, cols, mask, P)
+    first = modality.first + group * modality.run
+    for token in range(first + begin, first + tl.minimum(begin + P.TOKENS, modality.run)):
+        row = _load(x, batch, token, cols, mask, P)
+        if P.GATED:
+            row += gate * _load(y, batch, token, cols, mask, P)
+            row = _store(stream, batch, token, cols, mask, row, P)
+        if P.NORM != "none":
+            normal, _ = _normalise(row, mask, P)
+            _store(out, batch, token, cols, mask, normal * factor + term, P)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def _expert_adaln_fwd_kernel(
+    out, stream, x, y, weight_ptr, bias_ptr, text, video, programs, P: tl.constexpr
+):
+    """Grid (batch · programs,), of which a sample's first are its text strips."""
+    batch = tl.program_id(0) // programs
+    place = tl.program_id(0) % programs
+    if place < text.programs:
+        _forward_strip(out, stream, x, y, weight_ptr, bias_ptr, text, batch, place, P)
+    else:
+        place -= text.programs
+        _forward_strip(out, stream, x, y, weight_ptr, bias_ptr, video, batch, place, P)
+
+
+@triton.jit
+def _backward_strip(
+    dx, dy, dout, dstream, stream, y, weight_ptr, sums_ptr, modality, batch, place,
+    P: tl.constexpr,
+):  # fmt: skip
+    """One strip; its sums over tokens of dout, of dout·x̂ and of dx·y into a row of `sums`."""
+    cols = tl.arange(0, P.LANES)
+    mask = cols < P.DIM
+    group = place // modality.strips
+    begin = (place % modality.strips) * P.TOKENS
+    LANES: tl.constexpr = P.LANES
+    of_dout = tl.zeros((LANES,), P.COMPUTE)
+    of_normal = tl.zeros((LANES,), P.COMPUTE)
+    of_y = tl.zeros((LANES,), P.COMPUTE)
+    if P.NORM != "none":
+        factor = 1.0 + _load(modality.scale, batch, group, cols, mask, P)
+        factor *= _vector(weight_ptr, cols, mask, 1.0, P)
+    if P.GATED:
+        gate = _load(modality.gate, batch, group, cols, mask, P)
+    first = modality.first + group * modality.run
+    for token in range(first + begin, first + tl.minimum(begin + P.TOKENS, modality.run)):
+        if P.NORM != "none":
+            normal, rstd = _normalise(_load(stream, batch, token, cols, mask, P), mask, P)
+            grad = _load(dout, batch, token, cols, mask, P)
+            of_dout += grad
+            of_normal += grad * normal
+            grad *= factor
+            along = tl.sum(grad * normal, axis=0) * (1.0 / P.DIM)
+            if P.NORM == "layer":
+                grad -= tl.sum(grad, axis=0) * (1.0 / P.DIM)
+            grad = (grad - normal * along) * rstd
+            if P.GATED:
+                grad += _load(dstream, batch, token, cols, mask, P)
+            _store(dx, batch, token, cols, mask, grad, P)
+        else:
+            grad = _load(dstream, batch, token, cols, mask, P)
+        if P.GATED:
+            of_y += grad * _load(y, batch, token, cols, mask, P)
+            _store(dy, batch, token, cols, mask, grad * gate, P)
+    if P.NORM != "none":
+        tl.store(sums_ptr + cols, of_dout, mask=mask)
+        tl.store(sums_ptr + P.DIM + cols, of_normal, mask=mask)
+        sums_ptr += 2 * P.DIM
+    if P.GATED:
+        tl.store(sums_ptr + cols, of_y, mask=mask)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def _expert_adaln_bwd_kernel(
+    dx, dy, dout, dstream, stream, y, weight_ptr, sums_ptr, text, video, programs,
+    VECTORS: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Grid as in the forward. sums_ptr: (programs of all samples, VECTORS, dim)."""
+    batch = tl.program_id(0) // programs
+    place = tl.program_id(0) % programs
+    sums_ptr += tl.program_id(0).to(tl.int64) * (VECTORS * P.DIM)
+    if place < text.programs:
+        _backward_strip(
+            dx, dy, dout, dstream, stream, y, weight_ptr, sums_ptr, text, batch, place, P
+        )
+    else:
+        place -= text.programs
+        _backward_strip(
+            dx, dy, dout, dstream, stream, y, weight_ptr, sums_ptr, video, batch, place, P
+        )
+
+
+def _rows(x: Tensor | None, plan: Plan) -> Rows:
+    if x is None:
+        return Rows(None, 0, 0, 1)
+    batch, seq, dim = x.stride()
+    return Rows(x, batch // plan.ALIGN, seq // plan.ALIGN, dim)
+
+
+def _modality(
+    shift: Tensor | None, scale: Tensor | None, gate: Tensor | None, first: int, tokens: int,
+    plan: Plan,
+) -> Modality:  # fmt: skip
+    """A modality of `tokens` tokens; modulation that is not there is not read."""
+    groups = _groups(shift, scale, gate)
+    run = tokens // max(groups, 1)
+    strips = triton.cdiv(run, plan.TOKENS)
+    rows = (_rows(x, plan) for x in (shift, scale, gate))
+    return Modality(*rows, first, run, strips, groups * strips)
+
+
+def _groups(*modulation: Tensor | None) -> int:
+    """In how many runs the tokens of a modality share their modulation; 0 if it has none."""
+    return next((x.shape[1] for x in modulation if x is not None), 0)
+
+
+def _plan(
+    x: Tensor, tokens: int, norm: str, gated: bool, eps: float, *others: Tensor | None
+) -> Plan:
+    """For a launch over x and the other tensors of rows, outputs and modulation included."""
+    return Plan(
+        DIM=x.shape[2],
+        LANES=triton.next_power_of_2(x.shape[2]),
+        TOKENS=tokens,
+        ALIGN=alignment(x, *(other for other in others if other is not None)),
+        NORM=norm,
+        GATED=gated,
+        EPS=eps,
+        COMPUTE=tl.float64 if x.dtype is torch.float64 else tl.float32,
+    )
+
+
+def _num_warps(plan: Plan) -> int:
+    return min(16, max(1, plan.LANES // LANES_PER_WARP))
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def expert_adaln_fwd(
+    x: Tensor, y: Tensor | None,
+    gate: Tensor | None, text_gate: Tensor | None,
+    shift: Tensor | None, scale: Tensor | None,
+    text_shift: Tensor | None, text_scale: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None,
+    text_len: int, norm: str, eps: float, *, inplace: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(x + gate·y, its modulated norm): what is not asked for is x as it came, or empty.
+
+    y is None for the norm alone, norm is "none" for the residual alone; `inplace` writes the
+    residual stream over x. Modulation is (batch, groups, dim).
+    """
+    stream = x if y is None or inplace else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    shape = (0,) if norm == "none" else x.shape
+    out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return stream, out
+    batch, seqlen, _ = x.shape
+    written = None if norm == "none" else out
+    modulation = (gate, text_gate, shift, scale, text_shift, text_scale)
+    plan = _plan(x, TOKENS, norm, y is not None, eps, y, stream, written, *modulation)
+    text = _modality(text_shift, text_scale, text_gate, 0, text_len, plan)
+    video = _modality(shift, scale, gate, text_len, seqlen - text_len, plan)
+    programs = text.programs + video.programs
+    with on_device(x):
+        _expert_adaln_fwd_kernel[(batch * programs,)](
+            _rows(written, plan), _rows(stream, plan), _rows(x, plan), _rows(y, plan),
+            _contiguous(weight), _contiguous(bias), text, video, programs, P=plan,
+            num_warps=_num_warps(plan), enable_fp_fusion=True,
+        )  # fmt: skip
+    return stream, out
+
+
+def expert_adaln_bwd(
+    dstream: Tensor | None, dout: Tensor | None, stream: Tensor, y: Tensor | None,
+    gate: Tensor | None, text_gate: Tensor | None,
+    scale: Tensor | None, text_scale: Tensor | None,
+    weight: Tensor | None, text_len: int, norm: str, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx, dy, sums), where sums are (batch, groups, vectors, dim), text's groups first.
+
+    Vectors, summed over the tokens of a group: dout and dout·x̂ if there is a norm, then dx·y if
+    there is a gate; in fp32 (fp64 for fp64 inputs). `stream` is what was normalised. Without a
+    norm dx is empty, because it is dstream; without a gate dy is.
+    """
+    gated, normed = y is not None, norm != "none"
+    dx = torch.empty(stream.shape if normed else (0,), dtype=stream.dtype, device=stream.device)
+    dy = torch.empty(stream.shape if gated else (0,), dtype=stream.dtype, device=stream.device)
+    to_dx, to_dy = dx if normed else None, dy if gated else None
+    batch, seqlen, dim = stream.shape
+    vectors = 2 * normed + gated
+    rows = (dstream, dout, y, to_dx, to_dy, gate, text_gate, scale, text_scale)
+    plan = _plan(stream, BACKWARD_TOKENS, norm, gated, eps, *rows)
+    text = _modality(None, text_scale, text_gate, 0, text_len, plan)
+    video = _modality(None, scale, gate, text_len, seqlen - text_len, plan)
+    programs = text.programs + video.programs
+    wide = torch.promote_types(dx.dtype, torch.float32)
+    sums = torch.empty((batch, programs, vectors, dim), dtype=wide, device=dx.device)
+    if stream.numel():
+        with on_device(stream):
+            _expert_adaln_bwd_kernel[(batch * programs,)](
+                _rows(to_dx, plan), _rows(to_dy, plan),
+                _rows(dout, plan), _rows(dstream, plan), _rows(stream, plan), _rows(y, plan),
+                _contiguous(weight), sums, text, video, programs,
+                VECTORS=vectors, P=plan, num_warps=_num_warps(plan), enable_fp_fusion=True,
+            )  # fmt: skip
+    of_groups = [
+        sums.narrow(1, first, modality.programs).unflatten(1, (groups, modality.strips)).sum(2)
+        for first, modality, groups in (
+            (0, text, _groups(text_scale, text_gate)),
+            (text.programs, video, _groups(scale, gate)),
+        )
+        if groups
+    ]
+    return dx, dy, torch.cat([sums[:, :0], *of_groups], 1)

@@ -1,0 +1,443 @@
+"""The door: checks, the choice of the way, and the torch ops behind it with their gradients."""
+
+import torch
+from torch import Tensor
+
+from .. import _backend, _checks
+from .reference import (
+    expert_adaln_reference,
+    gated_residual_adaln_reference,
+    gated_residual_reference,
+)
+
+ROWS = ("batch", "seqlen", "dim")
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_DIM = 16384  # of a row that a program holds in its registers
+
+# In the schemas below text_len is a SymInt: one compiled graph serves all lengths of text.
+
+GATES = "Tensor? gate, Tensor? text_gate"
+MODULATION = "Tensor? shift, Tensor? scale, Tensor? text_shift, Tensor? text_scale"
+NORM = "Tensor? weight, Tensor? bias, SymInt text_len, str norm, float eps"
+
+
+# --- cogvx::expert_adaln ---------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "cogvx::expert_adaln", mutates_args=(), schema=f"(Tensor x, {MODULATION}, {NORM}) -> Tensor"
+)
+def _expert_adaln(x, *arguments):
+    from . import kernel
+
+    return kernel.expert_adaln_fwd(x, None, None, None, *arguments)[1]
+
+
+@_expert_adaln.register_fake
+def _(x, *_):
+    return x.new_empty(x.shape)
+
+
+def _expert_adaln_setup(ctx, inputs, output):
+    x, _, scale, _, text_scale, weight, bias, *ctx.settings = inputs
+    ctx.save_for_backward(x, None, None, None, scale, text_scale, weight, bias)
+
+
+def _expert_adaln_backward(ctx, dout):
+    dx, _, _, _, *rest = _gradients(ctx, None, dout)
+    return dx, *rest, None, None, None
+
+
+_expert_adaln.register_autograd(_expert_adaln_backward, setup_context=_expert_adaln_setup)
+
+
+# --- cogvx::gated_residual, and its in-place form --------------------------------------------
+
+
+@torch.library.custom_op(
+    "cogvx::gated_residual",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor y, {GATES}, SymInt text_len) -> Tensor",
+)
+def _gated_residual(x, y, gate, text_gate, text_len):
+    from . import kernel
+
+    nothing = (None,) * 6
+    return kernel.expert_adaln_fwd(x, y, gate, text_gate, *nothing, text_len, "none", 0.0)[0]
+
+
+@_gated_residual.register_fake
+def _(x, *_):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op(
+    "cogvx::gated_residual_",
+    mutates_args=("x",),
+    schema=f"(Tensor(a!) x, Tensor y, {GATES}, SymInt text_len) -> ()",
+)
+def _gated_residual_inplace(x, y, gate, text_gate, text_len):
+    from . import kernel
+
+    nothing = (None,) * 6
+    kernel.expert_adaln_fwd(x, y, gate, text_gate, *nothing, text_len, "none", 0.0, inplace=True)
+
+
+def _gated_residual_setup(ctx, inputs, output):
+    x, y, gate, text_gate, text_len = inputs
+    ctx.settings = text_len, "none", 0.0
+    ctx.save_for_backward(x, y, gate, text_gate, None, None, None, None)
+
+
+def _gated_residual_backward(ctx, dstream):
+    dx, dy, dgate, dtext_gate, *_ = _gradients(ctx, dstream, None)
+    return dx, dy, dgate, dtext_gate, None
+
+
+_gated_residual.register_autograd(_gated_residual_backward, setup_context=_gated_residual_setup)
+
+
+# --- cogvx::gated_residual_adaln -------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "cogvx::gated_residual_adaln",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor y, {GATES}, {MODULATION}, {NORM}) -> (Tensor, Tensor)",
+)
+def _gated_residual_adaln(*arguments):
+    from . import kernel
+
+    return kernel.expert_adaln_fwd(*arguments)
+
+
+@_gated_residual_adaln.register_fake
+def _(x, *_):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _gated_residual_adaln_setup(ctx, inputs, output):
+    """The residual stream is kept, and not the x it was made of."""
+    _, y, gate, text_gate, _, scale, _, text_scale, weight, bias, *ctx.settings = inputs
+    ctx.save_for_backward(output[0], y, gate, text_gate, scale, text_scale, weight, bias)
+
+
+def _gated_residual_adaln_backward(ctx, dstream, dout):
+    return *_gradients(ctx, dstream, dout), None, None, None
+
+
+_gated_residual_adaln.register_autograd(
+    _gated_residual_adaln_backward, setup_context=_gated_residual_adaln_setup
+)
+
+
+# --- their one backward ----------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "cogvx::expert_adaln_backward",
+    mutates_args=(),
+    schema=f"(Tensor? dstream, Tensor? dout, Tensor stream, Tensor? y, {GATES},"
+    " Tensor? scale, Tensor? text_scale, Tensor? weight, SymInt text_len, str norm, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def _expert_adaln_grads(*arguments):
+    from . import kernel
+
+    return kernel.expert_adaln_bwd(*arguments)
+
+
+@_expert_adaln_grads.register_fake
+def _(dstream, dout, stream, y, gate, text_gate, scale, text_scale, weight, text_len, norm, eps):
+    batch, _, dim = stream.shape
+    groups = sum(_groups(x, z) for x, z in ((text_scale, text_gate), (scale, gate)))
+    vectors = 2 * (norm != "none") + (y is not None)
+    wide = torch.promote_types(stream.dtype, torch.float32)
+    return (
+        stream.new_empty((0,) if norm == "none" else stream.shape),
+        stream.new_empty((0,) if y is None else stream.shape),
+        stream.new_empty((batch, groups, vectors, dim), dtype=wide),
+    )
+
+
+def _groups(*modulation):
+    return next((x.shape[1] for x in modulation if x is not None), 0)
+
+
+def _gradients(ctx, dstream, dout):
+    """Of x, y, gate, text_gate, shift, scale, text_shift, text_scale, weight, bias.
+
+    The norm's factor is (1 + scale)·weight and its term (1 + scale)·bias + shift, so the sums of
+    dout and of dout·x̂ over the tokens of a group give all of their gradients.
+    """
+    stream, y, gate, text_gate, scale, text_scale, weight, bias = ctx.saved_tensors
+    dx, dy, sums = _expert_adaln_grads(
+        dstream, dout, stream, y, gate, text_gate, scale, text_scale, weight, *ctx.settings
+    )
+    ntext = _groups(text_scale, text_gate)
+    gates = shifts = scales = (None, None)
+    dweight = dbias = None
+    if y is not None:
+        of_y = sums[:, :, -1]
+        gates = _of_modalities(of_y, ntext, text_gate, gate)
+    else:
+        dy = None
+    if dout is None:
+        dx = dstream  # the residual passes it on
+    else:
+        of_dout, of_normal = sums[:, :, 0], sums[:, :, 1]
+        dscale = of_normal if weight is None else of_normal * weight
+        dscale = dscale if bias is None else dscale + of_dout * bias
+        shifts = _of_modalities(of_dout, ntext, text_scale, scale)
+        scales = _of_modalities(dscale, ntext, text_scale, scale)
+        factors = [1 + x.to(sums.dtype) for x in (text_scale, scale) if x is not None]
+        factor = torch.cat([of_dout[:, :0], *factors], 1)
+        dweight = None if weight is None else (factor * of_normal).sum((0, 1)).to(weight.dtype)
+        dbias = None if bias is None else (factor * of_dout).sum((0, 1)).to(bias.dtype)
+    (dtext_gate, dgate), (dtext_shift, dshift), (dtext_scale, dscale) = gates, shifts, scales
+    modulation = (dgate, dtext_gate, dshift, dscale, dtext_shift, dtext_scale)
+    return dx, dy, *modulation, dweight, dbias
+
+
+def _of_modalities(sums, ntext, text, video):
+    """The sums of text's groups and of video's, in the dtype of each modulation, or None."""
+    return (
+        None if text is None else sums[:, :ntext].to(text.dtype),
+        None if video is None else sums[:, ntext:].to(video.dtype),
+    )
+
+
+# --- checks ----------------------------------------------------------------------------------
+
+
+def _check_rows(op: str, x: Tensor, text_len: int, y: Tensor | None = None) -> None:
+    _checks.tensor(op, "x", x, ROWS)
+    _checks.integer(op, "text_len", text_len, 0, x.shape[1], "(the seqlen of x)")
+    if y is not None:
+        _checks.tensor(op, "y", y, ROWS)
+        _checks.dtype(op, "y", y, (x.dtype,))
+        _checks.same_device(op, "y", y, "x", x)
+        _checks.shape(op, "y", y, x.shape, "the shape of x")
+
+
+def _check_modulation(op: str, x: Tensor, tokens: int, **modulation: Tensor | None) -> None:
+    """Of one modality: alike in shape and dtype, and fit for its tokens."""
+    first = None
+    for name, value in modulation.items():
+        if value is None:
+            if tokens:
+                raise ValueError(
+                    f"{op}: {name} must be (batch, dim) or (batch, groups, dim) for the {tokens} "
+                    f"tokens of its modality; got None"
+                )
+            continue
+        if not isinstance(value, Tensor) or value.dim() not in (2, 3):
+            raise TypeError(
+                f"{op}: {name} must be a tensor (batch, dim) or (batch, groups, dim); "
+                f"got {_checks.describe(value)}"
+            )
+        _checks.dtype(op, name, value, (x.dtype, torch.float32))
+        _checks.same_device(op, name, value, "x", x)
+        wanted = (x.shape[0], *value.shape[1:-1], x.shape[2])
+        _checks.shape(
+            op, name, value, wanted, "(batch, dim) or (batch, groups, dim)",
+            lambda: f" for x of shape {tuple(x.shape)}",
+        )  # fmt: skip
+        groups = 1 if value.dim() == 2 else value.shape[1]
+        if groups != 1 and (groups == 0 or tokens % groups):
+            raise ValueError(
+                f"{op}: {name} must have a number of groups that divides the {tokens} tokens of "
+                f"its modality; got {tuple(value.shape)}"
+            )
+        first = first or (name, value)
+        _checks.shape(op, name, value, first[1].shape, f"the shape of {first[0]}")
+        _checks.dtype(op, name, value, (first[1].dtype,))
+
+
+def _check_norm(
+    op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str, eps: float
+) -> None:
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            _checks.tensor(op, name, value, ("dim",))
+            _checks.dtype(op, name, value, (x.dtype, torch.float32))
+            _checks.same_device(op, name, value, "x", x)
+            _checks.shape(
+                op, name, value, x.shape[2:], "(dim,)", lambda: f" for x of shape {tuple(x.shape)}"
+            )
+    _checks.choice(op, "norm", norm, ("layer", "rms"))
+    _checks.positive(op, "eps", eps)
+
+
+def _check_inplace(op: str, x: Tensor, **others: Tensor | None) -> None:
+    for name, value in {"x": x, **others}.items():
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{op}: inplace=True overwrites x and keeps no graph; got {name} with "
+                f"requires_grad=True. Use inplace=False, or torch.no_grad()"
+            )
+    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError(
+            f"{op}: inplace=True needs x to have each element in a place of its own; "
+            f"got strides {x.stride()} for shape {tuple(x.shape)}"
+        )
+
+
+def _reason(x: Tensor) -> str | None:
+    """Why the kernels cannot take `x`, or None."""
+    if x.dtype not in KERNEL_DTYPES:
+        return f"x is {_checks.dtype_name(x.dtype)}; the kernel takes float32, float16, bfloat16"
+    if x.shape[2] > KERNEL_DIM:
+        return f"x has dim {x.shape[2]}; the kernel takes at most {KERNEL_DIM}"
+    return _backend.triton_reason("x", x)
+
+
+def _grouped(modulation: Tensor | None) -> Tensor | None:
+    """(batch, groups, dim); one group for a (batch, dim)."""
+    return modulation[:, None] if modulation is not None and modulation.dim() == 2 else modulation
+
+
+# --- the public functions --------------------------------------------------------------------
+
+
+def expert_adaln(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    text_shift: Tensor | None,
+    text_scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    text_len: int = 0,
+    norm: str = "layer",
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> Tensor:
+    """Normalise every token, then n·(1 + scale) + shift, text and video each with their own pair.
+
+    Args:
+        x: (batch, seqlen, dim), any strides; the first `text_len` tokens are text.
+        shift, scale: of video tokens, (batch, dim) for one of each sample, or (batch, groups, dim)
+            where the tokens are `groups` equal runs: as many groups as frames for one of each
+            frame, as tokens for one of each token. Any strides; fp32 or x's dtype. None only if
+            there are no video tokens.
+        text_shift, text_scale: of text tokens, likewise.
+        weight, bias: (dim,) of the norm, which both modalities share, or None.
+        text_len: tokens of text, 0 to seqlen.
+        norm: "layer" (CogVideoX) or "rms".
+        eps: added to the variance; 1e-5 in the released models.
+        backend: "auto", "kernel" or "reference".
+
+    Returns:
+        A new contiguous tensor of x's shape and dtype; computed in at least fp32, rounded once.
+        Gradients for every tensor; what is kept for the backward is the inputs as they are.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+        RuntimeError: backend="kernel" and the kernel cannot run.
+
+    Source: arXiv 2408.06072, section 2.2 (expert adaptive LayerNorm); arXiv 2212.09748 (adaLN).
+    """
+    op = "expert_adaln"
+    _check_rows(op, x, text_len)
+    _check_modulation(op, x, x.shape[1] - text_len, shift=shift, scale=scale)
+    _check_modulation(op, x, text_len, text_shift=text_shift, text_scale=text_scale)
+    _check_norm(op, x, weight, bias, norm, eps)
+    modulation = [_grouped(m) for m in (shift, scale, text_shift, text_scale)]
+    if _backend.choose(backend, op, _reason(x), x):
+        return _expert_adaln(x, *modulation, weight, bias, text_len, norm, float(eps))
+    return expert_adaln_reference(
+        x, *modulation, weight, bias, text_len=text_len, norm=norm, eps=eps
+    )
+
+
+def gated_residual(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    text_gate: Tensor | None,
+    *,
+    text_len: int = 0,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """x + gate·y, text and video each with their own gate.
+
+    Args:
+        x, y: (batch, seqlen, dim), any strides; the first `text_len` tokens are text.
+        gate, text_gate: as `shift` and `text_shift` of `expert_adaln`.
+        text_len, backend: as in `expert_adaln`.
+        inplace: overwrite x and return it; refused where a gradient is wanted.
+
+    Returns:
+        A tensor of x's shape and dtype, new and contiguous unless inplace; computed in at least
+        fp32, rounded once. Gradients for every tensor.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+        RuntimeError: backend="kernel" and the kernel cannot run; inplace under grad.
+
+    Source: arXiv 2408.06072, section 2.2; arXiv 2212.09748, section 3.2.
+    """
+    op = "gated_residual"
+    _check_rows(op, x, text_len, y)
+    _check_modulation(op, x, x.shape[1] - text_len, gate=gate)
+    _check_modulation(op, x, text_len, text_gate=text_gate)
+    _checks.flag(op, "inplace", inplace)
+    if inplace:
+        _check_inplace(op, x, y=y, gate=gate, text_gate=text_gate)
+    gates = _grouped(gate), _grouped(text_gate)
+    if _backend.choose(backend, op, _reason(x), x):
+        if inplace:
+            _gated_residual_inplace(x, y, *gates, text_len)
+            return x
+        return _gated_residual(x, y, *gates, text_len)
+    out = gated_residual_reference(x, y, *gates, text_len=text_len)
+    return x.copy_(out) if inplace else out
+
+
+def gated_residual_adaln(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    text_gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    text_shift: Tensor | None,
+    text_scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    text_len: int = 0,
+    norm: str = "layer",
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`gated_residual`, and `expert_adaln` of what it gives: two tensors read and two written.
+
+    Arguments are those of the two; shifts, scales and gates of a modality are alike in shape.
+
+    Returns:
+        (the residual stream, its modulated norm), each new, contiguous, of x's shape and dtype;
+        each is rounded once, and the norm is of the stream as it was rounded. What is kept for the
+        backward is the stream and y, and not x.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+        RuntimeError: backend="kernel" and the kernel cannot run.
+
+    Source: arXiv 2408.06072, section 2.2; arXiv 2212.09748, section 3.2.
+    """
+    op = "gated_residual_adaln"
+    _check_rows(op, x, text_len, y)
+    _check_modulation(op, x, x.shape[1] - text_len, gate=gate, shift=shift, scale=scale)
+    _check_modulation(
+        op, x, text_len, text_gate=text_gate, text_shift=text_shift, text_scale=text_scale
+    )
+    _check_norm(op, x, weight, bias, norm, eps)
+    modulation = (gate, text_gate, shift, scale, text_shift, text_scale)
+    arguments = (x, y, *(_grouped(m) for m in modulation), weight, bias)
+    if _backend.choose(backend, op, _reason(x), x):
+        return _gated_residual_adaln(*arguments, text_len, norm, float(eps))
+    return gated_residual_adaln_reference(*arguments, text_len=text_len, norm=norm, eps=eps)

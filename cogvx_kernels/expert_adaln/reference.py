@@ -1,0 +1,110 @@
+"""The law: adaptive LayerNorm and gated residual, with a modulation of each modality's own.
+
+Straight-line torch. It computes in at least fp32 and rounds once, to the dtype of its input;
+gradients come from autograd.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import modality
+
+
+def expert_adaln_reference(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    text_shift: Tensor | None,
+    text_scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    text_len: int = 0,
+    norm: str = "layer",
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalise every token, then scale and shift it: n·(1 + scale) + shift.
+
+    norm="layer":  n = (x - mean) / sqrt(var + eps) · weight + bias    mean and variance over dim
+    norm="rms":    n = x / sqrt(mean(x²) + eps) · weight + bias
+
+    x                       (batch, seqlen, dim), text first: seqlen = text_len + video_len
+    shift, scale            of video tokens: (batch, dim) or (batch, groups, dim), where the tokens
+                            are `groups` equal runs; None if there is no video
+    text_shift, text_scale  of text tokens, likewise
+    weight, bias            (dim,) of the norm, shared by both modalities, or None
+    returns                 the shape and dtype of x
+
+    Source: CogVideoX (arXiv 2408.06072), section 2.2, expert adaptive LayerNorm; DiT (arXiv
+    2212.09748), section 3.2, for adaLN.
+    """
+    n = x.to(torch.promote_types(x.dtype, torch.float32))
+    if norm == "layer":
+        n = n - n.mean(-1, keepdim=True)
+    n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + eps)
+    n = n if weight is None else n * weight
+    n = n if bias is None else n + bias
+    text, video = modality.split(n, text_len)
+    text = text * (1 + _of_tokens(text_scale, text)) + _of_tokens(text_shift, text)
+    video = video * (1 + _of_tokens(scale, video)) + _of_tokens(shift, video)
+    return modality.join(text, video).to(x.dtype)
+
+
+def gated_residual_reference(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    text_gate: Tensor | None,
+    *,
+    text_len: int = 0,
+) -> Tensor:
+    """x + gate·y, with a gate of each modality's own.
+
+    x, y             (batch, seqlen, dim), text first
+    gate, text_gate  as `shift` and `text_shift` of `expert_adaln_reference`
+    returns          the shape and dtype of x
+
+    Source: DiT (arXiv 2212.09748), section 3.2; CogVideoX (arXiv 2408.06072), section 2.2.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    text, video = modality.split(y.to(wide), text_len)
+    gated = modality.join(text * _of_tokens(text_gate, text), video * _of_tokens(gate, video))
+    return (x.to(wide) + gated).to(x.dtype)
+
+
+def gated_residual_adaln_reference(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    text_gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    text_shift: Tensor | None,
+    text_scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    text_len: int = 0,
+    norm: str = "layer",
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """`gated_residual_reference`, and `expert_adaln_reference` of what it returns.
+
+    returns  (the residual stream, its modulated norm), each of x's shape and dtype; the norm is of
+             the residual stream as it is returned, after its rounding
+    """
+    h = gated_residual_reference(x, y, gate, text_gate, text_len=text_len)
+    out = expert_adaln_reference(
+        h, shift, scale, text_shift, text_scale, weight, bias,
+        text_len=text_len, norm=norm, eps=eps,
+    )  # fmt: skip
+    return h, out
+
+
+def _of_tokens(modulation: Tensor | None, tokens: Tensor) -> Tensor:
+    """A modulation for each token, as (batch, tokens, dim); zeros for no tokens."""
+    if modulation is None:
+        return torch.zeros_like(tokens)
+    groups = modulation if modulation.dim() == 3 else modulation[:, None]
+    run = tokens.shape[1] // groups.shape[1]
+    return groups.to(tokens.dtype).repeat_interleave(run, 1)
