@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from .attention import JointAttention
 from .experts import ExpertFeedForward, FeedForward, Routing
-from .modulation import ExpertAdaLayerNorm, gated_residual
+from .modulation import ExpertAdaLayerNorm
 
 
 class ExpertBlock(nn.Module):
@@ -27,9 +27,9 @@ class ExpertBlock(nn.Module):
         attention: str = "auto",
     ) -> None:
         super().__init__()
-        self.norm1 = ExpertAdaLayerNorm(dim, time_embed_dim, eps)
+        self.norm1 = ExpertAdaLayerNorm(dim, time_embed_dim, eps, backend)
         self.attn1 = JointAttention(dim, nheads, backend, attention)
-        self.norm2 = ExpertAdaLayerNorm(dim, time_embed_dim, eps)
+        self.norm2 = ExpertAdaLayerNorm(dim, time_embed_dim, eps, backend)
         self.ff: FeedForward | ExpertFeedForward
         if num_text_experts:
             self.ff = ExpertFeedForward(dim, ffn_dim, num_text_experts, num_video_experts, top_k)
@@ -45,11 +45,10 @@ class ExpertBlock(nn.Module):
         temb      (batch, time_embed_dim), after its SiLU
         cos, sin  as in `JointAttention`
         """
-        h, gate = self.norm1(x, temb, text_len)
-        x = gated_residual(x, self.attn1(h, cos, sin), gate, text_len=text_len)
-        h, gate = self.norm2(x, temb, text_len)
+        h, gates = self.norm1(x, temb, text_len)
+        x, h, gates = self.norm2.after(x, self.attn1(h, cos, sin), gates, temb, text_len)
         if isinstance(self.ff, ExpertFeedForward):
             y, routing = self.ff(h, text_len)
         else:
             y, routing = self.ff(h), ()
-        return gated_residual(x, y, gate, text_len=text_len), routing
+        return self.norm2.residual(x, y, gates, text_len), routing

@@ -1,88 +1,110 @@
-"""Expert adaptive layer norm: each modality is shifted, scaled and gated by numbers of its own.
+"""Adaptive layer norms with the layers that make their shift, scale and gate of the time.
 
-`shift`, `scale` and `gate` are (batch, 2, dim): one row for text, one for video, in the order of
-`cogvx_kernels.modality`.
+Text and video of the joint sequence are modulated each by numbers of its own, in one pass over both
+(`cogvx_kernels.expert_adaln`).
 """
 
-import torch
+from typing import NamedTuple
+
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from cogvx_kernels import modality
-
-
-def expert_adaln(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    *,
-    text_len: int,
-    eps: float = 1e-5,
-) -> Tensor:
-    """LayerNorm(x) · (1 + scale) + shift, with the shift and scale of each token's modality.
-
-    x             (batch, text_len + video_len, dim)
-    weight, bias  (dim,) of the norm, the same for both modalities
-    shift, scale  (batch, 2, dim)
-    """
-    parts = modality.split(F.layer_norm(x, x.shape[-1:], weight, bias, eps), text_len)
-    text, video = (
-        torch.addcmul(shift[:, which, None], part, 1 + scale[:, which, None])
-        for which, part in enumerate(parts)
-    )
-    return modality.join(text, video)
+from cogvx_kernels import expert_adaln, gated_residual, gated_residual_adaln
 
 
-def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, text_len: int) -> Tensor:
-    """x + gate · y, with the gate of each token's modality.
+class Gates(NamedTuple):
+    """How much of a branch goes into the stream, (batch, dim) of each modality."""
 
-    x, y  (batch, text_len + video_len, dim)
-    gate  (batch, 2, dim)
-    """
-    parts = zip(modality.split(x, text_len), modality.split(y, text_len), strict=True)
-    text, video = (
-        torch.addcmul(residual, gate[:, which, None], branch)
-        for which, (residual, branch) in enumerate(parts)
-    )
-    return modality.join(text, video)
+    video: Tensor
+    text: Tensor
 
 
 class ExpertAdaLayerNorm(nn.Module):
-    """`expert_adaln` with its norm, and the layer that makes shift, scale and gate of the time.
+    """The norm before a branch, and the gate after it.
 
     The layer's rows are shift, scale and gate of video and then of text, as released. Source: fact
     sheet section 2.3.
     """
 
-    def __init__(self, dim: int, time_embed_dim: int, eps: float = 1e-5) -> None:
+    def __init__(
+        self, dim: int, time_embed_dim: int, eps: float = 1e-5, backend: str = "auto"
+    ) -> None:
         super().__init__()
+        self.backend = backend
         self.linear = nn.Linear(time_embed_dim, 6 * dim)
         self.norm = nn.LayerNorm(dim, eps)
 
-    def forward(self, x: Tensor, temb: Tensor, text_len: int) -> tuple[Tensor, Tensor]:
-        """The modulated x, and the gate for what is made of it.
+    def forward(self, x: Tensor, temb: Tensor, text_len: int) -> tuple[Tensor, Gates]:
+        """The modulated norm of x, and the gates for what is made of it.
 
         x     (batch, text_len + video_len, dim)
         temb  (batch, time_embed_dim), after its SiLU
         """
-        rows = self.linear(temb).unflatten(1, (2, 3, -1)).flip(1)  # video, text -> text, video
-        shift, scale, gate = rows.unbind(2)
-        norm = self.norm
-        x = expert_adaln(x, norm.weight, norm.bias, shift, scale, text_len=text_len, eps=norm.eps)
-        return x, gate
+        modulation, gates = self._modulation(temb, x)
+        h = expert_adaln(
+            x,
+            *modulation,
+            self.norm.weight,
+            self.norm.bias,
+            text_len=text_len,
+            eps=self.norm.eps,
+            backend=self.backend,
+        )
+        return h, gates
+
+    def after(
+        self, x: Tensor, y: Tensor, gates: Gates, temb: Tensor, text_len: int
+    ) -> tuple[Tensor, Tensor, Gates]:
+        """x + gate · y, its modulated norm, and the gates for what is made of that: one pass."""
+        modulation, new_gates = self._modulation(temb, x)
+        x, h = gated_residual_adaln(
+            x,
+            y.to(x.dtype),
+            *gates,
+            *modulation,
+            self.norm.weight,
+            self.norm.bias,
+            text_len=text_len,
+            eps=self.norm.eps,
+            backend=self.backend,
+        )
+        return x, h, new_gates
+
+    def residual(self, x: Tensor, y: Tensor, gates: Gates, text_len: int) -> Tensor:
+        """x + gate · y: the end of the block."""
+        return gated_residual(x, y.to(x.dtype), *gates, text_len=text_len, backend=self.backend)
+
+    def _modulation(self, temb: Tensor, x: Tensor) -> tuple[tuple[Tensor, ...], Gates]:
+        """(shift, scale, text_shift, text_scale) and the gates; of x's dtype, autocast or not."""
+        shift, scale, gate, *of_text = self.linear(temb).to(x.dtype).chunk(6, 1)
+        text_shift, text_scale, text_gate = of_text
+        return (shift, scale, text_shift, text_scale), Gates(gate, text_gate)
+
+    def extra_repr(self) -> str:
+        return f"backend={self.backend!r}"
 
 
 class AdaLayerNorm(nn.Module):
     """The last modulation: the same for one modality, without a gate."""
 
-    def __init__(self, dim: int, time_embed_dim: int, eps: float = 1e-5) -> None:
+    def __init__(
+        self, dim: int, time_embed_dim: int, eps: float = 1e-5, backend: str = "auto"
+    ) -> None:
         super().__init__()
+        self.backend = backend
         self.linear = nn.Linear(time_embed_dim, 2 * dim)
         self.norm = nn.LayerNorm(dim, eps)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         """x (batch, video_len, dim), temb (batch, time_embed_dim) after its SiLU."""
-        shift, scale = self.linear(temb)[:, None].chunk(2, 2)
-        return torch.addcmul(shift, self.norm(x), 1 + scale)
+        shift, scale = self.linear(temb).to(x.dtype).chunk(2, 1)
+        return expert_adaln(
+            x,
+            shift,
+            scale,
+            None,
+            None,
+            self.norm.weight,
+            self.norm.bias,
+            eps=self.norm.eps,
+            backend=self.backend,
+        )

@@ -80,7 +80,7 @@ class ExpertTransformer(nn.Module):
             for _ in range(config.num_layers)
         )
         self.norm_final = nn.LayerNorm(dim, config.norm_eps)
-        self.norm_out = AdaLayerNorm(dim, time_embed_dim, config.norm_eps)
+        self.norm_out = AdaLayerNorm(dim, time_embed_dim, config.norm_eps, backend)
         values = config.out_channels * self.patch[0] * self.patch[1] * self.patch[2]
         self.proj_out = nn.Linear(dim, values)
         self._initialise()
@@ -134,7 +134,7 @@ class ExpertTransformer(nn.Module):
         check_choice("ExpertTransformer.set_backend", "backend", backend, BACKENDS)
         self.backend = backend
         for module in self.modules():
-            if isinstance(module, JointAttention):
+            if isinstance(module, (JointAttention, ExpertAdaLayerNorm, AdaLayerNorm)):
                 module.backend = backend
 
     def _time(self, timestep: Tensor, ofs: Tensor | None, batch: int, like: Tensor) -> Tensor:

@@ -45,8 +45,8 @@ def expert_adaln_reference(
     n = n if weight is None else n * weight
     n = n if bias is None else n + bias
     text, video = modality.split(n, text_len)
-    text = text * (1 + _of_tokens(text_scale, text)) + _of_tokens(text_shift, text)
-    video = video * (1 + _of_tokens(scale, video)) + _of_tokens(shift, video)
+    text = _modulated(text, text_shift, text_scale)
+    video = _modulated(video, shift, scale)
     return modality.join(text, video).to(x.dtype)
 
 
@@ -68,7 +68,7 @@ def gated_residual_reference(
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     text, video = modality.split(y.to(wide), text_len)
-    gated = modality.join(text * _of_tokens(text_gate, text), video * _of_tokens(gate, video))
+    gated = modality.join(_gated(text, text_gate), _gated(video, gate))
     return (x.to(wide) + gated).to(x.dtype)
 
 
@@ -101,10 +101,25 @@ def gated_residual_adaln_reference(
     return h, out
 
 
-def _of_tokens(modulation: Tensor | None, tokens: Tensor) -> Tensor:
-    """A modulation for each token, as (batch, tokens, dim); zeros for no tokens."""
-    if modulation is None:
-        return torch.zeros_like(tokens)
-    groups = modulation if modulation.dim() == 3 else modulation[:, None]
-    run = tokens.shape[1] // groups.shape[1]
-    return groups.to(tokens.dtype).repeat_interleave(run, 1)
+def _modulated(tokens: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    if shift is None or scale is None:
+        return tokens  # there are none
+    runs = _runs(tokens, scale)
+    return (runs * (1 + _each(scale, tokens)) + _each(shift, tokens)).flatten(1, 2)
+
+
+def _gated(tokens: Tensor, gate: Tensor | None) -> Tensor:
+    if gate is None:
+        return tokens  # there are none
+    return (_runs(tokens, gate) * _each(gate, tokens)).flatten(1, 2)
+
+
+def _runs(tokens: Tensor, modulation: Tensor) -> Tensor:
+    """Tokens by the groups that share a modulation: (batch, groups, run, dim)."""
+    groups = modulation.shape[1] if modulation.dim() == 3 else 1
+    return tokens.unflatten(1, (groups, tokens.shape[1] // groups))
+
+
+def _each(modulation: Tensor, like: Tensor) -> Tensor:
+    """(batch, groups, 1, dim), for all tokens of a group."""
+    return modulation.to(like.dtype).reshape(like.shape[0], -1, 1, like.shape[2])

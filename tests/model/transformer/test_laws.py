@@ -8,12 +8,11 @@ import weakref
 
 import pytest
 import torch
-from torch import nn
 
 from cogvx.transformer import ExpertTransformer
 from cogvx.transformer.block import ExpertBlock
 from cogvx.transformer.embedding import JointEmbedding, timestep_sincos
-from cogvx.transformer.modulation import ExpertAdaLayerNorm, expert_adaln, gated_residual
+from cogvx.transformer.modulation import ExpertAdaLayerNorm
 from cogvx.transformer.patch import patchify, unpatchify
 from cogvx.transformer.positions import Tables, sincos_table
 
@@ -96,8 +95,11 @@ def test_modulation_written_out():
             parameter.copy_(torch.randn_like(parameter))
     x, y = torch.randn(2, 2, 8, dim, dtype=torch.float64)
     temb = torch.randn(2, 4, dtype=torch.float64)
-    h, gate = layer(x, temb, text_len)
-    out = gated_residual(x, y, gate, text_len=text_len)
+    h, gates = layer(x, temb, text_len)
+    out = layer.residual(x, y, gates, text_len)
+    again = layer.after(x, y, gates, temb, text_len)
+    assert torch.equal(again[0], out)
+    assert torch.equal(again[1], layer(out, temb, text_len)[0])
     rows = layer.linear(temb).chunk(6, 1)
     for tokens, (shift, scale, gate) in (
         (slice(text_len, None), rows[:3]),
@@ -106,16 +108,6 @@ def test_modulation_written_out():
         wanted = layer.norm(x[:, tokens]) * (1 + scale[:, None]) + shift[:, None]
         torch.testing.assert_close(h[:, tokens], wanted)
         torch.testing.assert_close(out[:, tokens], x[:, tokens] + gate[:, None] * y[:, tokens])
-
-
-@pytest.mark.parametrize("text_len", [0, 8])
-def test_modulation_of_one_modality_alone(text_len):
-    x, weight, bias = torch.randn(2, 8, 6), torch.ones(6), torch.zeros(6)
-    shift, scale = torch.randn(2, 2, 2, 6)
-    got = expert_adaln(x, weight, bias, shift, scale, text_len=text_len)
-    which = 0 if text_len else 1
-    normed = nn.functional.layer_norm(x, (6,))
-    torch.testing.assert_close(got, normed * (1 + scale[:, which, None]) + shift[:, which, None])
 
 
 @pytest.mark.parametrize("experts", [0, 2])
