@@ -25,9 +25,12 @@ class Mutant(NamedTuple):
     file: str
     old: str
     new: str
+    tests: str = "rope3d"  # names of tests that are to see it
 
 
 ROPE3D = "cogvx_kernels/rope3d/kernel.py"
+ADALN = "cogvx_kernels/expert_adaln/kernel.py"
+OF_ADALN = "adaln or residual"
 
 UNCHANGED = Mutant("no bug at all", ROPE3D, "import torch\n", "import torch\n")
 
@@ -97,6 +100,47 @@ MUTANTS = (
         "half-split dims that pass, written over", ROPE3D,
         "tl.where(turning, j + P.ROTARY // 2, j + P.HEADDIM // 2)", "j + P.ROTARY // 2",
     ),
+    *(
+        Mutant(name, ADALN, old, new, OF_ADALN)
+        for name, old, new in (
+            (
+                "text modulated as video",
+                "bias_ptr, text, batch, place, P)", "bias_ptr, video, batch, place, P)",
+            ),
+            (
+                "the last token of a strip left out",
+                "P.TOKENS, modality.run)):\n        row = _load",
+                "P.TOKENS, modality.run) - 1):\n        row = _load",
+            ),
+            ("a run that is always the first", "first = modality.first + group * modality.run\n"
+             "    for token in range(first + begin, first + tl.minimum(begin + P.TOKENS, "
+             "modality.run)):\n        row",
+             "first = modality.first\n"
+             "    for token in range(first + begin, first + tl.minimum(begin + P.TOKENS, "
+             "modality.run)):\n        row"),
+            ("no 1 in 1 + scale",
+             "factor = 1.0 + _load(modality.scale, batch, group, cols, mask, P)\n        term",
+             "factor = _load(modality.scale, batch, group, cols, mask, P)\n        term"),
+            ("bias not scaled", "* factor\n        factor *=", "\n        factor *="),
+            ("eps forgotten", "(1.0 / P.DIM) + P.EPS)", "(1.0 / P.DIM))"),
+            ("padding lanes in the variance",
+             "x = tl.where(mask, x - mean, 0.0)", "x = x - mean"),
+            ("the norm of an unrounded stream",
+             "row = _store(stream, batch, token, cols, mask, row, P)",
+             "_store(stream, batch, token, cols, mask, row, P)"),
+            ("the stream's own gradient forgotten",
+             "grad += _load(dstream, batch, token, cols, mask, P)", "grad += 0.0"),
+            ("gradient of the mean forgotten",
+             "grad -= tl.sum(grad, axis=0) * (1.0 / P.DIM)", "grad -= 0.0"),
+            ("gradient of y without its gate", "mask, grad * gate, P)", "mask, grad, P)"),
+            ("sums of another program",
+             "sums_ptr += tl.program_id(0).to(tl.int64) * (VECTORS * P.DIM)",
+             "sums_ptr += place.to(tl.int64) * (VECTORS * P.DIM)"),
+            ("offsets of 32 bits",
+             "tl.cast(batch, tl.int64) * rows.batch + tl.cast(index, tl.int64) * rows.seq",
+             "(batch * rows.batch + index * rows.seq).to(tl.int32)"),
+        )
+    ),
 )  # fmt: skip
 
 
@@ -124,7 +168,7 @@ def run(mutant: Mutant) -> Result:
         start = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--fuzz", "100",
-             "--seed", "1", *TESTS],
+             "--seed", "1", "-k", mutant.tests, *TESTS],
             cwd=copy, capture_output=True, text=True,
             env={**os.environ, "PYTHONPATH": str(copy)},
         )  # fmt: skip
