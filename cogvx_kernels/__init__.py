@@ -30,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BACKENDS",
+    "ExpertAdaLayerNorm",
     "KernelFallbackWarning",
     "QKNormRoPE3D",
     "RoPE3D",

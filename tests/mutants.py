@@ -109,15 +109,18 @@ MUTANTS = (
             ),
             (
                 "the last token of a strip left out",
-                "P.TOKENS, modality.run)):\n        row = _load",
-                "P.TOKENS, modality.run) - 1):\n        row = _load",
+                "P.TOKENS)):\n        token = first + step\n        row = _load",
+                "P.TOKENS) - 1):\n        token = first + step\n        row = _load",
             ),
-            ("a run that is always the first", "first = modality.first + group * modality.run\n"
-             "    for token in range(first + begin, first + tl.minimum(begin + P.TOKENS, "
-             "modality.run)):\n        row",
-             "first = modality.first\n"
-             "    for token in range(first + begin, first + tl.minimum(begin + P.TOKENS, "
-             "modality.run)):\n        row"),
+            (
+                "a run that is always the first",
+                "group * modality.run + begin\n    for step in range(0, "
+                "tl.minimum(modality.run - begin, P.TOKENS)):\n        token = first + step\n"
+                "        row",
+                "begin\n    for step in range(0, "
+                "tl.minimum(modality.run - begin, P.TOKENS)):\n        token = first + step\n"
+                "        row",
+            ),
             ("no 1 in 1 + scale",
              "factor = 1.0 + _load(modality.scale, batch, group, cols, mask, P)\n        term",
              "factor = _load(modality.scale, batch, group, cols, mask, P)\n        term"),

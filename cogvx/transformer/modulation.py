@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from cogvx_kernels import expert_adaln, gated_residual, gated_residual_adaln
 
+# shift and scale of video, shift and scale of text
+Modulation = tuple[Tensor, Tensor, Tensor, Tensor]
+
 
 class Gates(NamedTuple):
     """How much of a branch goes into the stream, (batch, dim) of each modality."""
@@ -73,7 +76,7 @@ class ExpertAdaLayerNorm(nn.Module):
         """x + gate · y: the end of the block."""
         return gated_residual(x, y.to(x.dtype), *gates, text_len=text_len, backend=self.backend)
 
-    def _modulation(self, temb: Tensor, x: Tensor) -> tuple[tuple[Tensor, ...], Gates]:
+    def _modulation(self, temb: Tensor, x: Tensor) -> tuple[Modulation, Gates]:
         """(shift, scale, text_shift, text_scale) and the gates; of x's dtype, autocast or not."""
         shift, scale, gate, *of_text = self.linear(temb).to(x.dtype).chunk(6, 1)
         text_shift, text_scale, text_gate = of_text

@@ -74,7 +74,7 @@ class Plan(NamedTuple):
 def _at(rows, batch, index, cols, P: tl.constexpr):
     """Addresses of one row; 64 bits from the first product on."""
     start = tl.cast(batch, tl.int64) * rows.batch + tl.cast(index, tl.int64) * rows.seq
-    return rows.ptr + (start * P.ALIGN + cols.to(tl.int64) * rows.dim)
+    return rows.ptr + (start * P.ALIGN + cols * rows.dim)
 
 
 @triton.jit
@@ -113,10 +113,10 @@ def _forward_strip(
     out, stream, x, y, weight_ptr, bias_ptr, modality, batch, place, P: tl.constexpr
 ):
     """One strip: `place` counts those of this sample and modality."""
-    cols = tl.arange(0, P.LANES)
+    cols = tl.arange(0, P.LANES).to(tl.int64)
     mask = cols < P.DIM
-    group = place // modality.strips
-    begin = (place % modality.strips) * P.TOKENS
+    group = tl.cast(place // modality.strips, tl.int64)
+    begin = tl.cast(place % modality.strips, tl.int64) * P.TOKENS
     if P.NORM != "none":
         factor = 1.0 + _load(modality.scale, batch, group, cols, mask, P)
         term = _load(modality.shift, batch, group, cols, mask, P)
@@ -124,8 +124,9 @@ def _forward_strip(
         factor *= _vector(weight_ptr, cols, mask, 1.0, P)
     if P.GATED:
         gate = _load(modality.gate, batch, group, cols, mask, P)
-    first = modality.first + group * modality.run
-    for token in range(first + begin, first + tl.minimum(begin + P.TOKENS, modality.run)):
+    first = modality.first + group * modality.run + begin
+    for step in range(0, tl.minimum(modality.run - begin, P.TOKENS)):
+        token = first + step
         row = _load(x, batch, token, cols, mask, P)
         if P.GATED:
             row += gate * _load(y, batch, token, cols, mask, P)
@@ -155,10 +156,10 @@ def _backward_strip(
     P: tl.constexpr,
 ):  # fmt: skip
     """One strip; its sums over tokens of dout, of dout·x̂ and of dx·y into a row of `sums`."""
-    cols = tl.arange(0, P.LANES)
+    cols = tl.arange(0, P.LANES).to(tl.int64)
     mask = cols < P.DIM
-    group = place // modality.strips
-    begin = (place % modality.strips) * P.TOKENS
+    group = tl.cast(place // modality.strips, tl.int64)
+    begin = tl.cast(place % modality.strips, tl.int64) * P.TOKENS
     LANES: tl.constexpr = P.LANES
     of_dout = tl.zeros((LANES,), P.COMPUTE)
     of_normal = tl.zeros((LANES,), P.COMPUTE)
@@ -168,8 +169,9 @@ def _backward_strip(
         factor *= _vector(weight_ptr, cols, mask, 1.0, P)
     if P.GATED:
         gate = _load(modality.gate, batch, group, cols, mask, P)
-    first = modality.first + group * modality.run
-    for token in range(first + begin, first + tl.minimum(begin + P.TOKENS, modality.run)):
+    first = modality.first + group * modality.run + begin
+    for step in range(0, tl.minimum(modality.run - begin, P.TOKENS)):
+        token = first + step
         if P.NORM != "none":
             normal, rstd = _normalise(_load(stream, batch, token, cols, mask, P), mask, P)
             grad = _load(dout, batch, token, cols, mask, P)

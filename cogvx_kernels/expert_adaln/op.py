@@ -344,7 +344,7 @@ def expert_adaln(
     _check_modulation(op, x, x.shape[1] - text_len, shift=shift, scale=scale)
     _check_modulation(op, x, text_len, text_shift=text_shift, text_scale=text_scale)
     _check_norm(op, x, weight, bias, norm, eps)
-    modulation = [_grouped(m) for m in (shift, scale, text_shift, text_scale)]
+    modulation = (_grouped(shift), _grouped(scale), _grouped(text_shift), _grouped(text_scale))
     if _backend.choose(backend, op, _reason(x), x):
         return _expert_adaln(x, *modulation, weight, bias, text_len, norm, float(eps))
     return expert_adaln_reference(
@@ -436,8 +436,9 @@ def gated_residual_adaln(
         op, x, text_len, text_gate=text_gate, text_shift=text_shift, text_scale=text_scale
     )
     _check_norm(op, x, weight, bias, norm, eps)
-    modulation = (gate, text_gate, shift, scale, text_shift, text_scale)
-    arguments = (x, y, *(_grouped(m) for m in modulation), weight, bias)
+    gates = _grouped(gate), _grouped(text_gate)
+    modulation = (_grouped(shift), _grouped(scale), _grouped(text_shift), _grouped(text_scale))
+    arguments = (x, y, *gates, *modulation, weight, bias)
     if _backend.choose(backend, op, _reason(x), x):
         return _gated_residual_adaln(*arguments, text_len, norm, float(eps))
     return gated_residual_adaln_reference(*arguments, text_len=text_len, norm=norm, eps=eps)
