@@ -141,6 +141,10 @@ for size in 5b-480x720-49f card-480x720-49f 2b-480x720-49f 1.5-5b-768x1360-81f; 
     bench qk_norm_rope3d "$size" 45
     bench rope3d "$size" 35
 done
+for size in 5b-480x720-49f card-480x720-49f; do
+    bench expert_adaln "$size" 25
+    bench gated_residual_adaln "$size" 30
+done
 for part in vae-decode vae-encode transformer; do
     step "model-$part" 45 "$PYTHON" -m benchmarks.model --part "$part" --size 5b-480x720-49f \
         --budget 1 --out "$OUT/bench"
