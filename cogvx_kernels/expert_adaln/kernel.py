@@ -26,6 +26,10 @@ BACKWARD_TOKENS = 32
 LANES_PER_WARP = 512
 
 
+# shift, scale and gate of a modality, each (batch, groups, dim) or None
+Modulation = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
 class Rows(NamedTuple):
     """A tensor (batch, seqlen, dim); strides of batch and seq are in units of ALIGN elements.
 
@@ -93,9 +97,12 @@ def _store(rows, batch, index, cols, mask, x, P: tl.constexpr):
 @triton.jit
 def _vector(ptr, cols, mask, otherwise: tl.constexpr, P: tl.constexpr):
     """A vector (dim,), or a constant where there is none."""
+    LANES: tl.constexpr = P.LANES
     if ptr is None:
-        return tl.full((P.LANES,), otherwise, P.COMPUTE)
-    return tl.load(ptr + cols, mask=mask, other=0.0).to(P.COMPUTE)
+        vector = tl.full((LANES,), otherwise, P.COMPUTE)
+    else:
+        vector = tl.load(ptr + cols, mask=mask, other=0.0).to(P.COMPUTE)
+    return vector
 
 
 @triton.jit
@@ -225,6 +232,14 @@ def _rows(x: Tensor | None, plan: Plan) -> Rows:
     return Rows(x, batch // plan.ALIGN, seq // plan.ALIGN, dim)
 
 
+def _alike(text: Modulation, video: Modulation) -> tuple[Modulation, Modulation]:
+    """Both; in place of one that is not there, the other, because both branches are compiled."""
+    if _groups(*text) and _groups(*video):
+        return text, video
+    there = text if _groups(*text) else video
+    return there, there
+
+
 def _modality(
     shift: Tensor | None, scale: Tensor | None, gate: Tensor | None, first: int, tokens: int,
     plan: Plan,
@@ -288,8 +303,9 @@ def expert_adaln_fwd(
     written = None if norm == "none" else out
     modulation = (gate, text_gate, shift, scale, text_shift, text_scale)
     plan = _plan(x, TOKENS, norm, y is not None, eps, y, stream, written, *modulation)
-    text = _modality(text_shift, text_scale, text_gate, 0, text_len, plan)
-    video = _modality(shift, scale, gate, text_len, seqlen - text_len, plan)
+    of_text, of_video = _alike((text_shift, text_scale, text_gate), (shift, scale, gate))
+    text = _modality(*of_text, 0, text_len, plan)
+    video = _modality(*of_video, text_len, seqlen - text_len, plan)
     programs = text.programs + video.programs
     with on_device(x):
         _expert_adaln_fwd_kernel[(batch * programs,)](
@@ -320,8 +336,9 @@ def expert_adaln_bwd(
     vectors = 2 * normed + gated
     rows = (dstream, dout, y, to_dx, to_dy, gate, text_gate, scale, text_scale)
     plan = _plan(stream, BACKWARD_TOKENS, norm, gated, eps, *rows)
-    text = _modality(None, text_scale, text_gate, 0, text_len, plan)
-    video = _modality(None, scale, gate, text_len, seqlen - text_len, plan)
+    of_text, of_video = _alike((None, text_scale, text_gate), (None, scale, gate))
+    text = _modality(*of_text, 0, text_len, plan)
+    video = _modality(*of_video, text_len, seqlen - text_len, plan)
     programs = text.programs + video.programs
     wide = torch.promote_types(dx.dtype, torch.float32)
     sums = torch.empty((batch, programs, vectors, dim), dtype=wide, device=dx.device)

@@ -122,4 +122,5 @@ def _runs(tokens: Tensor, modulation: Tensor) -> Tensor:
 
 def _each(modulation: Tensor, like: Tensor) -> Tensor:
     """(batch, groups, 1, dim), for all tokens of a group."""
-    return modulation.to(like.dtype).reshape(like.shape[0], -1, 1, like.shape[2])
+    groups = modulation if modulation.dim() == 3 else modulation[:, None]
+    return groups[:, :, None].to(like.dtype)
