@@ -76,11 +76,13 @@ class Law:
 
     def verdicts(self, results: Mapping[str, Tensor]) -> list[Verdict]:
         """A verdict on each of the results, which are named as `testing.evaluate` names them."""
-        verdicts = []
+        verdicts, between = [], self.info.rounds_between
         for name, result in results.items():
             yardstick, summed = self.yardstick[name], name in self.summed
             if self.seqlen is None or summed:
-                verdicts.append(judge(name, result, yardstick, self.truth[name], summed))
+                verdicts.append(
+                    judge(name, result, yardstick, self.truth[name], summed, between=between)
+                )
                 continue
             if result.shape != yardstick.shape:
                 wanted, came = tuple(yardstick.shape), tuple(result.shape)
@@ -89,7 +91,7 @@ class Law:
                 torch.cat([x[:, slice(*span)] for span in self.spans], 1)
                 for x in (result, yardstick)
             )
-            verdict = judge(name, *sliced, self.truth[name])
+            verdict = judge(name, *sliced, self.truth[name], between=between)
             if verdict.ok and self.spans != list(_every(self.seqlen)):
                 verdict = _with_the_rest(verdict, result, yardstick)
             verdicts.append(verdict)

@@ -117,6 +117,7 @@ class OpInfo:
     at_size         the arguments at one of SIZES, laid out as a model has them
     differentiable  names of the arguments with a gradient
     summed          those of them whose gradient is a sum over rows
+    rounds_between  whether it rounds to the dtype before it is done, and goes on from there
     variants        further arguments of the op that change no value, but allow no gradient
     cost            of the forward and of the backward, of a sample's arguments
     launch          calls its launchers, given the room's kernel module and a sample's arguments
@@ -135,6 +136,7 @@ class OpInfo:
     torch_ops: tuple[str, ...]
     launch: Callable[[Any, Mapping[str, Any]], None]
     summed: tuple[str, ...] = ()
+    rounds_between: bool = False
     variants: tuple[Mapping[str, Any], ...] = ()
     budgets: tuple[Budget, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)

@@ -42,7 +42,7 @@ OPS: Mapping[str, OpInfo] = {
 
 Allocate = Callable[..., Tensor]
 
-# The inputs of a small sample times these: what it says is the same, its fp32 roundings fall anew.
+# The inputs of a small sample times these: what it says is the same, its roundings fall anew.
 REDRAWS = tuple(1 + i / 16 for i in (-3, -2, -1, 1, 2, 3))
 
 # --- from a sample to tensors ----------------------------------------------------------------
@@ -225,6 +225,7 @@ def judge(
     truth: Tensor,
     summed: bool = False,
     redraws: Sequence[tuple[Tensor, Tensor]] = (),
+    between: bool = False,
 ) -> Verdict:
     """The rule of numerics.
 
@@ -236,14 +237,16 @@ def judge(
     of what the reference may be off. Its yardstick is therefore the worst of several draws, the
     `redraws` being more pairs of yardstick and truth, and two samples of n rows, or of n sums,
     differ by chance with a standard deviation of about 1/sqrt(n): four of those are allowed. At a
-    model's size both are next to nothing. In fp16 and bf16 the last rounding outweighs all luck.
+    model's size both are next to nothing. In fp16 and bf16 the last rounding outweighs all luck,
+    unless the op rounds `between` too: how that rounding falls is handed on to all that follows.
     """
     if result.dtype != yardstick.dtype or result.shape != yardstick.shape:
         got, wanted = (f"{x.dtype} {tuple(x.shape)}" for x in (result, yardstick))
         raise AssertionError(f"{name}: got {got}, wanted {wanted}")
     eps = torch.finfo(result.dtype).eps
     samples = max(1, math.prod(result.shape if summed else result.shape[:-1]))
-    chance = 1 + 4 / math.sqrt(samples) if result.dtype is torch.float32 else 1.0
+    lucky = between or result.dtype is torch.float32
+    chance = 1 + 4 / math.sqrt(samples) if lucky else 1.0
     result, yardstick, truth = (x.detach().double().cpu() for x in (result, yardstick, truth))
     finite = yardstick.isfinite()
     specials = [x[~finite].nan_to_num() for x in (result, yardstick)]
@@ -287,7 +290,8 @@ def compare(
     if ours is None:
         ours = evaluate(function or info.op, arguments, info.differentiable, douts, **options)
     yardstick, truth = yardstick_and_truth(info, arguments, douts)
-    lucky = {name for name, x in yardstick.items() if x.dtype is torch.float32}
+    between = info.rounds_between
+    lucky = {name for name, x in yardstick.items() if between or x.dtype is torch.float32}
     small = max(x.numel() for x in douts) < 2**16
     redraws = [
         yardstick_and_truth(info, *scaled(info, arguments, douts, factor))
@@ -302,6 +306,7 @@ def compare(
             truth[name],
             name in summed,
             [(y[name], t[name]) for y, t in redraws if name in lucky],
+            between,
         )
         for name in truth
     ]

@@ -234,6 +234,7 @@ GATED_RESIDUAL_ADALN = OpInfo(
     at_size=lambda size: _at_size(size, BOTH),
     differentiable=("x", *RESIDUAL, *_SHIFTS, "weight", "bias"),
     summed=(*_GATES, *_SHIFTS, "weight", "bias"),
+    rounds_between=True,  # the stream, before its norm
     cost=_cost((4, 6), (10, 19)),
     torch_ops=("gated_residual_adaln", "expert_adaln_backward"),
     launch=_launch,
