@@ -13,6 +13,7 @@ from .expert_adaln import (
     gated_residual_adaln_reference,
     gated_residual_reference,
 )
+from .expert_ffn import ExpertFFN, expert_ffn, expert_ffn_reference
 from .rope3d import (
     QKNormRoPE3D,
     RoPE3D,
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BACKENDS",
     "ExpertAdaLayerNorm",
+    "ExpertFFN",
     "KernelFallbackWarning",
     "QKNormRoPE3D",
     "RoPE3D",
@@ -38,6 +40,8 @@ __all__ = [
     "crop_positions",
     "expert_adaln",
     "expert_adaln_reference",
+    "expert_ffn",
+    "expert_ffn_reference",
     "gated_residual",
     "gated_residual_adaln",
     "gated_residual_adaln_reference",

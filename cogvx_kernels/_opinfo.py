@@ -51,15 +51,26 @@ class TensorSpec:
 
     values  "normal"; "rows" (normal, with an offset and a scale for each row); "weight" (near 1);
             "cos", "sin" (of the same angles); "flip" (normal, but 0 or 2 where integers are asked
-            for, the same for both dims of a pair: rows plus twice their negative are rows)
+            for, the same for both dims of a pair: rows plus twice their negative are rows);
+            "matrix" (normal / sqrt(last dim); as integers -1, 0, 1); "few" (normal; -2 to 2);
+            "lifted" (as "matrix", or normal with fewer than 3 dims; -128, 0, 128: of their sums
+            a GELU is exactly a ReLU); "index" (int64 in [0, below), whatever the dtype under test)
     layout  a key of `testing.LAYOUTS`
     dtype   None for the dtype under test, "wide" for at least fp32
+    below   of "index" alone: how many there are to choose from
     """
 
     shape: tuple[int, ...]
     values: str = "normal"
     layout: str = "contiguous"
     dtype: str | None = None
+    below: int = 0
+
+    def dtype_for(self, dtype: torch.dtype) -> torch.dtype:
+        """What the tensor is made of when `dtype` is under test."""
+        if self.values == "index":
+            return torch.int64
+        return torch.promote_types(dtype, torch.float32) if self.dtype == "wide" else dtype
 
 
 @dataclass(frozen=True)
@@ -115,8 +126,12 @@ class OpInfo:
     samples         small and ragged
     random_sample   one more, drawn from a generator, for the fuzz test
     at_size         the arguments at one of SIZES, laid out as a model has them
+    conventions     further calls worth timing, by name, each at one of SIZES
+    tokens          names of the arguments over the joint sequence, (batch, seqlen, ...)
+    batched         names of others with a part for each sample of the batch, (batch, ...)
     differentiable  names of the arguments with a gradient
     summed          those of them whose gradient is a sum over rows
+    products        whether it is made of matrix products, whose sums have no order of their own
     rounds_between  whether it rounds to the dtype before it is done, and goes on from there
     variants        further arguments of the op that change no value, but allow no gradient
     cost            of the forward and of the backward, of a sample's arguments
@@ -131,12 +146,16 @@ class OpInfo:
     samples: tuple[Sample, ...]
     random_sample: Callable[[random.Random], Sample]
     at_size: Callable[[Size], Sample]
+    tokens: tuple[str, ...]
     differentiable: tuple[str, ...]
     cost: Callable[[Mapping[str, Any]], tuple[Cost, Cost]]
     torch_ops: tuple[str, ...]
     launch: Callable[[Any, Mapping[str, Any]], None]
+    batched: tuple[str, ...] = ()
     summed: tuple[str, ...] = ()
+    products: bool = False
     rounds_between: bool = False
+    conventions: Mapping[str, Callable[[Size], Sample]] = field(default_factory=dict)
     variants: tuple[Mapping[str, Any], ...] = ()
     budgets: tuple[Budget, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)

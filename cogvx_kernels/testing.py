@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._opinfo import SIZES, OpInfo, Sample, Size, TensorSpec
 from .expert_adaln.opinfo import EXPERT_ADALN, GATED_RESIDUAL, GATED_RESIDUAL_ADALN
+from .expert_ffn.opinfo import EXPERT_FFN
 from .rope3d.opinfo import QK_NORM_ROPE3D, ROPE3D
 
 __all__ = [
@@ -37,6 +38,7 @@ OPS: Mapping[str, OpInfo] = {
         EXPERT_ADALN,
         GATED_RESIDUAL,
         GATED_RESIDUAL_ADALN,
+        EXPERT_FFN,
     )
 }
 
@@ -44,6 +46,9 @@ Allocate = Callable[..., Tensor]
 
 # The inputs of a small sample times these: what it says is the same, its roundings fall anew.
 REDRAWS = tuple(1 + i / 16 for i in (-3, -2, -1, 1, 2, 3))
+
+# Of which integers there are few: the largest, and what they are multiples of.
+FEW = {"matrix": (1, 1), "lifted": (1, 128), "few": (2, 1)}
 
 # --- from a sample to tensors ----------------------------------------------------------------
 
@@ -91,15 +96,21 @@ def _random_values(spec: TensorSpec, shape: tuple[int, ...], seed: int) -> Tenso
     if spec.values in ("cos", "sin"):  # one seed for both: two columns of the same angles
         angles = 7 * torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
         return angles.cos() if spec.values == "cos" else angles.sin()
+    if spec.values == "index":
+        return torch.randint(spec.below, shape, generator=random)
     x = torch.randn(shape, generator=random)
     if spec.values == "rows":
         row = (*shape[:-1], 1)
         return x * (1 + torch.rand(row, generator=random)) + torch.randn(row, generator=random)
+    if spec.values == "matrix" or (spec.values == "lifted" and len(shape) > 2):
+        return x / math.sqrt(shape[-1])
     return 1 + x / 4 if spec.values == "weight" else x
 
 
 def _exact_values(spec: TensorSpec, shape: tuple[int, ...], seed: int) -> Tensor:
     """Small integers that tell where they stand; every sum and product of theirs is exact."""
+    if spec.values == "index":
+        return _random_values(spec, shape, seed)
     place = torch.arange(math.prod(shape)).reshape(shape) + seed
     if spec.values in ("cos", "sin"):  # quarter turns
         quarters = torch.tensor([1.0, 0.0, -1.0, 0.0])
@@ -111,6 +122,10 @@ def _exact_values(spec: TensorSpec, shape: tuple[int, ...], seed: int) -> Tensor
     if spec.values == "flip":
         pairs = (place - seed) // 2 + seed
         return 2.0 * (pairs * 7919 % 251 % 2)
+    if spec.values in FEW:  # drawn: a pattern of so few would come again in the next row
+        most, unit = FEW[spec.values]
+        random = torch.Generator().manual_seed(seed)
+        return unit * torch.randint(-most, most + 1, shape, generator=random).float()
     return ((place * 7919) % 251 - 125).float()
 
 
@@ -131,8 +146,7 @@ def materialize(
         if not isinstance(spec, TensorSpec):
             arguments[name] = spec
             continue
-        wide = torch.promote_types(dtype, torch.float32)
-        kind = wide if spec.dtype == "wide" else dtype
+        kind = spec.dtype_for(dtype)
         tensor = LAYOUTS[spec.layout](spec.shape, lambda shape, k=kind: new(shape, k, device))
         arguments[name] = tensor
         if tensor.is_meta:
@@ -185,8 +199,11 @@ def evaluate(
 
 
 def to_double(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The same values in fp64, exactly."""
-    return {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    """The same values in fp64, exactly; integers stay integers."""
+    return {
+        name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in arguments.items()
+    }
 
 
 # --- the rule --------------------------------------------------------------------------------
@@ -230,8 +247,9 @@ def judge(
     """The rule of numerics.
 
     A row's result may be off by at most what the yardstick is off, plus 1 ulp, and in the root
-    mean square by 1.05 times as much; a sum over rows by twice as much, because the order of the
-    sum is free. Where the truth is infinite or not a number, the result must be so too.
+    mean square by 1.05 times as much; a sum over rows, or a matrix product, by twice as much,
+    because the order of the sum is free. Where the truth is infinite or not a number, the result
+    must be so too.
 
     In fp32 the roundings of every step show, and how they fall is luck: a small sample says little
     of what the reference may be off. Its yardstick is therefore the worst of several draws, the
@@ -304,7 +322,7 @@ def compare(
             ours[name],
             yardstick[name],
             truth[name],
-            name in summed,
+            info.products or name in summed,
             [(y[name], t[name]) for y, t in redraws if name in lucky],
             between,
         )

@@ -68,7 +68,7 @@ class Report:
         if self.target.startswith("sm_"):
             limits.append(("registers", self.registers, budget.registers))
         over = [f"{name}: {got}, at most {most}" for name, got, most in limits if got > most]
-        if not (self.loads.get(budget.access) and self.stores.get(budget.access)):
+        if not all(any(w >= budget.access for w in x) for x in (self.loads, self.stores)):
             over.append(f"no load or no store of {budget.access} bits")
         return over + self.lint
 
@@ -116,9 +116,14 @@ def compile_launches(
 
 def inspect(info: OpInfo, size: str, target: str, compiled: Any) -> Report:
     """Read a compiled kernel."""
-    kernel = compiled.metadata.name
-    read = _read_cubin if "cubin" in compiled.asm else _read_amdgcn
-    return Report(info.name, kernel, size, target, *read(compiled), lint=lint(compiled.asm["ttir"]))
+    if compiled.hash not in _read:  # two sizes of one model have kernels in common
+        read = _read_cubin if "cubin" in compiled.asm else _read_amdgcn
+        _read[compiled.hash] = read(compiled), lint(compiled.asm["ttir"])
+    found, complaints = _read[compiled.hash]
+    return Report(info.name, compiled.metadata.name, size, target, *found, lint=complaints)
+
+
+_read: dict[str, Any] = {}
 
 
 def lint(ttir: str) -> list[str]:
@@ -147,12 +152,13 @@ def reports(ops: list[OpInfo], targets: list[str]) -> Iterator[tuple[Report, Bud
         for size in dict.fromkeys(budget.size for budget in info.budgets):
             for target in targets:
                 budgets = [b for b in info.budgets if b.size == size]
-                sample, dtype = info.at_size(SIZES[size]), budgets[0].dtype
-                for compiled in compile_launches(info, sample, dtype, TARGETS[target]):
-                    report = inspect(info, size, target, compiled)
-                    for budget in budgets:
-                        if budget.kernel == report.kernel:
-                            yield report, budget
+                for at_size in (info.at_size, *info.conventions.values()):
+                    sample, dtype = at_size(SIZES[size]), budgets[0].dtype
+                    for compiled in compile_launches(info, sample, dtype, TARGETS[target]):
+                        report = inspect(info, size, target, compiled)
+                        for budget in budgets:
+                            if budget.kernel == report.kernel:
+                                yield report, budget
 
 
 def small_reports(ops: list[OpInfo], targets: list[str]) -> Iterator[Report]:

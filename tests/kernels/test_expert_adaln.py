@@ -1,11 +1,15 @@
 """Laws of `expert_adaln`, `gated_residual` and the two in one."""
 
+import dataclasses
+import importlib
+
 import pytest
 import torch
 from torch import nn
 
 import cogvx_kernels as ck
 from cogvx_kernels import _backend
+from cogvx_kernels.testing import OPS, SIZES, compare, cotangents, evaluate, judge, materialize
 
 BATCH, TEXT, VIDEO, DIM = 2, 3, 12, 48
 BOTH_WAYS = pytest.mark.parametrize(
@@ -17,6 +21,10 @@ BOTH_WAYS = pytest.mark.parametrize(
             marks=pytest.mark.skipif(not _backend.HAS_TRITON, reason="Triton is not installed"),
         ),
     ],
+)
+NEEDS_TRITON = pytest.mark.skipif(not _backend.HAS_TRITON, reason="Triton is not installed")
+EVERY_OP = pytest.mark.parametrize(
+    "name", ["expert_adaln", "gated_residual", "gated_residual_adaln"]
 )
 
 
@@ -94,6 +102,107 @@ def test_a_modulation_for_each_frame_is_one_for_each_of_its_tokens(backend, grou
 
 
 @BOTH_WAYS
+@pytest.mark.parametrize("groups", [1, 3, VIDEO])
+def test_gradients_of_a_frame_s_modulation_are_the_sums_of_its_tokens(backend, groups):
+    """Of gates, shifts and scales; those of text stay what they are."""
+    x, y, *douts = on_device(rows(0), rows(2), rows(4), rows(6))
+    text = on_device(*modulation(3, seed=3))
+
+    def gradients(video):
+        leaves = [m.detach().requires_grad_() for m in video]
+        out = ck.gated_residual_adaln(
+            x, y, leaves[0], text[0], *leaves[1:], *text[1:], None, None,
+            text_len=TEXT, backend=backend,
+        )  # fmt: skip
+        return torch.autograd.grad(out, leaves, douts)
+
+    frames = on_device(*modulation(3, groups))
+    of_frames = gradients(frames)
+    of_tokens = gradients([m.repeat_interleave(VIDEO // groups, 1) for m in frames])
+    for frame, token in zip(of_frames, of_tokens, strict=True):
+        expected = token.double().unflatten(1, (groups, -1)).sum(2)
+        torch.testing.assert_close(frame.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@NEEDS_TRITON
+@EVERY_OP
+@pytest.mark.parametrize("dim", [3072, 1920, 1919, 4097, 2])
+def test_any_hidden_size(name, dim):
+    """The models' widths, odd ones, and one that needs more lanes than it has dims."""
+    size = dataclasses.replace(
+        SIZES["tiny"], frames=1, height=1, width=5, text_len=3, nheads=1, headdim=dim
+    )
+    # Two numbers that happen to be alike make a LayerNorm ill-conditioned.
+    options = {"norm": "rms"} if dim == 2 and name != "gated_residual" else {}
+    sample = OPS[name].at_size(size)
+    sample = dataclasses.replace(sample, arguments={**sample.arguments, **options})
+    for dtype in (torch.float32, torch.bfloat16):
+        verdicts = compare(OPS[name], sample, dtype, device=device(), seed=dim)
+        wrong = [str(v) for v in verdicts if not v.ok]
+        assert not wrong, f"{dtype}: {wrong}"
+
+
+def test_rows_too_long_for_a_program_take_the_reference():
+    x, shift, scale = torch.randn(3, 1, 2, 16385).unbind()
+    call = (x, shift[:, 0], scale[:, 0], None, None, None, None)
+    assert torch.equal(ck.expert_adaln(*call), ck.expert_adaln_reference(*call))
+    if _backend.HAS_TRITON:
+        with pytest.raises(RuntimeError, match="x has dim 16385; the kernel takes at most 16384"):
+            ck.expert_adaln(*call, backend="kernel")
+
+
+@NEEDS_TRITON
+@EVERY_OP
+@pytest.mark.parametrize("tokens", [1, 3, 64])
+def test_strips_cover_every_token_once(name, tokens, monkeypatch):
+    """However many tokens a program takes: the same rows, and sums up to their order."""
+    kernel = importlib.import_module("cogvx_kernels.expert_adaln.kernel")
+    info = OPS[name]
+    ragged = [s for s in info.samples if "strip" in s.reason or "frame" in s.reason]
+    assert len(ragged) == 3
+    for sample in ragged:
+        arguments = materialize(sample, torch.float32, device=device())
+        before = evaluate(info.op, arguments, backend="kernel")
+        with monkeypatch.context() as patch:
+            patch.setattr(kernel, "TOKENS", tokens)
+            patch.setattr(kernel, "BACKWARD_TOKENS", tokens)
+            verdicts = compare(info, sample, torch.float32, device=device())
+            after = evaluate(info.op, arguments, backend="kernel")
+        assert all(v.ok for v in verdicts), [str(v) for v in verdicts if not v.ok]
+        assert all(torch.equal(after[out], before[out]) for out in before)
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("scale, offset", [(0.0, 0.0), (1e-30, 0.0), (1e15, 0.0), (1e-2, 1e4)])
+def test_rows_that_are_hard_to_normalise(norm, scale, offset):
+    """All zero, tiny, huge, a spread that is small beside the mean: as near as the reference."""
+    x = torch.randn(1, 256, 64, device=device()) * scale + offset
+    call = (x, *torch.randn(2, 1, 64, device=device()), *[None] * 4)
+    ours = ck.expert_adaln(*call, norm=norm, backend="kernel")
+    reference = ck.expert_adaln_reference(*call, norm=norm)
+    wide = [None if t is None else t.double() for t in call]
+    verdict = judge("out", ours, reference, ck.expert_adaln_reference(*wide, norm=norm))
+    assert verdict.ok, str(verdict)
+
+
+@BOTH_WAYS
+def test_not_a_number_stays_in_its_token(backend):
+    x, y = on_device(rows(0), rows(2))
+    six = on_device(*modulation(6))
+
+    def run(y):
+        return ck.gated_residual_adaln(x, y, *six, None, None, text_len=TEXT, backend=backend)
+
+    before, bad = run(y), y.clone()
+    bad[1, TEXT + 1, 7] = float("nan")
+    stream, out = run(bad)
+    assert out[1, TEXT + 1].isnan().all() and stream.isnan().sum() == 1
+    stream[1, TEXT + 1], out[1, TEXT + 1] = before[0][1, TEXT + 1], before[1][1, TEXT + 1]
+    assert torch.equal(stream, before[0]) and torch.equal(out, before[1])
+
+
+@BOTH_WAYS
 def test_no_token_sees_another(backend):
     """A token alone gives the bits that it gives in company."""
     [x] = on_device(rows())
@@ -106,9 +215,11 @@ def test_no_token_sees_another(backend):
 
 
 @BOTH_WAYS
-def test_two_in_one_are_the_one_after_the_other(backend):
-    x, y = on_device(rows(0), rows(2))
-    gate, shift, scale, text_gate, text_shift, text_scale = on_device(*modulation(6))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_two_in_one_are_the_one_after_the_other(backend, dtype):
+    """Bit for bit: the norm is of the stream as it was rounded."""
+    x, y, *six = (t.to(dtype) for t in on_device(rows(0), rows(2), *modulation(6)))
+    gate, shift, scale, text_gate, text_shift, text_scale = six
     weight = on_device(1 + rows(9)[0, 0])[0]
     stream, out = ck.gated_residual_adaln(
         x, y, gate, text_gate, shift, scale, text_shift, text_scale, weight, None,
@@ -168,6 +279,103 @@ def test_the_module_is_the_function(backend):
         x, y, gate, text_gate, *four, *affine, text_len=TEXT, backend=backend
     )
     assert all(torch.equal(a, b) for a, b in zip(both, expected, strict=True))
+
+
+# --- in place, and what lies around it -------------------------------------------------------
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_in_place_on_a_slice_of_another_tensor(backend, dtype):
+    """x is overwritten where it lies, nothing beside it is, and the bits are the same."""
+    y, gate, text_gate = (t.to(dtype) for t in on_device(rows(2), *modulation(2)))
+    wider = torch.randn(BATCH, TEXT + VIDEO + 2, 3 * DIM, device=device()).to(dtype)
+    before, place = wider.clone(), (slice(None), slice(1, -1), slice(DIM, 2 * DIM))
+    call = (y, gate, text_gate)
+    expected = ck.gated_residual(before[place], *call, text_len=TEXT, backend=backend)
+    x = wider[place]
+    out = ck.gated_residual(x, *call, text_len=TEXT, inplace=True, backend=backend)
+    assert out is x and torch.equal(x, expected)
+    wider[place] = before[place]
+    assert torch.equal(wider, before)
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("wants", ["x", "y", "gate", "text_gate"])
+def test_in_place_refuses_under_grad(backend, wants):
+    x, y, gate, text_gate = on_device(rows(0), rows(2), *modulation(2))
+    arguments = {"x": x, "y": y, "gate": gate, "text_gate": text_gate}
+    before = arguments["x"].clone()
+    arguments[wants].requires_grad_()
+    call = {**arguments, "text_len": TEXT, "inplace": True, "backend": backend}
+    with pytest.raises(RuntimeError, match=f"inplace=True overwrites x .* got {wants} with requir"):
+        ck.gated_residual(**call)
+    assert torch.equal(arguments["x"], before)
+    with torch.no_grad():
+        ck.gated_residual(**call)
+    assert not torch.equal(arguments["x"], before)
+
+
+def test_in_place_refuses_overlapping_elements():
+    x = rows()[:1].expand(2, -1, -1)
+    with pytest.raises(ValueError, match=r"needs x to have each element in a place .* strides \(0"):
+        ck.gated_residual(x, rows(2), *modulation(2), text_len=TEXT, inplace=True)
+
+
+@NEEDS_TRITON
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_in_place_compiled_changes_the_same_memory(compiler):
+    torch._dynamo.reset()
+    y, gate, text_gate = on_device(rows(2), *modulation(2))
+    packed = torch.randn(BATCH, TEXT + VIDEO, 2 * DIM, device=device())
+    expected = packed.clone()
+
+    def step(packed):
+        x, other = packed.chunk(2, -1)
+        x = ck.gated_residual(x, y, gate, text_gate, text_len=TEXT, inplace=True, backend="kernel")
+        return x.square().sum(-1), other
+
+    with torch.no_grad():
+        plain = step(expected)
+        compiled = torch.compile(step, fullgraph=True, backend=compiler)(packed)
+    assert torch.equal(packed, expected)
+    torch.testing.assert_close(compiled, plain)
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("changed", ["y", "scale", "weight", "stream"])
+def test_what_is_kept_and_changed_before_the_backward_is_noticed(changed):
+    """The stream is kept too: what is made of it in place would change its own gradient."""
+    info = OPS["gated_residual_adaln"]
+    arguments = materialize(info.samples[0], torch.float32, device=device())
+    moved = None
+    if changed != "stream":
+        moved = arguments[changed].requires_grad_() * 1
+        arguments[changed] = moved
+    else:
+        arguments["x"].requires_grad_()
+    stream, out = info.op(**arguments, backend="kernel")
+    (stream if moved is None else moved).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (stream.sum() + out.sum()).backward()
+
+
+@NEEDS_TRITON
+def test_autocast_changes_nothing():
+    """Dtypes are the arguments' own, of results and of gradients, in autocast and out of it."""
+    info = OPS["gated_residual_adaln"]
+    arguments = materialize(info.samples[0], torch.bfloat16, device=device())
+    for name in ("weight", "bias", "text_gate", "text_shift", "text_scale"):
+        arguments[name] = arguments[name].float()
+    douts = cotangents((arguments["x"], arguments["x"]), 0)
+    call = (info.op, arguments, info.differentiable, douts)
+    plain = evaluate(*call, backend="kernel")
+    with torch.autocast(device(), torch.float16):
+        cast = evaluate(*call, backend="kernel")
+    for name, x in cast.items():
+        assert x.dtype == (arguments[name[1:]] if name[0] == "d" else arguments["x"]).dtype
+        assert torch.equal(x, plain[name]), name
 
 
 WRONG = {

@@ -1,5 +1,6 @@
 """What only a GPU can show: real sizes, streams, graphs, every launch choice. Marked `gpu`."""
 
+import dataclasses
 import importlib
 import itertools
 
@@ -7,7 +8,17 @@ import pytest
 import torch
 
 from cogvx_kernels._opinfo import OpInfo
-from cogvx_kernels.testing import OPS, SIZES, as_tuple, compare, cotangents, evaluate, materialize
+from cogvx_kernels.testing import (
+    OPS,
+    SIZES,
+    as_tuple,
+    compare,
+    cotangents,
+    evaluate,
+    judge,
+    materialize,
+    yardstick_and_truth,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -39,27 +50,72 @@ def test_samples(info, dtype, seed):
 
 @EVERY_OP
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", ["2b-480x720-49f", "card-480x720-49f"])
+@pytest.mark.parametrize("size", ["2b-480x720-49f", "5b-480x720-49f", "card-480x720-49f"])
 def test_models_sizes(info, dtype, size):
+    if size.startswith("5b"):
+        needs_gigabytes(80)  # most of it the truth in fp64
     verdicts = compare(info, info.at_size(SIZES[size]), DTYPES[dtype], device="cuda")
     wrong = [str(v) for v in verdicts if not v.ok]
     assert not wrong, wrong
 
 
-def test_more_than_two_to_the_31_elements():
-    """A million tokens of 48 heads: rows around 2**31 elements, and the last ones."""
-    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
-        pytest.skip("needs 20 GB of GPU memory")
+def needs_gigabytes(count):
+    if torch.cuda.mem_get_info()[0] < count * 2**30:
+        pytest.skip(f"needs {count} GB of GPU memory")
+
+
+def rows_near_two_to_the_31(seqlen, width):
+    """The first rows, those where 2**31 elements lie before them, the last ones."""
+    around = 2**31 // width
+    assert around + 4 < seqlen - 8
+    return slice(0, 8), slice(around - 4, around + 4), slice(seqlen - 8, seqlen)
+
+
+def test_rope3d_of_more_than_two_to_the_31_elements():
+    """A million tokens of 48 heads."""
+    needs_gigabytes(20)
     info, seqlen = OPS["rope3d"], 1_000_000
     x = torch.empty(1, seqlen, 48, 64, device="cuda", dtype=torch.bfloat16)
     torch.nn.init.normal_(x)
     angles = torch.randn(seqlen, 32, device="cuda")
     cos, sin = angles.cos(), angles.sin()
     out = info.op(x, cos, sin, backend="kernel")
-    around = 2**31 // (48 * 64)
-    for rows in (slice(0, 8), slice(around - 4, around + 4), slice(seqlen - 8, seqlen)):
+    for rows in rows_near_two_to_the_31(seqlen, 48 * 64):
         expected = info.reference(x[:, rows], cos[rows], sin[rows])
         torch.testing.assert_close(out[:, rows], expected, rtol=2**-7, atol=2**-9)
+
+
+def test_adaln_of_more_than_two_to_the_31_elements():
+    """A million tokens of 2304 dims: both outputs, and the gradients of x and y."""
+    needs_gigabytes(60)
+    info, seqlen, dim = OPS["gated_residual_adaln"], 1_000_000, 2304
+    new = {"device": "cuda", "dtype": torch.bfloat16}
+    x, y, *douts = (torch.empty(1, seqlen, dim, **new).normal_() for _ in range(4))
+    modulation = dict(zip(("gate", "shift", "scale"), torch.randn(3, 1, dim, **new), strict=True))
+    absent = dict.fromkeys(("text_gate", "text_shift", "text_scale", "weight", "bias"))
+    arguments = {"x": x, "y": y, **modulation, **absent}
+    ours = evaluate(info.op, arguments, ("x", "y"), tuple(douts), backend="kernel")
+    for rows in rows_near_two_to_the_31(seqlen, dim):
+        few = {**arguments, "x": x[:, rows], "y": y[:, rows]}
+        some = dataclasses.replace(info, differentiable=("x", "y"))
+        laws = yardstick_and_truth(some, few, tuple(dout[:, rows] for dout in douts))
+        for name, x_ours in ours.items():
+            verdict = judge(name, x_ours[:, rows], *(law[name] for law in laws), between=True)
+            assert verdict.ok, f"{rows}: {verdict}"
+
+
+def test_adaln_of_a_hundred_thousand_programs():
+    """A modulation for each token, and so a program: more than 65,535 of them."""
+    info, tokens, dim = OPS["expert_adaln"], 100_000, 64
+    x, shift, scale = torch.randn(3, 1, tokens, dim, device="cuda").unbind()
+    names = ("x", "shift", "scale", "text_shift", "text_scale", "weight", "bias")
+    arguments = dict(zip(names, (x, shift, scale, None, None, None, None), strict=True))
+    douts = cotangents((x,), 0)
+    ours = forward_and_backward(info, arguments, douts)
+    laws = yardstick_and_truth(info, arguments, douts)
+    verdicts = [judge(name, ours[name], *(law[name] for law in laws)) for name in ours]
+    assert ours.keys() == {"out0", "dx", "dshift", "dscale"}
+    assert all(v.ok for v in verdicts), [str(v) for v in verdicts]
 
 
 @EVERY_OP
@@ -118,16 +174,20 @@ def test_the_same_bits_every_time_beside_another_stream_at_work(info):
         assert_same_bits(forward_and_backward(info, arguments, douts), expected)
 
 
-# The launch constants of each room, and the values that a tuning run may choose.
+def choices(**values):
+    return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
+
+
+# The launch constants of each room, and the values that a tuning run may choose. A forward and its
+# backward are launched apart, so that each choice is one of both.
 CHOICES = {
-    "rope3d": {"TILE": (512, 1024, 2048, 4096), "NUM_WARPS": (1, 2, 4, 8)},
+    "rope3d": choices(TILE=(512, 1024, 2048, 4096), NUM_WARPS=(1, 2, 4, 8)),
+    "expert_adaln": [
+        {"TOKENS": tokens, "BACKWARD_TOKENS": 4 * tokens, "LANES_PER_WARP": lanes}
+        for tokens, lanes in itertools.product((4, 8, 16), (256, 512, 1024))
+    ],
 }
-ROOM_CHOICES = [
-    (room, dict(zip(names, values, strict=True)))
-    for room, constants in CHOICES.items()
-    for names in [tuple(constants)]
-    for values in itertools.product(*constants.values())
-]
+ROOM_CHOICES = [(room, choice) for room, listed in CHOICES.items() for choice in listed]
 
 
 @pytest.mark.parametrize(("room", "choice"), ROOM_CHOICES, ids=str)
@@ -145,8 +205,9 @@ def test_every_launch_choice(room, choice, monkeypatch):
 
 
 def test_every_room_with_launch_constants_is_listed():
-    for info in OPS.values():
-        room = info.op.__module__.split(".")[1]
-        kernel = importlib.import_module(f"cogvx_kernels.{room}.kernel")
-        if hasattr(kernel, "NUM_WARPS"):
-            assert set(CHOICES[room]) <= set(vars(kernel))
+    """A room has launch constants if its kernel's module has numbers with names in capitals."""
+    for room in {info.op.__module__.split(".")[1] for info in OPS.values()}:
+        kernel = vars(importlib.import_module(f"cogvx_kernels.{room}.kernel"))
+        constants = {name for name, x in kernel.items() if name.isupper() and type(x) is int}
+        assert bool(constants) == (room in CHOICES), room
+        assert all(choice.keys() <= constants for choice in CHOICES.get(room, ())), room

@@ -1,0 +1,7 @@
+"""A feed-forward for each modality, or for each expert, of one joint sequence."""
+
+from .module import ExpertFFN
+from .op import expert_ffn
+from .reference import expert_ffn_reference
+
+__all__ = ["ExpertFFN", "expert_ffn", "expert_ffn_reference"]

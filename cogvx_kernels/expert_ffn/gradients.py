@@ -1,0 +1,178 @@
+"""The kernels of the backward: the gradient of the pre-activation, and those of the weights.
+
+That of x is `kernel.py`'s second product, the other way about.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    activate,
+    back,
+    bias_of,
+    locate,
+    pairs_of,
+    pre_activation,
+    slopes,
+    store,
+    tile_of,
+    token_rows,
+)
+
+
+@triton.jit(do_not_specialize=["tiles", "npairs"])
+def hidden_grad_kernel(
+    dpre_ptr, hidden_ptr, dshare_ptr, dout, x, pre_ptr, groups, up, up_bias, down, down_bias,
+    share_ptr, tiles, npairs, P: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the pre-activation, and the hidden activation again, times the pair's share.
+
+    dshare (tiles of columns, pairs) gets each program's part of dout · y. Grid as in the forward.
+    """
+    NCOLS: tl.constexpr = (P.FFN_DIM + P.BLOCK_COLS - 1) // P.BLOCK_COLS
+    BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
+    BLOCK_COLS: tl.constexpr = P.BLOCK_COLS
+    WIDTH: tl.constexpr = P.FFN_DIM * (1 + P.GATED)
+    tile, col_tile = tile_of(tiles, NCOLS, P)
+    expert, first, begin, count = locate(tile, groups, P.EXPERTS, P)
+    if expert >= 0:
+        row = begin + tl.arange(0, BLOCK_ROWS)
+        cols = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+        mask = cols < P.FFN_DIM
+        there = row < count
+        pair = pairs_of(groups, expert, first, tl.minimum(row, count - 1), P)
+        at = (first + row)[:, None]
+        stored = there[:, None] & mask[None, :]
+        rows = dout.ptr + token_rows(dout, groups, pair, P)
+        grad = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
+        grad = back(grad, rows, dout.dim, down.ptrs, down, expert, cols, mask, P.FFN_DIM,
+                     P.DIM, P)  # fmt: skip
+        if pre_ptr is None:
+            pre, gate = pre_activation(x, groups, pair, expert, up, up_bias, cols, mask, P)
+        else:
+            kept = pre_ptr + at * WIDTH + cols[None, :]
+            pre = tl.load(kept, mask=stored, other=0.0).to(P.COMPUTE)
+            gate = pre
+            if P.GATED:
+                gate = tl.load(kept + P.FFN_DIM, mask=stored, other=0.0).to(P.COMPUTE)
+        hidden = activate(pre, gate, P)
+        if share_ptr is not None:
+            along = tl.sum(grad * hidden, 1)
+            if down_bias is not None:
+                if col_tile == 0:
+                    along += _along_bias(dout, rows, down_bias, expert, P)
+            tl.store(dshare_ptr + col_tile * npairs + pair, along, mask=there)
+            share = tl.load(share_ptr + pair).to(P.COMPUTE)[:, None]
+            grad *= share
+            hidden *= share
+        slope, gate_slope = slopes(pre, gate, P)
+        out = dpre_ptr + at * WIDTH + cols[None, :]
+        store(out, grad * slope, stored)
+        if P.GATED:
+            store(out + P.FFN_DIM, grad * gate_slope, stored)
+        if hidden_ptr is not None:
+            store(hidden_ptr + at * P.FFN_DIM + cols[None, :], hidden, stored)
+
+
+@triton.jit
+def _along_bias(dout, rows, bias, expert, P: tl.constexpr):
+    """dout · bias of each row; `rows` are addresses."""
+    BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
+    total = tl.zeros((BLOCK_ROWS,), P.COMPUTE)
+    for begin in range(0, P.DIM, P.BLOCK_INNER):
+        cols = begin + tl.arange(0, P.BLOCK_INNER).to(tl.int64)
+        mask = cols < P.DIM
+        part = tl.load(rows[:, None] + cols[None, :] * dout.dim, mask=mask[None, :], other=0.0)
+        total += tl.sum(part.to(P.COMPUTE) * bias_of(bias, expert, cols, mask, P)[None, :], 1)
+    return total
+
+
+@triton.jit
+def _rows_at(x, groups, sample, run, first, row, TOKENS: tl.constexpr, P: tl.constexpr):
+    """Offsets of rows of a sample's run: of tokens (samples evenly spaced), or of compact rows."""
+    if P.ROUTED:
+        at = first + row
+        if TOKENS:
+            at = tl.load(groups.order + at, mask=row < run, other=0) // P.TOP_K
+    elif TOKENS:
+        at = sample * groups.seqlen + first + row
+    else:
+        at = sample * run + first * groups.samples + row
+    return at * x.seq * P.ALIGN
+
+
+@triton.jit
+def weight_grad_kernel(
+    dweight_ptr, dbias_ptr, left, right, share_ptr, groups,
+    ROWS: tl.constexpr, COLS: tl.constexpr, LEFT_TOKENS: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """dweight (experts, ROWS, COLS) = leftᵀ · right over each expert's rows; dbias = leftᵀ · share.
+
+    One of the two is of tokens and the other compact. Grid (experts · tiles,).
+    """
+    BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
+    BLOCK_COLS: tl.constexpr = P.BLOCK_COLS
+    NCOLS: tl.constexpr = (COLS + BLOCK_COLS - 1) // BLOCK_COLS
+    NROWS: tl.constexpr = (ROWS + BLOCK_ROWS - 1) // BLOCK_ROWS
+    program = tl.program_id(0).to(tl.int64)
+    expert = program // (NROWS * NCOLS)
+    row_tile, col_tile = program // NCOLS % NROWS, program % NCOLS
+    rows = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    cols = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    row_mask, col_mask = rows < ROWS, cols < COLS
+    inner = tl.arange(0, P.BLOCK_INNER).to(tl.int64)
+    first, run, samples = _run(expert, groups, P)
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
+    for sample in range(0, samples):
+        for begin in range(0, run, P.BLOCK_INNER):
+            place = begin + inner
+            there = place < run
+            at = _rows_at(left, groups, sample, run, first, place, LEFT_TOKENS, P)
+            a = tl.load(left.ptr + at[None, :] + rows[:, None] * left.dim,
+                        mask=there[None, :] & row_mask[:, None], other=0.0)  # fmt: skip
+            at = _rows_at(right, groups, sample, run, first, place, not LEFT_TOKENS, P)
+            b = tl.load(right.ptr + at[:, None] + cols[None, :] * right.dim,
+                        mask=there[:, None] & col_mask[None, :], other=0.0)  # fmt: skip
+            acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=P.COMPUTE)
+    out = dweight_ptr + (expert * ROWS + rows[:, None]) * COLS + cols[None, :]
+    store(out, acc, row_mask[:, None] & col_mask[None, :])
+    if dbias_ptr is not None:
+        if col_tile == 0:
+            total = tl.zeros((BLOCK_ROWS,), P.COMPUTE)
+            for sample in range(0, samples):
+                for begin in range(0, run, P.BLOCK_INNER):
+                    place = begin + inner
+                    there = place < run
+                    at = _rows_at(left, groups, sample, run, first, place, LEFT_TOKENS, P)
+                    a = tl.load(left.ptr + at[None, :] + rows[:, None] * left.dim,
+                                mask=there[None, :] & row_mask[:, None], other=0.0)  # fmt: skip
+                    a = a.to(P.COMPUTE)
+                    if share_ptr is not None:
+                        pair = tl.load(groups.order + first + place, mask=there, other=0)
+                        share = tl.load(share_ptr + pair, mask=there, other=0.0)
+                        a *= share.to(P.COMPUTE)[None, :]
+                    total += tl.sum(a, 1)
+            store(dbias_ptr + expert * ROWS + rows, total, row_mask)
+
+
+@triton.jit
+def _run(expert, groups, P: tl.constexpr):
+    """An expert's rows: their first, in `order` or of the sequence, how many, in how many samples.
+
+    A single expert's tokens are one run through all samples.
+    """
+    zero = tl.cast(0, tl.int64)
+    if P.ROUTED:
+        first = tl.where(expert == 0, zero, tl.load(groups.ends + tl.maximum(expert - 1, 0)))
+        run = tl.load(groups.ends + expert) - first
+        samples = zero + 1
+    elif P.EXPERTS == 1:
+        first = zero
+        run = tl.cast(groups.samples, tl.int64) * groups.seqlen
+        samples = zero + 1
+    else:
+        text_len = tl.cast(groups.text_len, tl.int64)
+        first = tl.where(expert == 0, zero, text_len)
+        run = tl.where(expert == 0, text_len, groups.seqlen - text_len)
+        samples = tl.cast(groups.samples, tl.int64)
+    return first, run, samples

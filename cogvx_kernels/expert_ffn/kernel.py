@@ -1,0 +1,376 @@
+"""The way: two grouped matrix products, an expert's rows being a group, all experts in one launch.
+
+A tile of rows finds its expert by counting tiles: where each modality has one expert the groups are
+the runs of text and of video, read where they lie; where tokens choose, (token, choice) pairs are
+sorted by expert, and rows are gathered as they are loaded and scattered as they are stored. Nobody
+asks how many rows an expert got: there are programs for the most tiles that could be, and those
+left over return. Between the products lies the hidden activation, compact: a row for each pair.
+Backward: one kernel makes the pre-activation anew beside its gradient (or loads it, if it was
+kept), one the gradient of x, one the gradient of each weight; a sum has one order, and no atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.driver import driver
+
+from .._backend import INTERPRETED
+from .._launch import alignment, on_device
+from .gradients import hidden_grad_kernel, weight_grad_kernel
+from .tiles import (
+    Experts,
+    Groups,
+    Plan,
+    Rows,
+    activate,
+    back,
+    bias_of,
+    forth,
+    locate,
+    pairs_of,
+    pre_activation,
+    store,
+    tile_of,
+)
+
+# Reasoned from what compiles without spills, not yet measured.
+BLOCK_ROWS = 128
+BLOCK_COLS = 128
+BLOCK_INNER = 64  # of 2-byte elements; half as many of 4
+WARPS = 8
+STAGES = 3
+AMD_STAGES = 2  # with 64 KB of shared memory
+BAND = 8  # tiles of rows that share their tiles of weights in the L2 cache
+
+# --- forward ---------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def _up_kernel(hidden_ptr, pre_ptr, x, groups, up, up_bias, tiles, P: tl.constexpr):
+    """hidden = act(x · upᵀ + bias), a row for each pair. Grid (tiles · tiles of columns,)."""
+    NCOLS: tl.constexpr = (P.FFN_DIM + P.BLOCK_COLS - 1) // P.BLOCK_COLS
+    WIDTH: tl.constexpr = P.FFN_DIM * (1 + P.GATED)
+    tile, col_tile = tile_of(tiles, NCOLS, P)
+    expert, first, begin, count = locate(tile, groups, P.EXPERTS, P)
+    if expert >= 0:
+        row = begin + tl.arange(0, P.BLOCK_ROWS)
+        cols = col_tile * P.BLOCK_COLS + tl.arange(0, P.BLOCK_COLS)
+        mask = cols < P.FFN_DIM
+        pair = pairs_of(groups, expert, first, tl.minimum(row, count - 1), P)
+        pre, gate = pre_activation(x, groups, pair, expert, up, up_bias, cols, mask, P)
+        at = (first + row)[:, None]
+        stored = (row < count)[:, None] & mask[None, :]
+        hidden = activate(pre, gate, P)
+        store(hidden_ptr + at * P.FFN_DIM + cols[None, :], hidden, stored)
+        if pre_ptr is not None:
+            kept = pre_ptr + at * WIDTH + cols[None, :]
+            store(kept, pre, stored)
+            if P.GATED:
+                store(kept + P.FFN_DIM, gate, stored)
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def _down_kernel(
+    out_ptr, rows_ptr, groups, weights, bias, share_ptr, residual, gate, text_gate, tiles,
+    INNER: tl.constexpr, TRANSPOSED: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Compact rows (pairs, INNER) times their expert's weight, to where their tokens are.
+
+    out (batch, seqlen, TOP_K, dim), contiguous. Grid as above. TRANSPOSED: times the weight as it
+    lies, and not its transpose. A pair without an expert gets zeros.
+    """
+    NCOLS: tl.constexpr = (P.DIM + P.BLOCK_COLS - 1) // P.BLOCK_COLS
+    BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
+    BLOCK_COLS: tl.constexpr = P.BLOCK_COLS
+    tile, col_tile = tile_of(tiles, NCOLS, P)
+    expert, first, begin, count = locate(tile, groups, P.EXPERTS + P.ROUTED, P)
+    if expert >= 0:
+        row = begin + tl.arange(0, BLOCK_ROWS)
+        cols = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+        mask = cols < P.DIM
+        safe = tl.minimum(row, count - 1)
+        pair = pairs_of(groups, expert, first, safe, P)
+        acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
+        if expert < P.EXPERTS:
+            rows = rows_ptr + (first + safe) * INNER
+            if TRANSPOSED:
+                acc = back(acc, rows, 1, weights.ptrs, weights, expert, cols, mask, P.DIM, INNER, P)
+            else:
+                acc = forth(
+                    acc, rows, 1, weights.ptrs, weights, expert, cols, mask, P.DIM, INNER, P
+                )
+            if bias is not None:
+                acc += bias_of(bias, expert, cols, mask, P)[None, :]
+            if share_ptr is not None:
+                acc *= tl.load(share_ptr + pair).to(P.COMPUTE)[:, None]
+        stored = (row < count)[:, None] & mask[None, :]
+        if residual.ptr is not None:
+            acc = _gated(acc, residual, gate, text_gate, groups, pair[:, None], cols[None, :],
+                         stored, P)  # fmt: skip
+        store(out_ptr + pair[:, None] * P.DIM + cols[None, :], acc, stored)
+
+
+@triton.jit
+def _gated(y, residual, gate, text_gate, groups, token, cols, mask, P: tl.constexpr):
+    """residual + gate · y, each token with the gate of its sample and modality."""
+    sample, place = token // groups.seqlen, token % groups.seqlen
+    at = (sample * residual.batch + place * residual.seq) * P.ALIGN + cols * residual.dim
+    g = _gates(text_gate, sample, cols, mask & (place < groups.text_len), P)
+    g += _gates(gate, sample, cols, mask & (place >= groups.text_len), P)
+    return tl.load(residual.ptr + at, mask=mask, other=0.0).to(P.COMPUTE) + y * g
+
+
+@triton.jit
+def _gates(gate, sample, cols, mask, P: tl.constexpr):
+    """A modality's gates for its tokens, which `mask` leaves, and 0 for the others.
+
+    An absent modality's are the other's: there is no token that they would be wrong for.
+    """
+    at = sample * gate.batch * P.ALIGN + cols * gate.dim
+    return tl.load(gate.ptr + at, mask=mask, other=0.0).to(P.COMPUTE)
+
+
+@triton.jit
+def _combine_kernel(
+    out_ptr, slots_ptr, residual, gate, text_gate, groups, ntokens,
+    BLOCK: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """The sum over a token's choices. Grid (tokens,)."""
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK).to(tl.int64)
+    mask = cols < P.DIM
+    TOP_K: tl.constexpr = P.TOP_K
+    total = tl.zeros((BLOCK,), P.COMPUTE)
+    for choice in tl.static_range(TOP_K):
+        at = slots_ptr + (token * TOP_K + choice) * P.DIM + cols
+        total += tl.load(at, mask=mask, other=0.0).to(P.COMPUTE)
+    if residual.ptr is not None:
+        total = _gated(total, residual, gate, text_gate, groups, token, cols, mask, P)
+    store(out_ptr + token * P.DIM + cols, total, mask)
+
+
+# --- launchers -------------------------------------------------------------------------------
+
+Weights = tuple[Tensor, ...]
+
+
+def _rows(x: Tensor | None, plan: Plan) -> Rows:
+    if x is None:
+        return Rows(None, 0, 0, 1)
+    batch, seq, dim = x.stride()
+    return Rows(x, batch // plan.ALIGN, seq // plan.ALIGN, dim)
+
+
+def _compact(x: Tensor | None, plan: Plan) -> Rows:
+    return Rows(x, 0, 0, 1) if x is None else Rows(x, 0, x.stride(0) // plan.ALIGN, 1)
+
+
+def _alike(weights: Weights) -> Weights:
+    """With the same strides for all; copies only where they differ."""
+    same = all(w.stride() == weights[0].stride() for w in weights)
+    return weights if same else tuple(w.contiguous() for w in weights)
+
+
+def _experts(weights: Weights, plan: Plan) -> Experts:
+    row, col = weights[0].stride()
+    return Experts(weights, row // plan.ALIGN, col)
+
+
+def _biases(biases: Weights) -> Weights | None:
+    return tuple(b.contiguous() for b in biases) or None
+
+
+def _groups(x: Tensor, order: Tensor | None, ends: Tensor | None, text_len: int) -> Groups:
+    return Groups(order, ends, x.shape[1], text_len, x.shape[0])
+
+
+def _plan(
+    x: Tensor, up: Weights, down: Weights, index: Tensor | None, activation: str, *rows: Tensor
+) -> Plan:
+    """For launches over x, the experts' weights, and other tensors of rows."""
+    dim, ffn_dim = down[0].shape
+    small = x.element_size() == 2
+    inner = BLOCK_INNER if small else BLOCK_INNER // 2
+    block = 1 if small else 2  # fp32 is multiplied without tensor cores, in smaller tiles
+    return Plan(
+        EXPERTS=len(up),
+        ROUTED=index is not None,
+        TOP_K=1 if index is None else index.shape[2],
+        DIM=dim,
+        FFN_DIM=ffn_dim,
+        ACTIVATION=activation,
+        GATED=up[0].shape[0] != ffn_dim,
+        BLOCK_ROWS=_block(BLOCK_ROWS // block, x.shape[0] * x.shape[1]),
+        BLOCK_COLS=_block(BLOCK_COLS // block, min(dim, ffn_dim)),
+        BLOCK_INNER=_block(inner, min(dim, ffn_dim)),
+        BAND=BAND,
+        ALIGN=alignment(x, *up, *down, *rows),
+        COMPUTE=tl.float64 if x.dtype is torch.float64 else tl.float32,
+    )
+
+
+def _block(most: int, size: int) -> int:
+    """A power of two from 16, which a tensor core wants at least, to `most`."""
+    return max(16, min(most, triton.next_power_of_2(size)))
+
+
+def _tiles(plan: Plan, groups: Groups) -> int:
+    """Tiles of rows, or the most that there could be."""
+    if plan.ROUTED:
+        pairs = groups.samples * groups.seqlen * plan.TOP_K
+        return pairs // plan.BLOCK_ROWS + plan.EXPERTS + 1
+    runs = [groups.seqlen]
+    if plan.EXPERTS == 2:
+        runs = [groups.text_len, groups.seqlen - groups.text_len]
+    return sum(triton.cdiv(groups.samples * run, plan.BLOCK_ROWS) for run in runs)
+
+
+def _grid(plan: Plan, tiles: int, cols: int) -> tuple[int]:
+    return (tiles * triton.cdiv(cols, plan.BLOCK_COLS),)
+
+
+def _options(plan: Plan) -> dict[str, int]:
+    warps = max(1, min(WARPS, plan.BLOCK_ROWS * plan.BLOCK_COLS // 1024))
+    amd = not INTERPRETED and driver.active.get_current_target().backend == "hip"
+    return {"num_warps": warps, "num_stages": AMD_STAGES if amd else STAGES}
+
+
+def expert_ffn_fwd(
+    x: Tensor, up: Weights, up_bias: Weights, down: Weights, down_bias: Weights,
+    index: Tensor | None, share: Tensor | None, order: Tensor | None, ends: Tensor | None,
+    residual: Tensor | None, gate: Tensor | None, text_gate: Tensor | None,
+    text_len: int, activation: str, keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y, the pre-activation if it is to be kept, else empty). No biases are an empty tuple.
+
+    Gates are (batch, dim); the pre-activation has a row for each (token, choice) pair.
+    """
+    up, down = _alike(up), _alike(down)
+    gates = [g[:, None] for g in (text_gate, gate) if g is not None]
+    rows = [r for r in (residual, *gates) if r is not None]
+    plan = _plan(x, up, down, index, activation, *rows)
+    groups = _groups(x, order, ends, text_len)
+    batch, seqlen, dim = x.shape
+    pairs = batch * seqlen * plan.TOP_K
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    width = up[0].shape[0]
+    pre = torch.empty((pairs, width) if keep else (0,), dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out, pre
+    hidden = torch.empty((pairs, plan.FFN_DIM), dtype=x.dtype, device=x.device)
+    tiles = _tiles(plan, groups)
+    share = None if share is None else share.contiguous()
+    residuals = [_rows(residual, plan), _rows(None, plan), _rows(None, plan)]
+    if gates:
+        residuals[1:] = [_rows(gates[-1], plan), _rows(gates[0], plan)]
+    with on_device(x):
+        _up_kernel[_grid(plan, tiles, plan.FFN_DIM)](
+            hidden, pre if keep else None, _rows(x, plan), groups, _experts(up, plan),
+            _biases(up_bias), tiles, P=plan, **_options(plan),
+        )  # fmt: skip
+        _to_tokens(
+            out, hidden, groups, down, down_bias, share, residuals, tiles, plan, transposed=False
+        )
+    return out, pre
+
+
+def _to_tokens(
+    out: Tensor, rows: Tensor, groups: Groups, weights: Weights, bias: Weights,
+    share: Tensor | None, residuals: list[Rows], tiles: int, plan: Plan, transposed: bool,
+) -> None:  # fmt: skip
+    """`_down_kernel`, and the sum over choices where a token has several."""
+    nothing = [Rows(None, 0, 0, 1)] * 3
+    several = plan.TOP_K > 1
+    slots = out
+    if several:
+        slots = torch.empty(
+            (*out.shape[:2], plan.TOP_K, plan.DIM), dtype=out.dtype, device=out.device
+        )
+    _down_kernel[_grid(plan, tiles, plan.DIM)](
+        slots, rows, groups, _experts(weights, plan), _biases(bias), share,
+        *(nothing if several else residuals), tiles, INNER=rows.shape[1], TRANSPOSED=transposed,
+        P=plan, **_options(plan),
+    )  # fmt: skip
+    if several:
+        ntokens = out.shape[0] * out.shape[1]
+        _combine_kernel[(ntokens,)](
+            out, slots, *residuals, groups, ntokens,
+            BLOCK=triton.next_power_of_2(plan.DIM), P=plan, num_warps=4,
+        )  # fmt: skip
+
+
+def expert_ffn_bwd(
+    dout: Tensor, x: Tensor, up: Weights, up_bias: Weights, down: Weights, down_bias: Weights,
+    share: Tensor | None, index: Tensor | None, order: Tensor | None, ends: Tensor | None,
+    pre: Tensor | None, text_len: int, activation: str, rows: bool, weights: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(dx, dup, dup_bias, ddown, ddown_bias, dshare); what is not there, or not wanted, is empty.
+
+    Gradients of the experts' weights are (num_experts, …). `rows`: the gradient of x is wanted;
+    `weights`: those of the weights are.
+    """
+    up, down = _alike(up), _alike(down)
+    dout, x = _flat(dout), _flat(x)
+    plan = _plan(x, up, down, index, activation, dout)
+    # The pre-activation's tile lies beside the gradient's: half as wide, both stay in registers.
+    halved = plan._replace(BLOCK_COLS=max(16, plan.BLOCK_COLS // 2))
+    groups = _groups(x, order, ends, text_len)
+    pairs, width = x.shape[0] * x.shape[1] * plan.TOP_K, up[0].shape[0]
+
+    def new(*shape: int, when: bool = True, like: Tensor = x) -> Tensor:
+        return torch.empty(shape if when else (0,), dtype=like.dtype, device=x.device)
+
+    dx = new(*x.shape, when=rows)
+    dup, ddown = (new(len(w), *w[0].shape, when=weights) for w in (up, down))
+    dup_bias, ddown_bias = (
+        new(len(b), *(b[0].shape if b else ()), when=weights and bool(b))
+        for b in (up_bias, down_bias)
+    )
+    if share is not None:
+        wide = torch.promote_types(share.dtype, torch.float32)
+        cols = triton.cdiv(plan.FFN_DIM, halved.BLOCK_COLS)
+        dshare = torch.zeros((cols, pairs), dtype=wide, device=x.device)
+    if x.numel() == 0:
+        empty = x.new_empty((0,)) if share is None else torch.zeros_like(share)
+        grads = (g.zero_() for g in (dup, dup_bias, ddown, ddown_bias))
+        return dx, *grads, empty
+    dpre = new(pairs, width)
+    hidden = new(pairs, plan.FFN_DIM) if weights else None
+    tiles = _tiles(plan, groups)
+    given = None if share is None else share.contiguous()
+    with on_device(x):
+        hidden_grad_kernel[_grid(halved, tiles, plan.FFN_DIM)](
+            dpre, hidden, None if share is None else dshare, _rows(dout, plan), _rows(x, plan),
+            pre, groups, _experts(up, plan), _biases(up_bias), _experts(down, plan),
+            _biases(down_bias), given, tiles, pairs, P=halved, **_options(halved),
+        )  # fmt: skip
+        if rows:
+            _to_tokens(dx, dpre, groups, up, (), None, [Rows(None, 0, 0, 1)] * 3, tiles, plan,
+                       transposed=True)  # fmt: skip
+        if weights:
+            _weight_grad(dup, dup_bias, _compact(dpre, plan), _rows(x, plan), None, groups, False,
+                         plan)  # fmt: skip
+            _weight_grad(ddown, ddown_bias, _rows(dout, plan), _compact(hidden, plan), given,
+                         groups, True, plan)  # fmt: skip
+    if share is None:
+        return dx, dup, dup_bias, ddown, ddown_bias, x.new_empty((0,))
+    return dx, dup, dup_bias, ddown, ddown_bias, dshare.sum(0).to(share.dtype).view(share.shape)
+
+
+def _weight_grad(
+    dweight: Tensor, dbias: Tensor, left: Rows, right: Rows, share: Tensor | None, groups: Groups,
+    left_tokens: bool, plan: Plan,
+) -> None:  # fmt: skip
+    experts, rows, cols = dweight.shape
+    grid = experts * triton.cdiv(rows, plan.BLOCK_ROWS) * triton.cdiv(cols, plan.BLOCK_COLS)
+    weight_grad_kernel[(grid,)](
+        dweight, dbias if dbias.numel() else None, left, right, share, groups,
+        ROWS=rows, COLS=cols, LEFT_TOKENS=left_tokens, P=plan, **_options(plan),
+    )  # fmt: skip
+
+
+def _flat(x: Tensor) -> Tensor:
+    """With samples evenly spaced, so that a token is one number; a copy only if they are not."""
+    even = x.shape[0] <= 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    return x if even else x.contiguous()

@@ -1,0 +1,355 @@
+"""The door: checks, the choice of the way, and the torch ops behind it with their gradients."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _backend, _checks
+from . import dense
+from .choices import chosen
+from .reference import ACTIVATIONS, Weights, expert_ffn_reference
+from .routes import routes
+
+ROWS = ("batch", "seqlen", "dim")
+CHOICES = ("batch", "seqlen", "top_k")
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_EXPERTS = 64  # pointers that a launch takes, and selects that find the right one
+GEMMS = ("auto", "grouped", "dense")
+
+# In the schemas below text_len is a SymInt: one compiled graph serves all lengths of text.
+
+EXPERTS = "Tensor[] up, Tensor[] up_bias, Tensor[] down, Tensor[] down_bias"
+SETTINGS = "SymInt text_len, str activation"
+
+
+# --- cogvx::expert_ffn -----------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "cogvx::expert_ffn",
+    mutates_args=(),
+    schema=f"(Tensor x, {EXPERTS}, Tensor? index, Tensor? weight, Tensor? residual, Tensor? gate,"
+    f" Tensor? text_gate, {SETTINGS}, bool recompute, str gemm) -> (Tensor, Tensor)",
+)
+def _expert_ffn(x, up, up_bias, down, down_bias, index, weight, *rest):
+    """The result, and the pre-activation of each (token, choice) pair if it is kept, else empty."""
+    *residuals, text_len, activation, recompute, gemm = rest
+    experts = tuple(up), tuple(up_bias), tuple(down), tuple(down_bias)
+    settings = text_len, activation, not recompute
+    if _way(gemm, x, up, index) == "dense":
+        return dense.expert_ffn_fwd(x, *experts, *residuals, *settings)
+    from . import kernel
+
+    routed = (None, None) if index is None else routes(index, len(up))
+    return kernel.expert_ffn_fwd(x, *experts, index, weight, *routed, *residuals, *settings)
+
+
+@_expert_ffn.register_fake
+def _(x, up, up_bias, down, down_bias, index, weight, *rest):
+    *_, recompute, _ = rest
+    pairs = x.shape[0] * x.shape[1] * (1 if index is None else index.shape[2])
+    return x.new_empty(x.shape), x.new_empty((0,) if recompute else (pairs, up[0].shape[0]))
+
+
+def _setup(ctx, inputs, output):
+    x, up, up_bias, down, down_bias, index, weight, *_, text_len, activation, recompute, gemm = (
+        inputs
+    )
+    ctx.lengths = len(up), len(up_bias), len(down), len(down_bias)
+    ctx.settings = text_len, activation
+    ctx.gemm = gemm
+    pre = None if recompute else output[1]
+    ctx.save_for_backward(x, index, weight, pre, *up, *up_bias, *down, *down_bias)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, _):
+    x, index, weight, pre, *flat = ctx.saved_tensors
+    experts = []
+    for length in ctx.lengths:
+        experts.append(flat[:length])
+        flat = flat[length:]
+    needs = ctx.needs_input_grad
+    of_weights = any(any(need) if isinstance(need, list | tuple) else need for need in needs[1:5])
+    if dout is None:
+        return None, *([None] * n for n in ctx.lengths), *(None,) * 9
+    dx, *grads, dweight = _expert_ffn_grads(
+        dout, x, *experts, index, weight, pre, *ctx.settings, needs[0], of_weights, ctx.gemm
+    )
+    lists = (
+        list(grad.unbind(0)) if of_weights and length else [None] * length
+        for grad, length in zip(grads, ctx.lengths, strict=True)
+    )
+    dweight = None if weight is None else dweight
+    return dx if needs[0] else None, *lists, None, dweight, *(None,) * 7
+
+
+_expert_ffn.register_autograd(_backward, setup_context=_setup)
+
+
+def _way(gemm, x, up, index):
+    """Who multiplies: asked where it is known on what device, which a compiler's trace is not."""
+    if gemm != "auto":
+        return gemm
+    return "grouped" if index is not None else chosen(x, up[0], len(up))
+
+
+@torch.library.custom_op(
+    "cogvx::expert_ffn_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor x, {EXPERTS}, Tensor? index, Tensor? weight, Tensor? pre,"
+    f" {SETTINGS}, bool rows, bool weights, str gemm)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _expert_ffn_grads(dout, x, up, up_bias, down, down_bias, index, weight, pre, *settings):
+    *settings, gemm = settings
+    experts = tuple(up), tuple(up_bias), tuple(down), tuple(down_bias)
+    if _way(gemm, x, up, index) == "dense":
+        return dense.expert_ffn_bwd(dout, x, *experts, pre, *settings)
+    from . import kernel
+
+    routed = (None, None) if index is None else routes(index, len(up))
+    return kernel.expert_ffn_bwd(dout, x, *experts, weight, index, *routed, pre, *settings)
+
+
+@_expert_ffn_grads.register_fake
+def _(dout, x, up, up_bias, down, down_bias, index, weight, pre, *settings):
+    *_, rows, weights, _ = settings
+    nothing = (0,)
+    shapes = [
+        (len(tensors), *tensors[0].shape) if tensors and weights else nothing
+        for tensors in (up, up_bias, down, down_bias)
+    ]
+    return (
+        x.new_empty(x.shape if rows else nothing),
+        *(x.new_empty(shape) for shape in shapes),
+        x.new_empty(nothing) if weight is None else weight.new_empty(weight.shape),
+    )
+
+
+# --- checks ----------------------------------------------------------------------------------
+
+
+def _listed(op: str, name: str, value: Weights | None, dims: Sequence[str]) -> tuple[Tensor, ...]:
+    """One tensor for each expert, none if there are none."""
+    if value is None:
+        return ()
+    if isinstance(value, Tensor):
+        _checks.tensor(op, name, value, ("num_experts", *dims))
+        return value.unbind(0)
+    if not isinstance(value, Sequence) or isinstance(value, str) or not len(value):
+        raise TypeError(
+            f"{op}: {name} must be a tensor (num_experts, {', '.join(dims)}), or a sequence of "
+            f"tensors ({', '.join(dims)}); got {_checks.describe(value)}"
+        )
+    return tuple(_checks.tensor(op, name, one, dims) for one in value)
+
+
+def _check_experts(
+    op: str,
+    x: Tensor,
+    activation: str,
+    up: tuple[Tensor, ...],
+    up_bias: tuple[Tensor, ...],
+    down: tuple[Tensor, ...],
+    down_bias: tuple[Tensor, ...],
+) -> None:
+    _checks.choice(op, "activation", activation, tuple(ACTIVATIONS))
+    if not up:
+        raise ValueError(f"{op}: up must hold at least one expert; got none")
+    dim, (rows, _) = x.shape[2], up[0].shape
+    if activation == "swiglu" and rows % 2:
+        raise ValueError(
+            f'{op}: up must have an even number of rows for activation="swiglu", values and then '
+            f"gates; got {tuple(up[0].shape)}"
+        )
+    ffn_dim = rows // 2 if activation == "swiglu" else rows
+    wanted = {
+        "up": (up, (rows, dim), f"(ffn_dim, dim) for x of shape {tuple(x.shape)}"),
+        "up_bias": (up_bias, (rows,), "(ffn_dim,) as up has rows"),
+        "down": (down, (dim, ffn_dim), f"(dim, ffn_dim) for up {tuple(up[0].shape)}"),
+        "down_bias": (down_bias, (dim,), f"(dim,) for x of shape {tuple(x.shape)}"),
+    }
+    for name, (tensors, shape, why) in wanted.items():
+        if len(tensors) not in (len(up), 0 if name.endswith("bias") else len(up)):
+            raise ValueError(
+                f"{op}: {name} must hold one tensor for each of the {len(up)} experts of up; "
+                f"got {len(tensors)}"
+            )
+        for one in tensors:
+            _checks.dtype(op, name, one, (x.dtype,))
+            _checks.same_device(op, name, one, "x", x)
+            _checks.shape(op, name, one, shape, f"of each expert {why}")
+
+
+def _check_index(op: str, x: Tensor, index: Tensor | None, weight: Tensor | None) -> None:
+    if index is None:
+        if weight is not None:
+            raise ValueError(f"{op}: weight must be None without an index; got a tensor")
+        return
+    dims = ", ".join(CHOICES)
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"{op}: index must be an int32 or int64 tensor ({dims}); got {_checks.describe(index)}"
+        )
+    if index.dim() != 3 or index.shape[:2] != x.shape[:2] or not index.shape[2]:
+        raise ValueError(
+            f"{op}: index must be ({dims}) for x of shape {tuple(x.shape)}, with a top_k of at "
+            f"least 1; got {tuple(index.shape)}"
+        )
+    _checks.same_device(op, "index", index, "x", x)
+    if weight is not None:
+        _checks.tensor(op, "weight", weight, CHOICES)
+        _checks.dtype(op, "weight", weight, (x.dtype, torch.float32))
+        _checks.same_device(op, "weight", weight, "x", x)
+        _checks.shape(op, "weight", weight, index.shape, "the shape of index")
+
+
+def _check_residual(
+    op: str,
+    x: Tensor,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    text_gate: Tensor | None,
+    text_len: int,
+    inputs: Sequence[Tensor | None],
+) -> None:
+    """Raises RuntimeError if a gradient would be cut: that of the gates needs what is not kept."""
+    if residual is None:
+        for name, value in (("gate", gate), ("text_gate", text_gate)):
+            if value is not None:
+                raise ValueError(f"{op}: {name} must be None without a residual; got a tensor")
+        return
+    _checks.tensor(op, "residual", residual, ROWS)
+    _checks.shape(op, "residual", residual, x.shape, "the shape of x")
+    gates = (("gate", gate, x.shape[1] - text_len), ("text_gate", text_gate, text_len))
+    for name, value, tokens in gates:
+        if value is None:
+            if tokens:
+                raise ValueError(
+                    f"{op}: {name} must be (batch, dim) for the {tokens} tokens of its modality; "
+                    "got None"
+                )
+            continue
+        _checks.tensor(op, name, value, ("batch", "dim"))
+        _checks.shape(op, name, value, (x.shape[0], x.shape[2]), "(batch, dim)")
+    for name, value in (("residual", residual), ("gate", gate), ("text_gate", text_gate)):
+        if value is not None:
+            _checks.dtype(op, name, value, (x.dtype,))
+            _checks.same_device(op, name, value, "x", x)
+    if torch.is_grad_enabled() and any(
+        value is not None and value.requires_grad for value in (residual, gate, text_gate, *inputs)
+    ):
+        raise RuntimeError(
+            f"{op}: residual is for inference, and a gradient is asked for: use gated_residual, or "
+            "torch.no_grad()"
+        )
+
+
+def _reason(x: Tensor, experts: int) -> str | None:
+    """Why the kernel cannot run, or None."""
+    if x.dtype not in KERNEL_DTYPES:
+        names = ", ".join(_checks.dtype_name(d) for d in KERNEL_DTYPES)
+        return f"x is {_checks.dtype_name(x.dtype)}; the kernel takes {names}"
+    if experts > KERNEL_EXPERTS:
+        return f"there are {experts} experts; the kernel takes up to {KERNEL_EXPERTS}"
+    return _backend.triton_reason("x", x)
+
+
+# --- the public function ---------------------------------------------------------------------
+
+
+def expert_ffn(
+    x: Tensor,
+    up: Weights,
+    up_bias: Weights | None,
+    down: Weights,
+    down_bias: Weights | None,
+    index: Tensor | None = None,
+    weight: Tensor | None = None,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    text_gate: Tensor | None = None,
+    *,
+    text_len: int = 0,
+    activation: str = "gelu_tanh",
+    recompute: bool = True,
+    gemm: str = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """A feed-forward, up, activation and down, each token of a joint sequence through its experts.
+
+    Args:
+        x: (batch, seqlen, dim), text first; fp32, fp16 or bf16, any strides.
+        up: (num_experts, ffn_dim, dim), or a sequence of num_experts tensors (ffn_dim, dim), such
+            as the weights of linear layers; of x's dtype, any strides. For "swiglu" 2 · ffn_dim
+            rows: values, and then gates.
+        up_bias: (num_experts, ffn_dim), or a sequence of (ffn_dim,), or None.
+        down: (num_experts, dim, ffn_dim), or a sequence of (dim, ffn_dim).
+        down_bias: (num_experts, dim), or a sequence of (dim,), or None.
+        index: (batch, seqlen, top_k) int32 or int64: the experts of each token. A number below 0
+            or from num_experts on is no expert and adds nothing. No token is dropped and no
+            expert has a capacity; one may have no token. None: a single expert serves all
+            tokens, and of two the first serves text and the second video.
+        weight: (batch, seqlen, top_k), x's dtype or fp32: how much of each; None for 1.
+        residual: the shape of x; the result is then residual + gate · it, in the same pass. For
+            inference: it raises where a gradient is asked for.
+        gate, text_gate: (batch, dim), of video and of text.
+        text_len: number of text tokens.
+        activation: "gelu_tanh", "gelu" (exact) or "swiglu".
+        recompute: what the backward has besides its arguments. True: nothing, it computes the
+            pre-activation again (a product of three in the backward becomes four). False: the
+            pre-activation, batch · seqlen · top_k rows as wide as up has rows, in x's dtype; at
+            5B, 49 frames of 480x720 and batch 2 that is 874 MB a layer in bf16.
+        gemm: "grouped", one Triton launch for each product, over all experts; "dense", torch's
+            own matrix products (cuBLAS), expert by expert and without an index; "auto", the
+            faster, by the measurements in `choices.py`.
+        backend: "auto", "kernel" or "reference".
+
+    Returns:
+        (batch, seqlen, dim), new, contiguous, of x's dtype. The hidden activation, what each of a
+        token's experts gives, and the result are each rounded once.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+        RuntimeError: backend="kernel" and the kernel cannot run; or a residual under grad.
+
+    Where dense wins: one expert for all tokens is a plain matrix product, for which no Triton
+    kernel is expected to beat cuBLAS. Grouped saves launches, copies and the tail of small
+    products where experts are several.
+
+    Source: arXiv 1706.03762, section 3.3; arXiv 2311.03079, section 2.1; arXiv 2002.05202.
+    """
+    op = "expert_ffn"
+    _checks.tensor(op, "x", x, ROWS)
+    _checks.integer(op, "text_len", text_len, 0, x.shape[1], "(the seqlen of x)")
+    experts = (
+        _listed(op, "up", up, ("ffn_dim", "dim")),
+        _listed(op, "up_bias", up_bias, ("ffn_dim",)),
+        _listed(op, "down", down, ("dim", "ffn_dim")),
+        _listed(op, "down_bias", down_bias, ("dim",)),
+    )
+    _check_experts(op, x, activation, *experts)
+    _check_index(op, x, index, weight)
+    count = len(experts[0])
+    if index is None and count > 2:
+        raise ValueError(
+            f"{op}: index must say which of the {count} experts each token goes to; got None"
+        )
+    _check_residual(
+        op, x, residual, gate, text_gate, text_len, [x, weight, *(w for e in experts for w in e)]
+    )
+    _checks.flag(op, "recompute", recompute)
+    _checks.choice(op, "gemm", gemm, GEMMS)
+    if gemm == "dense" and index is not None:
+        raise ValueError(f'{op}: gemm must be "grouped" or "auto" with an index; got "dense"')
+    arguments = (x, *experts, index, weight, residual, gate, text_gate)
+    if _backend.choose(backend, op, _reason(x, count), x):
+        return _expert_ffn(*arguments, text_len, activation, recompute, gemm)[0]
+    biases = (experts[1] or None, experts[3] or None)
+    return expert_ffn_reference(
+        x, experts[0], biases[0], experts[2], biases[1], *arguments[5:],
+        text_len=text_len, activation=activation,
+    )  # fmt: skip

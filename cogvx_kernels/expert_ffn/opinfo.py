@@ -1,0 +1,212 @@
+"""The promise of `expert_ffn`: samples, costs, budgets."""
+
+import math
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from .._opinfo import Budget, Cost, OpInfo, Sample, Size, TensorSpec
+from .op import expert_ffn
+from .reference import expert_ffn_reference
+from .routes import routes
+
+LAYOUTS = ("contiguous", "packed", "transposed", "offset", "strided", "expanded")
+WEIGHTS = ("contiguous", "transposed", "chunk", "offset", "strided")
+
+
+def _sample(
+    reason: str,
+    batch: int = 1,
+    text_len: int = 2,
+    video_len: int = 4,
+    dim: int = 64,
+    ffn_dim: int = 32,
+    experts: int = 2,
+    top_k: int = 0,
+    below: int = 0,
+    share: bool = True,
+    biases: str = "ud",
+    activation: str = "gelu_tanh",
+    layout: str = "contiguous",
+    weights: str = "contiguous",
+    wide: bool = False,
+) -> Sample:
+    """top_k 0 is no index; an index is `below` a number, the number of experts unless it is given.
+
+    biases  letters of "u" for up and "d" for down
+    wide    weights of the choices in fp32
+    """
+    seqlen = text_len + video_len
+    rows = 2 * ffn_dim if activation == "swiglu" else ffn_dim
+    chosen = (batch, seqlen, top_k)
+    index = TensorSpec(chosen, "index", below=below or experts) if top_k else None
+    much = TensorSpec(chosen, "few", dtype="wide" if wide else None) if top_k and share else None
+    arguments: dict[str, Any] = {
+        "x": TensorSpec((batch, seqlen, dim), "few", layout),
+        "up": TensorSpec((experts, rows, dim), "lifted", weights),
+        "up_bias": TensorSpec((experts, rows), "lifted") if "u" in biases else None,
+        "down": TensorSpec((experts, dim, ffn_dim), "matrix", weights),
+        "down_bias": TensorSpec((experts, dim), "few") if "d" in biases else None,
+        "index": index,
+        "weight": much,
+        "text_len": text_len,
+        "activation": activation,
+    }
+    # A SiLU is never exactly a step, and an exact GELU is one where a tanh is not.
+    return Sample(reason, arguments, exact=activation == "gelu_tanh")
+
+
+CASES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("two of four experts for each token", {"experts": 4, "top_k": 2, "batch": 2}),
+    ("an expert of text and one of video", {"batch": 2}),
+    ("one expert for all", {"experts": 1}),
+    ("one of three experts", {"experts": 3, "top_k": 1}),
+    ("no text", {"text_len": 0}),
+    ("no video", {"text_len": 4, "video_len": 0}),
+    ("one token", {"text_len": 0, "video_len": 1}),
+    ("no tokens", {"text_len": 0, "video_len": 0}),
+    ("no batch", {"batch": 0}),
+    ("no tokens to choose", {"text_len": 0, "video_len": 0, "top_k": 2}),
+    ("experts without a token", {"experts": 5, "top_k": 2, "below": 2}),
+    ("numbers that are no expert", {"experts": 2, "top_k": 2, "below": 4}),
+    ("no expert at all, now and then", {"experts": 2, "top_k": 1, "below": 3, "biases": ""}),
+    ("as much of each expert", {"experts": 3, "top_k": 2, "share": False}),
+    ("fp32 weights", {"experts": 3, "top_k": 1, "wide": True}),
+    ("no biases", {"biases": ""}),
+    ("bias up", {"biases": "u"}),
+    ("bias down", {"biases": "d", "experts": 2, "top_k": 1}),
+    ("exact GELU", {"activation": "gelu"}),
+    ("SwiGLU", {"activation": "swiglu", "batch": 2}),
+    ("SwiGLU, two experts of each token", {"activation": "swiglu", "experts": 3, "top_k": 2}),
+    ("more tokens than a tile", {"text_len": 5, "video_len": 150, "dim": 32}),
+    ("more rows of an expert than a tile", {"text_len": 0, "video_len": 150, "top_k": 2}),
+    ("wider than a tile", {"dim": 160, "ffn_dim": 200}),
+    ("wider than a tile, SwiGLU", {"dim": 40, "ffn_dim": 144, "activation": "swiglu"}),
+    ("odd widths", {"dim": 17, "ffn_dim": 33, "experts": 2, "top_k": 1}),
+    ("rows of a packed tensor", {"layout": "packed", "batch": 2}),
+    ("dims before tokens", {"layout": "transposed", "batch": 2}),
+    ("odd storage offset", {"layout": "offset", "weights": "offset"}),
+    ("every other dim", {"layout": "strided", "weights": "strided", "experts": 2, "top_k": 1}),
+    ("expanded batch", {"layout": "expanded", "batch": 3}),
+    ("weights the other way about", {"weights": "transposed"}),
+    ("weights packed", {"weights": "chunk", "experts": 3, "top_k": 2}),
+)
+
+
+def _random(rng: random.Random) -> dict[str, Any]:
+    top_k = rng.choice((0, 0, 1, 2, 3))
+    experts = rng.choice((1, 2, 2)) if not top_k else rng.choice((1, 2, 3, 5))
+    return {
+        "batch": rng.choice((1, 1, 2)),
+        "text_len": rng.choice((0, 1, 2, 7)),
+        "video_len": rng.choice((0, 1, 3, 18)),
+        "dim": rng.choice((16, 17, 40, 64, 100)),
+        "ffn_dim": rng.choice((16, 33, 64, 144)),
+        "experts": experts,
+        "top_k": top_k,
+        "below": rng.choice((0, 0, 1, experts + 2)),
+        "share": rng.random() < 0.7,
+        "biases": "".join(letter for letter in "ud" if rng.random() < 0.7),
+        "activation": rng.choice(("gelu_tanh", "gelu_tanh", "gelu", "swiglu")),
+        "layout": rng.choice(LAYOUTS),
+        "weights": rng.choice(WEIGHTS),
+        "wide": rng.random() < 0.5,
+    }
+
+
+def _at_size(size: Size, experts: int = 1, top_k: int = 0) -> Sample:
+    """As a block has it: four times as wide inside."""
+    dim = size.nheads * size.headdim
+    return _sample(
+        "a model's size",
+        batch=size.batch,
+        text_len=size.text_len,
+        video_len=size.video_len,
+        dim=dim,
+        ffn_dim=4 * dim,
+        experts=experts,
+        top_k=top_k,
+        wide=True,
+    )
+
+
+def _cost(arguments: Mapping[str, Any]) -> tuple[Cost, Cost]:
+    """Forward: all arguments and the result, and two products. Backward: four products more.
+
+    The least: everything that lies outside the chip once, the hidden activation not at all.
+    """
+    x, down, index = arguments["x"], arguments["down"], arguments["index"]
+    tokens = math.prod(x.shape[:2]) * (1 if index is None else index.shape[2])
+    products = math.prod(arguments["up"].shape[1:]) + math.prod(down.shape[1:])
+    tensors = [v for v in arguments.values() if hasattr(v, "element_size")]
+    moved = sum(_bytes(v) for v in tensors)
+    flops = 2 * tokens * products
+    return Cost(moved + _bytes(x), flops), Cost(2 * moved, 2 * flops)
+
+
+def _bytes(x: Any) -> int:
+    return int(math.prod(x.shape) * x.element_size())
+
+
+def _launch(kernel: Any, a: Mapping[str, Any]) -> None:
+    """Forward and backward, with and without the pre-activation; and the residual."""
+
+    def listed(name: str) -> tuple[Any, ...]:
+        return () if a[name] is None else a[name].unbind(0)
+
+    x, index, share = a["x"], a["index"], a["weight"]
+    experts = listed("up"), listed("up_bias"), listed("down"), listed("down_bias")
+    order, ends = (None, None) if index is None else routes(index, len(a["up"]))
+    settings = a["text_len"], a["activation"]
+    no_residual = (None, None, None)
+    residual = x, x[:, 0], x[:, 0]
+    for residuals, keep in ((no_residual, True), (residual, False)):
+        if residuals is no_residual or x.numel():
+            _, pre = kernel.expert_ffn_fwd(
+                x, *experts, index, share, order, ends, *residuals, *settings, keep
+            )
+            kernel.expert_ffn_bwd(
+                x, x, *experts, share, index, order, ends, pre if keep else None, *settings,
+                True, True,
+            )  # fmt: skip
+
+
+_SIZES = ("2b-480x720-49f", "5b-480x720-49f", "1.5-5b-768x1360-81f", "card-480x720-49f")
+
+
+# A tile of 128 x 128 in fp32 is 64 registers of each of 256 threads, two of 128 x 64 as many and
+# then the slopes. AMD's matrix units leave four numbers of a row to a thread: 64 bits of bf16.
+_REGISTERS = {
+    "_up_kernel": 184,
+    "_down_kernel": 232,
+    "hidden_grad_kernel": 248,
+    "weight_grad_kernel": 184,
+}
+_BUDGETS = tuple(
+    Budget(kernel, size, registers, shared=100 * 1024, access=64, narrow=160)
+    for size in _SIZES
+    for kernel, registers in _REGISTERS.items()
+)
+
+
+EXPERT_FFN = OpInfo(
+    name="expert_ffn",
+    op=expert_ffn,
+    reference=expert_ffn_reference,
+    samples=tuple(_sample(reason, **case) for reason, case in CASES),
+    random_sample=lambda rng: _sample("fuzz", **_random(rng)),
+    at_size=_at_size,
+    conventions={
+        "text and video experts": lambda size: _at_size(size, 2),
+        "4 experts, top-1": lambda size: _at_size(size, 4, 1),
+        "4 experts, top-2": lambda size: _at_size(size, 4, 2),
+    },
+    tokens=("x", "index", "weight"),
+    differentiable=("x", "up", "up_bias", "down", "down_bias", "weight"),
+    products=True,
+    rounds_between=True,
+    cost=_cost,
+    torch_ops=("expert_ffn", "expert_ffn_backward"),
+    launch=_launch,
+    budgets=_BUDGETS,
+)

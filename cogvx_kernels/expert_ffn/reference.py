@@ -1,0 +1,92 @@
+"""The law: a feed-forward of two linear layers, each token through its own experts.
+
+Straight-line torch. It computes in at least fp32 and rounds to the dtype of its input what has to
+lie in memory: the hidden activation, between the two products; where a token has several experts,
+what each of them gives; and the result. Gradients come from autograd.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import modality
+
+Weights = Tensor | Sequence[Tensor]
+
+
+def swiglu(pre: Tensor) -> Tensor:
+    """Values times SiLU of gates; the last dim holds the values and then the gates."""
+    values, gates = pre.chunk(2, -1)
+    return values * F.silu(gates)
+
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+    "swiglu": swiglu,
+}
+
+
+def expert_ffn_reference(
+    x: Tensor,
+    up: Weights,
+    up_bias: Weights | None,
+    down: Weights,
+    down_bias: Weights | None,
+    index: Tensor | None = None,
+    weight: Tensor | None = None,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    text_gate: Tensor | None = None,
+    *,
+    text_len: int = 0,
+    activation: str = "gelu_tanh",
+) -> Tensor:
+    """The sum over a token's experts e of weight · (act(x · up[e]ᵀ + up_bias[e]) · down[e]ᵀ + …).
+
+    x                  (batch, seqlen, dim), text first
+    up, up_bias        (num_experts, ffn_dim, dim), (num_experts, ffn_dim) or None; for "swiglu"
+                       twice as many rows, values and then gates
+    down, down_bias    (num_experts, dim, ffn_dim), (num_experts, dim) or None
+    index, weight      (batch, seqlen, top_k): the experts of each token, and how much of each, or
+                       None for 1; a number that is no expert adds nothing
+    residual           the shape of x: the result is residual + gate · it
+    gate, text_gate    (batch, dim), of video and of text
+    returns            the shape and dtype of x
+
+    Without an index one expert serves all tokens, or the first of two serves text and the second
+    video. Source: Vaswani et al. (arXiv 1706.03762), section 3.3; experts of a modality: CogVLM
+    (arXiv 2311.03079), section 2.1; SwiGLU: Shazeer (arXiv 2002.05202).
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+
+    def linear(tokens: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        bias = None if bias is None else bias.to(wide)
+        return F.linear(tokens.to(wide), matrix.to(wide), bias)
+
+    def expert(e: int, tokens: Tensor) -> Tensor:
+        pre = linear(tokens, up[e], None if up_bias is None else up_bias[e])
+        hidden = ACTIVATIONS[activation](pre).to(x.dtype)
+        return linear(hidden, down[e], None if down_bias is None else down_bias[e])
+
+    if index is None:
+        parts = modality.split(x, text_len) if len(up) == 2 else (x,)
+        y = torch.cat([expert(e, tokens) for e, tokens in enumerate(parts)], 1)
+    else:
+        y = torch.zeros_like(x, dtype=wide)
+        for e in range(len(up)):
+            mine = index == e  # (batch, seqlen, top_k)
+            # A token that is not this expert's does not meet it: not even its infinities.
+            output = expert(e, torch.where(mine.any(-1, keepdim=True), x, 0))
+            for k in range(index.shape[2]):
+                part = output if weight is None else output * weight[..., k, None].to(wide)
+                y = y + torch.where(mine[..., k, None], part.to(x.dtype), 0)
+    if residual is not None:
+        text, video = modality.split(y, text_len)
+        text = text if text_gate is None else text * text_gate[:, None].to(wide)
+        video = video if gate is None else video * gate[:, None].to(wide)
+        y = residual.to(wide) + modality.join(text, video)
+    return y.to(x.dtype)

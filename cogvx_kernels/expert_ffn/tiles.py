@@ -1,0 +1,274 @@
+"""What a program holds, and where it lies: tiles of an expert's rows, of its weights, of products.
+
+The device functions of `kernel.py`. A tile of rows finds its expert by counting tiles, and each row
+its token; a product steps through the inner dim; activations come with their derivatives.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """A tensor (batch, seqlen, dim); strides of batch and seq are in units of ALIGN elements.
+
+    The product with a constant shows every compiler how far a row is aligned.
+    """
+
+    ptr: Tensor | None
+    batch: int
+    seq: int
+    dim: int
+
+
+class Experts(NamedTuple):
+    """A weight of every expert, (rows, cols) each and alike in strides, or a bias of each."""
+
+    ptrs: tuple[Tensor, ...]
+    row: int  # in units of ALIGN elements
+    col: int
+
+
+class Groups(NamedTuple):
+    """Which rows belong to which expert.
+
+    order, ends  the sorted pairs, and the end of each expert's among them; None without routing
+    seqlen       of the joint sequence
+    text_len     tokens of the first expert, if there are two and no routing
+    samples      of the batch
+    """
+
+    order: Tensor | None
+    ends: Tensor | None
+    seqlen: int
+    text_len: int
+    samples: int
+
+
+class Plan(NamedTuple):
+    """What is constant in a launch, and compiled into the kernel."""
+
+    EXPERTS: int
+    ROUTED: bool
+    TOP_K: int
+    DIM: int
+    FFN_DIM: int  # columns of the hidden activation
+    ACTIVATION: str
+    GATED: bool  # the pre-activation has twice as many columns: values, and then gates
+    BLOCK_ROWS: int
+    BLOCK_COLS: int
+    BLOCK_INNER: int
+    BAND: int
+    ALIGN: int  # elements that strides are multiples of
+    COMPUTE: tl.dtype
+
+
+# --- which rows, and where they lie ----------------------------------------------------------
+
+
+@triton.jit
+def rows_of(groups, group: tl.constexpr, P: tl.constexpr):
+    """Rows of an expert; the one after the last stands for the pairs without any."""
+    if P.ROUTED:
+        count = tl.load(groups.ends + tl.cast(group, tl.int64))
+        if group > 0:
+            count -= tl.load(groups.ends + tl.cast(group - 1, tl.int64))
+    elif P.EXPERTS == 1:
+        count = tl.cast(groups.samples, tl.int64) * groups.seqlen
+    elif group == 0:
+        count = tl.cast(groups.samples, tl.int64) * groups.text_len
+    else:
+        count = tl.cast(groups.samples, tl.int64) * (groups.seqlen - groups.text_len)
+    return count
+
+
+@triton.jit
+def locate(tile, groups, GROUPS: tl.constexpr, P: tl.constexpr):
+    """(expert, its first row among all, the tile's first row in it, its rows); -1: no expert."""
+    expert = tl.cast(-1, tl.int64)
+    first = tl.cast(0, tl.int64)
+    begin = tl.cast(0, tl.int64)
+    rows = tl.cast(0, tl.int64)
+    base = tl.cast(0, tl.int64)
+    tiles_before = tl.cast(0, tl.int64)
+    for group in tl.static_range(GROUPS):
+        count = rows_of(groups, group, P)
+        tiles = (count + (P.BLOCK_ROWS - 1)) // P.BLOCK_ROWS
+        inside = (tile >= tiles_before) & (tile < tiles_before + tiles)
+        expert = tl.where(inside, group, expert)
+        first = tl.where(inside, base, first)
+        begin = tl.where(inside, (tile - tiles_before) * P.BLOCK_ROWS, begin)
+        rows = tl.where(inside, count, rows)
+        base += count
+        tiles_before += tiles
+    return expert, first, begin, rows
+
+
+@triton.jit
+def pairs_of(groups, expert, first, row, P: tl.constexpr):
+    """The (token, choice) pairs of an expert's rows, counted through batch, sequence and choices.
+
+    Rows past the expert's last must not be asked for: their pairs need not exist.
+    """
+    if P.ROUTED:
+        pair = tl.load(groups.order + first + row)
+    elif P.EXPERTS == 1:
+        pair = row
+    else:
+        text_len = tl.cast(groups.text_len, tl.int64)
+        run = tl.where(expert == 0, text_len, groups.seqlen - text_len)
+        pair = row // run * groups.seqlen + tl.where(expert == 0, 0, text_len) + row % run
+    return pair
+
+
+@triton.jit
+def token_rows(x, groups, pair, P: tl.constexpr):
+    """Offset of each pair's token in a tensor of tokens."""
+    token = pair // P.TOP_K
+    sample, place = token // groups.seqlen, token % groups.seqlen
+    return (sample * x.batch + place * x.seq) * P.ALIGN
+
+
+@triton.jit
+def of_expert(ptrs, expert, P: tl.constexpr):
+    """The tensor of an expert, picked by selects: a branch would cost the loop its pipeline."""
+    EXPERTS: tl.constexpr = P.EXPERTS
+    ptr = ptrs[0]
+    for e in tl.static_range(1, EXPERTS):
+        ptr = tl.where(expert == e, ptrs[e], ptr)
+    return ptr
+
+
+@triton.jit
+def bias_of(ptrs, expert, cols, mask, P: tl.constexpr):
+    return tl.load(of_expert(ptrs, expert, P) + cols, mask=mask, other=0.0).to(P.COMPUTE)
+
+
+@triton.jit
+def tile_of(tiles, NCOLS: tl.constexpr, P: tl.constexpr):
+    """The tile of rows and the tile of columns of this program: bands of rows, column by column."""
+    program = tl.program_id(0).to(tl.int64)
+    WIDTH: tl.constexpr = P.BAND * NCOLS
+    band = program // WIDTH * P.BAND
+    height = tl.minimum(tiles - band, P.BAND)
+    within = program % WIDTH
+    return band + within % height, within // height
+
+
+# --- the product -----------------------------------------------------------------------------
+
+
+@triton.jit
+def product(
+    acc, a, a_step, b, b_step, cols_mask, INNER: tl.constexpr, EVEN: tl.constexpr, P: tl.constexpr
+):
+    """acc + a·b for addresses a (rows, block) and b (block, cols), stepping through INNER."""
+    inner = tl.arange(0, P.BLOCK_INNER)
+    for begin in range(0, INNER, P.BLOCK_INNER):
+        if EVEN and INNER % P.BLOCK_INNER == 0:
+            left = tl.load(a)
+            right = tl.load(b)
+        else:
+            mask = inner < INNER - begin
+            left = tl.load(a, mask=mask[None, :], other=0.0)
+            right = tl.load(b, mask=mask[:, None] & cols_mask[None, :], other=0.0)
+        acc = tl.dot(left, right, acc, input_precision="ieee", out_dtype=P.COMPUTE)
+        a += tl.cast(a_step, tl.int64) * P.BLOCK_INNER
+        b += tl.cast(b_step, tl.int64) * P.BLOCK_INNER
+    return acc
+
+
+@triton.jit
+def forth(acc, rows, step, ptrs, experts, expert, cols, mask, N: tl.constexpr,
+           INNER: tl.constexpr, P: tl.constexpr):  # fmt: skip
+    """acc + rows · weightᵀ: the columns are the weight's rows. `rows` are addresses."""
+    inner = tl.arange(0, P.BLOCK_INNER).to(tl.int64)
+    a = rows[:, None] + inner[None, :] * step
+    b = of_expert(ptrs, expert, P) + (
+        cols[None, :] * experts.row * P.ALIGN + inner[:, None] * experts.col
+    )
+    return product(acc, a, step, b, experts.col, mask, INNER, N % P.BLOCK_COLS == 0, P)
+
+
+@triton.jit
+def back(acc, rows, step, ptrs, experts, expert, cols, mask, N: tl.constexpr,
+          INNER: tl.constexpr, P: tl.constexpr):  # fmt: skip
+    """acc + rows · weight: the columns are the weight's own."""
+    inner = tl.arange(0, P.BLOCK_INNER).to(tl.int64)
+    a = rows[:, None] + inner[None, :] * step
+    b = of_expert(ptrs, expert, P) + (
+        inner[:, None] * experts.row * P.ALIGN + cols[None, :] * experts.col
+    )
+    step_b = tl.cast(experts.row, tl.int64) * P.ALIGN
+    return product(acc, a, step, b, step_b, mask, INNER, N % P.BLOCK_COLS == 0, P)
+
+
+# --- activations -----------------------------------------------------------------------------
+
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
+INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def activate(pre, gate, P: tl.constexpr):
+    """The activation of a pre-activation; `gate` is that of the gates, if there are some."""
+    if P.ACTIVATION == "gelu_tanh":
+        cube = pre * (1.0 + 0.044715 * pre * pre)
+        out = pre * sigmoid(cube * TWICE_SQRT_2_OVER_PI)
+    elif P.ACTIVATION == "gelu":
+        out = 0.5 * pre * (1.0 + tl.erf(pre * SQRT_HALF))
+    else:
+        out = pre * gate * sigmoid(gate)
+    return out
+
+
+@triton.jit
+def slopes(pre, gate, P: tl.constexpr):
+    """The activation's derivatives along pre and along gate."""
+    if P.ACTIVATION == "gelu_tanh":
+        square = pre * pre
+        s = sigmoid(pre * (1.0 + 0.044715 * square) * TWICE_SQRT_2_OVER_PI)
+        along = s + pre * s * (1.0 - s) * TWICE_SQRT_2_OVER_PI * (1.0 + 0.134145 * square)
+        along_gate = along
+    elif P.ACTIVATION == "gelu":
+        along = 0.5 * (1.0 + tl.erf(pre * SQRT_HALF))
+        along += pre * INV_SQRT_2PI * tl.exp(-0.5 * pre * pre)
+        along_gate = along
+    else:
+        s = sigmoid(gate)
+        along = gate * s
+        along_gate = pre * s * (1.0 + gate * (1.0 - s))
+    return along, along_gate
+
+
+@triton.jit
+def pre_activation(x, groups, pair, expert, up, up_bias, cols, mask, P: tl.constexpr):
+    """x · upᵀ + bias at some columns, and at the gates that belong to them."""
+    BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
+    BLOCK_COLS: tl.constexpr = P.BLOCK_COLS
+    rows = x.ptr + token_rows(x, groups, pair, P)
+    pre = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
+    pre = forth(pre, rows, x.dim, up.ptrs, up, expert, cols, mask, P.FFN_DIM, P.DIM, P)
+    if up_bias is not None:
+        pre += bias_of(up_bias, expert, cols, mask, P)[None, :]
+    gate = pre
+    if P.GATED:
+        cols += P.FFN_DIM
+        gate = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
+        gate = forth(gate, rows, x.dim, up.ptrs, up, expert, cols, mask, P.FFN_DIM, P.DIM, P)
+        if up_bias is not None:
+            gate += bias_of(up_bias, expert, cols, mask, P)[None, :]
+    return pre, gate
+
+
+@triton.jit
+def store(ptr, x, mask):
+    tl.store(ptr, x.to(ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,68 @@
+"""Calls of the ops, as the tests of every op make them: `test_contract` and those beside it."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cogvx_kernels import _backend, testing
+from cogvx_kernels._opinfo import OpInfo, Sample, TensorSpec
+from cogvx_kernels.testing import OPS, cotangents
+
+if not _backend.HAS_TRITON:
+    pytest.skip("the contract is about Triton kernels: Triton is missing", allow_module_level=True)
+
+interpreted = pytest.mark.skipif(not _backend.INTERPRETED, reason="looks into the interpreter")
+
+EVERY_OP = pytest.mark.parametrize("info", OPS.values(), ids=str)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def call(info: OpInfo, arguments: Mapping[str, Any], **options: Any) -> tuple[Tensor, ...]:
+    return testing.as_tuple(info.op(**arguments, backend="kernel", **options))
+
+
+def douts_of(info: OpInfo, arguments: Mapping[str, Any], seed: int = 0) -> tuple[Tensor, ...]:
+    return cotangents(testing.as_tuple(info.reference(**arguments)), seed)
+
+
+def tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
+
+
+def present(info: OpInfo, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the differentiable arguments that are there."""
+    return tuple(name for name in info.differentiable if arguments.get(name) is not None)
+
+
+def assert_same_bits(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], what: str) -> None:
+    assert ours.keys() == theirs.keys(), what
+    for name in ours:
+        a, b = ours[name].detach(), theirs[name].detach()
+        assert a.dtype == b.dtype and a.shape == b.shape, f"{what}: {name}"
+        bits = [x.flatten().contiguous().view(torch.uint8) for x in (a, b) if x.numel()]
+        assert not bits or torch.equal(*bits), f"{what}: {name} differs"
+
+
+def resized(info: OpInfo, sample: Sample, text_len: int, video_len: int) -> Sample:
+    """The sample at other lengths: seqlen is dim 1 of tokens, video_len dim 0 of tables."""
+    arguments = dict(sample.arguments)
+    for name, spec in sample.specs().items():
+        if spec.values in ("cos", "sin"):
+            shape = (video_len, *spec.shape[1:])
+        elif name in info.tokens:
+            shape = (spec.shape[0], text_len + video_len, *spec.shape[2:])
+        else:
+            shape = spec.shape
+        arguments[name] = dataclasses.replace(spec, shape=shape)
+    return dataclasses.replace(sample, arguments={**arguments, "text_len": text_len})
+
+
+def narrowed(info: OpInfo, name: str, spec: TensorSpec, width: int) -> TensorSpec:
+    """The same tensor with `width` dims for every 64: of tokens, of weights both ways."""
+    lengths = spec.shape[:2] if name in info.tokens else ()
+    widths = (n if n % 32 else n * width // 64 for n in spec.shape[len(lengths) :])
+    return dataclasses.replace(spec, shape=(*lengths, *widths))

@@ -1,0 +1,110 @@
+"""Torch's own checks of every op: registration, fake tensors, and what a compiler makes of it."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cogvx_kernels import testing
+from cogvx_kernels._opinfo import OpInfo
+from cogvx_kernels.testing import evaluate, materialize
+
+from .calls import EVERY_OP, call, douts_of, present, resized
+
+
+class Recorder(TorchDispatchMode):
+    """The calls of this project's torch ops, below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "cogvx":
+            self.calls.append((func, tuple(args)))
+        return func(*args, **(kwargs or {}))
+
+
+@EVERY_OP
+def test_opcheck(info, device):
+    """Schema, autograd registration, fake tensors, ahead-of-time tracing: of every torch op."""
+    seen = set()
+    for sample in info.samples[::3]:
+        arguments = materialize(sample, torch.float32, device=device)
+        recorder = Recorder()
+        with recorder:
+            evaluate(
+                info.op, arguments, info.differentiable, douts_of(info, arguments), backend="kernel"
+            )
+            for variant in info.variants:
+                if not any(spec.layout == "expanded" for spec in sample.specs().values()):
+                    with torch.no_grad():
+                        call(info, arguments, **variant)
+        for func, args in recorder.calls:
+            named = zip(func._schema.arguments, args, strict=True)
+            differentiable = func.name() == f"cogvx::{info.name}"
+            args = tuple(
+                copied(x, differentiable and a.name in info.differentiable) for a, x in named
+            )
+            torch.library.opcheck(func, args)
+            seen.add(func.name().removeprefix("cogvx::"))
+    assert seen == set(info.torch_ops)
+
+
+def copied(x: Any, requires_grad: bool) -> Any:
+    """A tensor, or each of a list; an empty one without its strides: opcheck cannot copy it."""
+    if isinstance(x, list):
+        return [copied(each, requires_grad) for each in x]
+    if not isinstance(x, Tensor):
+        return x
+    copy = x.detach().clone() if x.numel() else x.new_empty(x.shape)
+    return copy.requires_grad_(requires_grad)
+
+
+def training_step(info: OpInfo, names: tuple[str, ...], **constants: Any):
+    def step(*leaves: Tensor) -> Tensor:
+        outputs = call(info, {**constants, **dict(zip(names, leaves, strict=True))})
+        return sum(((i + 1) * x.float().sin()).sum() for i, x in enumerate(outputs))
+
+    return step
+
+
+@EVERY_OP
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_compiles_in_one_graph(info, device):
+    """torch.compile(fullgraph=True) with its default backend: loss and gradients as in eager."""
+    arguments = materialize(info.samples[0], torch.float32, device=device)
+    names = present(info, arguments)
+    constants = {n: x for n, x in arguments.items() if n not in names}
+    results = []
+    for wrap in (lambda f: f, lambda f: torch.compile(f, fullgraph=True)):
+        torch._dynamo.reset()
+        leaves = tuple(arguments[name].detach().requires_grad_() for name in names)
+        loss = wrap(training_step(info, names, **constants))(*leaves)
+        gradients = torch.autograd.grad(loss, leaves)
+        results.append([loss.detach(), *gradients])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@EVERY_OP
+@pytest.mark.filterwarnings("ignore")
+def test_compiles_once_for_many_lengths(info, device):
+    """dynamic=True: lengths of text and video change; one graph more, for a length of 1."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(info.op, fullgraph=True, dynamic=True, backend=counter)
+    graphs = []
+    for text_len, video_len in ((2, 3), (5, 2), (3, 7), (0, 4), (6, 1)):
+        sample = resized(info, info.samples[0], text_len, video_len)
+        arguments = materialize(sample, torch.float32, device=device)
+        with torch.no_grad():
+            ours = testing.as_tuple(compiled(**arguments, backend="kernel"))
+            expected = call(info, arguments)
+        for a, b in zip(ours, expected, strict=True):
+            assert torch.equal(a, b), (text_len, video_len)
+        graphs.append(counter.frame_count)
+    assert len(set(graphs[:-1])) == 1 and graphs[-1] <= graphs[0] + 1, f"{graphs} graphs"
