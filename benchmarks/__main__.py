@@ -14,7 +14,7 @@ import torch
 
 from cogvx_kernels.testing import OPS, SIZES
 
-from . import conditions, picture, report
+from . import conditions, inputs, picture, report
 from .providers import PROVIDERS, providers_of
 from .race import PASSES
 from .suite import Options, Outcome, Wrong, run
@@ -40,12 +40,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names:
         if name not in there_are:
             parser.error(f"argument --providers: no {name!r}; there are {', '.join(there_are)}")
+    calls = inputs.conventions(info, SIZES[size])
+    for name in arguments.conventions or []:
+        if name not in calls:
+            parser.error(f"argument --conventions: no {name!r}; there are {', '.join(calls)}")
     options = Options(
         dtype=getattr(torch, arguments.dtype or ("float32" if on_cpu else "bfloat16")),
         device=device,
         passes=PASSES if arguments.which == "both" else (arguments.which,),
         names=tuple(names),
         also=("compile-max-autotune",) if arguments.max_autotune else (),
+        conventions=tuple(arguments.conventions or ()),
         budget=0.1 if arguments.quick else 0.5,
     )
     if on_cpu:
@@ -81,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     add("--pass", dest="which", choices=(*PASSES, "both"), default="both", help="default: both")
     add("--providers", nargs="+", metavar="NAME", help="who, besides eager; see --list")
+    add("--conventions", nargs="+", metavar="NAME", help="which calls, of an op with several")
     add("--max-autotune", action="store_true", help="compile with max-autotune as well; slow")
     add("--out", type=Path, metavar="DIR", help="write JSON and a picture there, add to its CSV")
     add("--quick", action="store_true", help="a fifth of the time; for a first look")
@@ -98,8 +104,11 @@ def _list() -> str:
         f"  {p.name:<23}{p.note}{' (only if asked for by name)' if p.asked else ''}"
         for p in PROVIDERS
     ]
-    ops = [f"  {name}" for name in OPS]
-    return "\n".join(["ops", *ops, "sizes", *sizes, "providers", *providers])
+    ops = [
+        f"  {name:<23}{', '.join(inputs.conventions(info, SIZES['tiny']))}"
+        for name, info in OPS.items()
+    ]
+    return "\n".join(["ops, and their calls", *ops, "sizes", *sizes, "providers", *providers])
 
 
 def _command(arguments: Sequence[str]) -> str:

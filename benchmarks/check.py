@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cogvx_kernels.testing import OpInfo, Verdict, evaluate, judge
+from cogvx_kernels.testing import OpInfo, Verdict, evaluate, judge, to_double
 
 SLICE = 512  # tokens
 # For the tokens between the slices: the kernel may be off by the yardstick and an ulp, and the
@@ -68,10 +68,10 @@ class Law:
         span: tuple[int, int] | None,
     ) -> dict[str, Tensor]:
         if span is not None:
-            arguments = _cut(arguments, *span)
+            arguments = _cut(self.info, arguments, *span)
             douts = None if douts is None else tuple(x[:, slice(*span)] for x in douts)
-        wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
         wide_douts = None if douts is None else tuple(x.double() for x in douts)
+        wide = to_double(arguments)
         return evaluate(self.info.reference, wide, self.differentiable, wide_douts)
 
     def verdicts(self, results: Mapping[str, Tensor]) -> list[Verdict]:
@@ -91,7 +91,8 @@ class Law:
                 torch.cat([x[:, slice(*span)] for span in self.spans], 1)
                 for x in (result, yardstick)
             )
-            verdict = judge(name, *sliced, self.truth[name], between=between)
+            products = self.info.products
+            verdict = judge(name, *sliced, self.truth[name], products, between=between)
             if verdict.ok and self.spans != list(_every(self.seqlen)):
                 verdict = _with_the_rest(verdict, result, yardstick)
             verdicts.append(verdict)
@@ -115,7 +116,7 @@ def _every(seqlen: int | None) -> Iterator[tuple[int, int] | None]:
         yield start, min(start + step, seqlen)
 
 
-def _cut(arguments: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+def _cut(info: OpInfo, arguments: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
     """The same call on some of the tokens of the joint sequence, text first."""
     text_len = arguments["text_len"]
     video = slice(max(0, start - text_len), max(0, stop - text_len))
@@ -123,7 +124,7 @@ def _cut(arguments: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
     def part(name: str, x: Any) -> Any:
         if name in ("cos", "sin"):
             return x[video]
-        return x[:, start:stop] if isinstance(x, Tensor) and x.dim() > 2 else x
+        return x[:, start:stop] if name in info.tokens and x is not None else x
 
     cut = {name: part(name, x) for name, x in arguments.items()}
     return cut | {"text_len": max(0, min(stop, text_len) - start)}
@@ -138,13 +139,14 @@ def _with_the_rest(verdict: Verdict, result: Tensor, yardstick: Tensor) -> Verdi
     return replace(verdict, name=f"{verdict.name}, between the slices", error=gap, ok=False)
 
 
-def poison(arguments: Mapping[str, Any]) -> None:
-    """Leave NaN in the memory that the next outputs will probably get.
+def poison(info: OpInfo, arguments: Mapping[str, Any]) -> None:
+    """Leave NaN in the memory that the next outputs and gradients will probably get.
 
     A CUDA allocator hands a freed block out again, so that an output which nobody wrote could be
     the right one of a call before.
     """
-    big = [x for x in arguments.values() if isinstance(x, Tensor) and x.is_cuda and x.dim() > 2]
+    alike = [arguments.get(n) for n in dict.fromkeys((*info.tokens, *info.differentiable))]
+    big = [x for x in alike if x is not None and x.is_cuda and x.is_floating_point()]
     for x in [torch.full(x.shape, torch.nan, dtype=x.dtype, device=x.device) for x in 2 * big]:
         del x
 
@@ -156,7 +158,7 @@ def results_of(
     douts: tuple[Tensor, ...] | None,
 ) -> dict[str, Tensor]:
     """What a provider's function makes of the arguments: without a gradient if douts is None."""
-    poison(arguments)
+    poison(law.info, arguments)
     if douts is None:
         with torch.no_grad():
             return evaluate(function, arguments)

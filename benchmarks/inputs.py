@@ -1,5 +1,6 @@
 """The arguments that are timed: random, made on the device, at a model's size and layout."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,8 @@ def conventions(info: OpInfo, size: Size) -> dict[str, Sample]:
     """
     model = info.at_size(size)
     if info.name != "rope3d":
-        return {MODEL: model}
+        further = {name: at_size(size) for name, at_size in info.conventions.items()}
+        return {MODEL: model, **further}
     batch, _, *head = model.arguments["x"].shape
     x = replace(model.arguments["x"], shape=(batch, size.video_len, *head), layout="contiguous")
     changed = {"x": x, "text_len": 0, "interleaved": False}
@@ -37,14 +39,13 @@ def make(
     laid out packed are views of one projection.
     """
     random = torch.Generator(device).manual_seed(seed)
-    wide = torch.promote_types(dtype, torch.float32)
     packed: dict[tuple[int, ...], list[Tensor]] = {}
     arguments: dict[str, Any] = {}
     for name, spec in sample.arguments.items():
         if not isinstance(spec, TensorSpec):
             arguments[name] = spec
             continue
-        kind = wide if spec.dtype == "wide" else dtype
+        kind = spec.dtype_for(dtype)
         if spec.layout == "packed" and packed.get(spec.shape):
             tensor = packed[spec.shape].pop(0)
         elif spec.layout == "packed":
@@ -55,11 +56,14 @@ def make(
             tensor = LAYOUTS[spec.layout](
                 spec.shape, lambda shape, k=kind: torch.empty(shape, dtype=k, device=device)
             )
-        arguments[name] = _fill(tensor, spec.values, random)
+        arguments[name] = _fill(tensor, spec, random)
     return arguments
 
 
-def _fill(x: Tensor, values: str, random: torch.Generator) -> Tensor:
+def _fill(x: Tensor, spec: TensorSpec, random: torch.Generator) -> Tensor:
+    values = spec.values
+    if values == "index":
+        return x.random_(0, spec.below, generator=random)
     if values in ("cos", "sin"):  # of the same angles, in every set
         x.normal_(0, 7, generator=torch.Generator(x.device).manual_seed(0))
         return x.cos_() if values == "cos" else x.sin_()
@@ -69,6 +73,8 @@ def _fill(x: Tensor, values: str, random: torch.Generator) -> Tensor:
         x.mul_(row.uniform_(1, 2, generator=random)).add_(row.normal_(generator=random))
     elif values == "weight":
         x.div_(4).add_(1)
+    elif values == "matrix" or (values == "lifted" and x.dim() > 2):
+        x.div_(math.sqrt(x.shape[-1]))
     return x
 
 

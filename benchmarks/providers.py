@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,16 +16,10 @@ from cogvx_kernels._backend import INTERPRETED, triton_reason
 from cogvx_kernels.testing import OpInfo
 
 from .inputs import HALF_SPLIT, MODEL
-
-Function = Callable[..., Any]
-Arguments = Mapping[str, Any]
+from .peers import Arguments, Function, Maker, Unavailable, adaln, ffn, rope
 
 # The interpreter takes about a millisecond a program, of which there is one for each token.
 INTERPRETER_TOKENS = 4096
-
-
-class Unavailable(Exception):
-    """A provider cannot run here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +27,8 @@ class Provider:
     """Somebody to time.
 
     ours         held to the rule of numerics; another may err up to `OTHERS_MAY_ERR` times as much
-    conventions  keys of `inputs.conventions` it takes part in
+    ops          it is about; none for every op
+    conventions  keys of `inputs.conventions` it takes part in; none for every one
     passes       of "forward", "backward"
     overwrites   its arguments: they are made anew where they matter
     asked        runs only if asked for by name
@@ -45,7 +39,8 @@ class Provider:
     note: str
     make: Callable[[OpInfo, Arguments], Function]
     ours: bool = False
-    conventions: tuple[str, ...] = (MODEL, HALF_SPLIT)
+    ops: tuple[str, ...] = ()
+    conventions: tuple[str, ...] = ()
     passes: tuple[str, ...] = ("forward", "backward")
     overwrites: bool = False
     asked: bool = False
@@ -72,62 +67,30 @@ def _eager(info: OpInfo, arguments: Arguments) -> Function:
 
 
 def _compile(info: OpInfo, arguments: Arguments, mode: str | None = None) -> Function:
+    return _compiled(info.reference, mode)
+
+
+def _compiled(function: Function, mode: str | None = None) -> Function:
     torch.compiler.reset()  # no leftovers of the sizes and conventions before
     functorch_config.donated_buffer = False  # a graph that is kept cannot give its buffers away
-    return torch.compile(info.reference, fullgraph=True, dynamic=False, mode=mode)
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
 
-def _diffusers(info: OpInfo, arguments: Arguments) -> Function:
-    """The steps of diffusers' CogVideoX attention processor between the projection and SDPA.
+def _peer(makers: Mapping[str, Maker], info: OpInfo, arguments: Arguments) -> Function:
+    return makers[info.name](arguments)
 
-    On the (batch, heads, seq, dim) view: nn.LayerNorm, then apply_rotary_emb on the video tokens,
-    written over them. In `rope3d` there is no norm whose result to write over, so x itself is.
-    """
-    if not arguments.get("interleaved") or arguments.get("norm", "layer") != "layer":
-        raise Unavailable("diffusers' CogVideoX has LayerNorm and interleaved pairs")
-    try:
-        from diffusers.models.embeddings import apply_rotary_emb
-    except ImportError as error:
-        raise Unavailable(f"diffusers does not import ({error})") from None
-    tables = tuple(arguments[name].repeat_interleave(2, -1) for name in ("cos", "sin"))
 
-    def turn(x: Tensor, text_len: int) -> Tensor:
-        if x.requires_grad and x.is_leaf:
-            x = x.clone()
-        x = x.transpose(1, 2)
-        return _turn(x, text_len).transpose(1, 2)
-
-    def _turn(x: Tensor, text_len: int) -> Tensor:
-        x[:, :, text_len:] = apply_rotary_emb(x[:, :, text_len:], tables)
-        return x
-
-    def norm_turn(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, text_len: int, eps: float
-    ) -> Tensor:
-        x = torch.nn.functional.layer_norm(x.transpose(1, 2), x.shape[-1:], weight, bias, eps)
-        return _turn(x, text_len).transpose(1, 2)
-
-    def rope3d(x: Tensor, text_len: int, **_: Any) -> Tensor:
-        return turn(x, text_len)
-
-    def qk_norm_rope3d(
-        q: Tensor, k: Tensor, *, text_len: int, eps: float = 1e-6, **rest: Any
-    ) -> tuple[Tensor, Tensor]:
-        return (
-            norm_turn(q, rest["q_weight"], rest["q_bias"], text_len, eps),
-            norm_turn(k, rest["k_weight"], rest["k_bias"], text_len, eps),
-        )
-
-    functions = {"rope3d": rope3d, "qk_norm_rope3d": qk_norm_rope3d}
-    if info.name not in functions:
-        raise Unavailable(f"no diffusers steps are written down for {info.name}")
-    return functions[info.name]
+def _compiled_peer(makers: Mapping[str, Maker], info: OpInfo, arguments: Arguments) -> Function:
+    function = makers[info.name](arguments)
+    if makers is SPLIT_CAT and arguments.get("index") is not None:
+        raise Unavailable("tokens that are looked for break the graph")
+    return _compiled(function)
 
 
 # --- this project ----------------------------------------------------------------------------
 
 
-def _kernel(info: OpInfo, arguments: Arguments, **options: Any) -> Function:
+def _kernel(info: OpInfo, arguments: Arguments, **options: object) -> Function:
     x = next(x for x in arguments.values() if isinstance(x, Tensor))
     if not x.is_cuda and not INTERPRETED:
         raise Unavailable("kernels do not run on a CPU, except in Triton's interpreter")
@@ -148,46 +111,47 @@ def _kernel_inplace(info: OpInfo, arguments: Arguments) -> Function:
     return _kernel(info, arguments, inplace=True)
 
 
+def _kernel_gemm(gemm: str, info: OpInfo, arguments: Arguments) -> Function:
+    if gemm == "dense" and arguments.get("index") is not None:
+        raise Unavailable("it takes no index")
+    return _kernel(info, arguments, gemm=gemm)
+
+
 def _auto(info: OpInfo, arguments: Arguments) -> Function:
     if _device(arguments).type != "cpu" or INTERPRETED:
         raise Unavailable("auto is the kernel here")
     return partial(info.op, backend="auto")
 
 
-# --- peers -----------------------------------------------------------------------------------
+# --- all of them -----------------------------------------------------------------------------
 
-
-def _liger(info: OpInfo, arguments: Arguments) -> Function:
-    """Liger turns q and k at once, in place; the two halves of the batch stand for them here."""
-    if info.name != "rope3d":
-        raise Unavailable("Liger has no norm with its rotation")
-    x = arguments["x"]
-    if not x.is_cuda:
-        raise Unavailable("Liger's kernels do not run on a CPU")
-    try:
-        from liger_kernel.transformers.rope import liger_rotary_pos_emb
-    except ImportError as error:
-        raise Unavailable(f"liger-kernel does not import ({error})") from None
-    if x.shape[0] % 2 or not x.is_contiguous():
-        raise Unavailable("Liger's kernel is in place for a contiguous x and an even batch alone")
-    cos, sin = (torch.cat([arguments[name]] * 2, -1)[None] for name in ("cos", "sin"))
-
-    def rope3d(x: Tensor, **_: Any) -> Tensor:
-        q, k = (half.transpose(1, 2) for half in x.chunk(2))
-        liger_rotary_pos_emb(q, k, cos, sin)
-        return x
-
-    return rope3d
+DIFFUSERS = {**rope.DIFFUSERS, **adaln.DIFFUSERS}
+SPLIT_CAT: Mapping[str, Maker] = {"expert_ffn": ffn.split_cat}
+CUBLASLT: Mapping[str, Maker] = {"expert_ffn": ffn.cublaslt_gelu}
+GROUPED_MM: Mapping[str, Maker] = {"expert_ffn": ffn.grouped_mm}
 
 
 PROVIDERS = (
-    Provider("eager", "the plain-torch reference, as it is", _eager),
+    Provider("eager", "the plain-torch reference, as it is: computes in fp32", _eager),
     Provider(
         "diffusers-eager",
         "diffusers' own steps on (batch, heads, seq, dim); rounds between norm and rotation",
-        _diffusers,
+        partial(_peer, rope.DIFFUSERS),
+        ops=tuple(rope.DIFFUSERS),
         conventions=(MODEL,),
         overwrites=True,
+    ),
+    Provider(
+        "diffusers-eager",
+        "diffusers' own steps, each modality apart; rounds after each",
+        partial(_peer, adaln.DIFFUSERS),
+        ops=tuple(adaln.DIFFUSERS),
+    ),
+    Provider(
+        "split-cat",
+        "linear, GELU, linear for each expert, between split and cat; routed: gather, index_add",
+        partial(_peer, SPLIT_CAT),
+        ops=tuple(SPLIT_CAT),
     ),
     Provider("compile", "torch.compile of the reference, fullgraph, default mode", _compile),
     Provider(
@@ -195,6 +159,18 @@ PROVIDERS = (
         "torch.compile of the reference, fullgraph, max-autotune-no-cudagraphs",
         partial(_compile, mode="max-autotune-no-cudagraphs"),
         asked=True,
+    ),
+    Provider(
+        "compile-diffusers",
+        "torch.compile of diffusers' steps, fullgraph, default mode",
+        partial(_compiled_peer, adaln.DIFFUSERS),
+        ops=tuple(adaln.DIFFUSERS),
+    ),
+    Provider(
+        "compile-split-cat",
+        "torch.compile of split-cat, fullgraph, default mode",
+        partial(_compiled_peer, SPLIT_CAT),
+        ops=tuple(SPLIT_CAT),
     ),
     Provider("cogvx", "the kernel, into new tensors", _kernel, ours=True, on_cpu=False),
     Provider(
@@ -206,22 +182,71 @@ PROVIDERS = (
         overwrites=True,
         on_cpu=False,
     ),
+    Provider(
+        "cogvx-grouped",
+        'gemm="grouped", one Triton launch for each product',
+        partial(_kernel_gemm, "grouped"),
+        ours=True,
+        ops=("expert_ffn",),
+        on_cpu=False,
+    ),
+    Provider(
+        "cogvx-dense",
+        'gemm="dense", cuBLAS for each expert and sample',
+        partial(_kernel_gemm, "dense"),
+        ours=True,
+        ops=("expert_ffn",),
+        on_cpu=False,
+    ),
     Provider("cogvx-auto", 'backend="auto", which on a CPU is the reference', _auto, ours=True),
+    Provider(
+        "cublaslt-gelu",
+        "bias and tanh-GELU in cuBLASLt's epilogue, and addmm, for each expert and sample",
+        partial(_peer, CUBLASLT),
+        ops=tuple(CUBLASLT),
+        passes=("forward",),
+    ),
+    Provider(
+        "grouped-mm",
+        "sort, gather, torch._grouped_mm, bias and GELU, again, ungather, combine",
+        partial(_peer, GROUPED_MM),
+        ops=tuple(GROUPED_MM),
+    ),
+    Provider(
+        "compile-grouped-mm",
+        "torch.compile of grouped-mm, fullgraph, default mode",
+        partial(_compiled_peer, GROUPED_MM),
+        ops=tuple(GROUPED_MM),
+    ),
     Provider(
         "liger",
         "liger-kernel's rotary: in place; no text, no norm, half-split pairs, full-width tables",
-        _liger,
+        partial(_peer, rope.LIGER),
+        ops=tuple(rope.LIGER),
         conventions=(HALF_SPLIT,),
         passes=("forward",),
         overwrites=True,
+    ),
+    Provider(
+        "liger",
+        "liger-kernel's LayerNorm, and torch.compile of the modulation",
+        partial(_peer, adaln.LIGER),
+        ops=tuple(adaln.LIGER),
+    ),
+    Provider(
+        "sglang",
+        "sglang's norm with a modulation picked for each token; writes the tokens' gates too",
+        partial(_peer, adaln.SGLANG),
+        ops=tuple(adaln.SGLANG),
+        passes=("forward",),
     ),
 )
 
 
 def providers_of(info: OpInfo) -> tuple[Provider, ...]:
-    """All of the above, and the peers that the op itself names."""
+    """Those of the above that are about the op, and the peers that it names itself."""
     peers = (
         Provider(name, "another library's", lambda info, arguments, f=function: f)
         for name, function in info.peers.items()
     )
-    return (*PROVIDERS, *peers)
+    return (*(p for p in PROVIDERS if not p.ops or info.name in p.ops), *peers)

@@ -14,7 +14,16 @@ from cogvx_kernels.testing import OpInfo
 from .inputs import cotangents, nbytes
 from .providers import Function, Provider
 from .report import Row
-from .timing import CACHES_TO_ROTATE, Call, Times, cache_bytes, copy_rate, measure, sets_to_rotate
+from .timing import (
+    CACHES_TO_ROTATE,
+    Call,
+    Times,
+    cache_bytes,
+    copy_rate,
+    matmul_rate,
+    measure,
+    sets_to_rotate,
+)
 
 PASSES = ("forward", "backward")
 # There and back; a CPU is shared and restless, so there more often, for a shorter time each.
@@ -53,7 +62,7 @@ def race(contest: Contest, racers: Sequence[Racer], budget: float) -> list[Row]:
     racers = [racer for racer in racers if contest.which in racer.multiples]
     first = contest.new(0)
     set_bytes = nbytes(first)
-    least_bytes = contest.info.cost(first)[PASSES.index(contest.which)].bytes
+    cost = contest.info.cost(first)[PASSES.index(contest.which)]
     del first
     nsets = sets_to_rotate(set_bytes, contest.device)
     cached = set_bytes * nsets < CACHES_TO_ROTATE * cache_bytes(contest.device)
@@ -83,13 +92,17 @@ def race(contest: Contest, racers: Sequence[Racer], budget: float) -> list[Row]:
         )
         if total is not None:
             # On a CPU the ratios of one run mean something, and its milliseconds do not.
-            row.add_times(total, least_bytes, absolute=contest.device.type != "cpu")
+            if contest.device.type != "cpu":
+                row.add_times(total, cost)
             row.ratio_to_eager = _ratio(times.get("eager", []), mine)
             there, back = _sum(mine[::2]), _sum(mine[1::2])
             row.noise_percent = 100 * abs(there.median / back.median - 1)
             if not cached:
                 ceiling = copy_rate(contest.device, budget)
-                row.percent_of_copy = 100 * least_bytes / total.median / ceiling
+                row.percent_of_copy = 100 * cost.bytes / total.median / ceiling
+            if row.tflop_per_s is not None:
+                ceiling = matmul_rate(contest.device, contest.dtype, budget)
+                row.percent_of_matmul = 100 * 1e12 * row.tflop_per_s / ceiling
         rows.append(row)
     return rows
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
+from cogvx_kernels._opinfo import Cost
+
 from .conditions import CONDITIONS
 from .timing import Times
 
@@ -26,6 +28,8 @@ class Row:
     convention       of the call: a key of `inputs.conventions`
     gb_per_s         the least bytes that the pass must move, over the median; not what it moved
     percent_of_copy  that rate over the rate of a large copy in the same run
+    tflop_per_s      the operations of the pass over the median, where they are what bounds it
+    percent_of_matmul  that rate over the rate of a large matrix product in the same run
     ratio_to_eager   eager's median over this one: 2 is twice as fast
     noise_percent    how far the medians of its two timings lie apart
     """
@@ -43,19 +47,32 @@ class Row:
     p75_ms: float | None = None
     gb_per_s: float | None = None
     percent_of_copy: float | None = None
+    tflop_per_s: float | None = None
+    percent_of_matmul: float | None = None
     ratio_to_eager: float | None = None
     noise_percent: float | None = None
 
-    def add_times(self, times: Times, least_bytes: int, absolute: bool) -> None:
-        if absolute:
-            self.median_ms = 1e3 * times.median
-            self.p25_ms, self.p75_ms = (1e3 * x for x in times.quartiles)
-            self.gb_per_s = least_bytes / times.median / 1e9
+    def add_times(self, times: Times, cost: Cost) -> None:
+        """The times, and what they make of the least that the pass must move and compute."""
+        self.median_ms = 1e3 * times.median
+        self.p25_ms, self.p75_ms = (1e3 * x for x in times.quartiles)
+        self.gb_per_s = cost.bytes / times.median / 1e9
+        if bound_by_products(cost):
+            self.tflop_per_s = cost.flops / times.median / 1e12
 
     def cells(self) -> dict[str, Any]:
         """By column, `note` last."""
         values = {COLUMN_OF.get(f.name, f.name): getattr(self, f.name) for f in fields(self)}
         return values | {"note": values.pop("note")}
+
+
+# Operations a byte from which a GPU of today computes for longer than it moves; an H200 does 790
+# TFLOP/s of bf16 beside 4.3 TB/s, and of fp32 without tensor cores a tenth.
+MANY_FLOPS_A_BYTE = 150
+
+
+def bound_by_products(cost: Cost) -> bool:
+    return cost.flops >= MANY_FLOPS_A_BYTE * cost.bytes
 
 
 COLUMN_OF = {"which": "pass"}  # a word that Python keeps for itself
@@ -68,13 +85,24 @@ _SHORT = {
     "p75_ms": ("p75", "{:.4g}"),
     "gb_per_s": ("GB/s", "{:.0f}"),
     "percent_of_copy": ("% copy", "{:.0f}"),
+    "tflop_per_s": ("TFLOP/s", "{:.0f}"),
+    "percent_of_matmul": ("% matmul", "{:.0f}"),
     "ratio_to_eager": ("x eager", "{:.2f}"),
     "noise_percent": ("noise %", "{:.1f}"),
 }
+_OF_PRODUCTS = ("tflop_per_s", "percent_of_matmul")
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows under each other, grouped by op, size, convention and pass; absent numbers as dots."""
+    """Rows under each other, grouped by op, size, convention and pass; absent numbers as dots.
+
+    The columns of matrix products are there if a row has a number in them.
+    """
+    short = {
+        name: column
+        for name, column in _SHORT.items()
+        if name not in _OF_PRODUCTS or any(getattr(row, name) is not None for row in rows)
+    }
     lines: list[str] = []
     heading = ""
     for row in rows:
@@ -82,12 +110,12 @@ def table(rows: Sequence[Row]) -> str:
         above += "" if row.convention == "model" else f"  ({row.convention})"
         if above != heading:
             heading = above
-            names = "".join(f"{short:>9}" for short, _ in _SHORT.values())
+            names = "".join(f"{title:>9}" for title, _ in short.values())
             lines += ["", above, f"  {'provider':<21}{names}  note"]
         cells = row.cells()
         numbers = (
             "·" if cells[name] is None else form.format(cells[name])
-            for name, (_, form) in _SHORT.items()
+            for name, (_, form) in short.items()
         )
         lines.append(f"  {row.provider:<21}{''.join(f'{x:>9}' for x in numbers)}  {row.note}")
     return "\n".join(lines[1:])

@@ -32,6 +32,7 @@ class Options:
     passes: tuple[str, ...] = PASSES
     names: tuple[str, ...] = ()  # of providers; none for all that need not be asked for
     also: tuple[str, ...] = ()  # of those that are only there if asked for
+    conventions: tuple[str, ...] = ()  # none for all that the op has
     budget: float = 0.5  # seconds for each provider and pass, and each way
 
 
@@ -48,15 +49,24 @@ class Outcome:
     left_out: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)  # wrong ones that are not ours
 
+    def leave_out(self, provider: Provider, convention: str, reason: str) -> None:
+        """Of one call, named if it is not the model's; the same reason again says nothing new."""
+        name = provider.name
+        if all(reason != said for who, said in self.left_out.items() if who.split()[0] == name):
+            name += "" if convention == inputs.MODEL else f" ({convention})"
+            self.left_out[name] = reason
+
 
 def run(info: OpInfo, size: str, options: Options) -> Outcome:
     """Check, then time. Raises Wrong, before any timing, if a provider of ours is."""
     outcome = Outcome()
     for convention, sample in inputs.conventions(info, SIZES[size]).items():
+        if options.conventions and convention not in options.conventions:
+            continue
         new = partial(inputs.make, sample, options.dtype, options.device)
         made = _make(info, convention, new(SEED), options, outcome)
-        if convention != inputs.MODEL and not any(p.conventions == (convention,) for p in made):
-            continue  # its peers are not here
+        if convention == inputs.HALF_SPLIT and not any(convention in p.conventions for p in made):
+            continue  # there for its peers alone, and they are not here
         checked = _check(info, convention, new, made, options, outcome)
         for which in options.passes:
             contest = Contest(info, size, convention, which, new, options.dtype, options.device)
@@ -74,14 +84,16 @@ def _make(
     made = {}
     for provider in providers_of(info):
         asked = provider.name in ("eager", *options.names, *options.also)
-        if convention not in provider.conventions or not set(provider.passes) & {*options.passes}:
+        if provider.conventions and convention not in provider.conventions:
+            continue
+        if not set(provider.passes) & {*options.passes}:
             continue
         if not asked and (options.names or provider.asked):
             continue
         try:
             made[provider] = provider.make(info, arguments)
         except Unavailable as reason:
-            outcome.left_out[provider.name] = str(reason)
+            outcome.leave_out(provider, convention, str(reason))
     return made
 
 
@@ -110,13 +122,13 @@ def _check(
                 send = douts if which == "backward" else None
                 verdicts[which] = law.verdicts(results_of(function, fresh, law, send))
         except torch.OutOfMemoryError:
-            outcome.left_out[provider.name] = f"out of memory in {which}"
+            outcome.leave_out(provider, convention, f"out of memory in {which}")
             continue
         except Exception as error:
             if provider.ours or provider.name == "eager":
                 raise
             said = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
-            outcome.left_out[provider.name] = f"it failed: {said}"
+            outcome.leave_out(provider, convention, f"it failed: {said}")
             continue
         allowed = (lambda v: v.ok) if provider.ours else (lambda v: v.ok or _near(v, law))
         bad = [v for some in verdicts.values() for v in some if not allowed(v)]

@@ -14,7 +14,7 @@ def test_slices_cut_the_call_and_not_its_meaning():
     arguments = inputs.make(info.at_size(size), torch.float64, "cpu", 0)
     whole = info.reference(**arguments)
     for start, stop in ((0, 10), (0, 20), (10, 40), (20, 30), (0, size.seqlen)):
-        part = info.reference(**check._cut(arguments, start, stop))
+        part = info.reference(**check._cut(info, arguments, start, stop))
         for a, b in zip(part, whole, strict=True):
             assert torch.equal(a, b[:, start:stop])
 

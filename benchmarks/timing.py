@@ -1,4 +1,4 @@
-"""How long calls take: warm-up, batches, medians, rotation among inputs, the copy ceiling."""
+"""How long calls take: warm-up, batches, medians, rotation among inputs, the two ceilings."""
 
 import functools
 import statistics
@@ -15,6 +15,7 @@ CPU_CACHE = 64 << 20  # no portable way to ask; larger than most last levels
 # Inputs are rotated until a set has been evicted by the others when its turn comes again.
 CACHES_TO_ROTATE = 4
 MOST_SETS = 8
+MATMUL = 8192  # rows and columns: 31 tiles of 128 x 128 for each multiprocessor of an H200
 
 
 @dataclass(frozen=True)
@@ -102,3 +103,17 @@ def copy_rate(device: torch.device, budget: float) -> float:
     source = torch.empty(size // 4, device=device).normal_()
     target = torch.empty_like(source)
     return 2 * size / measure([lambda: target.copy_(source)], device, budget).median
+
+
+@functools.cache
+def matmul_rate(device: torch.device, dtype: torch.dtype, budget: float) -> float:
+    """Operations a second of a large square matrix product of random numbers: the other ceiling.
+
+    Random, because a GPU that multiplies zeros stays cooler and runs faster. Measured when first
+    asked for, and once in a run.
+    """
+    size = MATMUL if device.type == "cuda" else 256
+    left, right = (torch.empty((size, size), dtype=dtype, device=device).normal_() for _ in "ab")
+    product = torch.empty_like(left)
+    call = functools.partial(torch.mm, left, right, out=product)
+    return 2 * size**3 / measure([call], device, budget).median

@@ -11,7 +11,7 @@ import importlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,12 @@ import torch
 from cogvx_kernels._backend import INTERPRETED
 from cogvx_kernels.testing import OPS, SIZES, evaluate
 
-from . import conditions, inputs
+from . import conditions, inputs, two_ways
 from .__main__ import DTYPES
 from .check import Law, results_of
 from .providers import PROVIDERS, Provider, Unavailable
 from .race import Contest, calls
+from .report import bound_by_products
 from .timing import copy_rate, measure, sets_to_rotate
 
 Choice = Mapping[str, int]
@@ -35,20 +36,59 @@ Choice = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Sweep:
-    """Constants of a kernel's module and the values to try, for each pass."""
+    """Constants of a kernel's module and the values to try, for each pass.
+
+    provider  who runs the kernel
+    fits      whether a choice is worth compiling
+    """
 
     module: str
     forward: Mapping[str, Sequence[int]]
     backward: Mapping[str, Sequence[int]]
+    provider: str = "cogvx"
+    fits: Callable[[Choice], bool] = lambda choice: True
 
 
 _ROPE3D = {"TILE": (512, 1024, 2048, 4096), "NUM_WARPS": (1, 2, 4, 8)}
 _ROPE3D_BACKWARD = {**_ROPE3D, "BACKWARD_PROGRAMS": (264, 528, 1056, 2112)}
 _KERNEL = "cogvx_kernels.rope3d.kernel"
 
+_ADALN = {"LANES_PER_WARP": (128, 256, 512, 1024)}
+_OF_ADALN = Sweep(
+    "cogvx_kernels.expert_adaln.kernel",
+    {"TOKENS": (2, 4, 8, 16, 32, 40), **_ADALN},
+    {"BACKWARD_TOKENS": (8, 16, 32, 40, 64), **_ADALN},
+)
+_FFN = {
+    "BLOCK_ROWS": (64, 128, 256),
+    "BLOCK_COLS": (64, 128, 256),
+    "BLOCK_INNER": (64, 128),
+    "WARPS": (4, 8),
+    "STAGES": (3, 4),
+}
+
+
+def _fits_hopper(choice: Choice) -> bool:
+    """Tiles of 16-bit elements into 227 KiB of shared memory, sums into half of the registers.
+
+    Of the others none would run, or only by spilling; and tiles that leave most of a multiprocessor
+    idle are not tried.
+    """
+    rows, cols = choice["BLOCK_ROWS"], choice["BLOCK_COLS"]
+    shared = 2 * choice["STAGES"] * (rows + cols) * choice["BLOCK_INNER"]
+    sums = rows * cols // (32 * choice["WARPS"])  # 4-byte registers of a thread
+    return shared <= 227 * 1024 and 64 <= sums <= 128
+
+
 SWEEPS: Mapping[str, Sweep] = {
     "rope3d": Sweep(_KERNEL, _ROPE3D, _ROPE3D),  # its backward is the forward kernel
     "qk_norm_rope3d": Sweep(_KERNEL, _ROPE3D, _ROPE3D_BACKWARD),
+    "expert_adaln": _OF_ADALN,
+    "gated_residual": _OF_ADALN,
+    "gated_residual_adaln": _OF_ADALN,
+    "expert_ffn": Sweep(
+        "cogvx_kernels.expert_ffn.kernel", _FFN, _FFN, "cogvx-grouped", _fits_hopper
+    ),
 }
 
 
@@ -72,6 +112,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--op", choices=tuple(SWEEPS), default="qk_norm_rope3d")
     parser.add_argument("--size", choices=tuple(SIZES), default="5b-480x720-49f")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--convention", default=inputs.MODEL, help="which call (%(default)s)")
+    parser.add_argument(
+        "--dense",
+        action="store_true",
+        help="instead: expert_ffn's grouped way beside its dense one, and the row of choices.py",
+    )
     parser.add_argument("--pass", dest="which", choices=("forward", "backward", "both"))
     parser.add_argument("--out", type=Path, metavar="DIR", help="write tune-OP-SIZE.json there")
     parser.add_argument("--quick", action="store_true", help="a third of the time for each")
@@ -81,12 +127,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(
             "a sweep needs a CUDA device; with TRITON_INTERPRET=1 choices are checked, not timed"
         )
+    calls = inputs.conventions(OPS[asked.op], SIZES[asked.size])
+    if asked.convention not in calls:
+        parser.error(f"argument --convention: no such call; there are {', '.join(calls)}")
+    if asked.dense and asked.op != "expert_ffn":
+        parser.error("argument --dense: only expert_ffn has two ways")
     passes = ("forward", "backward") if asked.which in (None, "both") else (asked.which,)
     budget = 0.05 if asked.quick else 0.15
-    found = conditions.conditions(device, f"benchmarks.tune --op {asked.op} --size {asked.size}")
+    if asked.dense:
+        return two_ways.compare(asked.size, asked.dtype, device, passes, budget)
+    command = f"benchmarks.tune --op {asked.op} --size {asked.size}"
+    found = conditions.conditions(device, command)
     rate = copy_rate(device, budget) if device.type == "cuda" else None
     results = {
-        which: _sweep(asked.op, asked.size, asked.dtype, which, device, budget, rate)
+        which: _sweep(
+            asked.op, asked.size, asked.convention, asked.dtype, which, device, budget, rate
+        )
         for which in passes
     }
     found |= {"copy_gb_per_s": rate and rate / 1e9, "sm_clock_mhz": conditions.clock(device)}
@@ -105,13 +161,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _provider(op: str, which: str) -> Provider:
     """As a model runs it: over its arguments if it can, where there is no gradient."""
     inplace = which == "forward" and op == "qk_norm_rope3d"
-    name = "cogvx-inplace" if inplace else "cogvx"
+    name = "cogvx-inplace" if inplace else SWEEPS[op].provider
     return next(provider for provider in PROVIDERS if provider.name == name)
 
 
 def _sweep(
     op: str,
     size: str,
+    convention: str,
     dtype: str,
     which: str,
     device: torch.device,
@@ -121,8 +178,9 @@ def _sweep(
     """An entry for each choice, the fastest first and wrong ones last."""
     info, sweep, kind = OPS[op], SWEEPS[op], getattr(torch, dtype)
     module = importlib.import_module(sweep.module)
-    new = partial(inputs.make, info.at_size(SIZES[size]), kind, device)
-    contest = Contest(info, size, inputs.MODEL, which, new, kind, device)
+    sample = inputs.conventions(info, SIZES[size])[convention]
+    new = partial(inputs.make, sample, kind, device)
+    contest = Contest(info, size, convention, which, new, kind, device)
     arguments = new(0)
     outputs = tuple(evaluate(info.reference, arguments).values())
     douts = inputs.cotangents(outputs, 0) if which == "backward" else None
@@ -130,9 +188,9 @@ def _sweep(
     provider = _provider(op, which)
     function = provider.make(info, arguments)
     nsets = sets_to_rotate(inputs.nbytes(arguments), device)
-    least = info.cost(arguments)[which == "backward"].bytes
+    cost = info.cost(arguments)[which == "backward"]
     entries = []
-    for choice in choices(getattr(sweep, which)):
+    for choice in filter(sweep.fits, choices(getattr(sweep, which))):
         entry: dict[str, Any] = {**choice, "now": all(vars(module)[k] == choice[k] for k in choice)}
         with chosen(module, choice):
             try:
@@ -147,19 +205,26 @@ def _sweep(
             if not wrong and rate is not None:
                 times = measure(calls(contest, function, nsets), device, budget)
                 entry["median_ms"] = 1e3 * times.median
-                entry["percent_of_copy"] = 100 * least / times.median / rate
+                if bound_by_products(cost):
+                    entry["tflop_per_s"] = cost.flops / times.median / 1e12
+                else:
+                    entry["percent_of_copy"] = 100 * cost.bytes / times.median / rate
         entries.append(entry)
     return sorted(entries, key=lambda entry: (not entry["ok"], entry.get("median_ms", 0.0)))
 
 
 def _words(entry: Mapping[str, Any]) -> str:
-    rest = ("ok", "why", "now", "median_ms", "percent_of_copy")
+    rest = ("ok", "why", "now", "median_ms", "percent_of_copy", "tflop_per_s")
     words = "  ".join(f"{k} {v:<5}" for k, v in entry.items() if k not in rest)
     if not entry["ok"]:
         return f"{words}WRONG  {entry['why'].splitlines()[0]}"
     took = "right, not timed"
     if "median_ms" in entry:
-        took = f"{entry['median_ms']:.4f} ms  {entry['percent_of_copy']:.0f}% of a copy"
+        took = f"{entry['median_ms']:.4f} ms  "
+        if "tflop_per_s" in entry:
+            took += f"{entry['tflop_per_s']:.0f} TFLOP/s"
+        else:
+            took += f"{entry['percent_of_copy']:.0f}% of a copy"
     return f"{words}{took}{'  (as it is now)' if entry['now'] else ''}"
 
 

@@ -7,7 +7,7 @@ the workspaces of torch's 3-D convolution can be larger than all the rest.) On t
 ops of `cogvx_kernels` are those with kernels, where Triton is installed.
 
 Two shortcuts are exact, because what is left out repeats: two of the transformer's layers run, and
-three of the VAE's chunks.
+three of the VAE's chunks. A run of fewer than `STEPS_AHEAD` steps has fewer modulations.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from torch import Tensor
 from . import frames as frame_rule
 from .config import TransformerConfig, VAEConfig
 from .memory import LiveBytes, module_bytes
-from .transformer import ExpertTransformer
+from .transformer import STEPS_AHEAD, ExpertTransformer, Modulations
 from .vae import CausalVAE, Decoder, DecodeState, Encoder, EncodeState, Tiling
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -201,17 +201,20 @@ def _denoise(
     dtype: torch.dtype,
     backend: str,
 ) -> Stage:
-    weights = module_bytes(ExpertTransformer(config).to(dtype))
+    whole = ExpertTransformer(config, backend).to(dtype)
     few = dataclasses.replace(config, num_layers=min(config.num_layers, LAYERS_COUNTED))
     model = ExpertTransformer(few, backend).to(dtype)
     with LiveBytes() as live:
         text = torch.empty(copies * shape[0], config.max_text_seq_length, config.text_embed_dim,
                            dtype=dtype)  # fmt: skip
         latents = torch.empty(shape, dtype=dtype)
-        both = torch.cat([latents] * copies)
+        projected = whole.project_text(text)
         ofs = None if config.ofs_embed_dim is None else torch.empty(1)
-        model(both, text, torch.empty(len(both)), ofs).float()
-    return Stage("denoise", weights, live.peak)
+        ahead = whole.modulations(torch.empty(STEPS_AHEAD), ofs)
+        # The few layers take as many of the rows: those of the last, beside the last norm's.
+        rows = ahead.at(0).values[:, -(12 * few.num_layers + 2) :]
+        model(torch.cat([latents] * copies), projected, modulations=Modulations(rows)).float()
+    return Stage("denoise", module_bytes(whole), live.peak)
 
 
 def _encode(

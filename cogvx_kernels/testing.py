@@ -271,7 +271,7 @@ def judge(
     same_specials = torch.equal(result.isfinite(), finite) and torch.equal(*specials)
     truth = truth[finite]
     error, reference = result[finite] - truth, yardstick[finite] - truth
-    references = [reference, *(y.double().cpu() - t.cpu() for y, t in redraws)]
+    references = [reference, *(_redrawn(*redraw, truth) for redraw in redraws)]
     worst, worst_reference = _largest(error), max(map(_largest, references))
     rms, rms_reference = _rms(error), max(map(_rms, references))
     largest = _largest(truth)
@@ -350,6 +350,12 @@ def scaled(
         for name, x in arguments.items()
     }
     return times, tuple(x * factor for x in douts)
+
+
+def _redrawn(yardstick: Tensor, its_truth: Tensor, truth: Tensor) -> Tensor:
+    """A redraw's errors, at the scale of the truth: its numbers are larger, or smaller."""
+    scale = _rms(its_truth)
+    return (yardstick.double().cpu() - its_truth.cpu()) * (_rms(truth) / scale if scale else 1.0)
 
 
 def _largest(x: Tensor) -> float:

@@ -30,11 +30,12 @@ class Mutant(NamedTuple):
 
 ROPE3D = "cogvx_kernels/rope3d/kernel.py"
 ADALN = "cogvx_kernels/expert_adaln/kernel.py"
-OF_ADALN = "adaln or residual"
 
 UNCHANGED = Mutant("no bug at all", ROPE3D, "import torch\n", "import torch\n")
 
-MUTANTS = (
+# --- rope3d ----------------------------------------------------------------------------------
+
+ROPE3D_MUTANTS = (
     Mutant("sign of sin", ROPE3D, "a * cos - b * sin", "a * cos + b * sin"),
     Mutant("the first video token does not turn", ROPE3D, "(position >= 0)", "(position > 0)"),
     Mutant(
@@ -100,56 +101,119 @@ MUTANTS = (
         "half-split dims that pass, written over", ROPE3D,
         "tl.where(turning, j + P.ROTARY // 2, j + P.HEADDIM // 2)", "j + P.ROTARY // 2",
     ),
-    *(
-        Mutant(name, ADALN, old, new, OF_ADALN)
-        for name, old, new in (
-            (
-                "text modulated as video",
-                "bias_ptr, text, batch, place, P)", "bias_ptr, video, batch, place, P)",
-            ),
-            (
-                "the last token of a strip left out",
-                "P.TOKENS)):\n        token = first + step\n        row = _load",
-                "P.TOKENS) - 1):\n        token = first + step\n        row = _load",
-            ),
-            (
-                "a run that is always the first",
-                "group * modality.run + begin\n    for step in range(0, "
-                "tl.minimum(modality.run - begin, P.TOKENS)):\n        token = first + step\n"
-                "        row",
-                "begin\n    for step in range(0, "
-                "tl.minimum(modality.run - begin, P.TOKENS)):\n        token = first + step\n"
-                "        row",
-            ),
-            ("no 1 in 1 + scale",
-             "factor = 1.0 + _load(modality.scale, batch, group, cols, mask, P)\n        term",
-             "factor = _load(modality.scale, batch, group, cols, mask, P)\n        term"),
-            ("bias not scaled", "* factor\n        factor *=", "\n        factor *="),
-            ("eps forgotten", "(1.0 / P.DIM) + P.EPS)", "(1.0 / P.DIM))"),
-            ("padding lanes in the variance",
-             "x = tl.where(mask, x - mean, 0.0)", "x = x - mean"),
-            ("the norm of an unrounded stream",
-             "row = _store(stream, batch, token, cols, mask, row, P)",
-             "_store(stream, batch, token, cols, mask, row, P)"),
-            ("the stream's own gradient forgotten",
-             "grad += _load(dstream, batch, token, cols, mask, P)", "grad += 0.0"),
-            ("gradient of the mean forgotten",
-             "grad -= tl.sum(grad, axis=0) * (1.0 / P.DIM)", "grad -= 0.0"),
-            ("gradient of y without its gate", "mask, grad * gate, P)", "mask, grad, P)"),
-            ("sums of another program",
-             "sums_ptr += tl.program_id(0).to(tl.int64) * (VECTORS * P.DIM)",
-             "sums_ptr += place.to(tl.int64) * (VECTORS * P.DIM)"),
-            ("offsets of 32 bits",
-             "tl.cast(batch, tl.int64) * rows.batch + tl.cast(index, tl.int64) * rows.seq",
-             "(batch * rows.batch + index * rows.seq).to(tl.int32)"),
-        )
-    ),
 )  # fmt: skip
+
+# --- expert_adaln ----------------------------------------------------------------------------
+
+ADALN_MUTANTS = tuple(
+    Mutant(name, ADALN, old, new, "adaln or residual")
+    for name, old, new in (
+        (
+            "text modulated as video",
+            "bias_ptr, text, batch, place, P)", "bias_ptr, video, batch, place, P)",
+        ),
+        (
+            "the last token of a strip left out",
+            "P.TOKENS)):\n        token = first + step\n        row = _load",
+            "P.TOKENS) - 1):\n        token = first + step\n        row = _load",
+        ),
+        (
+            "a run that is always the first",
+            "group * modality.run + begin\n    for step in range(0, "
+            "tl.minimum(modality.run - begin, P.TOKENS)):\n        token = first + step\n"
+            "        row",
+            "begin\n    for step in range(0, "
+            "tl.minimum(modality.run - begin, P.TOKENS)):\n        token = first + step\n"
+            "        row",
+        ),
+        ("no 1 in 1 + scale",
+         "factor = 1.0 + _load(modality.scale, batch, group, cols, mask, P)\n        term",
+         "factor = _load(modality.scale, batch, group, cols, mask, P)\n        term"),
+        ("bias not scaled", "* factor\n        factor *=", "\n        factor *="),
+        ("eps forgotten", "(1.0 / P.DIM) + P.EPS)", "(1.0 / P.DIM))"),
+        ("padding lanes in the variance",
+         "x = tl.where(mask, x - mean, 0.0)", "x = x - mean"),
+        ("the norm of an unrounded stream",
+         "row = _store(stream, batch, token, cols, mask, row, P)",
+         "_store(stream, batch, token, cols, mask, row, P)"),
+        ("the stream's own gradient forgotten",
+         "grad += _load(dstream, batch, token, cols, mask, P)", "grad += 0.0"),
+        ("gradient of the mean forgotten",
+         "grad -= tl.sum(grad, axis=0) * (1.0 / P.DIM)", "grad -= 0.0"),
+        ("gradient of y without its gate", "mask, grad * gate, P)", "mask, grad, P)"),
+        ("sums of another program",
+         "sums_ptr += tl.program_id(0).to(tl.int64) * (VECTORS * P.DIM)",
+         "sums_ptr += place.to(tl.int64) * (VECTORS * P.DIM)"),
+        ("offsets of 32 bits",
+         "tl.cast(batch, tl.int64) * rows.batch + tl.cast(index, tl.int64) * rows.seq",
+         "(batch * rows.batch + index * rows.seq).to(tl.int32)"),
+        ("offsets of 32 bits between tokens alone",
+         "tl.cast(index, tl.int64) * rows.seq", "(index * rows.seq).to(tl.int32)"),
+    )
+)  # fmt: skip
+
+# --- expert_ffn ------------------------------------------------------------------------------
+
+FFN_KERNEL, FFN_TILES, FFN_GRADIENTS = (
+    f"cogvx_kernels/expert_ffn/{name}.py" for name in ("kernel", "tiles", "gradients")
+)
+
+EXPERT_FFN_MUTANTS = tuple(
+    Mutant(name, file, old, new, "expert_ffn")
+    for file, name, old, new in (
+        (FFN_TILES, "text's run for the video's rows",
+         "tl.where(expert == 0, 0, text_len) + row % run", "row % run"),
+        (FFN_TILES, "the next expert's weights at the boundary",
+         "inside = (tile >= tiles_before) & (tile < tiles_before + tiles)",
+         "inside = (tile >= tiles_before) & (tile <= tiles_before + tiles)"),
+        (FFN_TILES, "rows of an expert counted from the first expert's",
+         "first = tl.where(inside, base, first)", "first = tl.where(inside, 0 * base, first)"),
+        (FFN_TILES, "a choice taken for a token",
+         "token = pair // P.TOP_K", "token = pair % (groups.samples * groups.seqlen)"),
+        (FFN_TILES, "the last, partial step of a product left out",
+         "for begin in range(0, INNER, P.BLOCK_INNER):",
+         "for begin in range(0, INNER // P.BLOCK_INNER * P.BLOCK_INNER, P.BLOCK_INNER):"),
+        (FFN_TILES, "offsets of 32 bits",
+         "return (sample * x.batch + place * x.seq) * P.ALIGN",
+         "return (sample * x.batch + place * x.seq).to(tl.int32) * P.ALIGN"),
+        (FFN_TILES, "an exact GELU without its half",
+         "out = 0.5 * pre * (1.0 + tl.erf(pre * SQRT_HALF))",
+         "out = pre * (1.0 + tl.erf(pre * SQRT_HALF))"),
+        (FFN_TILES, "values and gates changed about",
+         "out = pre * gate * sigmoid(gate)", "out = pre * gate * sigmoid(pre)"),
+        (FFN_TILES, "a slope of GELU without its cube",
+         "TWICE_SQRT_2_OVER_PI * (1.0 + 0.134145 * square)", "TWICE_SQRT_2_OVER_PI"),
+        (FFN_KERNEL, "the weight of a choice forgotten",
+         "acc *= tl.load(share_ptr + pair).to(P.COMPUTE)[:, None]",
+         "acc *= 0.0 * tl.load(share_ptr + pair).to(P.COMPUTE)[:, None] + 1.0"),
+        (FFN_KERNEL, "a bias for the pairs of nobody",
+         "if expert < P.EXPERTS:\n            rows = rows_ptr",
+         "if expert <= P.EXPERTS:\n            rows = rows_ptr"),
+        (FFN_KERNEL, "a program too few",
+         "return pairs // plan.BLOCK_ROWS + plan.EXPERTS + 1",
+         "return pairs // plan.BLOCK_ROWS + plan.EXPERTS - 1"),
+        (FFN_KERNEL, "the gate of text for a video token",
+         "mask & (place < groups.text_len), P)", "mask & (place <= groups.text_len), P)"),
+        (FFN_KERNEL, "one choice too few summed",
+         "for choice in tl.static_range(TOP_K):", "for choice in tl.static_range(TOP_K - 1):"),
+        (FFN_GRADIENTS, "the gradient of a weight without its bias",
+         "along += _along_bias(", "along += 0.0 * _along_bias("),
+        (FFN_GRADIENTS, "the hidden activation without its weight",
+         "            hidden *= share\n", ""),
+        (FFN_GRADIENTS, "a bias' gradient without the weights",
+         "a *= share.to(P.COMPUTE)[None, :]", "a *= 1.0 + 0.0 * share.to(P.COMPUTE)[None, :]"),
+        (FFN_GRADIENTS, "the last rows of an expert left out of its gradient",
+         "there = place < run\n            at =", "there = place < run - 1\n            at ="),
+    )
+)  # fmt: skip
+
+MUTANTS = ROPE3D_MUTANTS + ADALN_MUTANTS + EXPERT_FFN_MUTANTS
 
 
 class Result(NamedTuple):
     mutant: Mutant
     killed: bool
+    passed: bool  # all of the tests, and there were some
     seconds: float
     said: str
 
@@ -180,19 +244,20 @@ def run(mutant: Mutant) -> Result:
             failed[0].removeprefix("FAILED ") if failed else done.stdout[-300:] + done.stderr[-300:]
         )
         killed = done.returncode == 1 and bool(failed)
-        return Result(mutant, killed, time.monotonic() - start, said)
+        return Result(mutant, killed, done.returncode == 0, time.monotonic() - start, said)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
-    parser.add_argument("--only", metavar="WORDS", help="mutants whose name contains these words")
+    parser.add_argument("--only", metavar="WORDS", help="mutants whose name or file contains these")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args(argv)
-    mutants = [m for m in MUTANTS if (options.only or "") in m.name]
-    healthy = run(UNCHANGED)
-    if healthy.killed:
-        print(f"the tests fail without a mutant: {healthy.said}")
-        return 2
+    mutants = [m for m in MUTANTS if (options.only or "") in f"{m.file} {m.name}"]
+    for tests in sorted({m.tests for m in mutants}):
+        healthy = run(UNCHANGED._replace(tests=tests))
+        if not healthy.passed:
+            print(f"the tests of {tests} fail without a mutant: {healthy.said}")
+            return 2
     survivors = 0
     with ThreadPoolExecutor(options.jobs) as pool:
         for result in pool.map(run, mutants):

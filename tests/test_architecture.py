@@ -20,15 +20,24 @@ FOUNDATIONS = ("_checks", "_launch", "_opinfo", "modality", "_backend")
 # What a file of a room may import of its own room.
 WITHIN_A_ROOM = {
     "reference": set(),
-    "kernel": set(),
     "frequencies": set(),
-    "op": {"reference", "kernel"},
+    "routes": set(),
+    "choices": set(),
+    "dense": set(),
+    "tiles": set(),
+    "gradients": {"tiles"},
+    "kernel": {"gradients", "tiles"},
+    "op": {"choices", "dense", "kernel", "reference", "routes"},
     "module": {"op"},
-    "opinfo": {"op", "reference"},
+    "opinfo": {"op", "reference", "routes"},
     "__init__": {"frequencies", "module", "op", "reference"},
 }
-NAMES_TRITON = {"cogvx_kernels/tools/aot.py", "cogvx_kernels/tools/interpreter.py"} | {
-    f"cogvx_kernels/{room}/kernel.py" for room in ROOMS
+NAMES_TRITON = {
+    "cogvx_kernels/tools/aot.py",
+    "cogvx_kernels/tools/interpreter.py",
+    "cogvx_kernels/expert_ffn/gradients.py",
+    "cogvx_kernels/expert_ffn/tiles.py",
+    *(f"cogvx_kernels/{room}/kernel.py" for room in ROOMS),
 }
 # The model's floors, from the ground up: a file or folder may import those of lower floors only.
 MODEL_FLOORS = (

@@ -13,11 +13,11 @@ from cogvx_kernels.testing import OPS, SIZES
 
 ROOT = Path(__file__).resolve().parent.parent
 
-ABSOLUTE = ("median_ms", "p25_ms", "p75_ms", "gb_per_s", "copy_gb_per_s")
+ABSOLUTE = ("median_ms", "p25_ms", "p75_ms", "gb_per_s", "tflop_per_s", "copy_gb_per_s")
 COLUMNS = (
     "op size convention pass provider dtype device median_ms p25_ms p75_ms gb_per_s "
-    "percent_of_copy ratio_to_eager noise_percent note commit date torch triton cuda driver "
-    "device_name sm_clock_mhz copy_gb_per_s command"
+    "percent_of_copy tflop_per_s percent_of_matmul ratio_to_eager noise_percent note commit date "
+    "torch triton cuda driver device_name sm_clock_mhz copy_gb_per_s command"
 ).split()
 ON_CPU = ("--device", "cpu", "--size", "tiny", "--quick")
 
@@ -139,6 +139,7 @@ def test_the_interpreter_is_checked_and_never_timed(tmp_path):
         (("--op", "rope4d"), ("rope4d", *OPS)),
         (("--size", "6b"), ("6b", *SIZES)),
         (("--providers", "nobody"), ("nobody", "eager", "compile")),
+        (("--op", "expert_ffn", "--conventions", "nobody"), ("nobody", "model", "top-2")),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_known(words, named):
@@ -153,6 +154,88 @@ def test_list_names_everything():
     assert all(name in done.stdout for name in (*OPS, *SIZES, "diffusers-eager", "liger"))
 
 
+def test_times_the_calls_that_are_asked_for(tmp_path):
+    calls = ("text and video experts", "4 experts, top-1")
+    words = ("--op", "expert_ffn", *ON_CPU, "--pass", "forward", "--providers", "split-cat")
+    done = bench(*words, "--conventions", *calls, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "expert_ffn-tiny-float32-cpu.json").read_text())["rows"]
+    assert [(row["convention"], row["provider"]) for row in rows] == [
+        (call, name) for call in calls for name in ("eager", "split-cat")
+    ]
+
+
+# --- parts of the model ------------------------------------------------------------------------
+
+# A decoder that is right but for one pixel.
+PLANT_IN_MODEL = """
+import sys
+from cogvx import vae
+
+right = vae.CausalVAE.decode
+def wrong(self, latents):
+    video = right(self, latents)
+    video[0, -1, 0, 3, 5] += 0.01
+    return video
+vae.CausalVAE.decode = wrong
+from benchmarks.model import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_wrong_part_is_not_timed(tmp_path):
+    pytest.importorskip("diffusers")
+    words = ("--part", "vae-decode", "--device", "cpu", "--out", str(tmp_path))
+    done = run("-c", PLANT_IN_MODEL, *words)
+    assert done.returncode == 1, done.stderr
+    assert "outputs of cogvx differ" in done.stdout
+    assert "speed" not in done.stdout and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_block_on_kernels_saves_little(tmp_path, dtype):
+    """Of what diffusers keeps for the backward at most 0.6, with equal gradients."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("triton")
+    words = ("--part", "block", "--providers", "cogvx", "--device", "cpu", "--dtype", dtype)
+    done = run("-m", "benchmarks.model", *words, "--out", str(tmp_path), TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "model.csv").open(newline="") as file:
+        rows = {(row["part"], row["provider"]): row for row in csv.DictReader(file)}
+    assert {part for part, _ in rows} == {"block, forward", "block, both ways"}
+    assert float(rows["block, both ways", "cogvx"]["saved"]) <= 0.6
+    assert all(row["speed"] == "" for row in rows.values())  # interpreted kernels are never timed
+
+
+# --- sweeps ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_sweep_checks_every_choice():
+    pytest.importorskip("triton")
+    words = ("--op", "gated_residual", "--size", "tiny", "--dtype", "float32")
+    done = run("-m", "benchmarks.tune", *words, "--pass", "backward", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("right, not timed") == 20 and "as it is now" in done.stdout
+
+
+def test_two_ways_are_of_expert_ffn_alone():
+    pytest.importorskip("triton")
+    done = run("-m", "benchmarks.tune", "--op", "rope3d", "--dense", TRITON_INTERPRET="1")
+    assert done.returncode == 2 and "only expert_ffn has two ways" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_ways_are_checked_where_nothing_is_timed():
+    pytest.importorskip("triton")
+    words = ("--op", "expert_ffn", "--dense", "--size", "tiny", "--dtype", "float32")
+    done = run("-m", "benchmarks.tune", *words, "--pass", "forward", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("not timed, so there is no row") == 2
+    assert "cogvx-grouped" in done.stdout and "cogvx-dense" in done.stdout
+
+
 def test_tune_needs_a_gpu():
     pytest.importorskip("triton")
     done = run("-m", "benchmarks.tune", CUDA_VISIBLE_DEVICES="")
@@ -161,7 +244,8 @@ def test_tune_needs_a_gpu():
 
 def test_laws_of_the_checks_hold():
     """They live beside what they are about: neither folder imports from the other."""
-    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/test_check.py")
+    files = [f"benchmarks/test_{name}.py" for name in ("check", "peers", "tune")]
+    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files)
     assert done.returncode == 0, done.stdout
 
 
@@ -170,3 +254,32 @@ def test_gpu_check_is_a_script():
         ("bash", "-n", str(ROOT / "benchmarks/gpu_check.sh")), capture_output=True
     )
     assert done.returncode == 0, done.stderr
+
+
+# Does what a program is asked, but for one part of the model.
+STUB = """#!/usr/bin/env bash
+case "$*" in *vae-decode*) echo "no such thing" && exit 3 ;; esac
+exit 0
+"""
+
+
+def test_gpu_check_goes_on_after_a_failure(tmp_path):
+    for name in ("python3", "nvidia-smi", "ptxas", "nvcc", "compute-sanitizer"):
+        (tmp_path / name).write_text(STUB)
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ("bash", str(ROOT / "benchmarks/gpu_check.sh")),
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(tmp_path / "out")}
+        | {"PYTHON": str(tmp_path / "python3"), "BUDGET": "530"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    lines = (tmp_path / "out" / "summary.txt").read_text().splitlines()
+    status = {line.split()[1]: line.split()[0] for line in lines}
+    assert [name for name, word in status.items() if word != "ok"] == ["model-vae-decode"]
+    assert "status 3" in next(line for line in lines if "vae-decode" in line)
+    assert {"build", "contract", "verify", "sanitize-racecheck", "model-block", "tune"} <= set(
+        status
+    )
+    assert done.returncode == 1, done.stderr

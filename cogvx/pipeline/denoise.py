@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..schedulers import Solver, Trajectory, dynamic_guidance
-from ..transformer import ExpertTransformer
+from ..transformer import STEPS_AHEAD, ExpertTransformer, Modulations, ProjectedText
 from .request import Request, check_finite
 
 OFS = 2.0  # the only one that CogVideoX1.5-5B-I2V was trained with
@@ -51,6 +51,9 @@ def denoise(
 ) -> Iterator[State]:
     """Yields the state after each step that is left, until all are done.
 
+    What depends on the text alone is computed once, and what depends on the time alone for
+    `STEPS_AHEAD` steps at a time.
+
     callback  called with the number of the step, from 0, its timestep and the latents after it;
               what it returns, unless None, takes their place
 
@@ -58,12 +61,13 @@ def denoise(
     step waits for the device; that is what a progress bar is about, too.)
     """
     latents, memory = state.latents, state.memory
-    for index in range(state.done, len(steps)):
+    texts = told(transformer, conditions, request.cfg == "batch")
+    for index, modulations in times(transformer, steps, state.done):
         timestep = steps.timesteps[index]
         guidance = request.guidance
         if request.dynamic_guidance:
             guidance = dynamic_guidance(guidance, timestep, len(steps))
-        v = predict(transformer, latents, conditions, timestep, guidance, request.cfg == "batch")
+        v = predict(transformer, latents, conditions.image, texts, modulations, guidance)
         latents, memory = solver.step(latents, v, index, steps, memory, generator)
         check_finite(latents, f"step {index + 1} of {len(steps)}, timestep {timestep},")
         if callback is not None:
@@ -72,39 +76,65 @@ def denoise(
         yield State(latents, memory, index + 1)
 
 
+def told(
+    transformer: ExpertTransformer, conditions: Conditions, together: bool
+) -> list[ProjectedText]:
+    """The texts of every prediction of a step, in the order in which the transformer is asked.
+
+    together  the negative text and the text in one batch, the negative half first; else one after
+              the other, in half the memory
+    """
+    if conditions.negative is None:
+        texts = [conditions.text]
+    elif together:
+        texts = [torch.cat([conditions.negative, conditions.text])]
+    else:
+        texts = [conditions.negative, conditions.text]
+    return [transformer.project_text(text) for text in texts]
+
+
+def times(
+    transformer: ExpertTransformer, steps: Trajectory, done: int
+) -> Iterator[tuple[int, Modulations]]:
+    """The number of each step that is left, and its modulations.
+
+    They are made for the same runs of steps wherever a generation is gone on with, because a
+    product's bits may depend on how many rows it has.
+    """
+    ofs = None if transformer.config.ofs_embed_dim is None else torch.tensor(OFS)
+    for first in range(done - done % STEPS_AHEAD, len(steps), STEPS_AHEAD):
+        run = steps.timesteps[first : first + STEPS_AHEAD]
+        ahead = transformer.modulations(torch.tensor(run), ofs)
+        for index in range(max(first, done), first + len(run)):
+            yield index, ahead.at(index - first)
+
+
 def predict(
     transformer: ExpertTransformer,
     latents: Tensor,
-    conditions: Conditions,
-    timestep: int,
+    image: Tensor | None,
+    texts: list[ProjectedText],
+    modulations: Modulations,
     guidance: float,
-    together: bool = True,
 ) -> Tensor:
-    """v at a timestep, in float32: without - and away from - the negative text, with the text.
+    """v at a step, in float32: without - and away from - the negative text, with the text.
 
-    v = v_negative + guidance·(v_text - v_negative). Where `conditions.negative` is None, v_text.
-
-    together  both in one batch, the negative half first; else one after the other, in half the
-              memory
+    v = v_negative + guidance·(v_text - v_negative). Where the texts (`told`) have no negative one,
+    v_text.
     """
-    if conditions.image is not None:
-        latents = torch.cat([latents, conditions.image], 2)
+    if image is not None:
+        latents = torch.cat([latents, image], 2)
 
-    def ask(latents: Tensor, text: Tensor) -> Tensor:
-        time = torch.full((len(latents),), timestep, device=latents.device)
-        ofs = None
-        if transformer.config.ofs_embed_dim is not None:
-            ofs = latents.new_full((1,), OFS)
-        v: Tensor = transformer(latents, text, time, ofs)
+    def ask(latents: Tensor, text: ProjectedText) -> Tensor:
+        v: Tensor = transformer(latents, text, modulations=modulations)
         return v.float()
 
-    if conditions.negative is None:
-        return ask(latents, conditions.text)
-    if together:
-        texts = torch.cat([conditions.negative, conditions.text])
-        away, towards = ask(torch.cat([latents, latents]), texts).chunk(2)
+    if len(texts) == 2:
+        away, towards = (ask(latents, text) for text in texts)
+    elif len(texts[0].tokens) == len(latents):
+        return ask(latents, texts[0])
     else:
-        away, towards = ask(latents, conditions.negative), ask(latents, conditions.text)
+        away, towards = ask(torch.cat([latents, latents]), texts[0]).chunk(2)
     return away + guidance * (towards - away)
 
 

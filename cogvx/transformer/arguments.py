@@ -5,56 +5,79 @@ from torch import Tensor
 
 from ..config import TransformerConfig
 from ..frames import nearest_multiples
+from .embedding import ProjectedText
 from .experts import Routing
+from .modulation import Modulations
+from .plain import autocast_dtype
 
 WHERE = "ExpertTransformer"
+TEXT = ("batch", "text_len", "text_embed_dim")
 
 
 def check_arguments(
     config: TransformerConfig,
     dtype: torch.dtype,
     latents: Tensor,
-    text: Tensor,
-    timestep: Tensor,
+    text: Tensor | ProjectedText,
+    timestep: Tensor | None,
     ofs: Tensor | None,
     routing: list[Routing] | None,
+    modulations: Modulations | None = None,
 ) -> None:
     """Raises TypeError or ValueError, naming the argument, what was wanted and what came.
 
     dtype  of the model
     """
     _tensor("latents", latents, ("batch", "frames", "channels", "height", "width"))
-    _tensor("text", text, ("batch", "text_len", "text_embed_dim"))
+    projected = isinstance(text, ProjectedText)
+    tokens = text.tokens if isinstance(text, ProjectedText) else text
+    _tensor("text", tokens, TEXT)
     _latents(config, latents)
-    _text(config, text, latents)
+    if len(tokens) != len(latents):
+        raise ValueError(
+            f"{WHERE}: text must have the batch of latents, {len(latents)}; got {len(tokens)}"
+        )
+    _tokens(config, tokens, projected)
     # Under autocast torch casts what enters a layer, of whatever dtype it is.
-    if latents.dtype != dtype and not torch.is_autocast_enabled(latents.device.type):
+    autocast = autocast_dtype(latents.device) is not None
+    if latents.dtype != dtype and not autocast:
         raise TypeError(
             f"{WHERE}: latents must be {_name(dtype)} as the model is; got {_name(latents.dtype)}"
         )
-    if text.dtype != latents.dtype:
+    if tokens.dtype != latents.dtype and not (autocast and projected):
         raise TypeError(
-            f"{WHERE}: text must be {_name(latents.dtype)} as latents are; got {_name(text.dtype)}"
+            f"{WHERE}: text must be {_name(latents.dtype)} as latents are; got "
+            f"{_name(tokens.dtype)}"
         )
-    if text.device != latents.device:
+    if tokens.device != latents.device:
         raise ValueError(
-            f"{WHERE}: text must be on the device of latents, {latents.device}; got {text.device}"
+            f"{WHERE}: text must be on the device of latents, {latents.device}; got {tokens.device}"
         )
-    batch = latents.shape[0]
-    _numbers("timestep", timestep, [(), (batch,)], "a scalar or (batch,)")
-    if config.ofs_embed_dim is None and ofs is not None:
-        raise ValueError(
-            f"{WHERE}: ofs must be None in a model without ofs_embed_dim; got {_came(ofs)}"
-        )
-    if config.ofs_embed_dim is not None:
-        if ofs is None:
-            raise ValueError(
-                f"{WHERE}: ofs must be given to a model with ofs_embed_dim, 2.0 in the released "
-                "one; got None"
-            )
-        _numbers("ofs", ofs, [(), (1,), (batch,)], "a scalar, (1,) or (batch,)")
+    if modulations is None:
+        batch = latents.shape[0]
+        _numbers("timestep", timestep, [(), (batch,)], "a scalar or (batch,)")
+        _ofs(config, ofs, batch)
+    else:
+        _modulations(config, modulations, timestep, ofs, latents)
     if routing is not None and not isinstance(routing, list):
         raise TypeError(f"{WHERE}: routing must be a list to fill, or None; got {_came(routing)}")
+
+
+def check_run(config: TransformerConfig, timesteps: Tensor, ofs: Tensor | None) -> None:
+    """Of `ExpertTransformer.modulations`, likewise."""
+    steps = timesteps.numel() if isinstance(timesteps, Tensor) else 0
+    _numbers("timesteps", timesteps, [(steps,)], "(steps,)")
+    _ofs(config, ofs, steps)
+
+
+def check_text(config: TransformerConfig, dtype: torch.dtype, text: Tensor) -> None:
+    """Of `ExpertTransformer.project_text`, likewise."""
+    _tensor("text", text, TEXT)
+    _tokens(config, text)
+    if text.dtype != dtype and autocast_dtype(text.device) is None:
+        raise TypeError(
+            f"{WHERE}: text must be {_name(dtype)} as the model is; got {_name(text.dtype)}"
+        )
 
 
 def _latents(config: TransformerConfig, latents: Tensor) -> None:
@@ -84,22 +107,68 @@ def _latents(config: TransformerConfig, latents: Tensor) -> None:
         )
 
 
-def _text(config: TransformerConfig, text: Tensor, latents: Tensor) -> None:
-    batch, text_len, dim = text.shape
-    if batch != latents.shape[0]:
+def _tokens(config: TransformerConfig, text: Tensor, projected: bool = False) -> None:
+    _, text_len, dim = text.shape
+    name, wanted = "text_embed_dim", config.text_embed_dim
+    if projected:
+        name, wanted = "hidden_size", config.hidden_size
+    if dim != wanted:
         raise ValueError(
-            f"{WHERE}: text must have the batch of latents, {latents.shape[0]}; got {batch}"
-        )
-    if dim != config.text_embed_dim:
-        raise ValueError(
-            f"{WHERE}: text must have text_embed_dim = {config.text_embed_dim} values a token; "
-            f"got {dim} in {tuple(text.shape)}"
+            f"{WHERE}: text must have {name} = {wanted} values a token; got {dim} in "
+            f"{tuple(text.shape)}"
         )
     added = not config.use_rotary_positional_embeddings or config.use_learned_positional_embeddings
     if added and text_len != config.max_text_seq_length:
         raise ValueError(
             f"{WHERE}: text must have max_text_seq_length = {config.max_text_seq_length} tokens in "
             f"a model that adds positions to them; got {text_len} (pad it, as in training)"
+        )
+
+
+def _ofs(config: TransformerConfig, ofs: Tensor | None, batch: int) -> None:
+    if config.ofs_embed_dim is None and ofs is not None:
+        raise ValueError(
+            f"{WHERE}: ofs must be None in a model without ofs_embed_dim; got {_came(ofs)}"
+        )
+    if config.ofs_embed_dim is not None:
+        if ofs is None:
+            raise ValueError(
+                f"{WHERE}: ofs must be given to a model with ofs_embed_dim, 2.0 in the released "
+                "one; got None"
+            )
+        _numbers("ofs", ofs, [(), (1,), (batch,)], "a scalar, (1,) or (batch,)")
+
+
+def _modulations(
+    config: TransformerConfig,
+    modulations: Modulations,
+    timestep: Tensor | None,
+    ofs: Tensor | None,
+    latents: Tensor,
+) -> None:
+    """Made by a model of this size, for a step of this batch; and of nothing else."""
+    for name, value in (("timestep", timestep), ("ofs", ofs)):
+        if value is not None:
+            raise ValueError(
+                f"{WHERE}: {name} must be None beside modulations, which are made of it; got "
+                f"{_came(value)}"
+            )
+    if not isinstance(modulations, Modulations):
+        raise TypeError(
+            f"{WHERE}: modulations must be Modulations, as ExpertTransformer.modulations makes "
+            f"them; got {_came(modulations)}"
+        )
+    values, batch = modulations.values, latents.shape[0]
+    rows = (12 * config.num_layers + 2, config.hidden_size)
+    if tuple(values.shape[1:]) != rows or len(values) not in (1, batch):
+        raise ValueError(
+            f"{WHERE}: modulations must be {(batch, *rows)}, or {(1, *rows)} for all items "
+            f"(`Modulations.at`); got {tuple(values.shape)}"
+        )
+    if values.device != latents.device:
+        raise ValueError(
+            f"{WHERE}: modulations must be on the device of latents, {latents.device}; got "
+            f"{values.device}"
         )
 
 

@@ -4,13 +4,15 @@ from torch import Tensor, nn
 
 from .attention import JointAttention
 from .experts import ExpertFeedForward, FeedForward, Routing
-from .modulation import ExpertAdaLayerNorm
+from .modulation import Branch, ExpertAdaLayerNorm, Modulation
 
 
 class ExpertBlock(nn.Module):
     """x + gate · attention(adaln(x)), and then x + gate · feed_forward(adaln(x)).
 
-    Without experts one feed-forward serves text and video. Source: fact sheet section 2.3.
+    The last of the two sums is left to the next block, which makes it in one pass with its own
+    first norm. Without experts one feed-forward serves text and video. Source: fact sheet section
+    2.3.
     """
 
     def __init__(
@@ -32,23 +34,50 @@ class ExpertBlock(nn.Module):
         self.norm2 = ExpertAdaLayerNorm(dim, time_embed_dim, eps, backend)
         self.ff: FeedForward | ExpertFeedForward
         if num_text_experts:
-            self.ff = ExpertFeedForward(dim, ffn_dim, num_text_experts, num_video_experts, top_k)
+            self.ff = ExpertFeedForward(
+                dim, ffn_dim, num_text_experts, num_video_experts, top_k, backend
+            )
         else:
-            self.ff = FeedForward(dim, ffn_dim)
+            self.ff = FeedForward(dim, ffn_dim, backend)
 
     def forward(
-        self, x: Tensor, temb: Tensor, cos: Tensor, sin: Tensor, text_len: int
-    ) -> tuple[Tensor, tuple[Routing, ...]]:
-        """The joint sequence after the block, and what each router of it did.
+        self,
+        x: Tensor,
+        branch: Branch | None,
+        time: Tensor | tuple[Modulation, Modulation],
+        cos: Tensor,
+        sin: Tensor,
+        text_len: int,
+    ) -> tuple[Tensor, Branch, tuple[Routing, ...]]:
+        """The stream before the last sum, the branch that it lacks, and what each router did.
 
         x         (batch, text_len + video_len, dim), text first
-        temb      (batch, time_embed_dim), after its SiLU
+        branch    what x lacks of the block before; None where it lacks nothing
+        time      (batch, time_embed_dim) after its SiLU; or the modulations of both norms, made of
+                  it ahead
         cos, sin  as in `JointAttention`
         """
-        h, gates = self.norm1(x, temb, text_len)
-        x, h, gates = self.norm2.after(x, self.attn1(h, cos, sin), gates, temb, text_len)
+        if isinstance(time, Tensor):
+            first, second = (n.modulation(time, x.dtype) for n in (self.norm1, self.norm2))
+        else:
+            first, second = time
+        x, h = self.norm1(x, branch, first, text_len)
+        y = self.attn1(h, cos, sin)
+        x, h = self.norm2(x, Branch(y, first.gate, first.text_gate), second, text_len)
         if isinstance(self.ff, ExpertFeedForward):
             y, routing = self.ff(h, text_len)
         else:
             y, routing = self.ff(h), ()
-        return self.norm2.residual(x, y, gates, text_len), routing
+        return x, Branch(y, second.gate, second.text_gate), routing
+
+    def whole(
+        self,
+        x: Tensor,
+        time: Tensor | tuple[Modulation, Modulation],
+        cos: Tensor,
+        sin: Tensor,
+        text_len: int,
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """From stream to stream, with nothing left to the next block; and what each router did."""
+        x, branch, routing = self(x, None, time, cos, sin, text_len)
+        return self.norm2.add(x, branch, text_len), routing

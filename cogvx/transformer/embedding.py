@@ -1,6 +1,7 @@
 """What enters the blocks: the time as one vector, and text and video as one sequence."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,16 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+@dataclass(frozen=True)
+class ProjectedText:
+    """A text as tokens of the model's width, made once for all steps that are told it.
+
+    tokens  (batch, text_len, dim); see `ExpertTransformer.project_text`
+    """
+
+    tokens: Tensor
+
+
 class JointEmbedding(nn.Module):
     """Text and patches of video as tokens of one width, in one sequence.
 
@@ -71,14 +82,17 @@ class JointEmbedding(nn.Module):
         self.text_proj = nn.Linear(text_embed_dim, dim)
         self.register_buffer("pos_embedding", pos_embedding)
 
-    def forward(self, text: Tensor, latents: Tensor, positions: Tensor | None) -> Tensor:
+    def forward(
+        self, text: Tensor | ProjectedText, latents: Tensor, positions: Tensor | None
+    ) -> Tensor:
         """The joint sequence, (batch, text_len + video_len, dim).
 
-        text       (batch, text_len, text_embed_dim)
+        text       (batch, text_len, text_embed_dim), or projected
         latents    (batch, frames, channels, height, width)
         positions  (text_len + video_len, dim), added; or None
         """
-        x = modality.join(self.text_proj(text), self._tokens(latents))
+        tokens = text.tokens if isinstance(text, ProjectedText) else self.text_proj(text)
+        x = modality.join(tokens, self._tokens(latents))
         return x if positions is None else x + positions.to(x.dtype)
 
     def _tokens(self, latents: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cogvx_kernels import modality
+from cogvx_kernels import expert_ffn, modality
+
+from .plain import autocast_dtype, is_plain_linear, is_untouched
 
 ROUTER_STD = 0.02
 
@@ -51,16 +53,71 @@ class GELUProjection(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Up, GELU, down; (..., dim) -> (..., dim). The middle entry is diffusers' dropout of 0."""
+    """Up, GELU, down; (..., dim) -> (..., dim). The middle entry is diffusers' dropout of 0.
 
-    def __init__(self, dim: int, ffn_dim: int) -> None:
+    `cogvx_kernels.expert_ffn` reads the weights where everything inside is plain, and the modules
+    are called where something is wrapped (`plain.py`).
+    """
+
+    def __init__(self, dim: int, ffn_dim: int, backend: str = "auto") -> None:
         super().__init__()
+        self.backend = backend
         self.net = nn.Sequential(
             GELUProjection(dim, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, dim)
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3 and self.is_plain():
+            return fused([self], x, backend=self.backend)
         return self.net(x)
+
+    def is_plain(self) -> bool:
+        """Whether its weights are all there is to it."""
+        first, middle, last = self.net
+        return (
+            is_untouched(self.net, nn.Sequential)
+            and is_untouched(first, GELUProjection)
+            and is_untouched(middle, nn.Identity)
+            and is_plain_linear(first.get_submodule("proj"))
+            and is_plain_linear(last)
+        )
+
+    def extra_repr(self) -> str:
+        return f"backend={self.backend!r}"
+
+
+def fused(
+    experts: Sequence[FeedForward],
+    x: Tensor,
+    index: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    text_len: int = 0,
+    backend: str,
+) -> Tensor:
+    """`expert_ffn` of plain experts; x (batch, seqlen, dim) -> the same.
+
+    Under autocast x and weights are cast as a linear layer's would be.
+    """
+    ups = [e.net[0].get_submodule("proj") for e in experts]
+    downs = [e.net[2] for e in experts]
+    dtype = autocast_dtype(x.device)
+
+    def of(layers: Sequence[nn.Module], name: str) -> list[Tensor]:
+        tensors = [getattr(layer, name) for layer in layers]
+        return tensors if dtype is None else [tensor.to(dtype) for tensor in tensors]
+
+    return expert_ffn(
+        x if dtype is None else x.to(dtype),
+        of(ups, "weight"),
+        of(ups, "bias"),
+        of(downs, "weight"),
+        of(downs, "bias"),
+        index,
+        weight,
+        text_len=text_len,
+        backend=backend,
+    )
 
 
 class ExpertFeedForward(nn.Module):
@@ -71,16 +128,23 @@ class ExpertFeedForward(nn.Module):
     """
 
     def __init__(
-        self, dim: int, ffn_dim: int, num_text_experts: int, num_video_experts: int, top_k: int = 1
+        self,
+        dim: int,
+        ffn_dim: int,
+        num_text_experts: int,
+        num_video_experts: int,
+        top_k: int = 1,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
 
         def experts(count: int) -> nn.ModuleList:
-            return nn.ModuleList(FeedForward(dim, ffn_dim) for _ in range(count))
+            return nn.ModuleList(FeedForward(dim, ffn_dim, backend) for _ in range(count))
 
         def router(count: int) -> nn.Linear | None:
             return nn.Linear(dim, count, bias=False) if count > 1 else None
 
+        self.backend = backend
         self.top_k = top_k
         self.text = experts(num_text_experts)
         self.video = experts(num_video_experts)
@@ -94,39 +158,99 @@ class ExpertFeedForward(nn.Module):
                 nn.init.normal_(router.weight, std=ROUTER_STD)
 
     def forward(self, x: Tensor, text_len: int) -> tuple[Tensor, tuple[Routing, ...]]:
-        """x (batch, text_len + video_len, dim) -> the same, and what each router did."""
-        text, video = modality.split(x, text_len)
-        text, of_text = route(text, self.text, self.text_router, self.top_k)
-        video, of_video = route(video, self.video, self.video_router, self.top_k)
-        return modality.join(text, video), (*of_text, *of_video)
+        """x (batch, text_len + video_len, dim) -> the same, and what each router did.
+
+        All experts are one call, text's first in the list; nothing waits for the device.
+        """
+        choices = self._choices(x, text_len)
+        routing = tuple(c.routing for c in choices if c is not None)
+        experts = [*self.text, *self.video]
+        if not all(is_untouched(e, FeedForward) and e.is_plain() for e in experts):
+            text, video = modality.split(x, text_len)
+            text = apart(text, choices[modality.TEXT], self.text)
+            video = apart(video, choices[modality.VIDEO], self.video)
+            return modality.join(text, video), routing
+        if self.text_router is None and self.video_router is None:
+            y = fused(experts, x, text_len=text_len, backend=self.backend)
+        else:
+            index, weight = self._joint(x, choices, text_len)
+            y = fused(experts, x, index, weight, backend=self.backend)
+        return y, routing
+
+    def _choices(self, x: Tensor, text_len: int) -> list["Choice | None"]:
+        """Of the router of text and of that of video.
+
+        Each sees the whole sequence, and the rest is cut: a part of it would be copied first.
+        """
+        choices = []
+        for which, router in enumerate((self.text_router, self.video_router)):
+            logits = None if router is None else modality.split(router(x), text_len)[which]
+            choices.append(choose(logits, self.top_k))
+        return choices
+
+    def _joint(
+        self, x: Tensor, choices: Sequence["Choice | None"], text_len: int
+    ) -> tuple[Tensor, Tensor]:
+        """index and weight of `expert_ffn`: both modalities' choices in the list of all experts.
+
+        The one expert of a modality is the first choice of its tokens; the others are no expert.
+        """
+        lengths, firsts = (text_len, x.shape[1] - text_len), (0, len(self.text))
+        wide = torch.promote_types(x.dtype, torch.float32)
+
+        def of(which: int) -> tuple[Tensor, Tensor]:
+            choice = choices[which]
+            if choice is not None:
+                return choice.expert + firsts[which], choice.weight
+            shape = (x.shape[0], lengths[which], self.top_k)
+            index = torch.full(shape, len(self.text) + len(self.video), device=x.device)
+            index[..., 0] = firsts[which]
+            return index, torch.ones(shape, dtype=wide, device=x.device)
+
+        (text, text_weight), (video, video_weight) = of(modality.TEXT), of(modality.VIDEO)
+        return modality.join(text, video), modality.join(text_weight, video_weight)
 
 
-def route(
-    x: Tensor, experts: nn.ModuleList, router: nn.Linear | None, top_k: int
-) -> tuple[Tensor, tuple[Routing, ...]]:
-    """x (batch, any, dim) through its experts, and what the router did, if there is one.
+class Choice(NamedTuple):
+    """What a router chose for its tokens, and what that was in all."""
+
+    expert: Tensor  # (batch, any, top_k): numbers in the router's own list
+    weight: Tensor  # (batch, any, top_k), at least fp32
+    routing: Routing
+
+
+def choose(logits: Tensor | None, top_k: int) -> Choice | None:
+    """What follows from a router's logits (batch, any, experts); None without any.
+
+    The weights of a token sum to one. A single one is exactly 1, and yet has a gradient.
+    """
+    if logits is None or not logits.shape[1]:
+        return None
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    probability = logits.softmax(-1, dtype=wide)  # (batch, any, experts)
+    weight, expert = probability.topk(top_k, -1)
+    weight = weight / (weight.detach() if top_k == 1 else weight.sum(-1, keepdim=True))
+    which = torch.arange(logits.shape[-1], device=logits.device)
+    fraction = (expert[..., None] == which).sum((0, 1, 2)) / expert.numel()
+    return Choice(expert, weight, Routing(fraction, probability.mean((0, 1))))
+
+
+def apart(x: Tensor, choice: Choice | None, experts: nn.ModuleList) -> Tensor:
+    """x (batch, any, dim) through experts that must be called, one after another.
 
     Tokens are brought together by expert and taken back by the inverse order, so that sums have one
-    order and nothing is added atomically. An expert without tokens gets gradients of zero.
+    order and nothing is added atomically. An expert without tokens gets gradients of zero. It waits
+    for the device, to know how many tokens each expert has.
     """
-    if router is None or not x.shape[1]:
-        return (experts[0](x), ()) if len(experts) else (x, ())
-    tokens = x.flatten(0, 1)
-    logits = router(tokens)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    probability = logits.softmax(1, dtype=wide)  # (tokens, experts)
-    weight, chosen = probability.topk(top_k, 1)
-    # The weights of a token sum to one. A single one is exactly 1, and yet has a gradient.
-    weight = weight / (weight.detach() if top_k == 1 else weight.sum(1, keepdim=True))
-    which = torch.arange(len(experts), device=x.device)
-    counts = (chosen.flatten()[:, None] == which).sum(0)
-    order = chosen.flatten().argsort(stable=True)  # (token, choice) pairs, expert by expert
-    parts = tokens[order // top_k].split(_sizes(counts, len(order)))
+    if choice is None:
+        return experts[0](x)
+    index, top_k = choice.expert.flatten(), choice.expert.shape[-1]
+    counts = (index[:, None] == torch.arange(len(experts), device=x.device)).sum(0)
+    order = index.argsort(stable=True)  # (token, choice) pairs, expert by expert
+    parts = x.flatten(0, 1)[order // top_k].split(_sizes(counts, len(order)))
     outputs = torch.cat([expert(part) for expert, part in zip(experts, parts, strict=True)])
-    outputs = outputs[order.argsort()].unflatten(0, (-1, top_k))  # (tokens, top_k, dim)
-    y = (outputs * weight[..., None]).sum(1).to(outputs.dtype)
-    routing = Routing(counts / len(order), probability.mean(0))
-    return y.unflatten(0, x.shape[:2]), (routing,)
+    outputs = outputs[order.argsort()].unflatten(0, choice.expert.shape)  # (batch, any, top_k, dim)
+    return (outputs * choice.weight[..., None]).sum(-2).to(outputs.dtype)
 
 
 def _sizes(counts: Tensor, total: int) -> Sequence[int]:

@@ -1,28 +1,123 @@
 """Adaptive layer norms with the layers that make their shift, scale and gate of the time.
 
 Text and video of the joint sequence are modulated each by numbers of its own, in one pass over both
-(`cogvx_kernels.expert_adaln`).
+(`cogvx_kernels.expert_adaln`). They depend on the time alone, so that those of a whole run can be
+made before it begins: `Modulations`.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cogvx_kernels import expert_adaln, gated_residual, gated_residual_adaln
 
-# shift and scale of video, shift and scale of text
-Modulation = tuple[Tensor, Tensor, Tensor, Tensor]
+from .plain import is_plain_linear
+
+# Of a run, so many steps are made ahead at once: of 5B, 3.1 MB each in bfloat16.
+STEPS_AHEAD = 50
+# Weights of one product of `stacked`, which are copied for it.
+STACK_BYTES = 1 << 28
 
 
-class Gates(NamedTuple):
-    """How much of a branch goes into the stream, (batch, dim) of each modality."""
+class Modulation(NamedTuple):
+    """What a norm does to its tokens and the gate after it, (batch, dim) each.
 
-    video: Tensor
-    text: Tensor
+    In the order of the rows of the released layers: of video, then of text.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+    text_shift: Tensor
+    text_scale: Tensor
+    text_gate: Tensor
+
+
+class Branch(NamedTuple):
+    """What attention or feed-forward gave, not yet added to the stream, and how much of it is.
+
+    y                (batch, seqlen, dim)
+    gate, text_gate  (batch, dim) of each modality
+    """
+
+    y: Tensor
+    gate: Tensor
+    text_gate: Tensor
+
+
+@dataclass(frozen=True)
+class Modulations:
+    """Every shift, scale and gate of a model at some times; `ExpertTransformer.modulations`.
+
+    values  (steps, 12 · num_layers + 2, dim): six rows of each norm of each block, in the order of
+            `Modulation`, and at last shift and scale of the last norm
+    """
+
+    values: Tensor
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def at(self, step: int) -> "Modulations":
+        """Those of one step, for every item of a batch; a view. Raises IndexError beyond them."""
+        if not 0 <= step < len(self):
+            raise IndexError(f"Modulations: step must be in [0, {len(self)}); got {step}")
+        return Modulations(self.values[step : step + 1])
+
+    def of_blocks(
+        self, batch: int, dtype: torch.dtype
+    ) -> tuple[list[tuple[Modulation, Modulation]], tuple[Tensor, Tensor]]:
+        """What each block takes, and what the last norm takes, (batch, dim) each; views.
+
+        There is one step for all items, or one for each.
+        """
+        rows = self.values.to(dtype).expand(batch, -1, -1).unbind(1)
+        norms = [Modulation(*rows[i : i + 6]) for i in range(0, len(rows) - 2, 6)]
+        return list(zip(norms[::2], norms[1::2], strict=True)), (rows[-2], rows[-1])
+
+
+def stacked(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """What every layer makes of x, (batch, in) -> (batch, the rows of all of them).
+
+    Plain linear layers are one product: their weights are copied into one, so many at once as
+    `STACK_BYTES` holds. Those in a wrapping (LoRA, few bits) are called.
+    """
+    parts = []
+    for plain, run in groupby(layers, is_plain_linear):
+        if plain:
+            parts += [_product(few, x) for few in _few(list(run))]
+        else:
+            parts += [layer(x) for layer in run]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _product(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    weight, bias = (torch.cat([getattr(layer, name) for layer in layers])
+                    for name in ("weight", "bias"))  # fmt: skip
+    return F.linear(x, weight, bias)
+
+
+def _few(layers: list[nn.Module]) -> list[list[nn.Module]]:
+    """Runs of layers, in order, whose weights together are at most `STACK_BYTES`; one at least."""
+    runs: list[list[nn.Module]] = []
+    room = 0
+    for layer in layers:
+        nbytes = layer.get_parameter("weight").nbytes
+        if nbytes > room or not runs:
+            runs.append([])
+            room = STACK_BYTES
+        runs[-1].append(layer)
+        room -= nbytes
+    return runs
 
 
 class ExpertAdaLayerNorm(nn.Module):
-    """The norm before a branch, and the gate after it.
+    """The norm before a branch, with the layer that modulates it and the gate after the branch.
 
     The layer's rows are shift, scale and gate of video and then of text, as released. Source: fact
     sheet section 2.3.
@@ -36,51 +131,56 @@ class ExpertAdaLayerNorm(nn.Module):
         self.linear = nn.Linear(time_embed_dim, 6 * dim)
         self.norm = nn.LayerNorm(dim, eps)
 
-    def forward(self, x: Tensor, temb: Tensor, text_len: int) -> tuple[Tensor, Gates]:
-        """The modulated norm of x, and the gates for what is made of it.
+    def modulation(self, temb: Tensor, dtype: torch.dtype) -> Modulation:
+        """Of temb (batch, time_embed_dim), after its SiLU; of that dtype, autocast or not."""
+        return Modulation(*self.linear(temb).to(dtype).chunk(6, 1))
 
-        x     (batch, text_len + video_len, dim)
-        temb  (batch, time_embed_dim), after its SiLU
+    def forward(
+        self, x: Tensor, branch: Branch | None, modulation: Modulation, text_len: int
+    ) -> tuple[Tensor, Tensor]:
+        """The stream with a branch added to it, and its modulated norm: one pass.
+
+        x       (batch, text_len + video_len, dim)
+        branch  what the stream still lacks; None where x is the stream
         """
-        modulation, gates = self._modulation(temb, x)
-        h = expert_adaln(
+        shift, scale, _, text_shift, text_scale, _ = modulation
+        norm = self.norm
+        if branch is None:
+            h = expert_adaln(
+                x,
+                shift,
+                scale,
+                text_shift,
+                text_scale,
+                norm.weight,
+                norm.bias,
+                text_len=text_len,
+                eps=norm.eps,
+                backend=self.backend,
+            )
+            return x, h
+        return gated_residual_adaln(
             x,
-            *modulation,
-            self.norm.weight,
-            self.norm.bias,
+            branch.y.to(x.dtype),
+            branch.gate,
+            branch.text_gate,
+            shift,
+            scale,
+            text_shift,
+            text_scale,
+            norm.weight,
+            norm.bias,
             text_len=text_len,
-            eps=self.norm.eps,
+            eps=norm.eps,
             backend=self.backend,
         )
-        return h, gates
 
-    def after(
-        self, x: Tensor, y: Tensor, gates: Gates, temb: Tensor, text_len: int
-    ) -> tuple[Tensor, Tensor, Gates]:
-        """x + gate · y, its modulated norm, and the gates for what is made of that: one pass."""
-        modulation, new_gates = self._modulation(temb, x)
-        x, h = gated_residual_adaln(
-            x,
-            y.to(x.dtype),
-            *gates,
-            *modulation,
-            self.norm.weight,
-            self.norm.bias,
-            text_len=text_len,
-            eps=self.norm.eps,
-            backend=self.backend,
+    def add(self, x: Tensor, branch: Branch, text_len: int) -> Tensor:
+        """The stream with a branch added to it, where no norm follows."""
+        y, gate, text_gate = branch
+        return gated_residual(
+            x, y.to(x.dtype), gate, text_gate, text_len=text_len, backend=self.backend
         )
-        return x, h, new_gates
-
-    def residual(self, x: Tensor, y: Tensor, gates: Gates, text_len: int) -> Tensor:
-        """x + gate · y: the end of the block."""
-        return gated_residual(x, y.to(x.dtype), *gates, text_len=text_len, backend=self.backend)
-
-    def _modulation(self, temb: Tensor, x: Tensor) -> tuple[Modulation, Gates]:
-        """(shift, scale, text_shift, text_scale) and the gates; of x's dtype, autocast or not."""
-        shift, scale, gate, *of_text = self.linear(temb).to(x.dtype).chunk(6, 1)
-        text_shift, text_scale, text_gate = of_text
-        return (shift, scale, text_shift, text_scale), Gates(gate, text_gate)
 
     def extra_repr(self) -> str:
         return f"backend={self.backend!r}"
@@ -97,9 +197,15 @@ class AdaLayerNorm(nn.Module):
         self.linear = nn.Linear(time_embed_dim, 2 * dim)
         self.norm = nn.LayerNorm(dim, eps)
 
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        """x (batch, video_len, dim), temb (batch, time_embed_dim) after its SiLU."""
-        shift, scale = self.linear(temb).to(x.dtype).chunk(2, 1)
+    def forward(self, x: Tensor, time: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """x (batch, video_len, dim), modulated.
+
+        time  (batch, time_embed_dim) after its SiLU; or shift and scale made of it
+        """
+        if isinstance(time, Tensor):
+            shift, scale = self.linear(time).to(x.dtype).chunk(2, 1)
+        else:
+            shift, scale = time
         return expert_adaln(
             x,
             shift,

@@ -1,21 +1,25 @@
 """The expert transformer: from noisy latents, a text and a time to v."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cogvx_kernels import BACKENDS, modality
+from cogvx_kernels import BACKENDS, gated_residual, modality
 
 from ..config import TransformerConfig
-from .arguments import check_arguments
+from .arguments import check_arguments, check_run, check_text
 from .attention import JointAttention, check_attention, check_choice
 from .block import ExpertBlock
-from .embedding import JointEmbedding, TimestepEmbedding
-from .experts import ExpertFeedForward, Routing
-from .modulation import AdaLayerNorm, ExpertAdaLayerNorm
+from .embedding import JointEmbedding, ProjectedText, TimestepEmbedding
+from .experts import ExpertFeedForward, FeedForward, Routing
+from .modulation import AdaLayerNorm, Branch, ExpertAdaLayerNorm, Modulation, Modulations, stacked
 from .patch import unpatchify
 from .positions import Tables, sincos_positions, token_grid
+
+WITH_BACKEND = (JointAttention, ExpertAdaLayerNorm, AdaLayerNorm, FeedForward, ExpertFeedForward)
 
 
 class ExpertTransformer(nn.Module):
@@ -88,10 +92,11 @@ class ExpertTransformer(nn.Module):
     def forward(
         self,
         latents: Tensor,
-        text: Tensor,
-        timestep: Tensor,
+        text: Tensor | ProjectedText,
+        timestep: Tensor | None = None,
         ofs: Tensor | None = None,
         routing: list[Routing] | None = None,
+        modulations: Modulations | None = None,
     ) -> Tensor:
         """The prediction of v, (batch, frames, out_channels, height, width).
 
@@ -99,49 +104,115 @@ class ExpertTransformer(nn.Module):
             latents: (batch, frames, in_channels, height, width), scaled, noisy; in an
                 image-to-video model the image's latents are its last channels. Height and width
                 are multiples of patch_size, frames of patch_size_t (1.5).
-            text: (batch, text_len, text_embed_dim). Exactly max_text_seq_length tokens where
-                positions are added to the sequence (2B, 5B-I2V), else any number.
+            text: (batch, text_len, text_embed_dim), or what `project_text` made of it. Exactly
+                max_text_seq_length tokens where positions are added to the sequence (2B, 5B-I2V),
+                else any number.
             timestep: a scalar or (batch,), any real dtype; training steps, 0 (clean) to 999.
             ofs: a scalar, (1,) or (batch,), for a model with ofs_embed_dim: 2.0 as released.
             routing: a list; each router appends what it did, for `load_balancing_loss`.
+            modulations: of one step for all items, or of one for each (see `modulations`); then
+                timestep and ofs, which they are made of, are None.
 
         Raises TypeError or ValueError for an argument that is not as above.
 
         A model with learned positions (5B-I2V) knows one height and width, and one number of
         frames: at another number it adds the table of sines and cosines instead, as diffusers does.
         """
-        check_arguments(
-            self.config, self.norm_final.weight.dtype, latents, text, timestep, ofs, routing
-        )
+        dtype = self.norm_final.weight.dtype
+        check_arguments(self.config, dtype, latents, text, timestep, ofs, routing, modulations)
         batch, frames, _, height, width = latents.shape
-        text_len = text.shape[1]
-        temb = self._time(timestep, ofs, batch, latents)
         cos, sin = self.tables.rope(frames, height, width, latents.device).unbind(0)
         x = self.patch_embed(text, latents, self._positions(latents))
-        for block in self.transformer_blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, routed = checkpoint(block, x, temb, cos, sin, text_len, use_reentrant=False)
-            else:
-                x, routed = block(x, temb, cos, sin, text_len)
-            if routing is not None:
-                routing.extend(routed)
-        _, video = modality.split(x, text_len)
-        video = self.proj_out(self.norm_out(self.norm_final(video), temb))
+        of_blocks: Sequence[Tensor | tuple[Modulation, Modulation]]
+        of_last: Tensor | tuple[Tensor, Tensor]
+        if modulations is not None:
+            of_blocks, of_last = modulations.of_blocks(batch, x.dtype)
+        else:
+            assert timestep is not None  # or check_arguments would have said so
+            of_last = self._time(timestep, ofs, batch, latents.device, latents.dtype)
+            of_blocks = [of_last] * len(self.transformer_blocks)
+        text_len = (text.tokens if isinstance(text, ProjectedText) else text).shape[1]
+        video = self._walk(x, of_blocks, cos, sin, text_len, routing)
+        video = self.proj_out(self.norm_out(self.norm_final(video), of_last))
         return unpatchify(video, token_grid(self.config, frames, height, width), self.patch)
+
+    def project_text(self, text: Tensor) -> ProjectedText:
+        """What `forward` makes of a text, (batch, text_len, text_embed_dim), at every step anew.
+
+        Raises TypeError or ValueError for another shape or dtype.
+        """
+        check_text(self.config, self.norm_final.weight.dtype, text)
+        return ProjectedText(self.patch_embed.text_proj(text))
+
+    def modulations(self, timesteps: Tensor, ofs: Tensor | None = None) -> Modulations:
+        """Every shift, scale and gate at many times, by one product of matrices over all of them.
+
+        They depend on time and weights alone: a run makes them before its first step, and hands
+        `forward` those of each (`Modulations.at`). They take (12 · num_layers + 2) · hidden_size
+        values a step: of 5B in bfloat16 3.1 MB, 155 MB for 50. While they are made the weights are
+        copied, `modulation.STACK_BYTES` at a time; where those are more, there is a product each.
+
+        timesteps  (steps,), any real dtype
+        ofs        a scalar, (1,) or (steps,), as in `forward`
+
+        Raises TypeError or ValueError for other shapes.
+        """
+        check_run(self.config, timesteps, ofs)
+        weight = self.norm_final.weight
+        temb = self._time(timesteps, ofs, len(timesteps), weight.device, weight.dtype)
+        norms = [m for m in self.modules() if isinstance(m, (ExpertAdaLayerNorm, AdaLayerNorm))]
+        rows = stacked([norm.linear for norm in norms], temb)
+        return Modulations(rows.unflatten(1, (-1, self.config.hidden_size)))
 
     def set_backend(self, backend: str) -> None:
         """Which way the ops of cogvx_kernels go from now on: "auto", "kernel" or "reference"."""
         check_choice("ExpertTransformer.set_backend", "backend", backend, BACKENDS)
         self.backend = backend
         for module in self.modules():
-            if isinstance(module, (JointAttention, ExpertAdaLayerNorm, AdaLayerNorm)):
+            if isinstance(module, WITH_BACKEND):
                 module.backend = backend
 
-    def _time(self, timestep: Tensor, ofs: Tensor | None, batch: int, like: Tensor) -> Tensor:
+    def _walk(
+        self,
+        x: Tensor,
+        of_blocks: Sequence[Tensor | tuple[Modulation, Modulation]],
+        cos: Tensor,
+        sin: Tensor,
+        text_len: int,
+        routing: list[Routing] | None,
+    ) -> Tensor:
+        """The joint sequence through all blocks; the video tokens, (batch, video_len, dim).
+
+        Each block leaves its last sum to the next. Not so where blocks are computed again: there
+        one tensor goes from block to block, and not two.
+        """
+        branch: Branch | None = None
+        for block, time in zip(self.transformer_blocks, of_blocks, strict=True):
+            where = time, cos, sin, text_len
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, routed = checkpoint(block.whole, x, *where, use_reentrant=False)
+            else:
+                x, branch, routed = block(x, branch, *where)
+            if routing is not None:
+                routing.extend(routed)
+        video = modality.split(x, text_len)[1]
+        if branch is None:
+            return video
+        y = modality.split(branch.y, text_len)[1].to(x.dtype)
+        return gated_residual(video, y, branch.gate, None, backend=self.backend)
+
+    def _time(
+        self,
+        timestep: Tensor,
+        ofs: Tensor | None,
+        batch: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Tensor:
         """The SiLU, which every modulation takes, of time and ofs: (batch, time_embed_dim)."""
-        temb = self.time_embedding(timestep.to(like.device).expand(batch), like.dtype)
+        temb = self.time_embedding(timestep.to(device).expand(batch), dtype)
         if self.ofs_embedding is not None and ofs is not None:
-            temb = temb + self.ofs_embedding(ofs.to(like.device).expand(batch), like.dtype)
+            temb = temb + self.ofs_embedding(ofs.to(device).expand(batch), dtype)
         return F.silu(temb)
 
     def _positions(self, latents: Tensor) -> Tensor | None:

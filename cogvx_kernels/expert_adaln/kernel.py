@@ -18,10 +18,11 @@ from torch import Tensor
 
 from .._launch import alignment, on_device
 
-# Reasoned, not yet measured: enough tokens to pay for loading the modulation, and few enough that
-# the shortest real sequence makes more programs than a GPU has places for.
-TOKENS = 8
-BACKWARD_TOKENS = 32
+# Reasoned, not yet measured: enough tokens that loading the modulation, and storing its gradients,
+# is at most a twentieth of a strip's bytes; and few enough that a real sequence makes some 900
+# programs, six or seven for each multiprocessor of a large GPU, all of them there at once.
+TOKENS = 40
+BACKWARD_TOKENS = 40
 # Lanes of a row for each warp: 16 elements a thread, two 16-byte loads of bf16.
 LANES_PER_WARP = 512
 

@@ -28,8 +28,9 @@ MEASURED: tuple[Measured, ...] = ()
 def chosen(x: Tensor, up: Tensor, experts: int) -> str:
     """The faster way for tokens x and experts like `up`, of which there are one or two.
 
-    Where nothing was measured it is dense on a GPU, because cuBLAS is what a Triton kernel has to
-    beat, and grouped in Triton's interpreter, which is there to check kernels.
+    Where nothing was measured, one expert on a GPU is dense, because its product is cuBLAS' own
+    field; and two are grouped, because dense takes a launch for each expert and sample. Triton's
+    interpreter is there to check kernels: grouped.
     """
     if not x.is_cuda:
         return "grouped"
@@ -38,4 +39,4 @@ def chosen(x: Tensor, up: Tensor, experts: int) -> str:
     for row in MEASURED:
         if row[:5] == key:
             return row.faster
-    return "dense"
+    return "dense" if experts == 1 else "grouped"

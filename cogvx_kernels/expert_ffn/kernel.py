@@ -9,6 +9,8 @@ Backward: one kernel makes the pre-activation anew beside its gradient (or loads
 kept), one the gradient of x, one the gradient of each weight; a sum has one order, and no atomics.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -205,7 +207,7 @@ def _plan(
         BLOCK_COLS=_block(BLOCK_COLS // block, min(dim, ffn_dim)),
         BLOCK_INNER=_block(inner, min(dim, ffn_dim)),
         BAND=BAND,
-        ALIGN=alignment(x, *up, *down, *rows),
+        ALIGN=math.gcd(alignment(x, *up, *down, *rows), ffn_dim),  # compact rows are so wide
         COMPUTE=tl.float64 if x.dtype is torch.float64 else tl.float32,
     )
 

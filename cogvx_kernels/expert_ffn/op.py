@@ -34,15 +34,15 @@ SETTINGS = "SymInt text_len, str activation"
 )
 def _expert_ffn(x, up, up_bias, down, down_bias, index, weight, *rest):
     """The result, and the pre-activation of each (token, choice) pair if it is kept, else empty."""
-    *residuals, text_len, activation, recompute, gemm = rest
+    residual, gate, text_gate, text_len, activation, recompute, gemm = rest
     experts = tuple(up), tuple(up_bias), tuple(down), tuple(down_bias)
-    settings = text_len, activation, not recompute
+    others = residual, gate, text_gate, text_len, activation, not recompute
     if _way(gemm, x, up, index) == "dense":
-        return dense.expert_ffn_fwd(x, *experts, *residuals, *settings)
+        return dense.expert_ffn_fwd(x, *experts, *others)
     from . import kernel
 
     routed = (None, None) if index is None else routes(index, len(up))
-    return kernel.expert_ffn_fwd(x, *experts, index, weight, *routed, *residuals, *settings)
+    return kernel.expert_ffn_fwd(x, *experts, index, weight, *routed, *others)
 
 
 @_expert_ffn.register_fake
@@ -104,14 +104,15 @@ def _way(gemm, x, up, index):
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _expert_ffn_grads(dout, x, up, up_bias, down, down_bias, index, weight, pre, *settings):
-    *settings, gemm = settings
+    text_len, activation, rows, weights, gemm = settings
     experts = tuple(up), tuple(up_bias), tuple(down), tuple(down_bias)
+    others = pre, text_len, activation, rows, weights
     if _way(gemm, x, up, index) == "dense":
-        return dense.expert_ffn_bwd(dout, x, *experts, pre, *settings)
+        return dense.expert_ffn_bwd(dout, x, *experts, *others)
     from . import kernel
 
     routed = (None, None) if index is None else routes(index, len(up))
-    return kernel.expert_ffn_bwd(dout, x, *experts, weight, index, *routed, pre, *settings)
+    return kernel.expert_ffn_bwd(dout, x, *experts, weight, index, *routed, *others)
 
 
 @_expert_ffn_grads.register_fake

@@ -203,6 +203,7 @@ EXPERT_FFN = OpInfo(
     },
     tokens=("x", "index", "weight"),
     differentiable=("x", "up", "up_bias", "down", "down_bias", "weight"),
+    summed=("up", "up_bias", "down", "down_bias"),
     products=True,
     rounds_between=True,
     cost=_cost,

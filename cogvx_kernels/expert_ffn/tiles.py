@@ -232,11 +232,15 @@ def activate(pre, gate, P: tl.constexpr):
 
 @triton.jit
 def slopes(pre, gate, P: tl.constexpr):
-    """The activation's derivatives along pre and along gate."""
+    """The activation's derivatives along pre and along gate.
+
+    1 - sigmoid(z) is taken as sigmoid(-z), which has all its digits where the other has few.
+    """
     if P.ACTIVATION == "gelu_tanh":
         square = pre * pre
-        s = sigmoid(pre * (1.0 + 0.044715 * square) * TWICE_SQRT_2_OVER_PI)
-        along = s + pre * s * (1.0 - s) * TWICE_SQRT_2_OVER_PI * (1.0 + 0.134145 * square)
+        z = pre * (1.0 + 0.044715 * square) * TWICE_SQRT_2_OVER_PI
+        s = sigmoid(z)
+        along = s + pre * s * sigmoid(-z) * TWICE_SQRT_2_OVER_PI * (1.0 + 0.134145 * square)
         along_gate = along
     elif P.ACTIVATION == "gelu":
         along = 0.5 * (1.0 + tl.erf(pre * SQRT_HALF))
@@ -245,7 +249,7 @@ def slopes(pre, gate, P: tl.constexpr):
     else:
         s = sigmoid(gate)
         along = gate * s
-        along_gate = pre * s * (1.0 + gate * (1.0 - s))
+        along_gate = pre * s * (1.0 + gate * sigmoid(-gate))
     return along, along_gate
 
 

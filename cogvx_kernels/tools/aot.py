@@ -114,16 +114,17 @@ def compile_launches(
     return compiled
 
 
+Usage = tuple[int, int, int, dict[int, int], dict[int, int]]  # registers … stores of a Report
+_read: dict[str, tuple[Usage, list[str]]] = {}  # by hash: sizes of one width share their kernels
+
+
 def inspect(info: OpInfo, size: str, target: str, compiled: Any) -> Report:
-    """Read a compiled kernel."""
-    if compiled.hash not in _read:  # two sizes of one model have kernels in common
+    """Read a compiled kernel, once."""
+    if compiled.hash not in _read:
         read = _read_cubin if "cubin" in compiled.asm else _read_amdgcn
         _read[compiled.hash] = read(compiled), lint(compiled.asm["ttir"])
-    found, complaints = _read[compiled.hash]
-    return Report(info.name, compiled.metadata.name, size, target, *found, lint=complaints)
-
-
-_read: dict[str, Any] = {}
+    usage, complaints = _read[compiled.hash]
+    return Report(info.name, compiled.metadata.name, size, target, *usage, lint=complaints)
 
 
 def lint(ttir: str) -> list[str]:
@@ -171,7 +172,7 @@ def small_reports(ops: list[OpInfo], targets: list[str]) -> Iterator[Report]:
                     yield inspect(info, sample.reason, target, compiled)
 
 
-def _read_cubin(compiled: Any) -> tuple[int, int, int, dict[int, int], dict[int, int]]:
+def _read_cubin(compiled: Any) -> Usage:
     """Registers and stack from the resource table, widths from the disassembly."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
@@ -198,7 +199,7 @@ def widths(pattern: str, sass: str) -> dict[int, int]:
     return dict(counts)
 
 
-def _read_amdgcn(compiled: Any) -> tuple[int, int, int, dict[int, int], dict[int, int]]:
+def _read_amdgcn(compiled: Any) -> Usage:
     assembly = compiled.asm["amdgcn"]
 
     def number(key: str) -> int:

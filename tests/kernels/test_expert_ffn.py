@@ -387,11 +387,11 @@ def test_the_faster_way_is_looked_up(monkeypatch):
         is_cuda, device, dtype, shape = True, torch.device("cuda"), torch.bfloat16, (2, 100, 8)
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
-    assert choices.chosen(OnGPU, up, 2) == "dense"  # nothing was measured
-    row = choices.Measured("H200", "bfloat16", 8, 16, 2, "grouped", 1.1, "2026-01-01")
-    monkeypatch.setattr(choices, "MEASURED", (row,))
-    assert choices.chosen(OnGPU, up, 2) == "grouped"
+    assert choices.chosen(OnGPU, up, 2) == "grouped"  # nothing was measured
     assert choices.chosen(OnGPU, up, 1) == "dense"
+    row = choices.Measured("H200", "bfloat16", 8, 16, 2, "dense", 1.1, "2026-01-01")
+    monkeypatch.setattr(choices, "MEASURED", (row,))
+    assert choices.chosen(OnGPU, up, 2) == "dense"
 
 
 WRONG = {

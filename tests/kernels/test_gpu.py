@@ -183,8 +183,18 @@ def choices(**values):
 CHOICES = {
     "rope3d": choices(TILE=(512, 1024, 2048, 4096), NUM_WARPS=(1, 2, 4, 8)),
     "expert_adaln": [
-        {"TOKENS": tokens, "BACKWARD_TOKENS": 4 * tokens, "LANES_PER_WARP": lanes}
-        for tokens, lanes in itertools.product((4, 8, 16), (256, 512, 1024))
+        {"TOKENS": tokens, "BACKWARD_TOKENS": tokens, "LANES_PER_WARP": lanes}
+        for tokens, lanes in itertools.product((8, 24, 40), (256, 512, 1024))
+    ],
+    "expert_ffn": [
+        {"BLOCK_ROWS": rows, "BLOCK_COLS": cols, "WARPS": warps, "STAGES": stages}
+        for rows, cols, warps, stages in (
+            (64, 128, 4, 3),
+            (128, 64, 4, 4),
+            (128, 128, 8, 3),
+            (128, 128, 8, 4),
+            (128, 256, 8, 3),
+        )
     ],
 }
 ROOM_CHOICES = [(room, choice) for room, listed in CHOICES.items() for choice in listed]

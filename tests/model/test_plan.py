@@ -90,9 +90,10 @@ def test_a_step_of_the_transformer(name, cfg):
 
     def step():
         latents = torch.zeros(1, frames, config.in_channels, 16, 24)
-        ofs = None if config.ofs_embed_dim is None else torch.full((1,), 2.0)
-        text = torch.zeros(copies, 16, 32)
-        model(torch.cat([latents] * copies), text, torch.full((copies,), 9), ofs)
+        ofs = None if config.ofs_embed_dim is None else torch.tensor(2.0)
+        text = model.project_text(torch.zeros(copies, 16, 32))
+        ahead = model.modulations(torch.arange(50), ofs)
+        model(torch.cat([latents] * copies), text, modulations=ahead.at(9))
 
     measured = both(step)
     assert near(measured, stage.activations), (measured, stage)
@@ -170,18 +171,36 @@ def test_two_layers_are_as_many_as_there_are():
     config = TRANSFORMERS["2b-like"]
     deep = dataclasses.replace(config, num_layers=7)
     shallow, deeper = (
-        forecast(c, VAES["released"], frames=17, height=128, width=192, backend="reference").stage(
+        forecast(c, VAES["released"], frames=17, height=256, width=384, backend="reference").stage(
             "denoise"
         )
         for c in (config, deep)
     )
-    assert shallow.activations == deeper.activations and shallow.weights < deeper.weights
+    of_four_layers = 4 * 12 * config.hidden_size * 2  # bytes of their modulations at a step
+    assert deeper.activations == shallow.activations + 50 * of_four_layers
+    assert shallow.weights < deeper.weights
     model = ExpertTransformer(deep, backend="reference").to(torch.bfloat16)
     with torch.no_grad(), LiveBytes() as live:
-        latents = torch.zeros(1, 5, 16, 16, 24, dtype=torch.bfloat16)
-        text = torch.zeros(2, 16, 32, dtype=torch.bfloat16)
-        model(torch.cat([latents] * 2), text, torch.full((2,), 9)).float()
+        latents = torch.zeros(1, 5, 16, 32, 48, dtype=torch.bfloat16)
+        text = model.project_text(torch.zeros(2, 16, 32, dtype=torch.bfloat16))
+        ahead = model.modulations(torch.arange(50))
+        model(torch.cat([latents] * 2), text, modulations=ahead.at(9)).float()
     assert live.peak == pytest.approx(deeper.activations, rel=0.01)
+
+
+def test_modulations_of_a_small_clip_are_its_largest_moment():
+    """Their weights are copied while they are made, which a small clip does not hide."""
+    config = dataclasses.replace(TRANSFORMERS["2b-like"], num_layers=30)
+    plan = forecast(config, VAES["released"], frames=1, height=16, width=16, dtype=torch.float32,
+                    guidance=False, backend="reference")  # fmt: skip
+    model = ExpertTransformer(config, backend="reference")
+    with torch.no_grad(), LiveBytes() as live:
+        ahead = model.modulations(torch.arange(50))
+        assert ahead.values.shape == (50, 12 * 30 + 2, config.hidden_size)
+        assert live.now == ahead.values.nbytes
+    norms = [p for name, p in model.named_parameters() if ".linear." in name]
+    assert live.peak > sum(p.nbytes for p in norms)
+    assert plan.stage("denoise").activations == pytest.approx(live.peak, rel=0.01)
 
 
 def test_a_stream_does_not_grow():

@@ -47,9 +47,13 @@ def written_out(x, experts, router, top_k):
     return y, fraction, probability.mean((0, 1))
 
 
+@pytest.mark.parametrize("called", [False, True])
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_routing_written_out(top_k):
+def test_routing_written_out(top_k, called):
+    """Whether weights are read, or experts called, because one of them is wrapped."""
     ff, x = layer(2, 3, top_k), tokens()
+    if called:
+        ff.video[1].net[2].register_forward_hook(lambda *_: None)
     with torch.no_grad():
         y, routing = ff(x, TEXT_LEN)
         for part, experts, router, of_part in (
@@ -66,6 +70,7 @@ def test_one_expert_of_a_modality_needs_no_router():
     ff, x = layer(1, 1), tokens()
     y, routing = ff(x, TEXT_LEN)
     assert routing == () and not any("router" in name for name, _ in ff.named_parameters())
+    torch.testing.assert_close(ff(x[:, :0], 0)[0], x[:, :0])
     torch.testing.assert_close(y[:, :TEXT_LEN], ff.text[0](x[:, :TEXT_LEN]))
     torch.testing.assert_close(y[:, TEXT_LEN:], ff.video[0](x[:, TEXT_LEN:]))
 
@@ -79,6 +84,18 @@ def test_each_modality_meets_its_own_experts_alone(modality, untouched):
     parts = {"text": slice(0, TEXT_LEN), "video": slice(TEXT_LEN, None)}
     assert torch.equal(after[:, parts[untouched]], before[:, parts[untouched]])
     assert (after[:, parts[modality]] != before[:, parts[modality]]).any(-1).all()
+
+
+def test_a_single_expert_beside_several_has_weight_one():
+    """And its tokens' further choices are nobody's."""
+    ff, x = layer(1, 3, 2), tokens()
+    y, routing = ff(x, TEXT_LEN)
+    assert len(routing) == 1
+    torch.testing.assert_close(y[:, :TEXT_LEN], ff.text[0](x[:, :TEXT_LEN]))
+    swapped = layer(3, 1, 2)
+    y, routing = swapped(x, TEXT_LEN)
+    assert len(routing) == 1
+    torch.testing.assert_close(y[:, TEXT_LEN:], swapped.video[0](x[:, TEXT_LEN:]))
 
 
 def test_no_token_is_dropped_when_all_choose_one_expert():

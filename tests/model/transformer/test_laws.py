@@ -12,7 +12,7 @@ import torch
 from cogvx.transformer import ExpertTransformer
 from cogvx.transformer.block import ExpertBlock
 from cogvx.transformer.embedding import JointEmbedding, timestep_sincos
-from cogvx.transformer.modulation import ExpertAdaLayerNorm
+from cogvx.transformer.modulation import Branch, ExpertAdaLayerNorm
 from cogvx.transformer.patch import patchify, unpatchify
 from cogvx.transformer.positions import Tables, sincos_table
 
@@ -95,11 +95,14 @@ def test_modulation_written_out():
             parameter.copy_(torch.randn_like(parameter))
     x, y = torch.randn(2, 2, 8, dim, dtype=torch.float64)
     temb = torch.randn(2, 4, dtype=torch.float64)
-    h, gates = layer(x, temb, text_len)
-    out = layer.residual(x, y, gates, text_len)
-    again = layer.after(x, y, gates, temb, text_len)
+    modulation = layer.modulation(temb, torch.float64)
+    same, h = layer(x, None, modulation, text_len)
+    assert same is x
+    branch = Branch(y, modulation.gate, modulation.text_gate)
+    out = layer.add(x, branch, text_len)
+    again = layer(x, branch, modulation, text_len)
     assert torch.equal(again[0], out)
-    assert torch.equal(again[1], layer(out, temb, text_len)[0])
+    assert torch.equal(again[1], layer(out, None, modulation, text_len)[1])
     rows = layer.linear(temb).chunk(6, 1)
     for tokens, (shift, scale, gate) in (
         (slice(text_len, None), rows[:3]),
@@ -120,8 +123,22 @@ def test_a_new_block_passes_its_input_on(experts):
         assert isinstance(block, ExpertBlock)
         x = torch.randn(2, 9, SIN_COS.hidden_size)
         none = torch.zeros(0, 8)
-        out, _ = block(x, torch.randn(2, SIN_COS.time_embed_dim), none, none, 3)
+        out, _ = block.whole(x, torch.randn(2, SIN_COS.time_embed_dim), none, none, 3)
         assert torch.equal(out, x)
+
+
+@models
+def test_what_a_block_leaves_the_next_one_adds(config):
+    """Its last sum, in one pass with the next block's first norm, or by itself: the same bits."""
+    model, text_len = made(config), 5
+    first, second = model.transformer_blocks
+    x, temb = torch.randn(2, 17, config.hidden_size), torch.randn(2, config.time_embed_dim)
+    where = temb, torch.zeros(0, 8), torch.zeros(0, 8), text_len
+    stream, branch, routed = second(*first(x, None, *where)[:2], *where)
+    assert not torch.equal(first(x, None, *where)[0], x)
+    wanted, routing = second.whole(first.whole(x, *where)[0], *where)
+    assert torch.equal(second.norm2.add(stream, branch, text_len), wanted)
+    assert all(map(torch.equal, sum(routed, ()), sum(routing, ())))
 
 
 def test_initial_weights():
@@ -272,8 +289,13 @@ def test_a_copy_is_a_model_of_its_own():
     assert torch.equal(model(*arguments), wanted)
 
 
-def test_set_backend():
-    model = ExpertTransformer(ROPE)
+@models
+def test_set_backend(config):
+    model = ExpertTransformer(config)
     model.set_backend("reference")
-    assert {block.attn1.backend for block in model.transformer_blocks} == {"reference"}
-    assert model.state_dict().keys() == ExpertTransformer(ROPE, "kernel").state_dict().keys()
+    with_backend = [module for module in model.modules() if hasattr(module, "backend")]
+    # The model; of each block two norms, attention, and feed-forward or experts; the last norm.
+    experts = 1 + config.num_text_experts + config.num_video_experts
+    assert len(with_backend) == 2 + (3 + experts) * config.num_layers
+    assert {module.backend for module in with_backend} == {"reference"}
+    assert model.state_dict().keys() == ExpertTransformer(config, "kernel").state_dict().keys()

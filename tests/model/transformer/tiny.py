@@ -20,6 +20,7 @@ SIN_COS = TransformerConfig(
     max_text_seq_length=5,
 )
 ROPE = dataclasses.replace(SIN_COS, use_rotary_positional_embeddings=True)
+EXPERTS = dataclasses.replace(ROPE, num_text_experts=1, num_video_experts=4, expert_top_k=2)
 
 
 def shaken(module):

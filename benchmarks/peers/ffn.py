@@ -1,0 +1,130 @@
+"""Feed-forward layers of several experts as torch alone has them: what `expert_ffn` must beat."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import Arguments, Function, Unavailable
+
+Runs = list[tuple[int, Tensor]]
+
+
+def _only_tanh_gelu(arguments: Arguments) -> None:
+    if arguments.get("activation", "gelu_tanh") != "gelu_tanh":
+        raise Unavailable("it has tanh-GELU alone")
+    if arguments.get("residual") is not None:
+        raise Unavailable("it adds no residual")
+
+
+def _bias(biases: Tensor | None, expert: int) -> Tensor | None:
+    return None if biases is None else biases[expert]
+
+
+# --- expert by expert ------------------------------------------------------------------------
+
+
+def split_cat(arguments: Arguments) -> Function:
+    """Linear, GELU, linear in the dtype of x, as diffusers' FeedForward; of each expert in turn.
+
+    Text and video are split and put together again; routed tokens are looked for, which waits for
+    the device, gathered, and added where they belong.
+    """
+    _only_tanh_gelu(arguments)
+
+    def expert_ffn(
+        x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
+        index: Tensor | None = None, weight: Tensor | None = None, *, text_len: int = 0, **_: Any,
+    ) -> Tensor:  # fmt: skip
+        def expert(e: int, tokens: Tensor) -> Tensor:
+            hidden = F.gelu(F.linear(tokens, up[e], _bias(up_bias, e)), approximate="tanh")
+            return F.linear(hidden, down[e], _bias(down_bias, e))
+
+        if index is None:
+            parts = x.split((text_len, x.shape[1] - text_len), 1) if len(up) == 2 else (x,)
+            outputs = [expert(e, tokens) for e, tokens in enumerate(parts)]
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+        tokens, pairs = x.flatten(0, 1), index.flatten(0, 1)
+        out = torch.zeros_like(tokens)
+        for e in range(len(up)):
+            token, choice = (pairs == e).nonzero(as_tuple=True)
+            y = expert(e, tokens[token])
+            if weight is not None:
+                y = y * weight.flatten(0, 1)[token, choice, None].to(y.dtype)
+            out = out.index_add(0, token, y)
+        return out.view_as(x)
+
+    return expert_ffn
+
+
+def cublaslt_gelu(arguments: Arguments) -> Function:
+    """Two calls for each expert and run of tokens: bias and GELU in cuBLASLt's epilogue, and addmm.
+
+    Without a gradient: torch has none for it.
+    """
+    _only_tanh_gelu(arguments)
+    if not arguments["x"].is_cuda:
+        raise Unavailable("on a CPU torch's _addmm_activation is another GELU")
+    if arguments.get("index") is not None:
+        raise Unavailable("it takes no index")
+    if arguments.get("up_bias") is None or arguments.get("down_bias") is None:
+        raise Unavailable("its epilogue needs biases")
+
+    def expert_ffn(
+        x: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor,
+        index: None = None, weight: None = None, *, text_len: int = 0, **_: Any,
+    ) -> Tensor:  # fmt: skip
+        out = torch.empty_like(x)
+        runs = zip(_runs(x, up, text_len), _runs(out, up, text_len), strict=True)
+        for (e, rows), (_, to) in runs:
+            hidden = torch._addmm_activation(up_bias[e], rows, up[e].t(), use_gelu=True)
+            torch.addmm(down_bias[e], hidden, down[e].t(), out=to)
+        return out
+
+    return expert_ffn
+
+
+def _runs(x: Tensor, up: Tensor, text_len: int) -> Runs:
+    """(expert, its rows), all of them views."""
+    if len(up) == 1:
+        return [(0, x.view(-1, x.shape[2]))]
+    return [run for sample in x for run in ((0, sample[:text_len]), (1, sample[text_len:]))]
+
+
+# --- all experts at once ---------------------------------------------------------------------
+
+
+def grouped_mm(arguments: Arguments) -> Function:
+    """Sort, gather, torch._grouped_mm twice with bias and GELU between, ungather, combine."""
+    _only_tanh_gelu(arguments)
+    if arguments.get("index") is None:
+        raise Unavailable("it is for tokens with an index")
+    if arguments["x"].dtype is not torch.bfloat16:
+        raise Unavailable("torch._grouped_mm takes bfloat16 alone")
+
+    def expert_ffn(
+        x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
+        index: Tensor, weight: Tensor | None = None, **_: Any,
+    ) -> Tensor:  # fmt: skip
+        top_k = index.shape[2]
+        expert = index.flatten()
+        order = expert.argsort(stable=True)
+        place = order.argsort()
+        sorted_expert = expert[order]
+        ends = torch.arange(1, len(up) + 1, device=x.device)
+        offs = torch.searchsorted(sorted_expert, ends).int()
+        rows = x.flatten(0, 1).index_select(0, order // top_k)
+        hidden = torch._grouped_mm(rows, up.transpose(1, 2), offs=offs)
+        if up_bias is not None:
+            hidden = hidden + up_bias[sorted_expert]
+        hidden = F.gelu(hidden, approximate="tanh")
+        y = torch._grouped_mm(hidden, down.transpose(1, 2), offs=offs)
+        if down_bias is not None:
+            y = y + down_bias[sorted_expert]
+        y = y.index_select(0, place).unflatten(0, (-1, top_k))
+        if weight is not None:
+            y = y * weight.flatten(0, 1)[:, :, None].to(y.dtype)
+        return y.sum(1).view_as(x)
+
+    return expert_ffn

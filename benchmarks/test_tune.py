@@ -1,0 +1,39 @@
+"""Laws of the sweeps: they are about constants that there are, as they are now among others."""
+
+import importlib
+
+import pytest
+
+from cogvx_kernels.testing import OPS
+
+from . import tune
+
+
+@pytest.mark.parametrize("op", tune.SWEEPS)
+def test_what_is_now_is_among_the_choices(op):
+    sweep = tune.SWEEPS[op]
+    module = importlib.import_module(sweep.module)
+    for values in (sweep.forward, sweep.backward):
+        now = {name: getattr(module, name) for name in values}
+        assert now in [choice for choice in tune.choices(values) if sweep.fits(choice)]
+
+
+def test_every_op_with_a_kernel_has_a_sweep():
+    assert tune.SWEEPS.keys() == OPS.keys()
+
+
+def test_a_choice_is_taken_back():
+    module = importlib.import_module("cogvx_kernels.expert_adaln.kernel")
+    before = module.TOKENS
+    with pytest.raises(ZeroDivisionError), tune.chosen(module, {"TOKENS": before + 1}):
+        assert module.TOKENS == before + 1
+        raise ZeroDivisionError
+    assert before == module.TOKENS
+
+
+def test_what_does_not_fit_is_not_tried():
+    fits = tune.SWEEPS["expert_ffn"].fits
+    choice = {"BLOCK_ROWS": 128, "BLOCK_COLS": 256, "BLOCK_INNER": 64, "WARPS": 8, "STAGES": 4}
+    assert fits(choice)  # 192 KiB, 128 registers of sums
+    assert not fits({**choice, "BLOCK_INNER": 128})  # 384 KiB
+    assert not fits({**choice, "WARPS": 4})  # 256 registers of sums
