@@ -45,9 +45,8 @@ lint: $(READY)  ## ruff, mypy, clang-format
 	mypy
 	clang-format --dry-run --Werror csrc/*
 
-aot: $(READY)  ## every Triton kernel through the compilers of every target; needs no GPU
-	cogvx-kernels aot
-	cogvx-kernels aot --samples --target sm_90
+aot: $(READY)  ## every Triton kernel through the compilers of every target; ARGS="--samples": every option
+	cogvx-kernels aot $(ARGS)
 
 mutants: $(READY)  ## does the test suite notice when a kernel is broken on purpose?
 	python -m tests.mutants

@@ -103,10 +103,11 @@ class Cost:
 class Budget:
     """What a compiled kernel may cost, at a named size and dtype, on every target it is held to.
 
-    registers  for each thread, on NVIDIA targets
-    shared     bytes of shared memory for each block
-    access     bits of the narrowest global load or store of a big tensor, 128 being the widest
-    narrow     how many narrower accesses there may be: those of tables, weights and shares
+    registers   for each thread, on NVIDIA targets
+    shared      bytes of shared memory for each block
+    access      bits of the narrowest global load or store of a big tensor, 128 being the widest
+    narrow      how many narrower accesses there may be: those of tables, weights and shares
+    convention  one of the op's, where it is not the call `at_size`
     """
 
     kernel: str
@@ -116,6 +117,7 @@ class Budget:
     access: int = 128
     narrow: int = 0
     dtype: torch.dtype = torch.bfloat16
+    convention: str = ""
 
 
 @dataclass(frozen=True)

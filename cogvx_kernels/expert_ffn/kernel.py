@@ -233,7 +233,7 @@ def _grid(plan: Plan, tiles: int, cols: int) -> tuple[int]:
 
 
 def _options(plan: Plan) -> dict[str, int]:
-    warps = max(1, min(WARPS, plan.BLOCK_ROWS * plan.BLOCK_COLS // 1024))
+    warps = max(1, min(WARPS, plan.BLOCK_ROWS * plan.BLOCK_COLS // 256))
     amd = not INTERPRETED and driver.active.get_current_target().backend == "hip"
     return {"num_warps": warps, "num_stages": AMD_STAGES if amd else STAGES}
 

@@ -10,12 +10,15 @@ import argparse
 import collections
 import dataclasses
 import importlib
+import itertools
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +134,7 @@ def lint(ttir: str) -> list[str]:
     """What the house forbids in a kernel, found in Triton's first intermediate code."""
     found = []
     for offset, kind in re.findall(r"tt\.addptr %\w+, (%\w+) : [^,\n]+, ([^\n]+?) loc", ttir):
-        if re.search(r"\bi32\b|xi32\b", kind) and not re.fullmatch(r"%c\w*_i32\w*", offset):
+        if re.search(r"\bi32\b|xi32\b", kind) and not re.fullmatch(r"%c(st|\w*_i32)\w*", offset):
             found.append(f"an offset of 32 bits: {offset}")
     for product in re.findall(r"(arith\.muli [^:\n]+) : (?:tensor<\w+xi32>|i32)", ttir):
         found.append(f"a product of 32 bits: {product}")
@@ -147,29 +150,40 @@ def lint(ttir: str) -> list[str]:
     return found
 
 
-def reports(ops: list[OpInfo], targets: list[str]) -> Iterator[tuple[Report, Budget]]:
-    """A report for each budget of each op on each target."""
-    for info in ops:
-        for size in dict.fromkeys(budget.size for budget in info.budgets):
-            for target in targets:
-                budgets = [b for b in info.budgets if b.size == size]
-                for at_size in (info.at_size, *info.conventions.values()):
-                    sample, dtype = at_size(SIZES[size]), budgets[0].dtype
-                    for compiled in compile_launches(info, sample, dtype, TARGETS[target]):
-                        report = inspect(info, size, target, compiled)
-                        for budget in budgets:
-                            if budget.kernel == report.kernel:
-                                yield report, budget
+def reports(name: str, target: str) -> list[tuple[Report, Budget | None]]:
+    """A report for each budget of an op on a target."""
+    info, found = OPS[name], list[tuple[Report, Budget | None]]()
+    for size, convention in dict.fromkeys((b.size, b.convention) for b in info.budgets):
+        budgets = [b for b in info.budgets if (b.size, b.convention) == (size, convention)]
+        at_size = info.conventions[convention] if convention else info.at_size
+        sample = at_size(SIZES[size])
+        for compiled in compile_launches(info, sample, budgets[0].dtype, TARGETS[target]):
+            report = inspect(info, size, target, compiled)
+            found += [(report, b) for b in budgets if b.kernel == report.kernel]
+    return found
 
 
-def small_reports(ops: list[OpInfo], targets: list[str]) -> Iterator[Report]:
-    """Each sample, in dtypes by turns: options that no budget covers compile too, unspilled."""
-    for info in ops:
-        for i, sample in enumerate(info.samples):
-            for target in targets:
-                dtype = info.dtypes[i % len(info.dtypes)]
-                for compiled in compile_launches(info, sample, dtype, TARGETS[target]):
-                    yield inspect(info, sample.reason, target, compiled)
+def small_reports(name: str, target: str, which: int) -> list[tuple[Report, Budget | None]]:
+    """A sample, dtypes by turns: options that no budget covers compile too, unspilled."""
+    info = OPS[name]
+    sample, dtype = info.samples[which], info.dtypes[which % len(info.dtypes)]
+    compiled = compile_launches(info, sample, dtype, TARGETS[target])
+    return [(inspect(info, sample.reason, target, one), None) for one in compiled]
+
+
+def in_parallel(
+    ops: Sequence[str], targets: Sequence[str], samples: bool
+) -> Iterator[tuple[Report, Budget | None]]:
+    """All of them, compiled in as many processes as there are cores, in order."""
+    pairs = list(itertools.product(ops, targets))
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        if samples:
+            cases = [(*pair, i) for pair in pairs for i in range(len(OPS[pair[0]].samples))]
+            done = pool.map(small_reports, *zip(*cases, strict=True), chunksize=4)
+        else:
+            done = pool.map(reports, *zip(*pairs, strict=True))
+        for found in done:
+            yield from found
 
 
 def _read_cubin(compiled: Any) -> Usage:
@@ -229,19 +243,13 @@ def main(argv: list[str]) -> int:
         print("cogvx-kernels aot: the interpreter compiles nothing; unset TRITON_INTERPRET",
               file=sys.stderr)  # fmt: skip
         return 2
-    ops = [OPS[name] for name in options.op or OPS]
     rows, failures = [], []
     quiet = options.json == "-"
     if not quiet:
         print(f"{'kernel':30}{'size':36}{'target':8}{'regs':>5}{'spill':>6}{'shared':>7}"
               "  loads, stores as bits:count")  # fmt: skip
-    targets = options.target or list(TARGETS)
-    found: Iterator[tuple[Report, Budget | None]] = (
-        ((report, None) for report in small_reports(ops, targets))
-        if options.samples
-        else reports(ops, targets)
-    )
-    for report, budget in found:
+    ops, targets = options.op or list(OPS), options.target or list(TARGETS)
+    for report, budget in in_parallel(ops, targets, options.samples):
         spilled = [f"spills: {report.spills}"] if report.spills else []
         over = report.violations(budget) if budget else spilled + report.lint
         rows.append(dataclasses.asdict(report) | {"violations": over})
