@@ -27,9 +27,13 @@ ASKED = {
         "print(tuple(latents.shape), tuple(video.shape), tuple(v.shape))",
         "(1, 5, 16, 8, 12) (1, 17, 3, 64, 96) (1, 5, 16, 8, 12)",
     ),
-    "from cogvx_kernels import": (
+    "import qk_norm_rope3d": (
         "print(tuple(q.shape), q.dtype)",
         "(1, 442, 30, 64) torch.float32",
+    ),
+    "import ExpertFFN": (
+        "print(tuple(y.shape), y.requires_grad)",
+        "(1, 442, 128) True",
     ),
 }
 

@@ -135,9 +135,8 @@ def _gates(gate, sample, cols, mask, P: tl.constexpr):
 
 @triton.jit
 def _combine_kernel(
-    out_ptr, slots_ptr, residual, gate, text_gate, groups, ntokens,
-    BLOCK: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
+    out_ptr, slots_ptr, residual, gate, text_gate, groups, BLOCK: tl.constexpr, P: tl.constexpr
+):
     """The sum over a token's choices. Grid (tokens,)."""
     token = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK).to(tl.int64)
@@ -295,9 +294,8 @@ def _to_tokens(
         P=plan, **_options(plan),
     )  # fmt: skip
     if several:
-        ntokens = out.shape[0] * out.shape[1]
-        _combine_kernel[(ntokens,)](
-            out, slots, *residuals, groups, ntokens,
+        _combine_kernel[(out.shape[0] * out.shape[1],)](
+            out, slots, *residuals, groups,
             BLOCK=triton.next_power_of_2(plan.DIM), P=plan, num_warps=4,
         )  # fmt: skip
 
@@ -320,8 +318,8 @@ def expert_ffn_bwd(
     groups = _groups(x, order, ends, text_len)
     pairs, width = x.shape[0] * x.shape[1] * plan.TOP_K, up[0].shape[0]
 
-    def new(*shape: int, when: bool = True, like: Tensor = x) -> Tensor:
-        return torch.empty(shape if when else (0,), dtype=like.dtype, device=x.device)
+    def new(*shape: int, when: bool = True) -> Tensor:
+        return torch.empty(shape if when else (0,), dtype=x.dtype, device=x.device)
 
     dx = new(*x.shape, when=rows)
     dup, ddown = (new(len(w), *w[0].shape, when=weights) for w in (up, down))
@@ -374,5 +372,7 @@ def _weight_grad(
 
 def _flat(x: Tensor) -> Tensor:
     """With samples evenly spaced, so that a token is one number; a copy only if they are not."""
+    if x.shape[1] == 1:  # whose stride may be anything
+        x = x.as_strided(x.shape, (x.stride(0), x.stride(0), x.stride(2)))
     even = x.shape[0] <= 1 or x.stride(0) == x.shape[1] * x.stride(1)
     return x if even else x.contiguous()

@@ -301,7 +301,7 @@ def expert_ffn(
         text_len: number of text tokens.
         activation: "gelu_tanh", "gelu" (exact) or "swiglu".
         recompute: what the backward has besides its arguments. True: nothing, it computes the
-            pre-activation again (a product of three in the backward becomes four). False: the
+            pre-activation again (four products in the backward become five). False: the
             pre-activation, batch · seqlen · top_k rows as wide as up has rows, in x's dtype; at
             5B, 49 frames of 480x720 and batch 2 that is 874 MB a layer in bf16.
         gemm: "grouped", one Triton launch for each product, over all experts; "dense", torch's

@@ -64,6 +64,10 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("no text", {"text_len": 0}),
     ("no video", {"text_len": 4, "video_len": 0}),
     ("one token", {"text_len": 0, "video_len": 1}),
+    (
+        "one token of two samples",
+        {"text_len": 0, "video_len": 1, "batch": 2, "layout": "transposed"},
+    ),
     ("no tokens", {"text_len": 0, "video_len": 0}),
     ("no batch", {"batch": 0}),
     ("no tokens to choose", {"text_len": 0, "video_len": 0, "top_k": 2}),
@@ -176,9 +180,9 @@ _SIZES = ("2b-480x720-49f", "5b-480x720-49f", "1.5-5b-768x1360-81f", "card-480x7
 # A tile of 128 x 128 in fp32 is 64 registers of each of 256 threads, two of 128 x 64 as many and
 # then the slopes. AMD's matrix units leave four numbers of a row to a thread: 64 bits of bf16.
 _REGISTERS = {
-    "_up_kernel": 184,
+    "_up_kernel": 192,
     "_down_kernel": 232,
-    "hidden_grad_kernel": 248,
+    "hidden_grad_kernel": 255,
     "weight_grad_kernel": 184,
 }
 _BOTH = "text and video experts"

@@ -173,12 +173,16 @@ def test_variants_change_no_value(info, device):
 
 @EVERY_OP
 def test_every_subset_of_gradients(info, device):
-    """The ones asked for have the bits they have when all are; nothing else gets one."""
+    """The ones asked for have the bits they have when all are; nothing else gets one.
+
+    Of more than six arguments: one, two, all but one and all but two of them.
+    """
     arguments = materialize(info.samples[0], torch.float32, device=device)
     douts = douts_of(info, arguments)
     everything = evaluate(info.op, arguments, info.differentiable, douts, backend="kernel")
     names = present(info, arguments)
-    for size in range(1, len(names)):
+    n = len(names)
+    for size in range(1, n) if n <= 6 else (1, 2, n - 2, n - 1):
         for subset in itertools.combinations(names, size):
             some = evaluate(info.op, arguments, subset, douts, backend="kernel")
             assert {n for n in some if n.startswith("d")} == {f"d{name}" for name in subset}
