@@ -163,9 +163,11 @@ EXPERT_FFN_MUTANTS = tuple(
     for file, name, old, new in (
         (FFN_TILES, "text's run for the video's rows",
          "tl.where(expert == 0, 0, text_len) + row % run", "row % run"),
-        (FFN_TILES, "the next expert's weights at the boundary",
+        (FFN_TILES, "the last, partial tile of an expert left out",
+         "tiles = (count + (P.BLOCK_ROWS - 1)) // P.BLOCK_ROWS", "tiles = count // P.BLOCK_ROWS"),
+        (FFN_TILES, "the tile at the boundary goes to the expert before",
          "inside = (tile >= tiles_before) & (tile < tiles_before + tiles)",
-         "inside = (tile >= tiles_before) & (tile <= tiles_before + tiles)"),
+         "inside = (tile >= tiles_before) & (expert < 0) & (tile <= tiles_before + tiles)"),
         (FFN_TILES, "rows of an expert counted from the first expert's",
          "first = tl.where(inside, base, first)", "first = tl.where(inside, 0 * base, first)"),
         (FFN_TILES, "a choice taken for a token",
