@@ -22,6 +22,8 @@ from . import _checks
 
 BACKENDS = ("auto", "kernel", "reference")
 
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton decides when a kernel is decorated, so a later change of the variable has no effect there.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
@@ -58,6 +60,9 @@ def choose(backend: str, op: str, reason: str | None, x: Tensor) -> bool:
 
 def triton_reason(name: str, x: Tensor) -> str | None:
     """Why no Triton kernel can run on `x`, an argument called `name`; None if one can."""
+    if x.dtype not in KERNEL_DTYPES:
+        names = ", ".join(_checks.dtype_name(dtype) for dtype in KERNEL_DTYPES)
+        return f"{name} is {_checks.dtype_name(x.dtype)}; the kernel takes {names}"
     if not HAS_TRITON:
         return "Triton is not installed (pip install triton)"
     if x.is_meta:

@@ -11,7 +11,6 @@ from .reference import (
 )
 
 ROWS = ("batch", "seqlen", "dim")
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNEL_DIM = 16384  # of a row that a program holds in its registers
 
 # In the schemas below text_len is a SymInt: one compiled graph serves all lengths of text.
@@ -285,8 +284,6 @@ def _check_inplace(op: str, x: Tensor, **others: Tensor | None) -> None:
 
 def _reason(x: Tensor) -> str | None:
     """Why the kernels cannot take `x`, or None."""
-    if x.dtype not in KERNEL_DTYPES:
-        return f"x is {_checks.dtype_name(x.dtype)}; the kernel takes float32, float16, bfloat16"
     if x.shape[2] > KERNEL_DIM:
         return f"x has dim {x.shape[2]}; the kernel takes at most {KERNEL_DIM}"
     return _backend.triton_reason("x", x)

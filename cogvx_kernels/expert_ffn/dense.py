@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import modality
+from .reference import ACTIVATIONS
 
 Weights = tuple[Tensor, ...]
 
@@ -23,22 +24,17 @@ def _gelu_grad(grad: Tensor, pre: Tensor) -> Tensor:
     return torch.ops.aten.gelu_backward(grad, pre)
 
 
-def _swiglu(pre: Tensor) -> Tensor:
-    values, gates = pre.chunk(2, -1)
-    return values * F.silu(gates)
-
-
 def _swiglu_grad(grad: Tensor, pre: Tensor) -> Tensor:
     values, gates = pre.chunk(2, -1)
     dgates = torch.ops.aten.silu_backward(grad * values, gates)
     return torch.cat([grad * F.silu(gates), dgates], -1)
 
 
-Gradient = Callable[[Tensor, Tensor], Tensor]
-ACTIVATIONS: Mapping[str, tuple[Callable[[Tensor], Tensor], Gradient]] = {
-    "gelu_tanh": (lambda pre: F.gelu(pre, approximate="tanh"), _gelu_tanh_grad),
-    "gelu": (F.gelu, _gelu_grad),
-    "swiglu": (_swiglu, _swiglu_grad),
+# Of each activation: (its gradient, the pre-activation) -> the pre-activation's gradient.
+GRADIENTS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gelu_tanh": _gelu_tanh_grad,
+    "gelu": _gelu_grad,
+    "swiglu": _swiglu_grad,
 }
 
 
@@ -59,7 +55,7 @@ def _runs(experts: int, text_len: int, *tensors: Tensor) -> Iterator[tuple[int, 
 def _up(x: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
     """(the hidden activation, its pre-activation)."""
     pre = F.linear(x, up, bias)
-    return ACTIVATIONS[activation][0](pre), pre
+    return ACTIVATIONS[activation](pre), pre
 
 
 def _hidden(x: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -117,12 +113,12 @@ def expert_ffn_bwd(
         for tensors in (up, up_bias, down, down_bias)
     ]
     dup, dup_bias, ddown, ddown_bias = grads
-    slope = ACTIVATIONS[activation][1]
+    slope = GRADIENTS[activation]
     for e, (of_out, of_x, to, of_pre) in _runs(len(up), text_len, dout, x, dx, kept):
         if pre is None:
             hidden, of_pre = _up(of_x, up[e], up_bias[e] if up_bias else None, activation)
         else:
-            hidden = ACTIVATIONS[activation][0](of_pre)
+            hidden = ACTIVATIONS[activation](of_pre)
         dpre = slope(of_out @ down[e], of_pre)
         if rows:
             torch.mm(dpre, up[e], out=to)

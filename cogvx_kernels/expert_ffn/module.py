@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import _checks
 from .op import expert_ffn
+from .reference import ACTIVATIONS
 
 
 class ExpertFFN(nn.Module):
@@ -29,7 +30,7 @@ class ExpertFFN(nn.Module):
     ) -> None:
         super().__init__()
         _checks.integer("ExpertFFN", "num_experts", num_experts, 1, 2**15, "")
-        _checks.choice("ExpertFFN", "activation", activation, ("gelu_tanh", "gelu", "swiglu"))
+        _checks.choice("ExpertFFN", "activation", activation, tuple(ACTIVATIONS))
         rows = 2 * ffn_dim if activation == "swiglu" else ffn_dim
         self.up = nn.Parameter(torch.empty(num_experts, rows, dim))
         self.down = nn.Parameter(torch.empty(num_experts, dim, ffn_dim))

@@ -13,7 +13,6 @@ from .routes import routes
 
 ROWS = ("batch", "seqlen", "dim")
 CHOICES = ("batch", "seqlen", "top_k")
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNEL_EXPERTS = 64  # pointers that a launch takes, and selects that find the right one
 GEMMS = ("auto", "grouped", "dense")
 
@@ -251,9 +250,6 @@ def _check_residual(
 
 def _reason(x: Tensor, experts: int) -> str | None:
     """Why the kernel cannot run, or None."""
-    if x.dtype not in KERNEL_DTYPES:
-        names = ", ".join(_checks.dtype_name(d) for d in KERNEL_DTYPES)
-        return f"x is {_checks.dtype_name(x.dtype)}; the kernel takes {names}"
     if experts > KERNEL_EXPERTS:
         return f"there are {experts} experts; the kernel takes up to {KERNEL_EXPERTS}"
     return _backend.triton_reason("x", x)

@@ -7,7 +7,6 @@ from .. import _backend, _checks
 from .reference import qk_norm_rope3d_reference, rope3d_reference
 
 HEADS = ("batch", "seqlen", "nheads", "headdim")
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # In the schemas below text_len is a SymInt: one compiled graph serves all lengths of text.
 
@@ -188,10 +187,6 @@ def _check_inplace(op: str, q: Tensor, k: Tensor, affine: dict[str, Tensor | Non
 
 def _reason(name: str, x: Tensor) -> str | None:
     """Why the kernels cannot take `x`, or None."""
-    if x.dtype not in KERNEL_DTYPES:
-        return (
-            f"{name} is {_checks.dtype_name(x.dtype)}; the kernel takes float32, float16, bfloat16"
-        )
     if x.shape[-1] % 2:
         return f"{name} has headdim {x.shape[-1]}; the kernel takes even ones"
     return _backend.triton_reason(name, x)
