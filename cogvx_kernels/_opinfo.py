@@ -23,6 +23,12 @@ class Size:
     headdim: int
     text_len: int = 226
     batch: int = 2
+    channels: int = 128  # of the VAE, where it is at the size of the pixels
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of the video: 16 by 16 of them are a token."""
+        return 16 * self.height, 16 * self.width
 
     @property
     def video_len(self) -> int:
@@ -41,7 +47,7 @@ SIZES: Mapping[str, Size] = {
     "1.5-5b-768x1360-81f": Size(11, 48, 85, 48, 64),
     "1.5-5b-768x1360-161f": Size(21, 48, 85, 48, 64),
     "card-480x720-49f": Size(13, 30, 45, 48, 40),
-    "tiny": Size(2, 4, 6, 4, 64, text_len=16, batch=1),
+    "tiny": Size(2, 4, 6, 4, 64, text_len=16, batch=1, channels=32),
 }
 
 
@@ -130,14 +136,19 @@ class OpInfo:
     at_size         the arguments at one of SIZES, laid out as a model has them
     conventions     further calls worth timing, by name, each at one of SIZES
     tokens          names of the arguments over the joint sequence, (batch, seqlen, ...)
+    videos          or of those over the frames of a video, (batch, channels, frames, ...)
     batched         names of others with a part for each sample of the batch, (batch, ...)
     differentiable  names of the arguments with a gradient
     summed          those of them whose gradient is a sum over rows
+    constant        which of its outputs have no gradient, by number
     products        whether it is made of matrix products, whose sums have no order of their own
     rounds_between  whether it rounds to the dtype before it is done, and goes on from there
     variants        further arguments of the op that change no value, but allow no gradient
     cost            of the forward and of the backward, of a sample's arguments
-    launch          calls its launchers, given the room's kernel module and a sample's arguments
+    launch          calls its launchers, given the room's kernel module and a sample's arguments;
+                    None if its kernel is not Triton's
+    resized         for an op on videos: a small call of so large a batch and so many frames
+    gradcheck       for an op on videos: a call small enough for finite differences
     budgets         of its kernels, ahead of time
     peers           name -> a function with the op's arguments, from other libraries, if installed
     """
@@ -148,13 +159,17 @@ class OpInfo:
     samples: tuple[Sample, ...]
     random_sample: Callable[[random.Random], Sample]
     at_size: Callable[[Size], Sample]
-    tokens: tuple[str, ...]
     differentiable: tuple[str, ...]
     cost: Callable[[Mapping[str, Any]], tuple[Cost, Cost]]
     torch_ops: tuple[str, ...]
-    launch: Callable[[Any, Mapping[str, Any]], None]
+    launch: Callable[[Any, Mapping[str, Any]], None] | None
+    tokens: tuple[str, ...] = ()
+    videos: tuple[str, ...] = ()
     batched: tuple[str, ...] = ()
     summed: tuple[str, ...] = ()
+    constant: tuple[int, ...] = ()
+    resized: Callable[[int, int], Sample] | None = None
+    gradcheck: Sample | None = None
     products: bool = False
     rounds_between: bool = False
     conventions: Mapping[str, Callable[[Size], Sample]] = field(default_factory=dict)

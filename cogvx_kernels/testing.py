@@ -79,6 +79,21 @@ def _expanded(shape: tuple[int, ...], new: Allocate) -> Tensor:
     return new((1, *shape[1:])).expand(shape)
 
 
+def _channels_last(shape: tuple[int, ...], new: Allocate) -> Tensor:
+    batch, channels, *rest = shape
+    return new((batch, *rest, channels)).movedim(-1, 1)
+
+
+def _behind(shape: tuple[int, ...], new: Allocate) -> Tensor:
+    batch, channels, frames, *rest = shape
+    return _channels_last((batch, channels, frames + 2, *rest), new)[:, :, 2:]
+
+
+def _inset(shape: tuple[int, ...], new: Allocate) -> Tensor:
+    *outer, height, width = shape
+    return new((*outer, height + 2, width + 3))[..., 1:-1, 1:-2]
+
+
 # How a tensor of a shape lies in memory that `new` hands out by shape.
 LAYOUTS: Mapping[str, Callable[[tuple[int, ...], Allocate], Tensor]] = {
     "contiguous": lambda shape, new: new(shape),
@@ -88,6 +103,9 @@ LAYOUTS: Mapping[str, Callable[[tuple[int, ...], Allocate], Tensor]] = {
     "strided": _strided,
     "chunk": _chunk,
     "expanded": _expanded,
+    "channels_last": _channels_last,
+    "behind": _behind,
+    "inset": _inset,
 }
 
 
@@ -183,7 +201,8 @@ def evaluate(
     """Outputs (`out0`, `out1`, …) and gradients (`dq`, …) of a call, by name.
 
     `differentiable` arguments that are there require a gradient; each is a leaf of its own with
-    the same strides. `douts` are sent back, or nothing is if there are none.
+    the same strides. `douts` are sent back into the outputs that depend on one, or nothing is if
+    there are none.
     """
     leaves = {
         name: arguments[name].detach().requires_grad_()
@@ -193,7 +212,10 @@ def evaluate(
     outputs = as_tuple(function(**{**arguments, **leaves}, **options))
     results = {f"out{i}": x.detach() for i, x in enumerate(outputs)}
     if leaves and douts is not None:
-        gradients = torch.autograd.grad(outputs, tuple(leaves.values()), douts)
+        back = [(x, dout) for x, dout in zip(outputs, douts, strict=True) if x.requires_grad]
+        gradients = torch.autograd.grad(
+            [x for x, _ in back], tuple(leaves.values()), [dout for _, dout in back]
+        )
         results |= {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
     return results
 

@@ -44,7 +44,7 @@ def test_every_budget_is_held_on_every_target(compiled):
         for budget in info.budgets
         for target in aot.TARGETS
     }
-    assert all(info.budgets for info in OPS.values())
+    assert all(info.budgets for info in OPS.values() if info.launch is not None)
 
 
 WORSE = {
