@@ -44,7 +44,7 @@ def find_cuda() -> tuple[str, str]:
 
 def extension(cuda: str):
     """_C on torch's stable ABI, aimed at the oldest torch that has what it uses."""
-    sources = ["csrc/ops.cpp", "csrc/frame_cache_cpu.cpp"]
+    sources = ["csrc/ops.cpp", "csrc/frame_cache.cpp", "csrc/frame_cache_cpu.cpp"]
     ext = cpp_extension.CppExtension("cogvx_kernels._C", sources)
     ext.include_dirs.insert(0, pybind11.get_include())
     host = f"-fvisibility=hidden,-ffile-prefix-map={ROOT}/="

@@ -12,6 +12,7 @@ from cogvx_kernels.testing import LAYOUTS, OpInfo, Sample, Size, TensorSpec
 
 MODEL = "model"
 HALF_SPLIT = "half-split, no text"
+CONTIGUOUS = "contiguous"
 
 
 def conventions(info: OpInfo, size: Size) -> dict[str, Sample]:
@@ -22,11 +23,23 @@ def conventions(info: OpInfo, size: Size) -> dict[str, Sample]:
     model = info.at_size(size)
     if info.name != "rope3d":
         further = {name: at_size(size) for name, at_size in info.conventions.items()}
+        if info.videos:
+            further.setdefault(CONTIGUOUS, _contiguous(model))
         return {MODEL: model, **further}
     batch, _, *head = model.arguments["x"].shape
     x = replace(model.arguments["x"], shape=(batch, size.video_len, *head), layout="contiguous")
     changed = {"x": x, "text_len": 0, "interleaved": False}
     return {MODEL: model, HALF_SPLIT: Sample(HALF_SPLIT, {**model.arguments, **changed})}
+
+
+def _contiguous(sample: Sample) -> Sample:
+    """The same call on videos whose columns are neighbours, as torch has them unless told."""
+    arguments = {
+        name: replace(spec, layout="contiguous")
+        for name, spec in sample.specs().items()
+        if spec.layout in ("channels_last", "behind")
+    }
+    return Sample(CONTIGUOUS, {**sample.arguments, **arguments}, sample.exact)
 
 
 def make(
@@ -79,11 +92,10 @@ def _fill(x: Tensor, spec: TensorSpec, random: torch.Generator) -> Tensor:
 
 
 def cotangents(outputs: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:
-    """A random gradient to send back into each output."""
+    """A random gradient to send back into each output, laid out as it is."""
     random = torch.Generator(outputs[0].device).manual_seed(seed)
     return tuple(
-        torch.empty(x.shape, dtype=x.dtype, device=x.device).normal_(generator=random)
-        for x in outputs
+        torch.empty_like(x, requires_grad=False).normal_(generator=random) for x in outputs
     )
 
 

@@ -1,8 +1,9 @@
 """`python -m benchmarks.model`: parts of CogVideoX beside diffusers' on the same weights.
 
-Beside diffusers as it is, compiled, and compiled with cuDNN's attention first. Outputs are compared
-before anything is timed, and ours must agree. Then all run in turn, there and back, in one process.
-Peak bytes are those alive in tensors, without weights and arguments (`cogvx.memory.LiveBytes`), and
+Beside diffusers as it is, compiled, compiled with cuDNN's attention first, and, of the VAE, with
+channels side by side; ours, of the VAE, also on its ops' references. Outputs are compared before
+anything is timed, and ours must agree. Then all run in turn, there and back, in one process. Peak
+bytes are those alive in tensors, without weights and arguments (`cogvx.memory.LiveBytes`), and
 saved bytes those that a forward keeps for its backward, each storage once, without weights: the
 same on any machine. Exit status 1 if outputs differ.
 """
@@ -42,6 +43,8 @@ class Row:
 
     speed         diffusers' median time over this one's: 2 is twice as fast
     memory        this one's peak live bytes over diffusers'
+    gpu_mib       what a GPU's allocator had at its most, libraries' own memory included, less what
+                  it had before
     saved         this one's saved bytes over diffusers'
     relative_gap  the largest difference of an output over the largest of that output: from
                   diffusers', or for gradients from diffusers' in fp32
@@ -60,6 +63,7 @@ class Row:
     saved_mib: float | None
     saved: float | None
     relative_gap: float
+    gpu_mib: float | None = None
     speed: float | None = None
     noise_percent: float | None = None
     median_ms: float | None = None
@@ -176,6 +180,7 @@ def _rows(
             saved_mib=_mib(saved[side]),
             saved=_over(saved[side], saved[THEIRS]),
             relative_gap=gaps[side],
+            gpu_mib=_mib(_gpu_peak(scene, side, device)),
         )
         for side in sides
     ]
@@ -209,6 +214,18 @@ def _peak(scene: Scene, side: str) -> int | None:
     return live.peak
 
 
+def _gpu_peak(scene: Scene, side: str, device: torch.device) -> int | None:
+    """Bytes of the allocator, of compiled code too; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    _run(scene, scene.sides[side])
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def _saved(scene: Scene, side: str) -> int | None:
     """Bytes that the forward of a training step keeps for its backward; None if it is none."""
     if side not in scene.forward or "compile" in side:
@@ -238,6 +255,7 @@ def _over(count: int | None, other: int | None) -> float | None:
 _COLUMNS: Mapping[str, tuple[str, Callable[[Row], Any], str]] = {
     "peak MiB": ("{:.1f}", lambda row: row.peak_mib, ">10"),
     "memory": ("{:.2f}x", lambda row: row.memory, ">8"),
+    "GPU MiB": ("{:.0f}", lambda row: row.gpu_mib, ">9"),
     "saved MiB": ("{:.1f}", lambda row: row.saved_mib, ">10"),
     "saved": ("{:.2f}x", lambda row: row.saved, ">7"),
     "speed": ("{:.2f}x", lambda row: row.speed, ">8"),

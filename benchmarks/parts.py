@@ -21,7 +21,9 @@ from cogvx.vae import CausalVAE
 
 THEIRS, OURS = "diffusers", "cogvx"
 COMPILED, CUDNN, AHEAD = "diffusers-compile", "diffusers-compile-cudnn", "cogvx-ahead"
-SIDES = (COMPILED, CUDNN, OURS, AHEAD)
+NEAR, COMPILED_NEAR = "diffusers-channels-last", "diffusers-compile-channels-last"
+REFERENCE = "cogvx-reference"
+SIDES = (NEAR, COMPILED, COMPILED_NEAR, CUDNN, OURS, AHEAD, REFERENCE)
 CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -91,29 +93,75 @@ SIZES = {
 
 
 def _vae_decode(size: Size, dtype: torch.dtype, device: torch.device) -> Iterable[Scene]:
-    theirs, ours = _vaes(size, dtype, device)
     latents = _noise((1, *_latents(size)), dtype, device)
-    flat = latents.transpose(1, 2)
-    yield Scene(
-        "vae-decode",
-        {
-            THEIRS: lambda: {"video": theirs.decode(flat).sample.transpose(1, 2)},
-            OURS: lambda: {"video": ours.decode(latents)},
-        },
-    )
+
+    def theirs(vae: Any, x: Tensor) -> Mapping[str, Tensor]:
+        return {"video": vae.decode(x).sample.transpose(1, 2)}
+
+    def ours(vae: CausalVAE) -> Mapping[str, Tensor]:
+        return {"video": vae.decode(latents)}
+
+    yield _vae_scene("vae-decode", "decoder", theirs, ours, latents, size)
 
 
 def _vae_encode(size: Size, dtype: torch.dtype, device: torch.device) -> Iterable[Scene]:
-    theirs, ours = _vaes(size, dtype, device)
     video = _noise((1, size.frames, 3, size.height, size.width), dtype, device)
-    flat = video.transpose(1, 2)
-    yield Scene(
-        "vae-encode",
-        {
-            THEIRS: lambda: {"mean": theirs.encode(flat).latent_dist.mean.transpose(1, 2)},
-            OURS: lambda: {"mean": ours.encode(video).mean},
-        },
+
+    def theirs(vae: Any, x: Tensor) -> Mapping[str, Tensor]:
+        return {"mean": vae.encode(x).latent_dist.mean.transpose(1, 2)}
+
+    def ours(vae: CausalVAE) -> Mapping[str, Tensor]:
+        return {"mean": vae.encode(video).mean}
+
+    yield _vae_scene("vae-encode", "encoder", theirs, ours, video, size)
+
+
+def _vae_scene(
+    title: str,
+    half: str,
+    theirs: Callable[[Any, Tensor], Mapping[str, Tensor]],
+    ours: Callable[[CausalVAE], Mapping[str, Tensor]],
+    x: Tensor,
+    size: Size,
+) -> Scene:
+    """Either half of the VAE: diffusers' in both layouts and compiled, ours in both backends.
+
+    x: what goes in, (batch, frames, channels, height, width)
+    """
+    their_vae, our_vae = _vaes(size, x.dtype, x.device)
+    flat = x.transpose(1, 2).contiguous()  # as diffusers has it
+    near = channels_last(copy.deepcopy(their_vae))
+    near_flat = flat.contiguous(memory_format=torch.channels_last_3d)
+    scene = Scene(
+        title,
+        {THEIRS: partial(theirs, their_vae, flat), NEAR: partial(theirs, near, near_flat)},
     )
+    if x.is_cuda:
+        scene.sides[COMPILED] = partial(theirs, half_compiled(their_vae, half), flat)
+        scene.sides[COMPILED_NEAR] = partial(theirs, half_compiled(near, half), near_flat)
+    else:
+        scene.left_out[COMPILED] = "every kind of chunk takes a CPU minutes to compile"
+    scene.sides[OURS] = partial(ours, our_vae)
+    reference = _with_weights_of(their_vae, lambda: CausalVAE(size.vae, backend="reference"))
+    scene.sides[REFERENCE] = partial(ours, reference)
+    return scene
+
+
+def channels_last(module: Any) -> Any:
+    """The same module, its convolutions' weights with their channels side by side."""
+    for child in module.modules():
+        if isinstance(child, (nn.Conv2d, nn.Conv3d)):
+            three = isinstance(child, nn.Conv3d)
+            near = torch.channels_last_3d if three else torch.channels_last
+            child.weight.data = child.weight.data.contiguous(memory_format=near)
+    return module
+
+
+def half_compiled(vae: Any, half: str) -> Any:
+    """diffusers' VAE with its encoder or decoder compiled, chunk by chunk, on the same weights."""
+    other = copy.copy(vae)
+    other._modules = {**vae._modules, half: compiled(getattr(vae, half))}
+    return other
 
 
 # --- the transformer -------------------------------------------------------------------------
@@ -323,6 +371,8 @@ def _with_weights_of(theirs: nn.Module, make: Callable[[], Any]) -> Any:
     with torch.device("meta"):
         ours = make()
     ours.load_state_dict(theirs.state_dict(), assign=True)
+    if isinstance(ours, CausalVAE):
+        ours.lay_channels_last()
     return ours.requires_grad_(False).eval()
 
 

@@ -3,6 +3,7 @@
 `Unavailable` says why one of them is not in the table; nothing is left out in silence.
 """
 
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,13 +14,16 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from cogvx_kernels._backend import INTERPRETED, triton_reason
+from cogvx_kernels.frame_cache import frame_cache_append
 from cogvx_kernels.testing import OpInfo
 
 from .inputs import HALF_SPLIT, MODEL
-from .peers import Arguments, Function, Maker, Unavailable, adaln, ffn, rope
+from .peers import Arguments, Function, Maker, Unavailable, adaln, ffn, rope, vae
 
-# The interpreter takes about a millisecond a program, of which there is one for each token.
+# The interpreter takes about a millisecond a program, of which there is one for each token, or for
+# some thousands of a video's elements.
 INTERPRETER_TOKENS = 4096
+INTERPRETER_ELEMENTS = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Provider:
     overwrites   its arguments: they are made anew where they matter
     asked        runs only if asked for by name
     on_cpu       its time there means something: false of kernels, which are interpreted there
+    triton       whether it is there for ops with a kernel of Triton's, or for those with another
+                 kernel; None: for both
     """
 
     name: str
@@ -45,6 +51,7 @@ class Provider:
     overwrites: bool = False
     asked: bool = False
     on_cpu: bool = True
+    triton: bool | None = None
 
 
 # Other libraries round between the norm and the rotation, and tables or sums to 16 bits; that
@@ -94,7 +101,9 @@ def _kernel(info: OpInfo, arguments: Arguments, **options: object) -> Function:
     x = next(x for x in arguments.values() if isinstance(x, Tensor))
     if not x.is_cuda and not INTERPRETED:
         raise Unavailable("kernels do not run on a CPU, except in Triton's interpreter")
-    if not x.is_cuda and x.shape[0] * x.shape[1] > INTERPRETER_TOKENS:
+    if not x.is_cuda and info.videos and x.numel() > INTERPRETER_ELEMENTS:
+        raise Unavailable(f"over {INTERPRETER_ELEMENTS} elements are too many for the interpreter")
+    if not x.is_cuda and not info.videos and x.shape[0] * x.shape[1] > INTERPRETER_TOKENS:
         raise Unavailable(f"over {INTERPRETER_TOKENS} tokens are too many for the interpreter")
     if reason := triton_reason("x", x):
         raise Unavailable(reason)
@@ -117,8 +126,28 @@ def _kernel_gemm(gemm: str, info: OpInfo, arguments: Arguments) -> Function:
     return _kernel(info, arguments, gemm=gemm)
 
 
+def _extension(info: OpInfo, arguments: Arguments) -> Function:
+    if importlib.util.find_spec("cogvx_kernels._C") is None:
+        raise Unavailable("the C++/CUDA extension is not built")
+    return partial(info.op, backend="kernel")
+
+
+def _append(info: OpInfo, arguments: Arguments) -> Function:
+    """The op in place, which gives the cache back as the next one."""
+    _extension(info, arguments)
+    if arguments["cache"] is None:
+        raise Unavailable("there is no cache to overwrite")
+
+    def frame_cache_join(
+        cache: Tensor, frames: Tensor, *, start: str | None = None, **_: object
+    ) -> tuple[Tensor, Tensor]:
+        return frame_cache_append(cache, frames, start=start, backend="kernel"), cache
+
+    return frame_cache_join
+
+
 def _auto(info: OpInfo, arguments: Arguments) -> Function:
-    if _device(arguments).type != "cpu" or INTERPRETED:
+    if _device(arguments).type != "cpu" or INTERPRETED or info.launch is None:
         raise Unavailable("auto is the kernel here")
     return partial(info.op, backend="auto")
 
@@ -172,7 +201,48 @@ PROVIDERS = (
         partial(_compiled_peer, SPLIT_CAT),
         ops=tuple(SPLIT_CAT),
     ),
-    Provider("cogvx", "the kernel, into new tensors", _kernel, ours=True, on_cpu=False),
+    Provider(
+        "diffusers-eager",
+        "GroupNorm, nearest maps of the latents, multiply, add, SiLU; rounds after each",
+        partial(_peer, vae.DIFFUSERS),
+        ops=tuple(vae.DIFFUSERS),
+    ),
+    Provider(
+        "compile-diffusers",
+        "torch.compile of diffusers' steps, fullgraph, default mode",
+        partial(_compiled_peer, vae.DIFFUSERS),
+        ops=tuple(vae.DIFFUSERS),
+    ),
+    Provider(
+        "torch-steps",
+        "torch.cat and F.conv3d, on a GPU cuDNN's; or the sum and var_mean",
+        partial(_peer, vae.STEPS),
+        ops=tuple(vae.STEPS),
+    ),
+    Provider(
+        "compile-torch-steps",
+        "torch.compile of torch-steps, fullgraph, default mode",
+        partial(_compiled_peer, vae.STEPS),
+        ops=tuple(vae.STEPS),
+    ),
+    Provider(
+        "cogvx",
+        "the kernel, into new tensors",
+        _kernel,
+        ours=True,
+        on_cpu=False,
+        triton=True,
+    ),
+    Provider("cogvx", "the extension, into new tensors", _extension, ours=True, triton=False),
+    Provider(
+        "cogvx-append",
+        "the extension, over the cache",
+        _append,
+        ours=True,
+        ops=("frame_cache_join",),
+        passes=("forward",),
+        overwrites=True,
+    ),
     Provider(
         "cogvx-inplace",
         "the kernel, over its arguments",
@@ -181,6 +251,7 @@ PROVIDERS = (
         passes=("forward",),
         overwrites=True,
         on_cpu=False,
+        triton=True,
     ),
     Provider(
         "cogvx-grouped",
@@ -240,6 +311,26 @@ PROVIDERS = (
         ops=tuple(adaln.SGLANG),
         passes=("forward",),
     ),
+    Provider(
+        "liger",
+        "liger-kernel's GroupNorm, and SiLU",
+        partial(_peer, vae.LIGER),
+        ops=tuple(vae.LIGER),
+    ),
+    Provider(
+        "sglang",
+        "sglang's GroupNorm with SiLU; or its cat and pad, and a copy of the last frames",
+        partial(_peer, vae.SGLANG),
+        ops=tuple(vae.SGLANG),
+        passes=("forward",),
+    ),
+    Provider(
+        "vllm-omni",
+        "vLLM-Omni's GroupNorm with SiLU",
+        partial(_peer, vae.VLLM_OMNI),
+        ops=tuple(vae.VLLM_OMNI),
+        passes=("forward",),
+    ),
 )
 
 
@@ -249,4 +340,6 @@ def providers_of(info: OpInfo) -> tuple[Provider, ...]:
         Provider(name, "another library's", lambda info, arguments, f=function: f)
         for name, function in info.peers.items()
     )
-    return (*(p for p in PROVIDERS if not p.ops or info.name in p.ops), *peers)
+    about = (p for p in PROVIDERS if not p.ops or info.name in p.ops)
+    triton = info.launch is not None
+    return (*(p for p in about if p.triton in (None, triton)), *peers)

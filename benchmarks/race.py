@@ -168,7 +168,8 @@ def _backward(info: OpInfo, function: Function, arguments: dict[str, Any], seed:
         for name in info.differentiable
         if arguments.get(name) is not None
     }
-    outputs = _tensors(function(**{**arguments, **leaves}))
+    made = _tensors(function(**{**arguments, **leaves}))
+    outputs = tuple(x for x in made if x.requires_grad)
     douts = cotangents(outputs, seed)
     wanted = tuple(leaves.values())
     return partial(torch.autograd.grad, outputs, wanted, douts, retain_graph=True)

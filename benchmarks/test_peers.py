@@ -1,32 +1,38 @@
 """Laws of the others: what stands for diffusers is diffusers', and whoever is timed is right."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from cogvx_kernels.testing import OPS, SIZES
 
 from . import inputs
 from .check import Law, results_of
-from .peers import Unavailable, adaln, ffn, find
+from .peers import Unavailable, adaln, ffn, find, vae
 from .providers import PROVIDERS, providers_of
 from .suite import _near
 
 diffusers = pytest.importorskip("diffusers")
 
 SIZE = SIZES["tiny"]
+# 16 x 32 pixels for videos, of which every other test would take a second
+SMALL = replace(SIZE, height=1, width=2)
 PEERS = [p for p in PROVIDERS if not p.ours and p.ops and "compile" not in p.name]
 CASES = [
     pytest.param(OPS[op], convention, peer, id=f"{peer.name}-{op}-{convention}".replace(" ", "_"))
     for peer in PEERS
     for op in peer.ops
-    for convention in inputs.conventions(OPS[op], SIZE)
+    for convention in inputs.conventions(OPS[op], SMALL)
     if not peer.conventions or convention in peer.conventions
 ]
 
 
 def arguments_of(op, dtype=torch.float32, convention=inputs.MODEL):
-    sample = inputs.conventions(OPS[op], SIZE)[convention]
+    size = SMALL if OPS[op].videos else SIZE
+    sample = inputs.conventions(OPS[op], size)[convention]
     return inputs.make(sample, dtype, "cpu", 0)
 
 
@@ -85,6 +91,48 @@ def test_steps_of_one_expert_are_diffusers_feed_forward():
         dict(zip(theirs.state_dict(), (a[name][0] for name in names), strict=True))
     )
     assert torch.equal(ffn.split_cat(a)(**a), theirs(a["x"]))
+
+
+@pytest.mark.parametrize("frames", [1, 4, 5])
+def test_steps_of_a_spatial_norm_are_diffusers(frames):
+    """CogVideoXSpatialNorm3D and SiLU, given the maps that its convolutions would make."""
+    from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSpatialNorm3D
+
+    theirs = CogVideoXSpatialNorm3D(8, 3, groups=2)
+    x, latents = torch.randn(2, 8, frames, 4, 6), torch.randn(2, 3, -(-frames // 2), 2, 3)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter)
+    weight, bias = theirs.norm_layer.weight, theirs.norm_layer.bias
+    y, b = (conv(latents)[0] for conv in (theirs.conv_y, theirs.conv_b))
+    a = {"x": x, "weight": weight, "bias": bias, "y": y, "b": b}
+    ours = vae.DIFFUSERS["spatial_norm_silu"](a)
+    out = ours(**a, num_groups=2, eps=1e-6, leads=frames % 2 == 1, silu=True)
+    torch.testing.assert_close(out, F.silu(theirs(x, latents)[0]), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("start", [None, "replicate", "zeros"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_steps_of_a_temporal_convolution_follow_every_option(stride, start):
+    info = OPS["temporal_conv"]
+    x, weight = torch.randn(2, 4, 5, 3, 2), torch.randn(4, 1, 3)
+    cache = torch.randn(2, 4, 2, 3, 2) if start is None else None
+    a = {"x": x, "weight": weight, "bias": torch.randn(4), "cache": cache}
+    options = {"stride": stride, "start": start, "activation": "silu"}
+    ours = vae.cat_conv3d(a)(**a, **options)
+    torch.testing.assert_close(ours, info.reference(**a, **options))
+
+
+def test_others_refuse_what_they_do_not_compute():
+    a = arguments_of("spatial_norm_silu")
+    cache = a["x"][:, :, :2]
+    for changed in ({"per_frame": True}, {"moments": torch.zeros(1)}, {"cache": cache}):
+        with pytest.raises(Unavailable):
+            vae.DIFFUSERS["spatial_norm_silu"]({**a, **changed})
+    for makers in (vae.LIGER, vae.SGLANG, vae.VLLM_OMNI):
+        with pytest.raises(Unavailable, match="knows nothing of latents"):
+            makers["spatial_norm_silu"](a)
+        with pytest.raises(Unavailable, match="do not run on a CPU"):
+            makers["spatial_norm_silu"]({**a, "y": None, "b": None, "offset": None})
 
 
 def test_nobody_has_two_rows():

@@ -19,7 +19,8 @@ def test_what_is_now_is_among_the_choices(op):
 
 
 def test_every_op_with_a_kernel_has_a_sweep():
-    assert tune.SWEEPS.keys() == OPS.keys()
+    """Of Triton's; the extension has no choices to make."""
+    assert tune.SWEEPS.keys() == {name for name, info in OPS.items() if info.launch is not None}
 
 
 def test_a_choice_is_taken_back():

@@ -36,7 +36,7 @@ Choice = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Sweep:
-    """Constants of a kernel's module and the values to try, for each pass.
+    """Constants of a kernel's module, or of its plan's, and the values to try, for each pass.
 
     provider  who runs the kernel
     fits      whether a choice is worth compiling
@@ -67,6 +67,15 @@ _FFN = {
     "STAGES": (3, 4),
 }
 
+_NORM = {"TILE": (1024, 2048, 4096), "LANES": (32, 64, 128), "RUN": (64, 256, 1024)}
+_TEMPORAL = {
+    "BLOCK_ROWS": (64, 128, 256),
+    "BLOCK_COLS": (64, 128),
+    "BLOCK_INNER": (32, 64),
+    "WARPS": (4, 8),
+    "STAGES": (2, 3, 4),
+}
+
 
 def _fits_hopper(choice: Choice) -> bool:
     """Tiles of 16-bit elements into 227 KiB of shared memory, sums into half of the registers.
@@ -88,6 +97,15 @@ SWEEPS: Mapping[str, Sweep] = {
     "gated_residual_adaln": _OF_ADALN,
     "expert_ffn": Sweep(
         "cogvx_kernels.expert_ffn.kernel", _FFN, _FFN, "cogvx-grouped", _fits_hopper
+    ),
+    "spatial_norm_silu": Sweep("cogvx_kernels.spatial_norm.plan", _NORM, _NORM),
+    "residual_moments": Sweep(
+        "cogvx_kernels.spatial_norm.moments",
+        {"STRIP": (256, 512, 1024, 2048), "PROGRAMS": (512, 1024, 2048)},
+        {"STRIP": (1024,)},  # it passes a gradient on
+    ),
+    "temporal_conv": Sweep(
+        "cogvx_kernels.temporal_conv.kernel", _TEMPORAL, _TEMPORAL, fits=_fits_hopper
     ),
 }
 

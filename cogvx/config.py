@@ -7,7 +7,7 @@ thing in the same words. What diffusers spells as an option but no CogVideoX var
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -16,6 +16,13 @@ C = TypeVar("C", bound="Config")
 COUNT_LIMIT = 1 << 16  # no width, length or size of a real model is larger
 LAYER_LIMIT = 1024
 EXPERT_LIMIT = 256
+
+
+def check_choice(where: str, name: str, value: object, wanted: Sequence[str]) -> None:
+    """Raises ValueError unless `value` is one of the names."""
+    if value not in wanted:
+        names = ", ".join(f'"{w}"' for w in wanted)
+        raise ValueError(f"{where}: {name} must be one of {names}; got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

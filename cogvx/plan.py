@@ -171,7 +171,7 @@ def forecast(
     stages = [Stage("text", text_bytes, 0)] if text_bytes else []
     tokens = (0, 0)
     with torch.no_grad(), torch.device("meta"):
-        model = CausalVAE(vae).to(vae_dtype)
+        model = CausalVAE(vae, backend).to(vae_dtype)
         if encoded:
             stages.append(_encode(model, batch, encoded, height, width, tiling))
         if transformer is not None:

@@ -15,7 +15,10 @@ from torch import Tensor
 from ._opinfo import SIZES, OpInfo, Sample, Size, TensorSpec
 from .expert_adaln.opinfo import EXPERT_ADALN, GATED_RESIDUAL, GATED_RESIDUAL_ADALN
 from .expert_ffn.opinfo import EXPERT_FFN
+from .frame_cache.opinfo import FRAME_CACHE_JOIN
 from .rope3d.opinfo import QK_NORM_ROPE3D, ROPE3D
+from .spatial_norm.opinfo import RESIDUAL_MOMENTS, SPATIAL_NORM_SILU
+from .temporal_conv.opinfo import TEMPORAL_CONV
 
 __all__ = [
     "LAYOUTS",
@@ -39,6 +42,10 @@ OPS: Mapping[str, OpInfo] = {
         GATED_RESIDUAL,
         GATED_RESIDUAL_ADALN,
         EXPERT_FFN,
+        SPATIAL_NORM_SILU,
+        RESIDUAL_MOMENTS,
+        TEMPORAL_CONV,
+        FRAME_CACHE_JOIN,
     )
 }
 

@@ -1,237 +1,287 @@
-// The frame cache's door (checks, and the description of the work), and its way on CPU.
+// The frame cache's way on CPU: tiles of columns, carried through time by torch's threads.
 #include "frame_cache.h"
 
 #include <algorithm>
 #include <cstring>
-#include <exception>
-#include <sstream>
-#include <string>
+#include <utility>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 namespace cogvx {
 namespace {
 
-using torch::stable::Tensor;
-
-enum Dim { kBatch, kChannel, kFrame, kRow, kCol, kDims };
-
-std::string in_words(torch::headeronly::IntHeaderOnlyArrayRef values) {
-  std::ostringstream words;
-  for (size_t i = 0; i < values.size(); ++i) words << (i == 0 ? "(" : ", ") << values[i];
-  words << (values.empty() ? "()" : values.size() == 1 ? ",)" : ")");
-  return words.str();
-}
-
-std::string in_words(const torch::stable::Device& device) {
-  if (device.is_cpu()) return "cpu";
-  const std::string type = device.is_cuda() ? "cuda" : "another device type";
-  return type + ":" + std::to_string(device.index());
-}
-
-int32_t dtype_of(const Tensor& tensor) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  return dtype;
-}
-
-// Only to be read: the stable ABI names the dtypes that its target version knew, and no later one.
-std::string dtype_in_words(const Tensor& tensor) {
-  try {
-    return torch::headeronly::toString(tensor.scalar_type());
-  } catch (const std::exception&) {
-    return "a newer dtype";
-  }
-}
-
-bool empty(const Tensor& tensor) { return tensor.numel() == 0; }
-
-// ---- checks -------------------------------------------------------------------------------------
-
-// True when no two elements share memory, as far as strides can prove it: taken from the smallest
-// stride up, every dimension steps over all that the smaller ones reach.
-bool elements_apart(const Tensor& tensor) {
-  int64_t order[kDims] = {0, 1, 2, 3, 4};
-  std::sort(order, order + kDims,
-            [&](int64_t a, int64_t b) { return tensor.stride(a) < tensor.stride(b); });
-  int64_t reach = 0;
-  for (const int64_t dim : order) {
-    if (tensor.size(dim) <= 1) continue;
-    if (tensor.stride(dim) <= reach) return false;
-    reach += (tensor.size(dim) - 1) * tensor.stride(dim);
-  }
-  return true;
-}
-
-void check(const Tensor& cache, const Tensor& frames) {
-  STD_TORCH_CHECK(cache.defined(), "frame_cache_append: cache must be a tensor; got None");
-  STD_TORCH_CHECK(frames.defined(), "frame_cache_append: frames must be a tensor; got None");
-  STD_TORCH_CHECK(cache.dim() == kDims,
-                  "frame_cache_append: cache must have 5 dimensions (batch, channels, kept, "
-                  "height, width); got shape ",
-                  in_words(cache.sizes()));
-  STD_TORCH_CHECK(frames.dim() == kDims,
-                  "frame_cache_append: frames must have 5 dimensions (batch, channels, frames, "
-                  "height, width); got shape ",
-                  in_words(frames.sizes()));
-  for (const Dim dim : {kBatch, kChannel, kRow, kCol}) {
-    STD_TORCH_CHECK(frames.size(dim) == cache.size(dim),
-                    "frame_cache_append: frames must agree with cache ", in_words(cache.sizes()),
-                    " in every dimension but the third; got ", in_words(frames.sizes()));
-  }
-  STD_TORCH_CHECK(frames.device() == cache.device(),
-                  "frame_cache_append: frames must be on the device of cache, ",
-                  in_words(cache.device()), "; got ", in_words(frames.device()));
-  STD_TORCH_CHECK(dtype_of(frames) == dtype_of(cache),
-                  "frame_cache_append: frames must have the dtype of cache, ",
-                  dtype_in_words(cache), "; got ", dtype_in_words(frames));
-  STD_TORCH_CHECK(empty(cache) || elements_apart(cache),
-                  "frame_cache_append: cache is written to and must have its elements apart in "
-                  "memory; got shape ",
-                  in_words(cache.sizes()), " with strides ", in_words(cache.strides()),
-                  " (an expanded tensor? pass cache.contiguous())");
-}
-
-// ---- description --------------------------------------------------------------------------------
-
-// One past the last byte that the tensor reaches.
-const char* end_of(const Tensor& tensor) {
-  int64_t last = 0;
-  for (int dim = 0; dim < kDims; ++dim) last += (tensor.size(dim) - 1) * tensor.stride(dim);
-  return static_cast<const char*>(tensor.data_ptr()) +
-         (last + 1) * static_cast<int64_t>(tensor.element_size());
-}
-
-// Frames may be a view of the cache's own storage. Where the two could touch, frames are read from
-// a private copy: what is returned must not depend on who is faster.
-bool could_touch(const Tensor& cache, const Tensor& frames) {
-  return !empty(cache) && !empty(frames) && cache.data_ptr() < end_of(frames) &&
-         frames.data_ptr() < end_of(cache);
-}
-
-FrameCacheAppend describe(const Tensor& cache, const Tensor& frames, const Tensor& joined) {
-  FrameCacheAppend append{};
-  append.kept = cache.size(kFrame);
-  append.arriving = frames.size(kFrame);
-  append.element_size = static_cast<int64_t>(joined.element_size());
-
-  const Tensor* tensors[] = {&cache, &frames, &joined};
-  FrameView* views[] = {&append.cache, &append.frames, &append.joined};
-  for (int i = 0; i < 3; ++i) {
-    views[i]->data = static_cast<char*>(tensors[i]->data_ptr());
-    views[i]->frame_stride = tensors[i]->stride(kFrame);
-    std::fill_n(views[i]->strides, kColumnDims, 1);
-  }
-
-  // From the fastest dimension to the slowest: join the one before when none of the three tensors
-  // has a gap between them, else begin a new one.
-  std::fill_n(append.sizes, kColumnDims, 1);
-  int at = kColumnDims;
-  for (const Dim dim : {kCol, kRow, kChannel, kBatch}) {
-    const int64_t size = joined.size(dim);
-    if (size == 1) continue;
-    bool gapless = at < kColumnDims;
-    for (int i = 0; gapless && i < 3; ++i) {
-      gapless = tensors[i]->stride(dim) == views[i]->strides[at] * append.sizes[at];
-    }
-    if (!gapless) --at;
-    append.sizes[at] *= size;
-    for (int i = 0; !gapless && i < 3; ++i) views[i]->strides[at] = tensors[i]->stride(dim);
-  }
-  return append;
-}
-
-// ---- the way on CPU -----------------------------------------------------------------------------
-
 constexpr int64_t kBytesPerTask = 65536;  // less than this is not worth waking another thread
+constexpr int64_t kTileBytes = 65536;     // of one frame: read once from memory, then from cache
+constexpr int64_t kTileSide = 64;         // where the closest dimensions of two tensors differ
 
-template <int kBytes>
-void copy_strided(char* to, int64_t to_stride, const char* from, int64_t from_stride, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    std::memcpy(to + i * to_stride * kBytes, from + i * from_stride * kBytes, kBytes);
+// ---- one frame of a tile ------------------------------------------------------------------------
+
+// Rows of elements, each a run; strides count elements.
+struct Plane {
+  char* data;
+  int64_t row;
+  int64_t element;
+};
+
+struct Extent {
+  int64_t rows;
+  int64_t run;
+};
+
+template <typename T>
+T* at(const Plane& plane, int64_t row, int64_t element) {
+  return reinterpret_cast<T*>(plane.data) + row * plane.row + element * plane.element;
+}
+
+// Elements move as bytes: a tensor need not be aligned to them.
+template <typename T>
+void copy_each(const Plane& to, const Plane& from, int64_t row, int64_t rows, int64_t element,
+               int64_t run) {
+  for (int64_t r = row; r < rows; ++r) {
+    for (int64_t e = element; e < run; ++e) {
+      std::memcpy(at<T>(to, r, e), at<T>(from, r, e), sizeof(T));
+    }
   }
 }
 
-void copy(char* to, int64_t to_stride, const char* from, int64_t from_stride, int64_t n,
-          int64_t element_size) {
-  if (to_stride == 1 && from_stride == 1) {
-    std::memcpy(to, from, static_cast<size_t>(n * element_size));
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define COGVX_VECTORS 1
+#endif
+#endif
+
+#ifdef COGVX_VECTORS
+
+template <typename T>
+struct Vector {
+  static constexpr int kLanes = 16 / sizeof(T);
+  typedef T Type __attribute__((vector_size(16)));
+
+  // Lane by lane from a and from b: the first halves of both, or the second.
+  template <int kHalf, int... lane>
+  static Type interleave(Type a, Type b, std::integer_sequence<int, lane...>) {
+    return __builtin_shufflevector(a, b,
+                                   (kHalf * (kLanes / 2) + lane / 2 + (lane % 2 ? kLanes : 0))...);
+  }
+
+  // A square of vectors, its rows for its columns. Each round doubles the lanes that belong
+  // together, until they fill a vector.
+  static void transpose(Type (&square)[kLanes]) {
+    constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
+    for (int together = 1; together < kLanes; together *= 2) {
+      Type next[kLanes];
+      for (int i = 0; i < kLanes / 2; ++i) {
+        next[2 * i] = interleave<0>(square[i], square[i + kLanes / 2], lanes);
+        next[2 * i + 1] = interleave<1>(square[i], square[i + kLanes / 2], lanes);
+      }
+      std::copy_n(next, kLanes, square);
+    }
+  }
+};
+
+// The runs of `to` and the rows of `from` are dense: squares of vectors, and what is left over.
+template <typename T>
+void copy_transposed(const Plane& to, const Plane& from, Extent extent) {
+  using V = Vector<T>;
+  constexpr int kLanes = V::kLanes;
+  const int64_t rows = extent.rows / kLanes * kLanes, run = extent.run / kLanes * kLanes;
+  for (int64_t element = 0; element < run; element += kLanes) {
+    for (int64_t row = 0; row < rows; row += kLanes) {
+      typename V::Type square[kLanes];
+      for (int i = 0; i < kLanes; ++i) std::memcpy(&square[i], at<T>(from, row, element + i), 16);
+      V::transpose(square);
+      for (int i = 0; i < kLanes; ++i) std::memcpy(at<T>(to, row + i, element), &square[i], 16);
+    }
+  }
+  copy_each<T>(to, from, 0, rows, run, extent.run);
+  copy_each<T>(to, from, rows, extent.rows, 0, extent.run);
+}
+
+#else
+
+template <typename T>
+void copy_transposed(const Plane& to, const Plane& from, Extent extent) {
+  copy_each<T>(to, from, 0, extent.rows, 0, extent.run);
+}
+
+#endif
+
+Plane turned(const Plane& plane) { return {plane.data, plane.element, plane.row}; }
+
+template <typename T>
+void copy_elements(const Plane& to, const Plane& from, Extent extent) {
+  if (to.element == 1 && from.row == 1) {
+    copy_transposed<T>(to, from, extent);
+  } else if (to.row == 1 && from.element == 1) {
+    copy_transposed<T>(turned(to), turned(from), {extent.run, extent.rows});
+  } else {
+    copy_each<T>(to, from, 0, extent.rows, 0, extent.run);
+  }
+}
+
+struct Wide {  // no register holds 16 bytes of every dtype
+  char bytes[16];
+};
+
+template <>
+void copy_elements<Wide>(const Plane& to, const Plane& from, Extent extent) {
+  copy_each<Wide>(to, from, 0, extent.rows, 0, extent.run);
+}
+
+void copy(const Plane& to, const Plane& from, Extent extent, int64_t element_size) {
+  if (to.element == 1 && from.element == 1) {
+    const auto run = static_cast<size_t>(extent.run * element_size);
+    for (int64_t row = 0; row < extent.rows; ++row) {
+      std::memcpy(to.data + row * to.row * element_size, from.data + row * from.row * element_size,
+                  run);
+    }
     return;
   }
   switch (element_size) {
-    case 1: return copy_strided<1>(to, to_stride, from, from_stride, n);
-    case 2: return copy_strided<2>(to, to_stride, from, from_stride, n);
-    case 4: return copy_strided<4>(to, to_stride, from, from_stride, n);
-    case 8: return copy_strided<8>(to, to_stride, from, from_stride, n);
-    default: return copy_strided<16>(to, to_stride, from, from_stride, n);
+    case 1: return copy_elements<uint8_t>(to, from, extent);
+    case 2: return copy_elements<uint16_t>(to, from, extent);
+    case 4: return copy_elements<uint32_t>(to, from, extent);
+    case 8: return copy_elements<uint64_t>(to, from, extent);
+    default: return copy_elements<Wide>(to, from, extent);
   }
 }
 
-// The address of a column in frame 0.
-char* column_of(const FrameCacheAppend& append, const FrameView& view, int64_t column) {
-  int64_t offset = 0;
-  for (int dim = kColumnDims - 1; dim >= 0; --dim) {
-    offset += column % append.sizes[dim] * view.strides[dim];
-    column /= append.sizes[dim];
-  }
-  return view.data + offset * append.element_size;
-}
-
-void append_columns(const FrameCacheAppend& append, int64_t begin, int64_t end) {
-  constexpr int kInner = kColumnDims - 1;
-  const int64_t run = append.sizes[kInner];
-  const auto frame = [&](const FrameView& view, char* column, int64_t t) {
-    return column + t * view.frame_stride * append.element_size;
-  };
-  for (int64_t column = begin, n; column < end; column += n) {
-    n = std::min(run - column % run, end - column);
-    char* const cache = column_of(append, append.cache, column);
-    char* const frames = column_of(append, append.frames, column);
-    char* const joined = column_of(append, append.joined, column);
-    for (int64_t t = 0; t < append.kept + append.arriving; ++t) {
-      const bool old = t < append.kept;
-      const FrameView& source = old ? append.cache : append.frames;
-      const char* from =
-          old ? frame(append.cache, cache, t) : frame(append.frames, frames, t - append.kept);
-      copy(frame(append.joined, joined, t), append.joined.strides[kInner], from,
-           source.strides[kInner], n, append.element_size);
-      if (append.arriving > 0 && t >= append.arriving) {
-        copy(frame(append.cache, cache, t - append.arriving), append.cache.strides[kInner], from,
-             source.strides[kInner], n, append.element_size);
-      }
+void zero(const Plane& to, Extent extent, int64_t element_size) {
+  const int64_t step = to.element * element_size;
+  for (int64_t row = 0; row < extent.rows; ++row) {
+    char* const run = to.data + row * to.row * element_size;
+    if (to.element == 1) {
+      std::memset(run, 0, static_cast<size_t>(extent.run * element_size));
+      continue;
+    }
+    for (int64_t i = 0; i < extent.run; ++i) {
+      std::memset(run + i * step, 0, static_cast<size_t>(element_size));
     }
   }
 }
 
-void run_on_cpu(const FrameCacheAppend& append, int32_t /*device*/) {
-  const int64_t column_bytes = (append.kept + append.arriving) * append.element_size;
-  torch::stable::parallel_for(
-      0, append.columns(), std::max<int64_t>(1, kBytesPerTask / column_bytes),
-      [&](int64_t begin, int64_t end) { append_columns(append, begin, end); });
+// ---- tiles --------------------------------------------------------------------------------------
+
+// How columns are cut: in the two closest dimensions; of the others a tile has one each.
+struct Tiles {
+  const int64_t* sizes;
+  Extent extent;  // of a tile, but at the edges
+  int64_t across[kColumnDims];
+  int64_t count;
+
+  Tiles(const int64_t (&sizes)[kColumnDims], Extent extent)
+      : sizes(sizes),
+        extent(extent),
+        across{sizes[0], sizes[1], (sizes[kInner - 1] + extent.rows - 1) / extent.rows,
+               (sizes[kInner] + extent.run - 1) / extent.run},
+        count(across[0] * across[1] * across[2] * across[3]) {}
+};
+
+struct Tile {
+  int64_t first[kColumnDims];
+  Extent extent;
+
+  Tile(const Tiles& tiles, int64_t number) {
+    for (int dim = kInner; dim >= 0; --dim) {
+      first[dim] = number % tiles.across[dim];
+      number /= tiles.across[dim];
+    }
+    first[kInner - 1] *= tiles.extent.rows;
+    first[kInner] *= tiles.extent.run;
+    extent = {std::min(tiles.extent.rows, tiles.sizes[kInner - 1] - first[kInner - 1]),
+              std::min(tiles.extent.run, tiles.sizes[kInner] - first[kInner])};
+  }
+
+  Plane in(char* data, const int64_t (&strides)[kColumnDims], int64_t element_size) const {
+    int64_t offset = 0;
+    for (int dim = 0; dim < kColumnDims; ++dim) offset += first[dim] * strides[dim];
+    return {data + offset * element_size, strides[kInner - 1], strides[kInner]};
+  }
+};
+
+Extent rows_of_runs(const int64_t (&sizes)[kColumnDims], int64_t element_size) {
+  const int64_t elements = kTileBytes / element_size;
+  const int64_t run = std::clamp<int64_t>(sizes[kInner], 1, elements);
+  return {std::clamp<int64_t>(sizes[kInner - 1], 1, elements / run), run};
 }
 
-Tensor frame_cache_append_cpu(Tensor cache, const Tensor& frames) {
-  return frame_cache_append(cache, frames, run_on_cpu);
+Tiles middle_of(const FrameCacheAppend& append) {
+  for (const FrameView* view : {&append.cache, &append.frames, &append.joined}) {
+    if (view->data != nullptr && view->strides[kInner] != 1) {
+      return Tiles(append.sizes, {kTileSide, kTileSide});
+    }
+  }
+  return Tiles(append.sizes, rows_of_runs(append.sizes, append.element_size));
 }
+
+// ---- the work -----------------------------------------------------------------------------------
+
+void append_tile(const FrameCacheAppend& append, const Tile& tile) {
+  const auto in_frame = [&](const FrameView& view, int64_t t) {
+    char* const data = view.data + t * view.frame_stride * append.element_size;
+    return tile.in(data, view.strides, append.element_size);
+  };
+  const auto put = [&](const Plane& to, int64_t t) {
+    if (t < append.kept && append.past == Past::kZeros) {
+      zero(to, tile.extent, append.element_size);
+    } else {
+      const bool cached = t < append.kept && append.past == Past::kCache;
+      const Plane from = cached ? in_frame(append.cache, t)
+                                : in_frame(append.frames, std::max<int64_t>(0, t - append.kept));
+      copy(to, from, tile.extent, append.element_size);
+    }
+  };
+  for (int64_t step = 0; step < append.steps(); ++step) {
+    const int64_t t = step < append.joining ? step : step + append.skipped;
+    if (t < append.joining) put(in_frame(append.joined, t), t);
+    // With no chunk the cache stays as it is, unless the clip begins.
+    const bool moves = append.arriving > 0 || append.past != Past::kCache;
+    if (t >= append.arriving && moves) put(in_frame(append.cache, t - append.arriving), t);
+  }
+}
+
+Tiles tiles_of(const FrameCacheAppend& append, const Border& border) {
+  return Tiles(border.sizes, rows_of_runs(border.sizes, append.element_size));
+}
+
+void zero_tile(const FrameCacheAppend& append, const Border& border, const Tile& tile) {
+  for (int64_t t = 0; t < append.joining; ++t) {
+    char* const data = border.data + t * append.joined.frame_stride * append.element_size;
+    zero(tile.in(data, border.strides, append.element_size), tile.extent, append.element_size);
+  }
+}
+
+// One loop over all tiles, the middle's and then the borders': waking threads has its price.
+void run_on_cpu(const FrameCacheAppend& append, int32_t /*device*/) {
+  const Tiles middle = middle_of(append);
+  int64_t count = middle.count;
+  for (const Border& border : append.borders) count += tiles_of(append, border).count;
+  const Extent& tile = middle.extent;
+  const int64_t tile_bytes = tile.rows * tile.run * append.element_size * append.steps();
+  const int64_t grain = std::max<int64_t>(1, kBytesPerTask / tile_bytes);
+  torch::stable::parallel_for(0, count, grain, [&](int64_t number, int64_t end) {
+    for (; number < std::min(end, middle.count); ++number) {
+      append_tile(append, Tile(middle, number));
+    }
+    int64_t first = middle.count;
+    for (const Border& border : append.borders) {
+      const Tiles tiles = tiles_of(append, border);
+      for (; number < std::min(end, first + tiles.count); ++number) {
+        zero_tile(append, border, Tile(tiles, number - first));
+      }
+      first += tiles.count;
+    }
+  });
+}
+
+using Ops = FrameCacheOps<run_on_cpu>;
 
 }  // namespace
-
-Tensor frame_cache_append(const Tensor& cache, const Tensor& frames, FrameCacheRun run) {
-  check(cache, frames);
-  const int64_t sizes[] = {cache.size(kBatch), cache.size(kChannel),
-                           cache.size(kFrame) + frames.size(kFrame), cache.size(kRow),
-                           cache.size(kCol)};
-  const Tensor joined = torch::stable::new_empty(frames, sizes);
-  if (empty(joined)) return joined;
-  const Tensor source = could_touch(cache, frames) ? torch::stable::clone(frames) : frames;
-  run(describe(cache, source, joined), frames.get_device_index());
-  return joined;
-}
-
 }  // namespace cogvx
 
 STABLE_TORCH_LIBRARY_IMPL(cogvx, CPU, m) {
-  m.impl("frame_cache_append", TORCH_BOX(&cogvx::frame_cache_append_cpu));
+  m.impl("frame_cache_append", TORCH_BOX(&cogvx::Ops::append));
+  m.impl("frame_cache_push", TORCH_BOX(&cogvx::Ops::push));
+  m.impl("frame_cache_exchange", TORCH_BOX(&cogvx::Ops::exchange));
 }

@@ -10,97 +10,154 @@ namespace cogvx {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kBlocks = 4;             // on a multiprocessor at least: 64 KiB of loads under way
 constexpr int kInFlight = 4;           // frames that a thread has under way at once
 constexpr int64_t kMaxBlocks = 65536;  // beyond, the grid strides
 
-// A thread owns a column of units (an element, or as many neighbouring ones as alignment allows)
-// and carries it through time, a few frames at a time: all of them are read before the first is
+// Where a column is in each dimension, from its number.
+struct Place {
+  int64_t index[kColumnDims];
+
+  __device__ Place(const int64_t (&sizes)[kColumnDims], int64_t column) {
+#pragma unroll
+    for (int dim = kInner; dim >= 0; --dim) {
+      index[dim] = 0;
+      if (sizes[dim] == 1) continue;  // the same for all threads: merged away
+      index[dim] = dim == 0 ? column : column % sizes[dim];
+      column /= sizes[dim];
+    }
+  }
+
+  template <typename Unit>
+  __device__ Unit* in(char* data, const int64_t (&strides)[kColumnDims]) const {
+    int64_t offset = 0;
+#pragma unroll
+    for (int dim = 0; dim < kColumnDims; ++dim) offset += index[dim] * strides[dim];
+    return reinterpret_cast<Unit*>(data) + offset;
+  }
+};
+
+// One column through time, a few frames at a time: all of them are read before the first is
 // written, so loads overlap, and a cached frame is read before it is overwritten.
 template <typename Unit>
-__global__ void __launch_bounds__(kThreads)
-    frame_cache_append_kernel(const __grid_constant__ FrameCacheAppend append,
-                              const int64_t columns) {
-  const int64_t total = append.kept + append.arriving;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  int64_t column = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  for (; column < columns; column += stride) {
-    int64_t cache_offset = 0, frames_offset = 0, joined_offset = 0;
-    int64_t rest = column;
-#pragma unroll
-    for (int dim = kColumnDims - 1; dim >= 0; --dim) {
-      if (append.sizes[dim] == 1) continue;  // the same for all threads: merged away
-      const int64_t index = dim == 0 ? rest : rest % append.sizes[dim];
-      rest /= append.sizes[dim];
-      cache_offset += index * append.cache.strides[dim];
-      frames_offset += index * append.frames.strides[dim];
-      joined_offset += index * append.joined.strides[dim];
-    }
-    Unit* const cache = reinterpret_cast<Unit*>(append.cache.data) + cache_offset;
-    const Unit* const frames = reinterpret_cast<const Unit*>(append.frames.data) + frames_offset;
-    Unit* const joined = reinterpret_cast<Unit*>(append.joined.data) + joined_offset;
+__device__ void carry(const FrameCacheAppend& append, const Place& place, int64_t steps) {
+  Unit* const cache = place.in<Unit>(append.cache.data, append.cache.strides);
+  const Unit* const frames = place.in<Unit>(append.frames.data, append.frames.strides);
+  Unit* const joined = place.in<Unit>(append.joined.data, append.joined.strides);
+  const bool cached = append.past == Past::kCache;
+  const Unit* const past = cached ? cache : frames;
+  const int64_t past_stride = cached ? append.cache.frame_stride : 0;  // or one frame, again
 
-    for (int64_t first = 0; first < total; first += kInFlight) {
-      Unit values[kInFlight];
+  for (int64_t first = 0; first < steps; first += kInFlight) {
+    Unit values[kInFlight];
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int64_t t = first + i;
-        if (t < append.kept) {
-          values[i] = cache[t * append.cache.frame_stride];
-        } else if (t < total) {
-          values[i] = frames[(t - append.kept) * append.frames.frame_stride];
-        }
-      }
+    for (int i = 0; i < kInFlight; ++i) {
+      const int64_t step = first + i;
+      const int64_t t = step < append.joining ? step : step + append.skipped;
+      const bool before = t < append.kept;
+      const Unit* const from =
+          before ? past + t * past_stride : frames + (t - append.kept) * append.frames.frame_stride;
+      values[i] = Unit{};
+      if (step < steps && !(before && append.past == Past::kZeros)) values[i] = *from;
+    }
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int64_t t = first + i;
-        if (t >= total) break;
-        joined[t * append.joined.frame_stride] = values[i];
-        if (t >= append.arriving) {
-          cache[(t - append.arriving) * append.cache.frame_stride] = values[i];
-        }
+    for (int i = 0; i < kInFlight; ++i) {
+      const int64_t step = first + i;
+      const int64_t t = step < append.joining ? step : step + append.skipped;
+      if (step >= steps) break;
+      if (step < append.joining) joined[t * append.joined.frame_stride] = values[i];
+      if (t >= append.arriving) {
+        cache[(t - append.arriving) * append.cache.frame_stride] = values[i];
       }
     }
   }
 }
 
-// The widest unit, in bytes, that every access of the append can be made of: one that divides the
-// run of neighbouring elements, every other stride, and every address. Elements that are not
-// neighbours in all three tensors are moved one by one. 0 when even those are not aligned.
-int64_t unit_size(const FrameCacheAppend& append) {
-  constexpr int kInner = kColumnDims - 1;
-  const uint64_t element = append.element_size;
-  uint64_t bits = append.sizes[kInner] * element;
-  uint64_t unit = 16;
-  for (const FrameView* view : {&append.cache, &append.frames, &append.joined}) {
-    if (view->strides[kInner] != 1) unit = element;
-    bits |= reinterpret_cast<uint64_t>(view->data) | view->frame_stride * element;
-    for (int dim = 0; dim < kInner; ++dim) {
-      if (append.sizes[dim] != 1) bits |= view->strides[dim] * element;
+// A thread owns a column of units (an element, or as many neighbouring ones as alignment allows),
+// then columns of the borders.
+template <typename Unit>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    frame_cache_append_kernel(const __grid_constant__ FrameCacheAppend append,
+                              const int64_t steps) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  for (int64_t column = first; column < append.columns; column += stride) {
+    carry<Unit>(append, Place(append.sizes, column), steps);
+  }
+#pragma unroll
+  for (int i = 0; i < kBorders; ++i) {
+    const Border& border = append.borders[i];
+    for (int64_t column = first; column < border.columns; column += stride) {
+      Unit* const joined = Place(border.sizes, column).in<Unit>(border.data, border.strides);
+#pragma unroll 4
+      for (int64_t t = 0; t < append.joining; ++t) {
+        joined[t * append.joined.frame_stride] = Unit{};
+      }
     }
   }
+}
+
+// ---- units --------------------------------------------------------------------------------------
+
+// Narrows `unit`, in bytes, until the accesses of these columns can be made of it: until it divides
+// the run of neighbouring elements, every other stride, and the address. Elements that are not
+// neighbours are moved one by one. 0 when even those are not aligned.
+int64_t narrowed(int64_t unit, int64_t element, const char* data,
+                 const int64_t (&sizes)[kColumnDims], const int64_t (&strides)[kColumnDims],
+                 int64_t frame_stride) {
+  uint64_t bits = reinterpret_cast<uint64_t>(data) | frame_stride * element;
+  for (int dim = 0; dim < kInner; ++dim) {
+    if (sizes[dim] != 1) bits |= strides[dim] * element;
+  }
+  bits |= sizes[kInner] * element;
+  if (strides[kInner] != 1) unit = std::min(unit, element);
   while (unit > element && bits % unit != 0) unit /= 2;
-  return bits % unit == 0 ? static_cast<int64_t>(unit) : 0;
+  return bits % element == 0 ? unit : 0;
+}
+
+int64_t unit_size(const FrameCacheAppend& append) {
+  int64_t unit = 16;
+  for (const FrameView* view : {&append.cache, &append.frames, &append.joined}) {
+    if (view->data == nullptr || append.columns == 0) continue;
+    unit = narrowed(unit, append.element_size, view->data, append.sizes, view->strides,
+                    view->frame_stride);
+  }
+  for (const Border& border : append.borders) {
+    if (border.columns == 0) continue;
+    unit = narrowed(unit, append.element_size, border.data, border.sizes, border.strides,
+                    append.joined.frame_stride);
+  }
+  return unit;
 }
 
 // The same append, counted in units in place of elements.
 FrameCacheAppend in_units(FrameCacheAppend append, int64_t unit) {
-  constexpr int kInner = kColumnDims - 1;
   const int64_t elements = unit / append.element_size;
-  append.sizes[kInner] /= elements;
+  const auto rescale = [&](int64_t (&strides)[kColumnDims]) {
+    for (int dim = 0; dim < kInner; ++dim) strides[dim] /= elements;
+  };
   append.element_size = unit;
+  append.sizes[kInner] /= elements;
+  append.columns /= elements;
   for (FrameView* view : {&append.cache, &append.frames, &append.joined}) {
     view->frame_stride /= elements;
-    for (int dim = 0; dim < kInner; ++dim) view->strides[dim] /= elements;
+    rescale(view->strides);
+  }
+  for (Border& border : append.borders) {
+    border.sizes[kInner] /= elements;
+    border.columns /= elements;
+    rescale(border.strides);
   }
   return append;
 }
 
 template <typename Unit>
 void launch(const FrameCacheAppend& append, cudaStream_t stream) {
-  const int64_t columns = append.columns();
+  int64_t columns = append.columns;
+  for (const Border& border : append.borders) columns = std::max(columns, border.columns);
   const int64_t blocks = std::min((columns + kThreads - 1) / kThreads, kMaxBlocks);
   frame_cache_append_kernel<Unit>
-      <<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(append, columns);
+      <<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(append, append.steps());
 }
 
 cudaError_t launch(const FrameCacheAppend& elements, cudaStream_t stream) {
@@ -145,22 +202,19 @@ cudaStream_t current_stream(int32_t device) {
 }
 
 void run_on_cuda(const FrameCacheAppend& append, int32_t device) {
+  const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaError_t status = launch(append, current_stream(device));
-  STD_TORCH_CHECK(status == cudaSuccess,
-                  "frame_cache_append: the kernel must launch on cuda:", device, "; got ",
-                  cudaGetErrorName(status), ", ", cudaGetErrorString(status));
+  STD_TORCH_CHECK(status == cudaSuccess, "frame_cache: the kernel must launch on cuda:", device,
+                  "; got ", cudaGetErrorName(status), ", ", cudaGetErrorString(status));
 }
 
-Tensor frame_cache_append_cuda(Tensor cache, const Tensor& frames) {
-  // Either may be elsewhere; the door refuses that.
-  const Tensor& on_device = cache.is_cuda() ? cache : frames;
-  const torch::stable::accelerator::DeviceGuard guard(on_device.get_device_index());
-  return frame_cache_append(cache, frames, run_on_cuda);
-}
+using Ops = FrameCacheOps<run_on_cuda>;
 
 }  // namespace
 }  // namespace cogvx
 
 STABLE_TORCH_LIBRARY_IMPL(cogvx, CUDA, m) {
-  m.impl("frame_cache_append", TORCH_BOX(&cogvx::frame_cache_append_cuda));
+  m.impl("frame_cache_append", TORCH_BOX(&cogvx::Ops::append));
+  m.impl("frame_cache_push", TORCH_BOX(&cogvx::Ops::push));
+  m.impl("frame_cache_exchange", TORCH_BOX(&cogvx::Ops::exchange));
 }

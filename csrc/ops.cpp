@@ -11,7 +11,11 @@
 #endif
 
 STABLE_TORCH_LIBRARY(cogvx, m) {
-  m.def("frame_cache_append(Tensor(a!) cache, Tensor frames) -> Tensor");
+  m.def(
+      "frame_cache_append(Tensor(a!) cache, Tensor frames, str? start=None, SymInt padding=0, "
+      "bool channels_last=False) -> Tensor");
+  m.def("frame_cache_push(Tensor(a!) cache, Tensor frames, str? start=None) -> ()");
+  m.def("frame_cache_exchange(Tensor(a!) cache, Tensor(b!) joined, str? start=None) -> ()");
 }
 
 namespace {
@@ -56,6 +60,11 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The C++ and CUDA half of cogvx_kernels; its ops live in torch.ops.cogvx.";
+#ifdef COGVX_CUDA_ARCHS
+  m.attr("HAS_CUDA") = true;
+#else
+  m.attr("HAS_CUDA") = false;
+#endif
   m.def("build_info", &build_info,
         "How this object was built: torch's headers, the stable ABI it targets, compiler, CUDA.");
 }

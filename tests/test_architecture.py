@@ -16,29 +16,33 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py
 MODEL_FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "cogvx").rglob("*.py"))
 
 # Floor 1 in order: each may import those before it.
-FOUNDATIONS = ("_checks", "_launch", "_opinfo", "modality", "_backend")
+FOUNDATIONS = ("_checks", "_launch", "_opinfo", "modality", "_backend", "conv3d")
 # What a file of a room may import of its own room.
 WITHIN_A_ROOM = {
     "reference": set(),
     "frequencies": set(),
     "routes": set(),
     "choices": set(),
+    "arguments": set(),
     "dense": {"reference"},
+    "eager": {"arguments", "reference"},
     "tiles": set(),
+    "plan": set(),
+    "moments": {"plan", "tiles"},
     "gradients": {"tiles"},
-    "kernel": {"gradients", "tiles"},
-    "op": {"choices", "dense", "kernel", "reference", "routes"},
+    "kernel": {"gradients", "moments", "plan", "tiles"},
+    "op": {"arguments", "choices", "dense", "eager", "kernel", "reference", "routes"},
     "module": {"op", "reference"},
-    "opinfo": {"op", "reference", "routes"},
+    "opinfo": {"arguments", "op", "reference", "routes"},
     "__init__": {"frequencies", "module", "op", "reference"},
 }
+# The files of a room that are Triton's; a kernel that is not is the extension's.
+TRITON_FILES = ("gradients", "kernel", "moments", "plan", "tiles")
 NAMES_TRITON = {
     "cogvx_kernels/tools/aot.py",
     "cogvx_kernels/tools/interpreter.py",
-    "cogvx_kernels/expert_ffn/gradients.py",
-    "cogvx_kernels/expert_ffn/tiles.py",
-    *(f"cogvx_kernels/{room}/kernel.py" for room in ROOMS),
-}
+    *(f"cogvx_kernels/{room}/{file}.py" for room in ROOMS for file in TRITON_FILES),
+} - {"cogvx_kernels/frame_cache/kernel.py"}
 # The model's floors, from the ground up: a file or folder may import those of lower floors only.
 MODEL_FLOORS = (
     {"config", "memory", "files"},

@@ -1,5 +1,6 @@
 """`cogvx-kernels verify`, `doctor`, `aot` and `bench`, as a user types them."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -89,34 +90,82 @@ def test_verify_says_why_it_cannot(capsys):
 # --- doctor ----------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """One that is not there, and old."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+
+
 def test_doctor_says_what_is_there_and_what_is_lost(capsys):
     assert doctor.main(["--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["torch"] == torch.__version__
     assert set(facts["ops"]) == set(OPS)
+    assert facts["cudnn"] == torch.backends.cudnn.version()
     assert doctor.main([]) == 0
     said = capsys.readouterr().out
-    assert all(line in said for line in facts["lost"])
+    assert all(line in said for line in (*facts["lost"], *facts["conv3d"].values()))
     if not torch.cuda.is_available():
         assert any("no GPU is visible" in line for line in facts["lost"])
 
 
 @pytest.mark.parametrize(
-    ("version", "cudnn", "warned"), [("2.9.1", 91002, True), ("2.9.1", 91501, False)]
+    ("version", "cudnn", "planes"),
+    [
+        ("2.10.0", 91002, {"float16", "bfloat16"}),
+        ("2.10.0", 91501, set()),
+        ("2.8.0", 91002, {"float16", "bfloat16"}),
+        ("2.9.0", 91501, {"float16", "bfloat16"}),
+    ],
 )
-def test_doctor_warns_of_versions_that_do_harm(version, cudnn, warned):
-    lost, warnings = [], []
+def test_doctor_knows_which_way_conv3d_goes(version, cudnn, planes, a_gpu):
+    warnings = []
     with (
         mock.patch.object(torch, "__version__", version),
-        mock.patch.object(torch.cuda, "is_available", return_value=True),
-        mock.patch.object(torch.cuda, "device_count", return_value=1),
-        mock.patch.object(torch.cuda, "get_device_name", return_value="a GPU"),
-        mock.patch.object(torch.cuda, "get_device_capability", return_value=(7, 5)),
         mock.patch.object(torch.backends.cudnn, "version", return_value=cudnn),
     ):
-        assert doctor._gpus(lost, warnings) == ["a GPU, sm_75"]
-    assert any("conv3d" in line for line in warnings) == warned
+        ways = doctor._conv3d(warnings)
+    assert {dtype for dtype, way in ways.items() if "planes" in way} == planes
+    assert set(ways) == {"bfloat16", "float16", "float32"}
+    # both dtypes have one reason, which is said once
+    assert len(warnings) == bool(planes)
+    assert all(f"torch {version} with cuDNN {cudnn}" in line for line in warnings)
+
+
+def test_doctor_knows_what_amd_does_to_conv3d(a_gpu):
+    warnings = []
+    with mock.patch.object(torch.version, "hip", "7.1"):
+        ways = doctor._conv3d(warnings)
+    assert all("planes" in way for way in ways.values())
+    assert [line for line in warnings if "MIOpen" in line] == warnings != []
+
+
+def test_doctor_names_the_gpus(a_gpu):
+    lost = []
+    assert doctor._gpus(lost) == ["a GPU, sm_75"]
     assert any("no bfloat16" in line for line in lost)
+
+
+@pytest.mark.parametrize(
+    ("build", "on_gpu", "said"),
+    [
+        (None, False, "on cpu, the plain-torch reference: the extension is not built"),
+        ({"cuda": False}, False, "on cpu, the extension"),
+        ({"cuda": False}, True, "on cuda, the plain-torch reference: the extension was built wi"),
+        ({"cuda": True}, True, "on cuda, the extension"),
+    ],
+)
+def test_doctor_says_where_the_extension_runs(build, on_gpu, said, monkeypatch):
+    """Of an op that has no Triton kernel; it does not depend on Triton."""
+    native = dataclasses.replace(next(iter(OPS.values())), name="native", launch=None)
+    monkeypatch.setattr(doctor, "OPS", {"native": native})
+    monkeypatch.setattr(doctor._backend, "triton_reason", lambda name, x: "Triton is not installed")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
+    assert doctor._ops(build)["native"].startswith(said)
 
 
 # --- bench -----------------------------------------------------------------------------------

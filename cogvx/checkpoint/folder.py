@@ -80,6 +80,7 @@ def load_vae(
     path: PathLike,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    backend: str = "auto",
     *,
     variant: str | None = None,
     check_finite: bool = False,
@@ -96,9 +97,10 @@ def load_vae(
         first = weights.children(f"{blocks}0.resnets.")
         _bound(weights, "block_out_channels", levels, weights.children(blocks))
         _bound(weights, "layers_per_block", config.layers_per_block, first)
-        model = empty(folder, lambda: CausalVAE(config))
+        model = empty(folder, lambda: CausalVAE(config, backend))
         weights.check(model)
         weights.load_into(model, dtype, place, check_finite)
+    model.lay_channels_last()
     return model.eval()
 
 

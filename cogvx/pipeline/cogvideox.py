@@ -109,7 +109,7 @@ class CogVideoX:
             text_encoder = T5TextEncoder.from_pretrained(path, dtype, device)
         return cls(
             load_transformer(path, dtype, device, backend, attention),
-            load_vae(path, dtype, device),
+            load_vae(path, dtype, device, backend),
             scheduler,
             None if isinstance(text_encoder, bool) else text_encoder,
             solver,

@@ -4,7 +4,6 @@
 """
 
 import importlib.util
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cogvx_kernels import qk_norm_rope3d
+
+from ..config import check_choice
 
 SDPA_BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -26,13 +27,6 @@ ATTENTION_BACKENDS = ("auto", *SDPA_BACKENDS, "flash-attn")
 GPU_ORDER = [SDPA_BACKENDS[name] for name in ("cudnn", "flash", "efficient", "math")]
 
 QK_NORM_EPS = 1e-6  # of the released models
-
-
-def check_choice(where: str, name: str, value: object, wanted: Sequence[str]) -> None:
-    """Raises ValueError unless `value` is one of the names."""
-    if value not in wanted:
-        names = ", ".join(f'"{w}"' for w in wanted)
-        raise ValueError(f"{where}: {name} must be one of {names}; got {value!r}")
 
 
 def check_attention(where: str, attention: str) -> None:

@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from cogvx_kernels import BACKENDS, gated_residual, modality
 
-from ..config import TransformerConfig
+from ..config import TransformerConfig, check_choice
 from .arguments import check_arguments, check_run, check_text
-from .attention import JointAttention, check_attention, check_choice
+from .attention import JointAttention, check_attention
 from .block import ExpertBlock
 from .embedding import JointEmbedding, ProjectedText, TimestepEmbedding
 from .experts import ExpertFeedForward, FeedForward, Routing

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import VAEConfig
+from . import ways
 from .decoder import Decoder
 from .distribution import DiagonalGaussian
 from .encoder import Encoder
@@ -19,13 +20,17 @@ class CausalVAE(nn.Module):
 
     Latents are raw here; whoever diffuses them multiplies by `config.scaling_factor`. The keys of
     the state dict are those of the released files. Source: fact sheet, section 4.
+
+    backend: of the ops of cogvx_kernels, "auto", "kernel" or "reference".
     """
 
-    def __init__(self, config: VAEConfig) -> None:
+    def __init__(self, config: VAEConfig, backend: str = "auto") -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        self.set_backend(backend)
+        self.lay_channels_last()
 
     @classmethod
     def of(cls, encoder: Encoder, decoder: Decoder) -> "CausalVAE":
@@ -39,6 +44,26 @@ class CausalVAE(nn.Module):
             vae = cls(encoder.config)
         vae.encoder, vae.decoder = encoder, decoder
         return vae
+
+    def set_backend(self, backend: str) -> None:
+        """Which way the ops of cogvx_kernels go from now on: "auto", "kernel" or "reference"."""
+        ways.set_backend(self, backend)
+        self.backend = backend
+
+    def set_convolutions(self, way: str = "auto", fold: bool = True) -> None:
+        """How convolutions are computed from now on, all to the same values within rounding.
+
+        way   "whole", as one 3-D convolution each; "planes", as one 2-D convolution for each frame
+              of the kernel; "auto", whichever is known to be right on the device, see
+              `cogvx_kernels.conv3d`
+        fold  whether doubling a picture and convolving it is four small convolutions, see
+              `Upsample3D`
+        """
+        ways.set_convolutions(self, way, fold)
+
+    def lay_channels_last(self) -> None:
+        """Lays the kernels out as the layers' tensors lie, once weights have been put in place."""
+        ways.lay_channels_last(self)
 
     @property
     def gradient_checkpointing(self) -> bool:

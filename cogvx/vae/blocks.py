@@ -1,30 +1,37 @@
-"""What encoder and decoder are made of: residual blocks, and resampling by two.
+"""What encoder and decoder are made of: residual blocks, in levels of one size.
 
-Every layer is called as `layer(x, zq, cache)`: x (batch, channels, frames, height, width) is the
-chunk, zq the latents of the chunk for norms that are modulated by them, else None. No layer writes
-into what it was given.
+Every layer is called as `layer(flow, modulations, cache)` and returns a `Flow`: the chunk, with a
+`Modulation` for each of the layer's norms, if the latents modulate them. No layer writes into what
+it was given.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
-from .causal_conv import CausalConv
-from .norm import Norm
-from .parts import joined
+from cogvx_kernels import conv3d, residual_moments
+
+from .causal_conv import AnyNorm, CausalConv
+from .checkpointing import checkpointed
+from .norm import Flow, Modulation, SpatialNorm
+from .resample import Downsample3D, Upsample3D
 from .state import FrameCache
 
-MakeNorm = Callable[[int], Norm]
+MakeNorm = Callable[[int], AnyNorm]
 MakeConv = Callable[[int, int], CausalConv]
 
 
 class ResnetBlock3D(nn.Module):
     """x + conv2(norm2(conv1(norm1(x)))), each norm with its SiLU; a change of width changes x too.
 
+    Where a norm comes next, `feeds_norm`, its statistics are made in the pass that adds.
     Source: fact sheet, section 4.2.
     """
+
+    feeds_norm = False
+    backend = "auto"
 
     def __init__(self, in_channels: int, out_channels: int, norm: MakeNorm, conv: MakeConv) -> None:
         super().__init__()
@@ -35,80 +42,37 @@ class ResnetBlock3D(nn.Module):
         if in_channels != out_channels:
             self.conv_shortcut: nn.Module = nn.Conv3d(in_channels, out_channels, 1)
 
-    def forward(
-        self, x: Tensor, zq: Tensor | None = None, cache: FrameCache | None = None
-    ) -> Tensor:
-        h = joined(self.conv1.parts(self.norm1.parts(x, zq, cache), cache), x.shape[2])
-        residual = self.conv2.parts(self.norm2.parts(h, zq, cache), cache)
-        # Where a part of the sum goes, norm2 has read h.
-        return joined(self._added(x, residual), x.shape[2], into=h)
+    def forward(self, flow: Flow, modulations: Sequence[Modulation], cache: FrameCache) -> Flow:
+        first, second = modulations or (None, None)
+        h = self.conv1.after(self.norm1, flow, first, cache, biased=False)
+        offset = self.conv1.pending_bias(h)
+        h = self.conv2.after(self.norm2, Flow(h), second, cache, offset=offset, biased=False)
+        return self._sum(self._shortcut(flow.x), h, self.conv2.pending_bias(h))
 
-    def _added(self, x: Tensor, residual: Iterator[Tensor]) -> Iterator[Tensor]:
-        start = 0
-        for part in residual:
-            same = x[:, :, start : start + part.shape[2]]
-            start += part.shape[2]
-            yield part + (self.conv_shortcut(same) if hasattr(self, "conv_shortcut") else same)
+    def _shortcut(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "conv_shortcut"):
+            return x
+        conv = cast(nn.Conv3d, self.conv_shortcut)
+        return conv3d(x, conv.weight, conv.bias, (0, 0, 0))
 
-
-class Downsample3D(nn.Module):
-    """Halves height and width by a convolution, frame by frame; `time`: first averages pairs of
-    frames, all but a leading first one. Source: fact sheet, section 4.5."""
-
-    def __init__(self, channels: int, time: bool) -> None:
-        super().__init__()
-        self.time = time
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(
-        self, x: Tensor, zq: Tensor | None = None, cache: FrameCache | None = None
-    ) -> Tensor:
-        leads = x.shape[2] % 2 == 1 if cache is None else cache.leads
-        frames = self._halved(x, leads)
-        count = (x.shape[2] + leads) // 2 if self.time else x.shape[2]
-        return joined((self.conv(F.pad(f, (0, 1, 0, 1))).unsqueeze(2) for f in frames), count)
-
-    def _halved(self, x: Tensor, leads: bool) -> Iterator[Tensor]:
-        """Frames (batch, channels, height, width) at half the rate."""
-        frames = x.unbind(2)
-        if not self.time:
-            yield from frames
-            return
-        if leads:
-            yield frames[0]
-        for first, second in zip(frames[leads::2], frames[leads + 1 :: 2], strict=True):
-            yield (first + second) * 0.5
-
-
-class Upsample3D(nn.Module):
-    """Doubles height and width by nearest neighbour and a convolution, frame by frame; `time`: then
-    gives every frame twice, all but a leading first one.
-
-    Equal frames convolve to equal frames, so they are doubled after the convolution: half the work
-    of doubling before it, for the same bits. Source: fact sheet, section 4.6.
-    """
-
-    def __init__(self, channels: int, time: bool) -> None:
-        super().__init__()
-        self.time = time
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(
-        self, x: Tensor, zq: Tensor | None = None, cache: FrameCache | None = None
-    ) -> Tensor:
-        leads = x.shape[2] % 2 == 1 if cache is None else cache.leads
-        count = 2 * x.shape[2] - leads if self.time else x.shape[2]
-        return joined(self._doubled(x, leads), count)
-
-    def _doubled(self, x: Tensor, leads: bool) -> Iterator[Tensor]:
-        for index, frame in enumerate(x.unbind(2)):
-            wide = self.conv(F.interpolate(frame, scale_factor=2.0)).unsqueeze(2)
-            once = not self.time or (leads and index == 0)
-            yield wide if once else wide.expand(-1, -1, 2, -1, -1)
+    def _sum(self, x: Tensor, h: Tensor, offset: Tensor | None) -> Flow:
+        if torch.is_grad_enabled() or (offset is None and not self.feeds_norm):
+            return Flow(x + h)
+        norm = self.norm1
+        return Flow(
+            *residual_moments(
+                x,
+                h,
+                offset,
+                num_groups=norm.num_groups,
+                per_frame=norm.per_frame,
+                backend=self.backend,
+            )
+        )
 
 
 class Level(nn.Module):
-    """The layers at one size, and the one that leads to the next; only holds them.
+    """The layers at one size, and the one that leads to the next.
 
     The keys of a state dict are those of the released files, which is why a lone resampling layer
     stands in a list.
@@ -126,10 +90,35 @@ class Level(nn.Module):
             self.downsamplers = nn.ModuleList([downsampler])
         if upsampler is not None:
             self.upsamplers = nn.ModuleList([upsampler])
+        resampled = downsampler is not None or upsampler is not None
+        for block in resnets[: -1 if resampled else None]:
+            block.feeds_norm = True
 
     def layers(self) -> Iterator[nn.Module]:
         for children in self.children():
             yield from cast(nn.ModuleList, children)
+
+    def forward(
+        self, flow: Flow, zq: Tensor | None, cache: FrameCache, checkpointing: bool = False
+    ) -> Flow:
+        """A chunk through the layers; zq: its latents, for norms that they modulate."""
+        modulations = self._modulated(zq)
+        for layer in self.layers():
+            of_layer = [next(modulations) for _ in _modulated_norms(layer)]
+            if checkpointing and torch.is_grad_enabled():
+                flow = checkpointed(layer, flow, of_layer, cache)
+            else:
+                flow = layer(flow, of_layer, cache)
+        return flow
+
+    def _modulated(self, zq: Tensor | None) -> Iterator[Modulation]:
+        """For each norm of the level, made at once: they live while its layers are walked."""
+        norms = _modulated_norms(self)
+        return iter(SpatialNorm.modulated(norms, zq) if norms and zq is not None else ())
+
+
+def _modulated_norms(module: nn.Module) -> list[SpatialNorm]:
+    return [m for m in module.modules() if isinstance(m, SpatialNorm)]
 
 
 def resnets(

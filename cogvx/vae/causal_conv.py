@@ -2,20 +2,30 @@
 
 Before the first frame of a clip lie copies of it; before every later chunk, the last frames of the
 chunk before, from the cache. Space is padded with zeros. Fact sheet, section 4.1.
+
+Where no gradient is recorded a cache is one buffer for each convolution, replaced in place, and
+what a norm makes is written straight behind it.
 """
 
-from collections.abc import Iterable, Iterator
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parts import joined, split
+from cogvx_kernels import (
+    conv3d,
+    frame_cache_append,
+    frame_cache_join,
+    frame_cache_push,
+    temporal_conv,
+)
+
+from .norm import Flow, Modulation, Norm, SpatialNorm
 from .state import FrameCache
+
+AnyNorm = Norm | SpatialNorm
 
 
 class CausalConv(nn.Module):
-    """The base: gives `_past_and_present` to whoever convolves over `time_kernel` frames.
+    """The base, over `time_kernel` frames.
 
     `name` is the key of its frames in a cache: its path in the encoder or decoder, set there by
     `name_convs`. Alone it needs none.
@@ -23,45 +33,50 @@ class CausalConv(nn.Module):
 
     time_kernel: int
     name = ""
+    backend = "auto"
 
     @property
     def weight(self) -> Tensor:
         """The kernel, for its dtype and device."""
         return next(self.parameters())
 
+    @property
+    def kept(self) -> int:
+        """How many frames it remembers."""
+        return self.time_kernel - 1
+
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         """(batch, in, frames, height, width) -> (batch, out, frames, height, width).
 
         Without a cache the clip begins and ends with x.
         """
-        return joined(self.parts(split(x), cache), x.shape[2])
-
-    def parts(self, parts: Iterable[Tensor], cache: FrameCache | None) -> Iterator[Tensor]:
-        """The convolution of a chunk that comes in parts: each answered by a part as long."""
         raise NotImplementedError
 
-    def _past_and_present(
-        self, parts: Iterable[Tensor], cache: FrameCache | None
-    ) -> Iterator[Tensor]:
-        """Each part behind the `time_kernel` - 1 frames before it."""
-        length = self.time_kernel - 1
-        if length == 0:
-            yield from parts
-            return
-        past = cache.take(self.name) if cache is not None else None
-        for part in parts:
-            if past is None:
-                past = part[:, :, :1].expand(-1, -1, length, -1, -1)
-            x = torch.cat([past, part], dim=2)
-            del part
-            past = x[:, :, -length:].clone()
-            if cache is not None:
-                cache.put(self.name, past)
-            yield x
+    def after(
+        self,
+        norm: AnyNorm,
+        flow: Flow,
+        modulation: Modulation,
+        cache: FrameCache,
+        *,
+        offset: Tensor | None = None,
+        biased: bool = True,
+    ) -> Tensor:
+        """The convolution of what the norm makes of a chunk.
+
+        `offset` is the norm's. `biased=False`: without the `pending_bias`.
+        """
+        return self(norm(flow, modulation, cache.leads, offset=offset), cache)
+
+    def pending_bias(self, x: Tensor) -> Tensor | None:
+        """The bias that the pass after the convolution of x had better add, or None."""
+        return None
 
 
 class CausalConv3d(CausalConv):
     """One 3-D kernel over frames, height and width: the released VAE's."""
+
+    way = "auto"  # of `cogvx_kernels.conv3d`
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3) -> None:
         super().__init__()
@@ -69,9 +84,45 @@ class CausalConv3d(CausalConv):
         padding = (0, kernel_size // 2, kernel_size // 2)
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, padding=padding)
 
-    def parts(self, parts: Iterable[Tensor], cache: FrameCache | None) -> Iterator[Tensor]:
-        for x in self._past_and_present(parts, cache):
-            yield self.conv(x)
+    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
+        cache = FrameCache(keep=False) if cache is None else cache
+        if self.kept == 0:
+            return self._convolved(x, self.conv.bias)
+        if torch.is_grad_enabled():
+            past = cache.take(self.name)
+            start = "replicate" if past is None else None
+            x, past = frame_cache_join(past, x, kept=self.kept, start=start, backend=self.backend)
+            cache.put(self.name, past)
+        else:
+            past, start = cache.slot(self.name, x, self.kept)
+            x = frame_cache_append(
+                past, x, start=start, memory_format=torch.channels_last_3d, backend=self.backend
+            )
+        return self._convolved(x, self.conv.bias)
+
+    def after(
+        self,
+        norm: AnyNorm,
+        flow: Flow,
+        modulation: Modulation,
+        cache: FrameCache,
+        *,
+        offset: Tensor | None = None,
+        biased: bool = True,
+    ) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().after(norm, flow, modulation, cache, offset=offset)
+        past, start = cache.slot(self.name, flow.x, self.kept)
+        x = norm(flow, modulation, cache.leads, offset=offset, cache=past, start=start)
+        later = not biased and self.pending_bias(x) is not None
+        return self._convolved(x, None if later else self.conv.bias)
+
+    def pending_bias(self, x: Tensor) -> Tensor | None:
+        """cuDNN adds a bias in a pass of its own; the libraries of a CPU as they write."""
+        return self.conv.bias if x.is_cuda and not torch.is_grad_enabled() else None
+
+    def _convolved(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return conv3d(x, self.conv.weight, bias, self.conv.padding, way=self.way)
 
 
 class FactorizedConv3d(CausalConv):
@@ -86,17 +137,32 @@ class FactorizedConv3d(CausalConv):
         self.spatial = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
         self.temporal = nn.Conv1d(out_channels, out_channels, kernel_size)
 
-    def parts(self, parts: Iterable[Tensor], cache: FrameCache | None) -> Iterator[Tensor]:
-        spatial = (self._in_space(x) for x in parts)
-        for x in self._past_and_present(spatial, cache):
-            # (out, out, kernel) as a 3-D kernel of one pixel
-            weight = self.temporal.weight[..., None, None]
-            yield F.conv3d(x, weight, self.temporal.bias)
-
-    def _in_space(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
+        cache = FrameCache(keep=False) if cache is None else cache
         pad = self.time_kernel // 2
-        weight = self.spatial.weight[:, :, None]  # (out, in, 1, kernel, kernel)
-        return F.conv3d(x, weight, self.spatial.bias, padding=(0, pad, pad))
+        # (out, in, 1, kernel, kernel): a 3-D kernel of one frame
+        x = conv3d(x, self.spatial.weight[:, :, None], self.spatial.bias, (0, pad, pad))
+        if self.kept == 0:
+            return self._in_time(x, None, "replicate")
+        if torch.is_grad_enabled():
+            past = cache.take(self.name)
+            out = self._in_time(x, past, "replicate")
+            if cache.keep:
+                start = "replicate" if past is None else None
+                _, past = frame_cache_join(
+                    past, x, kept=self.kept, start=start, backend=self.backend
+                )
+                cache.put(self.name, past)
+            return out
+        past, start = cache.slot(self.name, x, self.kept)
+        out = self._in_time(x, past if start is None else None, "replicate")
+        if cache.keep:
+            frame_cache_push(past, x, start=start, backend=self.backend)
+        return out
+
+    def _in_time(self, x: Tensor, past: Tensor | None, start: str) -> Tensor:
+        weight, bias = self.temporal.weight, self.temporal.bias
+        return temporal_conv(x, weight, bias, cache=past, start=start, backend=self.backend)
 
 
 def name_convs(module: nn.Module) -> None:

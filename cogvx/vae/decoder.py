@@ -1,18 +1,15 @@
 """Latents to pixels."""
 
-from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 
 from ..config import VAEConfig
-from .blocks import Level, MakeConv, MakeNorm, Upsample3D, resnets
+from .blocks import Level, MakeConv, MakeNorm, resnets
 from .causal_conv import CausalConv3d, FactorizedConv3d, name_convs
-from .checkpointing import checkpointed
-from .norm import FrameNorm, SpatialNorm
-from .parts import joined
+from .norm import Flow, FrameNorm, SpatialNorm
+from .resample import Upsample3D
 from .state import FrameCache
 
 
@@ -63,15 +60,9 @@ class Decoder(nn.Module):
         cache = FrameCache(keep=False) if cache is None else cache
         with cache.chunk(leads=self.config.factorized or latents.shape[1] % 2 == 1):
             zq = latents.transpose(1, 2)
-            h = self.conv_in(zq, cache)
-            for layer in self._layers():
-                if self.gradient_checkpointing and torch.is_grad_enabled():
-                    h = checkpointed(layer, h, zq, cache)
-                else:
-                    h = layer(h, zq, cache)
-            parts = self.conv_out.parts(self.norm_out.parts(h, zq, cache), cache)
-            return joined(parts, h.shape[2]).transpose(1, 2)
-
-    def _layers(self) -> Iterator[nn.Module]:
-        for level in (self.mid_block, *self.up_blocks):
-            yield from level.layers()
+            flow = Flow(self.conv_in(zq, cache))
+            for level in (self.mid_block, *self.up_blocks):
+                flow = level(flow, zq, cache, self.gradient_checkpointing)
+            of_zq = isinstance(self.norm_out, SpatialNorm)
+            [modulation] = SpatialNorm.modulated([self.norm_out], zq) if of_zq else [None]
+            return self.conv_out.after(self.norm_out, flow, modulation, cache).transpose(1, 2)

@@ -1,18 +1,15 @@
 """Pixels to the moments of latents."""
 
-from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 
 from ..config import VAEConfig
-from .blocks import Downsample3D, Level, MakeConv, MakeNorm, resnets
+from .blocks import Level, MakeConv, MakeNorm, resnets
 from .causal_conv import CausalConv3d, FactorizedConv3d, name_convs
-from .checkpointing import checkpointed
-from .norm import ChunkNorm, FrameNorm
-from .parts import joined
+from .norm import Flow, FrameNorm, Norm
+from .resample import Downsample3D
 from .state import FrameCache
 
 
@@ -28,7 +25,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        make_norm = FrameNorm if config.factorized else ChunkNorm
+        make_norm = FrameNorm if config.factorized else Norm
         groups = config.norm_num_groups
         norm: MakeNorm = partial(make_norm, groups, eps=config.norm_eps)
         conv: MakeConv = FactorizedConv3d if config.factorized else CausalConv3d
@@ -60,15 +57,7 @@ class Encoder(nn.Module):
         """
         cache = FrameCache(keep=False) if cache is None else cache
         with cache.chunk(leads=self.config.factorized or video.shape[1] % 2 == 1):
-            h = self.conv_in(video.transpose(1, 2), cache)
-            for layer in self._layers():
-                if self.gradient_checkpointing and torch.is_grad_enabled():
-                    h = checkpointed(layer, h, None, cache)
-                else:
-                    h = layer(h, None, cache)
-            parts = self.conv_out.parts(self.norm_out.parts(h, None, cache), cache)
-            return joined(parts, h.shape[2]).transpose(1, 2)
-
-    def _layers(self) -> Iterator[nn.Module]:
-        for level in (*self.down_blocks, self.mid_block):
-            yield from level.layers()
+            flow = Flow(self.conv_in(video.transpose(1, 2), cache))
+            for level in (*self.down_blocks, self.mid_block):
+                flow = level(flow, None, cache, self.gradient_checkpointing)
+            return self.conv_out.after(self.norm_out, flow, None, cache).transpose(1, 2)

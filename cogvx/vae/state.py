@@ -66,6 +66,24 @@ class FrameCache:
         if self.keep:
             self.frames[name] = frames
 
+    def slot(self, name: str, x: Tensor, kept: int) -> tuple[Tensor, str | None]:
+        """The `kept` frames before the chunk x, to be replaced in place by its last ones; and how
+        the clip begins, for the ops of `cogvx_kernels`: where it does, the frames are not read."""
+        frames = self.frames.get(name)
+        if frames is None:
+            shape = (*x.shape[:2], kept, *x.shape[3:])
+            frames = torch.empty(
+                shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d
+            )
+            self.put(name, frames)
+            return frames, "replicate"
+        if frames.is_inference() and not torch.is_inference_mode_enabled():
+            frames = frames.clone()  # which could not be written to outside of inference mode
+            self.frames[name] = frames
+        if not self.keep:
+            del self.frames[name]
+        return frames, None
+
     def fork(self) -> "FrameCache":
         """Another cache that holds the same frames now, and goes its own way from here."""
         other = copy.copy(self)

@@ -9,7 +9,6 @@ from torch import Tensor
 from .decoder import Decoder
 from .distribution import DiagonalGaussian
 from .encoder import Encoder
-from .parts import joined
 from .rules import Way, decoding, encoding
 from .state import DecodeState, EncodeState, FrameCache, StreamState
 from .tiling import Tiling, tiled
@@ -135,12 +134,12 @@ def _walk(
     tick = _ticker(steps * len(slices), progress)
 
     def run(clip: Tensor) -> Tensor:
-        return joined(_chunks(way, clip, plan, tick), way.frames_out(x.shape[1]), dim=1)
+        return _joined(_chunks(way, clip, plan, tick), way.frames_out(x.shape[1]), dim=1)
 
     def cover(clip: Tensor) -> Tensor:
         return tiled(run, clip, tiling, ratio, scale) if tiling is not None and cut else run(clip)
 
-    return joined(map(cover, slices), x.shape[0], dim=0) if len(slices) > 1 else cover(x)
+    return _joined(map(cover, slices), x.shape[0], dim=0) if len(slices) > 1 else cover(x)
 
 
 def _chunks(
@@ -150,6 +149,26 @@ def _chunks(
     for chunk in clip.split(plan, dim=1):
         yield way.coder(chunk, cache)
         tick()
+
+
+def _joined(pieces: Iterable[Tensor], size: int, dim: int) -> Tensor:
+    """Pieces joined along `dim` to `size`, each put in its place as it comes, and then freed.
+
+    While gradients are recorded they are all kept anyway.
+    """
+    if torch.is_grad_enabled():
+        whole = list(pieces)
+        return whole[0] if len(whole) == 1 else torch.cat(whole, dim)
+    into: Tensor | None = None
+    start = 0
+    for piece in pieces:
+        if into is None:
+            into = piece.new_empty([*piece.shape[:dim], size, *piece.shape[dim + 1 :]])
+        into.narrow(dim, start, piece.shape[dim]).copy_(piece)
+        start += piece.shape[dim]
+        del piece  # before the next one is made
+    assert into is not None and start == size
+    return into
 
 
 def _ticker(total: int, progress: Progress | None) -> Callable[[], None]:

@@ -6,17 +6,18 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from .. import __version__, _backend
+from .. import __version__, _backend, _checks
+from ..conv3d import trouble
 from ..testing import OPS
 
-# Versions that are known to do harm, and what they do. Source: fact sheet, hazards 0.3 and 2.8.
 OLDEST_TORCH = (2, 10)
 OLDEST_TRITON = (3, 6)
-CUDNN_WITH_GOOD_CONV3D = 91500
+CONVOLVED = (torch.bfloat16, torch.float16, torch.float32)
 
 OPTIONAL = {
     "flash_attn": "no attention by flash-attn; torch's own is used",
@@ -32,15 +33,18 @@ def examine() -> dict[str, Any]:
     """The facts, as data; what is lost is in `lost`, and what may do harm in `warnings`."""
     lost: list[str] = []
     warnings: list[str] = []
+    extension = _extension(lost)
     facts: dict[str, Any] = {
         "cogvx": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
         "triton": _version("triton") if _backend.HAS_TRITON else None,
+        "cudnn": torch.backends.cudnn.version(),
         "numpy": _version("numpy"),
-        "extension": _extension(lost),
-        "gpus": _gpus(lost, warnings),
+        "extension": _words(extension),
+        "gpus": _gpus(lost),
+        "conv3d": _conv3d(warnings),
     }
     if _release(torch.__version__) < OLDEST_TORCH:
         warnings.append(f"torch {torch.__version__} is older than 2.10, the oldest supported")
@@ -51,7 +55,7 @@ def examine() -> dict[str, Any]:
     for module, what in OPTIONAL.items():
         if importlib.util.find_spec(module) is None:
             lost.append(f"without {module}: {what}")
-    facts["ops"] = _ops()
+    facts["ops"] = _ops(extension)
     return {**facts, "lost": lost, "warnings": warnings}
 
 
@@ -63,14 +67,16 @@ def main(argv: list[str]) -> int:
     if options.json:
         print(json.dumps(facts, indent=1))
         return 0
-    for key in ("cogvx", "python", "platform", "torch", "triton", "numpy"):
+    for key in ("cogvx", "python", "platform", "torch", "triton", "cudnn", "numpy"):
         print(f"{key:10} {facts[key] or 'not installed'}")
     print(f"{'extension':10} {facts['extension']}")
     for gpu in facts["gpus"] or ["none"]:
         print(f"{'gpu':10} {gpu}")
+    for dtype, way in facts["conv3d"].items():
+        print(f"{'conv3d':10} {dtype}: {way}")
     print('\nwith backend="auto"')
     for op, where in facts["ops"].items():
-        print(f"  {op:16} {where}")
+        print(f"  {op:22}{where}")
     for title, lines in (("what is lost", facts["lost"]), ("warnings", facts["warnings"])):
         if lines:
             print(f"\n{title}")
@@ -78,17 +84,28 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _ops() -> dict[str, str]:
-    """Where each op's kernel runs, asked of the op itself."""
+def _ops(extension: Mapping[str, Any] | None) -> dict[str, str]:
+    """Where each op's kernel runs: Triton is asked, and what the extension was built for."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reason = _backend.triton_reason("a tensor", torch.empty(0, device=device))
-    ran = "the Triton kernel" if reason is None else f"the plain-torch reference: {reason}"
-    if reason is None and _backend.INTERPRETED:
-        ran += ", interpreted"
-    return {name: f"on {device}, {ran}" for name in OPS}
+    interpreted = ", interpreted" if reason is None and _backend.INTERPRETED else ""
+    triton = _where(f"the Triton kernel{interpreted}", reason)
+    without = None if extension else "the extension is not built"
+    if extension and device == "cuda" and not extension["cuda"]:
+        without = "the extension was built without CUDA"
+    native = _where("the extension", without)
+    return {
+        name: f"on {device}, {native if info.launch is None else triton}"
+        for name, info in OPS.items()
+    }
 
 
-def _extension(lost: list[str]) -> str:
+def _where(kernel: str, reason: str | None) -> str:
+    return kernel if reason is None else f"the plain-torch reference: {reason}"
+
+
+def _extension(lost: list[str]) -> Mapping[str, Any] | None:
+    """How the extension was built; None if it is not there."""
     try:
         extension = importlib.import_module("cogvx_kernels._C")
     except ImportError as error:
@@ -96,23 +113,38 @@ def _extension(lost: list[str]) -> str:
             f"the C++/CUDA extension is not there ({error}): build it with "
             "pip install --no-build-isolation -e . in the repository"
         )
-        return "not built"
-    build = extension.build_info()
+        return None
+    build: dict[str, Any] = extension.build_info()
     if not build.get("cuda"):
         lost.append("the extension was built without CUDA: CPU tensors only")
-    return ", ".join(f"{key} {value}" for key, value in build.items())
+    return build
 
 
-def _gpus(lost: list[str], warnings: list[str]) -> list[str]:
+def _words(extension: Mapping[str, Any] | None) -> str:
+    if extension is None:
+        return "not built"
+    return ", ".join(f"{key} {value}" for key, value in extension.items())
+
+
+def _conv3d(warnings: list[str]) -> dict[str, str]:
+    """Which way `conv3d` goes, by dtype; a detour is warned of."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ways = {}
+    for dtype in CONVOLVED:
+        reason = trouble(device, dtype)
+        ways[_checks.dtype_name(dtype)] = (
+            f"whole, by torch on {device}" if reason is None else "as 2-D planes, added up in fp32"
+        )
+        warning = f"{reason}: conv3d takes 2-D planes instead"
+        if reason is not None and warning not in warnings:
+            warnings.append(warning)
+    return ways
+
+
+def _gpus(lost: list[str]) -> list[str]:
     if not torch.cuda.is_available():
         lost.append("no GPU is visible to torch: kernels run only in Triton's interpreter, to test")
         return []
-    cudnn = torch.backends.cudnn.version()
-    if _release(torch.__version__) >= (2, 9) and cudnn and cudnn < CUDNN_WITH_GOOD_CONV3D:
-        warnings.append(
-            f"torch {torch.__version__} with cuDNN {cudnn} is slow and memory-hungry in bfloat16 "
-            "conv3d, and wrong in some: upgrade cuDNN to 9.15 or later"
-        )
     gpus = []
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)

@@ -21,7 +21,7 @@ from cogvx_kernels._opinfo import SIZES
 if not (_backend.HAS_TRITON and _backend.INTERPRETED):
     pytest.skip("launches are seen in Triton's interpreter", allow_module_level=True)
 
-from .costs import Launches, Moved, NoWait, kept  # noqa: E402
+from ..costs import Launches, Moved, NoWait, kept  # noqa: E402
 from .tiny import EXPERTS, ROPE, shaken  # noqa: E402
 
 NHEADS, HEADDIM, TIME, TEXT_LEN, GRID = 2, 64, 16, 8, (2, 3, 4)

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLCogVideoX
 
 from cogvx import frames
 from cogvx.config import PRESETS, VAEConfig
-from cogvx.vae import CausalVAE, DiagonalGaussian, Tiling, parts
+from cogvx.vae import CausalVAE, DiagonalGaussian, Tiling
 
 RELATIVE = 1e-5
 TINY = dict(
@@ -56,12 +56,6 @@ def no_grad():
         yield
 
 
-@pytest.fixture
-def cut(monkeypatch):
-    """Every layer walks its chunk in parts, as it does at real sizes."""
-    monkeypatch.setattr(parts, "ELEMENTS", 1)
-
-
 def apart(ours, theirs):
     """The largest difference, in units of the largest value."""
     assert ours.shape == theirs.shape
@@ -92,14 +86,12 @@ def test_encode_equals_diffusers_for_every_valid_number_of_frames(tiny, count):
     assert apart(ours.encode(video).moments, their_encode(theirs, video)) < RELATIVE
 
 
-@pytest.mark.parametrize("latents", (1, 2, 3, 7))
-def test_a_chunk_in_parts_equals_diffusers(tiny, cut, latents):
-    theirs, ours = tiny
-    z = torch.randn(2, latents, 4, 3, 2)
-    video = torch.randn(2, frames.video_frames(latents), 3, 24, 16)
-    assert len(parts.slices(video[:, :9].transpose(1, 2))) == (
-        1 if latents == 1 else 5 - (latents == 2)
-    )
+@pytest.mark.parametrize("options", ({"way": "planes"}, {"fold": False}), ids=str)
+def test_every_way_of_convolving_equals_diffusers(options):
+    theirs, ours = pair("widths")
+    ours.set_convolutions(**options)
+    z = torch.randn(2, 3, 4, 3, 2)
+    video = torch.randn(2, 9, 3, 24, 16)
     assert apart(ours.decode(z), their_decode(theirs, z)) < RELATIVE
     assert apart(ours.encode(video).moments, their_encode(theirs, video)) < RELATIVE
 

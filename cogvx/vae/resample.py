@@ -1,0 +1,124 @@
+"""Half the size, or twice: in space by convolutions of pictures, in time by pairs of frames."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .norm import Flow, Modulation
+from .state import FrameCache
+
+# Elements that one call of a library's 2-D convolution is given or gives: more than 2**31 are not
+# safe everywhere.
+SAFE = 2**31 - 1
+
+
+class Downsample3D(nn.Module):
+    """Halves height and width by a convolution, frame by frame; `time`: first averages pairs of
+    frames, all but a leading first one. Source: fact sheet, section 4.5."""
+
+    def __init__(self, channels: int, time: bool) -> None:
+        super().__init__()
+        self.time = time
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, flow: Flow, modulations: Sequence[Modulation], cache: FrameCache) -> Flow:
+        x = halved(flow.x, cache.leads) if self.time else flow.x
+        step = max(1, SAFE // max(1, x[:, :, :1].numel()))
+        pieces = [self._convolved(piece) for piece in x.split(step, dim=2)]
+        return Flow(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2))
+
+    def _convolved(self, x: Tensor) -> Tensor:
+        return video(self.conv(F.pad(pictures(x), (0, 1, 0, 1))), len(x))
+
+
+class Upsample3D(nn.Module):
+    """Doubles height and width by nearest neighbour and a convolution, frame by frame; `time`: then
+    gives every frame twice, all but a leading first one.
+
+    Equal frames convolve to equal frames, so they are doubled after the convolution: half the work
+    of doubling before it, for the same bits. Source: fact sheet, section 4.6.
+
+    `fold`: a picture doubled by nearest neighbour has equal pixels two by two, so a 3x3 kernel
+    meets four different ones. Each of the four phases of the result is a convolution of the small
+    picture with a 2x2 kernel, the sums of those that meet the same pixel: 16 products in place of
+    36 for every four pixels, and the doubled picture never exists. In fp16 and bf16 the sums are
+    rounded to the dtype as weights are.
+    """
+
+    fold = True
+
+    def __init__(self, channels: int, time: bool) -> None:
+        super().__init__()
+        self.time = time
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, flow: Flow, modulations: Sequence[Modulation], cache: FrameCache) -> Flow:
+        x = flow.x
+        batch, channels, frames, height, width = x.shape
+        single = cache.leads if self.time else frames  # so many stay so, and they come first
+        shape = (batch, channels, 2 * frames - single, 2 * height, 2 * width)
+        out = torch.empty(
+            shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d
+        )
+        kernels = folded(self.conv.weight) if self.fold else None
+        step = max(1, SAFE // max(1, 4 * x[:, :, :1].numel()))
+        for start in (*range(0, single, step), *range(single, frames, step)):
+            end = min(start + step, single if start < single else frames)
+            to = slice(max(start, 2 * start - single), max(end, 2 * end - single))
+            self._convolve(x[:, :, start:end], kernels, out[:, :, to])
+        return Flow(out)
+
+    def _convolve(self, x: Tensor, kernels: Tensor | None, out: Tensor) -> None:
+        """The frames x into the ones of `out` that show them, one each or two."""
+        frames, height, width = x.shape[2:]
+        out = out.unflatten(2, (frames, -1))
+        small = pictures(x)
+        if kernels is None:
+            doubled = F.interpolate(small, scale_factor=2.0)
+            self._put(F.conv2d(doubled, self.conv.weight, padding=1), out)
+            return
+        for row, column in itertools.product((0, 1), repeat=2):
+            phase = F.conv2d(small, kernels[row, column], padding=1)
+            phase = phase[:, :, row : row + height, column : column + width]
+            self._put(phase, out[..., row::2, column::2])
+            del phase  # before the next is made
+
+    def _put(self, x: Tensor, out: Tensor) -> None:
+        """Pictures and the bias into (batch, channels, pictures, 1 or 2, height, width)."""
+        x = video(x, len(out)).unsqueeze(3).expand_as(out)
+        bias = self.conv.bias[:, None, None, None, None]
+        if torch.is_grad_enabled():
+            out.copy_(x + bias)
+        else:
+            torch.add(x, bias, out=out)
+
+
+def folded(weight: Tensor) -> Tensor:
+    """The kernels of the four phases, (row, column, out, in, 2, 2), of one (out, in, 3, 3).
+
+    In a row of taps a, b, c, even pixels meet a and b + c, odd ones a + b and c: with a zero on
+    either side these are the sums of neighbours, every other one.
+    """
+    sums = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)  # (out, in, 4, 4)
+    phases = sums.unflatten(3, (2, 2)).unflatten(2, (2, 2))  # (out, in, tap, row, tap, column)
+    return phases.permute(3, 5, 0, 2, 4, 1).contiguous().movedim(-1, 3)  # channels last
+
+
+def halved(x: Tensor, leads: bool) -> Tensor:
+    """Half the frames, the means of pairs; a leading first one stays as it is."""
+    first, rest = x[:, :, :leads], x[:, :, leads:]
+    means = (rest[:, :, ::2] + rest[:, :, 1::2]) * 0.5
+    return torch.cat([first, means], dim=2) if leads else means
+
+
+def pictures(x: Tensor) -> Tensor:
+    """The frames of a video as pictures, (batch · frames, channels, height, width)."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def video(x: Tensor, batch: int) -> Tensor:
+    """Pictures as the frames of a video again."""
+    return x.unflatten(0, (batch, -1)).transpose(1, 2)

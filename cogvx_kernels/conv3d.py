@@ -1,0 +1,296 @@
+"""A 3-D convolution in plain torch, led around what is known to be wrong, to fail, or to need far
+too much memory: versions of cuDNN, MIOpen, and tensors too large for either.
+
+Sources: pytorch #163539 (bfloat16, cuDNN 9.8 to 9.14: wrong), #166643 and #163581 (torch 2.9: cuDNN
+is passed by, and the input expanded up to 17 times), and MIOpen, which expands it too; diffusers'
+CogVideoXSafeConv3d for the size, which cuts by frames alone, and into pieces shorter than a kernel.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _checks
+
+WAYS = ("auto", "whole", "planes")
+
+# Bytes of x, or of a result, that one call is given. 32-bit offsets reach 2^31 - 1 elements, of
+# which 2 GiB hold at most half; and cuDNN has failed above 2 GiB, where diffusers cuts as well.
+LIMIT = 1 << 31
+
+CUDNN_WITH_GOOD_CONV3D = 91500
+CUDNN_WITH_BAD_CONV3D = 90800
+
+Convolve = Callable[[Tensor, tuple[int, int, int]], Tensor]
+
+
+class Versions(NamedTuple):
+    """Of what a convolution runs on; cudnn as 91501, None without one; hip None but on AMD."""
+
+    torch: str
+    cudnn: int | None
+    hip: str | None
+
+
+class Cuts(NamedTuple):
+    """The slices of a result into pieces: every sample's every frame's every row's is one."""
+
+    samples: list[slice]
+    frames: list[slice]
+    rows: list[slice]
+
+
+def conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    padding: tuple[int, int, int] = (0, 1, 1),
+    *,
+    way: str = "auto",
+) -> Tensor:
+    """F.conv3d with a stride of 1, whatever the size of x and whatever is installed.
+
+    x: (batch, in, frames, height, width), floating point, contiguous or channels_last_3d; other
+        strides work and cost a copy. `frames` are at least the kernel's: those before the chunk are
+        the caller's to put in front.
+    weight: (out, in, k, rows, columns), bias: (out,) or None, dtype and device of x.
+    padding: zeros before and after frames, rows and columns: none over frames, and of the others
+        fewer than the kernel has.
+    way: "whole", torch's own 3-D convolution; "planes", k 2-D convolutions of all frames, added up
+        in at least fp32; "auto", planes where `trouble` knows of any, else whole.
+
+    Returns (batch, out, frames - k + 1, ...), channels_last_3d if x is. Differentiable in x, weight
+    and bias. A call of more than `LIMIT` bytes is cut by samples, then frames, then rows, and each
+    piece is written to its place in the result; while gradients are recorded pieces are joined.
+
+    Numerics: planes differ from the whole by the order of their sums, and in 16 bits each plane is
+    rounded before it is added: within the rule of a matrix product, twice the error of a result
+    that is rounded once. Pieces have the bits of the whole wherever torch takes the same algorithm
+    for both, on a CPU for samples and frames in fp32 and bf16, but for pieces of fp32 so small that
+    batch * in * frames * height is at most 20480; else they too are within the rule.
+
+    Raises TypeError or ValueError, naming the argument, for all that is not as above.
+    """
+    _check(x, weight, bias, padding)
+    _checks.choice("conv3d", "way", way, WAYS)
+    if way == "auto":
+        way = "whole" if trouble(x.device, x.dtype) is None else "planes"
+    way = way if len(x) else "whole"  # of no samples there is nothing to add up
+    convolve = partial(_whole if way == "whole" else _planes, weight=weight, bias=bias)
+    # Samples apart are views of frames in a row, which 2-D convolutions take as they are.
+    cuts = _cuts(x, weight, padding, apart=way == "planes")
+    if all(len(slices) == 1 for slices in cuts):
+        return convolve(x, padding)
+    wanted = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias)
+    )
+    join = _joined if wanted else _written
+    return join(x, cuts, partial(_piece, x, weight.shape[2:4], padding, convolve))
+
+
+def trouble(
+    device: torch.device, dtype: torch.dtype, versions: Versions | None = None
+) -> str | None:
+    """Why torch's own 3-D convolution is not to be used there, or None; of what is installed,
+    unless versions are given."""
+    if device.type != "cuda":
+        return None
+    release, cudnn, hip = versions or here()
+    if hip is not None:
+        return "MIOpen expands the input of a 3-D convolution (im2col), which is slow and large"
+    if dtype not in (torch.float16, torch.bfloat16) or cudnn is None:
+        return None
+    name = f"in 16 bits torch {release} with cuDNN {cudnn}"
+    passed_by = _release(release) >= (2, 9) and cudnn < CUDNN_WITH_GOOD_CONV3D
+    if passed_by or release.startswith("2.9.0"):
+        return f"{name} expands the input of a 3-D convolution, up to 17 times (pytorch #166643)"
+    if CUDNN_WITH_BAD_CONV3D <= cudnn < CUDNN_WITH_GOOD_CONV3D:
+        return f"{name} gives wrong results of a 3-D convolution (pytorch #163539)"
+    return None
+
+
+def here() -> Versions:
+    """What is installed."""
+    return Versions(str(torch.__version__), torch.backends.cudnn.version(), torch.version.hip)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+
+
+# --- the two ways ----------------------------------------------------------------------------
+
+
+def _whole(
+    x: Tensor, padding: tuple[int, int, int], *, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    out = F.conv3d(x, weight, bias, padding=padding)
+    if _channels_last(x):  # torch's slow algorithm, that of small calls on a CPU, forgets it
+        return out.contiguous(memory_format=torch.channels_last_3d)
+    return out
+
+
+def _planes(
+    x: Tensor, padding: tuple[int, int, int], *, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Of one sample: all its frames with each plane of the kernel, the first with the bias."""
+    channels_last = _channels_last(x) or _channels_last(weight)
+    near = torch.channels_last if channels_last else torch.contiguous_format
+    images = x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=near)
+    count = x.shape[2] - weight.shape[2] + 1
+    first = F.conv2d(images[:count], weight[:, :, 0], bias, padding=padding[1:])
+    total = first.to(torch.promote_types(first.dtype, torch.float32))
+    for plane in range(1, weight.shape[2]):
+        part = images[plane : plane + count]
+        total = total.add_(F.conv2d(part, weight[:, :, plane], padding=padding[1:]))
+    out = total.unflatten(0, (1, count)).transpose(1, 2)
+    return out.to(first.dtype, memory_format=_format(channels_last))
+
+
+# --- cut and joined --------------------------------------------------------------------------
+
+
+def _cuts(x: Tensor, weight: Tensor, padding: tuple[int, int, int], apart: bool) -> Cuts:
+    """Pieces of at most `LIMIT` bytes; only a single row of a single frame may have more."""
+    batch, channels, frames, height, width = x.shape
+    out_channels, _, *kernel = weight.shape
+    # Of the result, as the rest: what comes out of all that goes in.
+    count, rows, columns = _sizes(x, weight, padding)
+    row, out_row = (x.element_size() * n for n in (channels * width, out_channels * columns))
+    sample = max(row * height * frames, out_row * rows * count)
+    if batch * sample <= LIMIT and not apart:
+        return Cuts([slice(0, batch)], [slice(0, count)], [slice(0, rows)])
+    most = min(LIMIT // (row * height) - (kernel[0] - 1), LIMIT // (out_row * rows))
+    # What both edges of a piece are padded with, if one is an edge of x, is made and then dropped.
+    dropped = max(2 * padding[1] - 1, 0)
+    lines = min(LIMIT // (row * kernel[0]) - (kernel[1] - 1), LIMIT // out_row - dropped)
+    return Cuts(
+        _slices(batch, 1),
+        _slices(count, max(most, 1)),
+        [slice(0, rows)] if most >= 1 else _slices(rows, max(lines, 1)),
+    )
+
+
+def _slices(size: int, most: int) -> list[slice]:
+    """`size` in as few slices of at most `most` as there can be, about as long each."""
+    pieces = -(-size // most)
+    return [slice(i * size // pieces, (i + 1) * size // pieces) for i in range(pieces)]
+
+
+def _piece(
+    x: Tensor,
+    kernel: Sequence[int],
+    padding: tuple[int, int, int],
+    convolve: Convolve,
+    samples: slice,
+    frames: slice,
+    rows: slice,
+) -> Tensor:
+    """These frames and rows of the result, of what of x they read.
+
+    At an edge of x there are zeros to read. They are put at both sides, because torch has no other
+    padding that costs no copy, and of the result the rows that read them on the inner side dropped.
+    """
+    start, stop = rows.start - padding[1], rows.stop - padding[1] + kernel[1] - 1
+    inside = slice(max(start, 0), min(stop, x.shape[3]))
+    pad = 0 if (inside.start, inside.stop) == (start, stop) else padding[1]
+    part = x[samples, :, frames.start : frames.stop + kernel[0] - 1, inside]
+    out = convolve(part, (0, pad, padding[2]))
+    return out.narrow(3, rows.start - inside.start + pad - padding[1], rows.stop - rows.start)
+
+
+def _written(x: Tensor, cuts: Cuts, piece: Callable[..., Tensor]) -> Tensor:
+    """The pieces, each in its place of one tensor, laid out as the first of them."""
+    out = None
+    for samples in cuts.samples:
+        for frames in cuts.frames:
+            for rows in cuts.rows:
+                part = piece(samples, frames, rows)
+                if out is None:
+                    out = torch.empty(
+                        (x.shape[0], part.shape[1], cuts.frames[-1].stop, cuts.rows[-1].stop)
+                        + part.shape[4:],
+                        dtype=part.dtype,
+                        device=part.device,
+                        memory_format=_format(_channels_last(part)),
+                    )
+                out[samples, :, frames, rows] = part
+                del part  # before the next is made
+    assert out is not None
+    return out
+
+
+def _joined(x: Tensor, cuts: Cuts, piece: Callable[..., Tensor]) -> Tensor:
+    """The same where gradients are recorded."""
+    return torch.cat([
+        torch.cat([
+            torch.cat([piece(samples, frames, rows) for rows in cuts.rows], 3)
+            for frames in cuts.frames
+        ], 2)
+        for samples in cuts.samples
+    ])  # fmt: skip
+
+
+# --- what comes and what goes ----------------------------------------------------------------
+
+
+def _sizes(x: Tensor, weight: Tensor, padding: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Frames, rows and columns of the result."""
+    frames, rows, columns = (
+        size + 2 * pad - kernel + 1
+        for size, pad, kernel in zip(x.shape[2:], padding, weight.shape[2:], strict=True)
+    )
+    return frames, rows, columns
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.shape[1] > 1 and x.stride(1) == 1
+
+
+def _format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last_3d if channels_last else torch.contiguous_format
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int, int]) -> None:
+    op = "conv3d"
+    _checks.tensor(op, "x", x, ("batch", "in", "frames", "height", "width"))
+    _checks.tensor(op, "weight", weight, ("out", "in", "k", "rows", "columns"))
+    _checks.shape(
+        op,
+        "weight",
+        weight,
+        (weight.shape[0], x.shape[1], *weight.shape[2:]),
+        "(out, in, k, rows, columns)",
+        lambda: f" for x of shape {tuple(x.shape)}",
+    )
+    given = {"weight": weight}
+    if bias is not None:
+        _checks.tensor(op, "bias", bias, ("out",))
+        _checks.shape(op, "bias", bias, weight.shape[:1], "(out,)")
+        given["bias"] = bias
+    for name, value in given.items():
+        _checks.same_device(op, name, value, "x", x)
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # which makes them alike
+            _checks.dtype(op, name, value, (x.dtype,))
+    _check_sizes(op, x, weight, padding)
+
+
+def _check_sizes(op: str, x: Tensor, weight: Tensor, padding: tuple[int, int, int]) -> None:
+    if len(padding) != 3:
+        raise ValueError(
+            f"{op}: padding must be (frames, rows, columns); got {_checks.describe(padding)}"
+        )
+    kernel = tuple(weight.shape[2:])
+    _checks.integer(op, "padding[0]", padding[0], 0, 0, "(frames before the chunk are put in x)")
+    for axis in (1, 2):
+        why = f"(fewer than the kernel's {kernel[axis]})"
+        _checks.integer(op, f"padding[{axis}]", padding[axis], 0, kernel[axis] - 1, why)
+    if min(*_sizes(x, weight, padding), *x.shape[1:], weight.shape[0]) < 1:
+        raise ValueError(
+            f"{op}: x must have channels, and at least the frames, height and width of the kernel "
+            f"{kernel}, less the padding {tuple(padding)} on both sides; got {tuple(x.shape)}"
+        )

@@ -1,0 +1,298 @@
+"""The door: checks, the choice of the way, and the differentiable op with its gradient."""
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _backend, _checks
+from .reference import frame_cache_join_reference
+
+STARTS = (None, "replicate", "zeros")
+FORMATS = (None, torch.contiguous_format, torch.channels_last_3d)
+
+HAS_EXTENSION = importlib.util.find_spec("cogvx_kernels._C") is not None
+
+# --- cogvx::frame_cache_join -----------------------------------------------------------------
+# The in-place ops are the extension's own: schemas in csrc/ops.cpp, fakes in kernel.py.
+
+
+@torch.library.custom_op(
+    "cogvx::frame_cache_join",
+    mutates_args=(),
+    schema="(Tensor? cache, Tensor frames, SymInt kept, str? start, bool channels_last)"
+    " -> (Tensor, Tensor)",
+)
+def _frame_cache_join(*arguments):
+    from . import kernel
+
+    return kernel.join(*arguments)
+
+
+@_frame_cache_join.register_fake
+def _(*arguments):
+    from . import kernel
+
+    return kernel.join_fake(*arguments)
+
+
+def _frame_cache_join_setup(ctx, inputs, output):
+    _, _, _, ctx.start, _ = inputs
+    ctx.kept = output[1].shape[2]
+
+
+def _frame_cache_join_backward(ctx, djoined, dfollowing):
+    """What went both ways gets both gradients; a first frame that was replicated, its copies'."""
+    kept, arriving = ctx.kept, djoined.shape[2] - ctx.kept
+    djoined = torch.cat([djoined[:, :, :arriving], djoined[:, :, arriving:] + dfollowing], 2)
+    dcache, dframes = djoined.split((kept, arriving), 2)
+    if ctx.start == "replicate" and kept:
+        first = dframes[:, :, :1] + dcache.sum(2, keepdim=True)
+        dframes = torch.cat([first, dframes[:, :, 1:]], 2)
+    return None if ctx.start else dcache, dframes, None, None, None
+
+
+_frame_cache_join.register_autograd(
+    _frame_cache_join_backward, setup_context=_frame_cache_join_setup
+)
+
+
+# --- checks ----------------------------------------------------------------------------------
+
+
+def _check_video(op: str, name: str, value: Tensor, frames: str) -> None:
+    dims = f"(batch, channels, {frames}, height, width)"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor {dims}; got {_checks.describe(value)}")
+    if value.dim() != 5:
+        raise ValueError(
+            f"{op}: {name} must have 5 dimensions {dims}; got {_checks.describe(value)}"
+        )
+
+
+def _check_start(op: str, name: str, start: str | None, kept: int, arriving: int) -> None:
+    if start not in STARTS:
+        raise ValueError(
+            f'{op}: start must be None, "replicate" or "zeros"; got {_checks.describe(start)}'
+        )
+    if start == "replicate" and kept and not arriving:
+        raise ValueError(
+            f'{op}: {name} must have a first frame to replicate, for start="replicate"; got none'
+        )
+
+
+def _check_pair(op: str, cache: Tensor, name: str, other: Tensor, start: str | None) -> None:
+    """`other`, called `name`, goes with the cache."""
+    _check_video(op, "cache", cache, "kept")
+    _check_video(op, name, other, "frames")
+    kept, frames = cache.shape[2], other.shape[2]
+    if other.dtype != cache.dtype:
+        raise TypeError(
+            f"{op}: {name} must have the dtype of cache, {_checks.dtype_name(cache.dtype)}; "
+            f"got {_checks.dtype_name(other.dtype)}"
+        )
+    _checks.same_device(op, name, other, "cache", cache)
+    _checks.shape(
+        op, name, other, (*cache.shape[:2], frames, *cache.shape[3:]),
+        "(batch, channels, frames, height, width)",
+        lambda: f" for cache of shape {tuple(cache.shape)}",
+    )  # fmt: skip
+    _check_start(op, name, start, kept, frames - (kept if name == "joined" else 0))
+
+
+def _check_inplace(op: str, written: tuple[str, ...], **tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{op}: overwrites {' and '.join(written)} and keeps no graph; got {name} with "
+                "requires_grad=True. Use frame_cache_join, or torch.no_grad()"
+            )
+    for name in written:
+        x = tensors[name]
+        shared = (
+            size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)
+        )
+        if x.numel() and any(shared):
+            raise ValueError(
+                f"{op}: {name} is overwritten and must have each element in a place of its own; "
+                f"got strides {x.stride()} for shape {tuple(x.shape)}"
+            )
+
+
+def _has_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a video are neighbours; of a single pixel nobody can tell: no."""
+    several = x.shape[2] > 1 or x.shape[3] > 1 or x.shape[4] > 1
+    return x.shape[1] > 1 and several and x.stride(1) == 1
+
+
+def _reason(name: str, x: Tensor) -> str | None:
+    """Why the extension cannot take `x`, or None."""
+    if not HAS_EXTENSION:
+        return (
+            "cogvx_kernels._C is not built (pip install -v --no-build-isolation -e . in the "
+            "repository builds it, or says why it cannot)"
+        )
+    from . import kernel
+
+    if x.is_cuda and not kernel.HAS_CUDA:
+        return "cogvx_kernels._C was built without CUDA (there was no nvcc)"
+    return None if x.device.type in ("cpu", "cuda", "meta") else f"{name} is on {x.device}"
+
+
+# --- the public functions --------------------------------------------------------------------
+
+
+def frame_cache_append(
+    cache: Tensor,
+    frames: Tensor,
+    *,
+    start: str | None = None,
+    padding: int = 0,
+    memory_format: torch.memory_format | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """What a causal convolution reads: the cached frames, then the chunk, zeros around in space.
+
+    The cache is updated in the same pass: it ends up with the last `kept` frames, unpadded.
+
+    Args:
+        cache: (batch, channels, kept, height, width), any dtype and strides, oldest frame first;
+            overwritten. Laid out as `frames`, it is fastest.
+        frames: (batch, channels, frames, height, width), fewer than `kept` or none included.
+        start: None: the clip goes on. "replicate" or "zeros": it begins with this chunk, and before
+            it lie copies of its first frame, or zeros; what the cache holds is not read.
+        padding: rows and columns of zeros on each side.
+        memory_format: of what is returned, torch.contiguous_format or torch.channels_last_3d;
+            None for that of `frames`.
+        backend: "auto", "kernel" or "reference".
+
+    Returns:
+        joined: (batch, channels, kept + frames, height + 2·padding, width + 2·padding), new, dense
+        and bit for bit what came.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+        RuntimeError: backend="kernel" and the kernel cannot run; an argument requires a gradient.
+
+    Source: arXiv 2408.06072, section 2.1 (temporally causal convolution).
+    """
+    op = "frame_cache_append"
+    _check_pair(op, cache, "frames", frames, start)
+    _check_inplace(op, ("cache",), cache=cache, frames=frames)
+    _checks.integer(op, "padding", padding, 0, 2**15, "(rows and columns on each side)")
+    if memory_format not in FORMATS:
+        raise ValueError(
+            f"{op}: memory_format must be None, torch.contiguous_format or torch.channels_last_3d; "
+            f"got {_checks.describe(memory_format)}"
+        )
+    channels_last = memory_format is torch.channels_last_3d
+    if memory_format is None:
+        channels_last = _has_channels_last(frames)
+    if _backend.choose(backend, op, _reason("frames", frames), frames):
+        from . import kernel
+
+        return kernel.append(cache, frames, start, padding, channels_last)
+    joined, following = frame_cache_join_reference(cache, frames, start=start)
+    cache.copy_(following)
+    joined = F.pad(joined, (padding,) * 4)
+    return joined.contiguous(
+        memory_format=torch.channels_last_3d if channels_last else torch.contiguous_format
+    )
+
+
+def frame_cache_push(
+    cache: Tensor, frames: Tensor, *, start: str | None = None, backend: str = "auto"
+) -> None:
+    """`frame_cache_append` without what is returned: it moves `kept` frames, however many come.
+
+    Arguments and errors are those of `frame_cache_append`.
+    """
+    op = "frame_cache_push"
+    _check_pair(op, cache, "frames", frames, start)
+    _check_inplace(op, ("cache",), cache=cache, frames=frames)
+    if _backend.choose(backend, op, _reason("frames", frames), frames):
+        from . import kernel
+
+        kernel.push(cache, frames, start)
+    else:
+        cache.copy_(frame_cache_join_reference(cache, frames, start=start)[1])
+
+
+def frame_cache_exchange(
+    cache: Tensor, joined: Tensor, *, start: str | None = None, backend: str = "auto"
+) -> None:
+    """`frame_cache_append` for a chunk that its producer wrote where it is to be read.
+
+    The last frames of `joined` are the chunk; the cached ones go in front of it, and its last
+    `kept` into the cache, in one pass and both in place. The chunk itself is not moved.
+
+    Args:
+        cache: as in `frame_cache_append`.
+        joined: (batch, channels, kept + frames, height, width), any strides, for example the
+            middle of a padded buffer; its first `kept` frames are overwritten.
+        start, backend: as in `frame_cache_append`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+        RuntimeError: backend="kernel" and the kernel cannot run; an argument requires a gradient;
+            cache and joined overlap in memory.
+    """
+    op = "frame_cache_exchange"
+    _check_pair(op, cache, "joined", joined, start)
+    _check_inplace(op, ("cache", "joined"), cache=cache, joined=joined)
+    kept = cache.shape[2]
+    if joined.shape[2] < kept:
+        raise ValueError(
+            f"{op}: joined must have room for the {kept} frames of cache; got {tuple(joined.shape)}"
+        )
+    if _backend.choose(backend, op, _reason("joined", joined), joined):
+        from . import kernel
+
+        kernel.exchange(cache, joined, start)
+        return
+    whole, following = frame_cache_join_reference(cache, joined[:, :, kept:], start=start)
+    cache.copy_(following)
+    joined[:, :, :kept].copy_(whole[:, :, :kept])
+
+
+def frame_cache_join(
+    cache: Tensor | None,
+    frames: Tensor,
+    *,
+    kept: int = 2,
+    start: str | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The functional form: nothing is overwritten, and gradients go through.
+
+    Args:
+        cache: as in `frame_cache_append`, read only; or None, and then `start` must say what lies
+            before the chunk.
+        frames: as in `frame_cache_append`.
+        kept: frames that a cache has, where there is none yet; else its own number counts.
+        start, backend: as in `frame_cache_append`.
+
+    Returns:
+        (joined, next): (batch, channels, kept + frames, height, width) and the next cache, both
+        new, in the memory format of `frames`. Gradients for cache and frames, any number of times;
+        nothing is kept for the backward.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+        RuntimeError: backend="kernel" and the kernel cannot run.
+
+    Source: arXiv 2408.06072, section 2.1 (temporally causal convolution).
+    """
+    op = "frame_cache_join"
+    _checks.integer(op, "kept", kept, 0, 2**15, "(frames)")
+    if cache is not None:
+        _check_pair(op, cache, "frames", frames, start)
+    else:
+        _check_video(op, "frames", frames, "frames")
+        _check_start(op, "frames", start, kept, frames.shape[2])
+        if start is None:
+            raise ValueError(f"{op}: start must be given where cache is None; got None")
+    if _backend.choose(backend, op, _reason("frames", frames), frames):
+        return _frame_cache_join(cache, frames, kept, start, _has_channels_last(frames))
+    return frame_cache_join_reference(cache, frames, kept=kept, start=start)

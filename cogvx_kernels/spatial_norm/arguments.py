@@ -1,0 +1,161 @@
+"""What may go in, what stands in the way of the kernels, and the tensors that come out."""
+
+import torch
+from torch import Tensor
+
+from .. import _backend, _checks
+
+VIDEO = ("batch", "channels", "frames", "height", "width")
+LATENTS = ("batch", "channels", "latent_frames", "latent_height", "latent_width")
+PIXELS = 2**31 - 1  # of a frame: counted in 32 bits
+KERNEL_CHANNELS = 16384
+
+
+# --- what comes out --------------------------------------------------------------------------
+
+
+def new_video(x: Tensor, frames: int | None = None) -> Tensor:
+    """A tensor for a result: x's shape, or so many frames; channels last if x's are."""
+    batch, channels, own, height, width = x.shape
+    shape = (batch, channels, own if frames is None else frames, height, width)
+    last = channels > 1 and x.stride(1) == 1
+    form = torch.channels_last_3d if last else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
+
+
+def new_moments(x: Tensor, num_groups: int, per_frame: bool) -> Tensor:
+    shape = (x.shape[0], x.shape[2] if per_frame else 1, num_groups, 2)
+    return torch.empty(shape, dtype=wide_of(x), device=x.device)
+
+
+def wide_of(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def like(x: Tensor | None, of: Tensor) -> Tensor:
+    """For the gradient of a vector; empty if there is none."""
+    return of.new_empty((0,)) if x is None else torch.empty_like(x)
+
+
+def as_promised(x: Tensor, out: Tensor) -> Tensor:
+    """The law's result, in the memory format that the kernel's would have."""
+    last = x.shape[1] > 1 and x.stride(1) == 1
+    form = torch.channels_last_3d if last else torch.contiguous_format
+    return out.contiguous(memory_format=form)
+
+
+# --- what may go in ---------------------------------------------------------------------------
+
+
+def check_video(op: str, x: Tensor, num_groups: int, per_frame: bool) -> None:
+    _checks.tensor(op, "x", x, VIDEO)
+    _checks.integer(op, "num_groups", num_groups, 1, max(x.shape[1], 1), "(the channels of x)")
+    if x.shape[1] % num_groups:
+        raise ValueError(
+            f"{op}: num_groups must divide the {x.shape[1]} channels of x; got {num_groups}"
+        )
+    _checks.flag(op, "per_frame", per_frame)
+
+
+def check_vectors(op: str, x: Tensor, **vectors: Tensor | None) -> None:
+    for name, value in vectors.items():
+        if value is not None:
+            _checks.tensor(op, name, value, ("channels",))
+            _checks.dtype(op, name, value, (x.dtype, wide_of(x)))
+            _checks.same_device(op, name, value, "x", x)
+            _checks.shape(
+                op, name, value, x.shape[1:2], "(channels,)",
+                lambda: f" for x of shape {tuple(x.shape)}",
+            )  # fmt: skip
+
+
+def check_latents(op: str, x: Tensor, leads: bool, **latents: Tensor | None) -> None:
+    _checks.flag(op, "leads", leads)
+    first = None
+    for name, value in latents.items():
+        if value is None:
+            continue
+        _checks.tensor(op, name, value, LATENTS)
+        _checks.dtype(op, name, value, (x.dtype, wide_of(x)))
+        _checks.same_device(op, name, value, "x", x)
+        _checks.shape(
+            op, name, value, (*x.shape[:2], *value.shape[2:]), f"({', '.join(LATENTS)})",
+            lambda: f" for x of shape {tuple(x.shape)}",
+        )  # fmt: skip
+        first = first or (name, value)
+        _checks.shape(op, name, value, first[1].shape, f"the shape of {first[0]}")
+        _check_ratio(op, name, x, value, leads)
+
+
+def _check_ratio(op: str, name: str, x: Tensor, value: Tensor, leads: bool) -> None:
+    """Whole multiples in space; in time a latent frame for every frame."""
+    for dim, what in ((3, "height"), (4, "width")):
+        if value.shape[dim] < 1 or x.shape[dim] % value.shape[dim]:
+            raise ValueError(
+                f"{op}: {name} must have a {what} that divides the {x.shape[dim]} of x; "
+                f"got {tuple(value.shape)}"
+            )
+    least = 2 if leads and x.shape[2] > 1 else 1
+    if value.shape[2] < least:
+        raise ValueError(
+            f"{op}: {name} must have at least {least} latent frames for {x.shape[2]} frames "
+            f"and leads={leads}; got {tuple(value.shape)}"
+        )
+
+
+def check_moments(op: str, x: Tensor, moments: Tensor, num_groups: int, per_frame: bool) -> None:
+    dims = ("batch", "frames or 1", "num_groups", "2")
+    _checks.tensor(op, "moments", moments, dims)
+    _checks.dtype(op, "moments", moments, (wide_of(x),))
+    _checks.same_device(op, "moments", moments, "x", x)
+    wanted = (x.shape[0], x.shape[2] if per_frame else 1, num_groups, 2)
+    _checks.shape(
+        op, "moments", moments, wanted, f"({', '.join(dims)})", lambda: f", per_frame={per_frame}"
+    )
+
+
+def check_cache(op: str, x: Tensor, cache: Tensor | None, start: str | None) -> None:
+    if start is not None:
+        _checks.choice(op, "start", start, ("replicate", "zeros"))
+    if cache is None:
+        if start is not None:
+            raise ValueError(
+                f"{op}: start says what lies before a cache; got {start!r} without one"
+            )
+        return
+    _checks.tensor(op, "cache", cache, VIDEO)
+    _checks.dtype(op, "cache", cache, (x.dtype,))
+    _checks.same_device(op, "cache", cache, "x", x)
+    wanted = (*x.shape[:2], cache.shape[2], *x.shape[3:])
+    _checks.shape(op, "cache", cache, wanted, "(batch, channels, kept, height, width)")
+    if start == "replicate" and x.shape[2] == 0:
+        raise ValueError(f'{op}: start="replicate" needs a frame of x; got {tuple(x.shape)}')
+    if cache.numel() and any(
+        stride == 0 and size > 1 for size, stride in zip(cache.shape, cache.stride(), strict=True)
+    ):
+        raise ValueError(
+            f"{op}: cache must have each element in a place of its own; "
+            f"got strides {cache.stride()} for shape {tuple(cache.shape)}"
+        )
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def refuse_grad(op: str, **tensors: Tensor | None) -> None:
+    for name, value in tensors.items():
+        if wants_grad(value):
+            raise RuntimeError(
+                f"{op}: cache is overwritten and keeps no graph; got {name} with "
+                f"requires_grad=True. Use cache=None, or torch.no_grad()"
+            )
+
+
+def reason(x: Tensor) -> str | None:
+    """Why the kernels cannot take `x`, or None."""
+    if x.shape[1] > KERNEL_CHANNELS:
+        return f"x has {x.shape[1]} channels; the kernel takes at most {KERNEL_CHANNELS}"
+    if x.shape[3] * x.shape[4] > PIXELS:
+        return f"x has frames of {x.shape[3]} x {x.shape[4]}; the kernel takes {PIXELS} pixels"
+    return _backend.triton_reason("x", x)

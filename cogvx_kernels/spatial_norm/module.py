@@ -1,0 +1,98 @@
+"""The drop-in: the norm of a residual block, and the convolutions that make its modulation."""
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks
+from .op import spatial_norm_silu
+
+
+class SpatialNormSiLU(nn.Module):
+    """`spatial_norm_silu` as a module that owns the norm, and what makes y and b of latents.
+
+    With `zq_channels` the keys of the state dict are those of diffusers' CogVideoXSpatialNorm3D:
+    `norm_layer`, `conv_y.conv` and `conv_b.conv`, each with weight and bias; else `weight` and
+    `bias`, as nn.GroupNorm has them. The convolutions are of one pixel, at the size of the latents.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        channels: int,
+        zq_channels: int | None = None,
+        eps: float = 1e-6,
+        per_frame: bool = False,
+        silu: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        _checks.integer("SpatialNormSiLU", "num_groups", num_groups, 1, channels, "(the channels)")
+        self.num_groups = num_groups
+        self.channels = channels
+        self.eps = eps
+        self.per_frame = per_frame
+        self.silu = silu
+        self.modulated = zq_channels is not None
+        self.backend = backend
+        if zq_channels is None:
+            self.weight = nn.Parameter(torch.ones(channels))
+            self.bias = nn.Parameter(torch.zeros(channels))
+        else:
+            self.norm_layer = nn.GroupNorm(num_groups, channels, eps)
+            self.conv_y = nn.ModuleDict({"conv": nn.Conv3d(zq_channels, channels, 1)})
+            self.conv_b = nn.ModuleDict({"conv": nn.Conv3d(zq_channels, channels, 1)})
+
+    def forward(
+        self,
+        x: Tensor,
+        zq: Tensor | None = None,
+        *,
+        leads: bool | None = None,
+        offset: Tensor | None = None,
+        moments: Tensor | None = None,
+        cache: Tensor | None = None,
+        start: str | None = None,
+    ) -> Tensor:
+        """x (batch, channels, frames, height, width); zq (batch, zq_channels, latent frames, latent
+        height, latent width), for a module with `zq_channels`. `leads` None: the first frame has a
+        latent frame to itself if the number of frames is odd, which is diffusers' rule.
+        """
+        y = b = None
+        if self.modulated:
+            if zq is None:
+                raise ValueError("SpatialNormSiLU: zq must be given with zq_channels; got None")
+            weight, bias = self.norm_layer.weight, self.norm_layer.bias
+            y, b = (_modulation(point["conv"], zq, x) for point in (self.conv_y, self.conv_b))
+        else:
+            weight, bias = self.weight, self.bias
+        return spatial_norm_silu(
+            x,
+            weight,
+            bias,
+            y,
+            b,
+            offset,
+            num_groups=self.num_groups,
+            eps=self.eps,
+            per_frame=self.per_frame,
+            leads=x.shape[2] % 2 == 1 if leads is None else leads,
+            silu=self.silu,
+            moments=moments,
+            cache=cache,
+            start=start,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_groups}, {self.channels}, eps={self.eps}, per_frame={self.per_frame}, "
+            f"silu={self.silu}, backend={self.backend!r}"
+        )
+
+
+def _modulation(conv: nn.Module, zq: Tensor, x: Tensor) -> Tensor:
+    """At the latents' size, and channels last where x is: so the kernel reads whole lines."""
+    made: Tensor = conv(zq)
+    if x.shape[1] > 1 and x.stride(1) == 1:
+        made = made.contiguous(memory_format=torch.channels_last_3d)
+    return made

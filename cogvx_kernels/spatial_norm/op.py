@@ -1,0 +1,362 @@
+"""The door: checks, the choice of the way, and the torch ops behind it with their gradients."""
+
+import torch
+from torch import Tensor
+
+from .. import _backend, _checks
+from .arguments import (
+    VIDEO,
+    as_promised,
+    check_cache,
+    check_latents,
+    check_moments,
+    check_vectors,
+    check_video,
+    like,
+    new_moments,
+    new_video,
+    reason,
+    refuse_grad,
+    wants_grad,
+)
+from .eager import residual_moments_eager, spatial_norm_silu_eager
+from .reference import residual_moments_reference, spatial_norm_silu_reference
+
+# In the schemas below what depends on the frames of a chunk is not a number but a shape, so that
+# one compiled graph serves chunks of any length.
+
+AFFINE = "Tensor? weight, Tensor? bias, Tensor? y, Tensor? b, Tensor? offset"
+NORM = "int num_groups, float eps, bool per_frame, bool leads, bool silu"
+
+
+# --- cogvx::spatial_norm_silu ----------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "cogvx::spatial_norm_silu",
+    mutates_args=(),
+    schema=f"(Tensor x, {AFFINE}, Tensor? moments, {NORM}) -> (Tensor, Tensor)",
+)
+def _spatial_norm_silu(x, weight, bias, y, b, offset, moments, num_groups, eps, per_frame, *rest):
+    """The result, and the statistics if they were not given, for the backward; or nothing."""
+    from . import kernel
+
+    out, made = _made(x, weight, bias, y, b, offset, moments, num_groups, eps, per_frame, *rest)
+    if moments is None:
+        kernel.moments_fwd(made, None, x, None, offset, num_groups, per_frame)
+    kernel.spatial_norm_fwd(
+        out, None, x, made if moments is None else moments.contiguous(), weight, bias, y, b, offset,
+        num_groups, eps, per_frame, *rest,
+    )  # fmt: skip
+    return out, made
+
+
+@_spatial_norm_silu.register_fake
+def _made(x, weight, bias, y, b, offset, moments, num_groups, eps, per_frame, *_):
+    if moments is not None:
+        return new_video(x), moments.new_empty((0,))
+    return new_video(x), new_moments(x, num_groups, per_frame)
+
+
+def _spatial_norm_silu_setup(ctx, inputs, output):
+    x, weight, bias, y, b, offset, moments, *ctx.settings = inputs
+    ctx.given = moments is not None
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    kept = moments if ctx.given else output[1]
+    ctx.save_for_backward(x, weight, bias, y, b, offset, kept)
+
+
+def _spatial_norm_silu_backward(ctx, dout, _):
+    x, weight, bias, y, b, offset, moments = ctx.saved_tensors
+    if dout is None:
+        return (None,) * 12
+    dx, dweight, dbias, dy, db, doffset, dmoments = _spatial_norm_silu_grads(
+        dout, x, weight, bias, y, b, offset, moments, ctx.given, ctx.needs_input_grad[0],
+        *ctx.settings,
+    )  # fmt: skip
+    inputs = (x, weight, bias, y, b, offset, moments if ctx.given else None)
+    grads = (dx, dweight, dbias, dy, db, doffset, dmoments)
+    wanted = zip(inputs, grads, ctx.needs_input_grad, strict=False)
+    return *(g if z is not None and wants else None for z, g, wants in wanted), *(None,) * 5
+
+
+_spatial_norm_silu.register_autograd(
+    _spatial_norm_silu_backward, setup_context=_spatial_norm_silu_setup
+)
+
+
+@torch.library.custom_op(
+    "cogvx::spatial_norm_silu_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor x, {AFFINE}, Tensor moments, bool given, bool to_x, {NORM})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _spatial_norm_silu_grads(
+    dout, x, weight, bias, y, b, offset, moments, given, to_x, *settings
+):  # fmt: skip
+    """Of x, weight, bias, y, b, offset, moments: empty where there is nothing to give."""
+    from . import kernel
+
+    grads = _grads(dout, x, weight, bias, y, b, offset, moments, given, to_x, *settings)
+    dx, dweight, dbias, dy, db, doffset, dmoments = grads
+    into = dx if to_x else None, None if y is None else dy, None if b is None else db
+    sums = kernel.spatial_norm_bwd(
+        into, dout, x, moments.contiguous(), given, weight, bias, y, b, offset, *settings
+    )
+    for grad, of in zip((dweight, dbias, doffset, dmoments), sums, strict=True):
+        if grad.numel():
+            grad.copy_(of)
+    return grads
+
+
+@_spatial_norm_silu_grads.register_fake
+def _grads(dout, x, weight, bias, y, b, offset, moments, given, to_x, *_):
+    return (
+        new_video(x) if to_x else x.new_empty((0,)),
+        like(weight, x),
+        like(bias, x),
+        x.new_empty((0,)) if y is None else new_video(y),
+        x.new_empty((0,)) if b is None else new_video(b),
+        like(offset, x),
+        like(moments if given else None, moments),
+    )
+
+
+# --- cogvx::spatial_norm_silu_, behind cached frames -----------------------------------------
+
+
+@torch.library.custom_op(
+    "cogvx::spatial_norm_silu_",
+    mutates_args=("cache",),
+    schema=f"(Tensor(a!) cache, Tensor x, {AFFINE}, Tensor? moments, {NORM}, str start) -> Tensor",
+)
+def _spatial_norm_silu_behind(
+    cache, x, weight, bias, y, b, offset, moments, num_groups, eps, per_frame, leads, silu, start
+):  # fmt: skip
+    """`start` is "" where the clip goes on."""
+    from . import kernel
+
+    kept, frames = cache.shape[2], x.shape[2]
+    joined = new_video(x, kept + frames)
+    if moments is None:
+        moments = new_moments(x, num_groups, per_frame)
+        kernel.moments_fwd(moments, None, x, None, offset, num_groups, per_frame)
+    arguments = (
+        x, moments.contiguous(), weight, bias, y, b, offset, num_groups, eps, per_frame, leads, silu
+    )  # fmt: skip
+    if frames >= kept:
+        kernel.spatial_norm_fwd(joined, cache, *arguments, start)
+    else:
+        # Some of what was cached stays cached: frames move between the two, after the result is in.
+        kernel.spatial_norm_fwd(joined[:, :, kept:], None, *arguments)
+        if start == "replicate":
+            joined[:, :, :kept] = joined[:, :, kept : kept + 1]
+        elif start == "zeros":
+            joined[:, :, :kept] = 0
+        else:
+            joined[:, :, :kept] = cache
+        cache.copy_(joined[:, :, frames:])
+    return joined
+
+
+@_spatial_norm_silu_behind.register_fake
+def _(cache, x, *_):
+    return new_video(x, cache.shape[2] + x.shape[2])
+
+
+# --- cogvx::residual_moments -----------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "cogvx::residual_moments",
+    mutates_args=(),
+    schema="(Tensor x, Tensor h, Tensor? offset, int num_groups, bool per_frame)"
+    " -> (Tensor, Tensor)",
+)
+def _residual_moments(x, h, offset, num_groups, per_frame):
+    from . import kernel
+
+    total, moments = _sum_and_moments(x, h, offset, num_groups, per_frame)
+    kernel.moments_fwd(moments, total, x, h, offset, num_groups, per_frame)
+    return total, moments
+
+
+@_residual_moments.register_fake
+def _sum_and_moments(x, h, offset, num_groups, per_frame):
+    return new_video(x), new_moments(x, num_groups, per_frame)
+
+
+def _residual_moments_setup(ctx, inputs, output):
+    _, _, offset, ctx.num_groups, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output, offset)
+
+
+def _residual_moments_backward(ctx, dtotal, dmoments):
+    """In torch's own operations: without a gradient of the moments it is passed on as it is."""
+    total, moments, offset = ctx.saved_tensors
+    if dmoments is not None and total.numel():
+        each = total.shape[1] // ctx.num_groups
+        elements = total.numel() // moments[..., 0].numel()
+
+        def of_channels(z):  # (batch, frames or 1, groups) to (batch, channels, frames or 1, 1, 1)
+            return z.transpose(1, 2).repeat_interleave(each, 1)[..., None, None]
+
+        mean, _ = moments.unbind(-1)
+        of_mean, of_var = (dmoments / elements).unbind(-1)
+        grad = (total.to(mean.dtype) - of_channels(mean)) * of_channels(2 * of_var)
+        grad = grad + of_channels(of_mean)
+        dtotal = (grad if dtotal is None else grad + dtotal).to(total.dtype)
+    if dtotal is None:
+        return (None,) * 5
+    wants_x, wants_h, wants_offset, *_ = ctx.needs_input_grad
+    doffset = None
+    if wants_offset:
+        rows = as_promised(total, dtotal)  # summed in one order, however they came
+        doffset = rows.sum((0, 2, 3, 4), dtype=moments.dtype).to(offset.dtype)
+    return dtotal if wants_x else None, dtotal if wants_h else None, doffset, None, None
+
+
+_residual_moments.register_autograd(
+    _residual_moments_backward, setup_context=_residual_moments_setup
+)
+
+
+def _in_parts(backend: str, *tensors: Tensor | None) -> bool:
+    """Whether the law may be followed a frame at a time: on a CPU, where no gradient is wanted."""
+    on_cpu = all(x is None or x.device.type == "cpu" for x in tensors)
+    return (
+        backend == "auto"
+        and on_cpu
+        and not wants_grad(*tensors)
+        and not torch.compiler.is_compiling()
+    )
+
+
+# --- the public functions --------------------------------------------------------------------
+
+
+def spatial_norm_silu(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None = None,
+    b: Tensor | None = None,
+    offset: Tensor | None = None,
+    *,
+    num_groups: int = 32,
+    eps: float = 1e-6,
+    per_frame: bool = False,
+    leads: bool = False,
+    silu: bool = True,
+    moments: Tensor | None = None,
+    cache: Tensor | None = None,
+    start: str | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """SiLU of a group norm that latents modulate, n · y + b, read at their own size.
+
+    Args:
+        x: (batch, channels, frames, height, width), any strides; channels_last_3d is quickest.
+        weight, bias: (channels,) of the norm, or None; as y, b and offset in x's dtype or fp32.
+        y, b: (batch, channels, latent frames, latent height, latent width), any strides, each or
+            both None. A pixel reads the nearest latent: height and width are whole multiples of
+            the latents', and frame f reads latent frame f · latents // frames.
+        offset: (channels,), added to x first, or None: the bias of a convolution before.
+        num_groups: divides the channels.
+        eps: added to the variance; 1e-6 in the released models.
+        per_frame: statistics within each frame; else over all frames of x.
+        leads: the first of several frames has the first latent frame to itself.
+        silu: False for n · y + b.
+        moments: (batch, frames if per_frame else 1, num_groups, 2) of `residual_moments`, at least
+            fp32: mean and variance of x + offset, which is then not read for them.
+        cache: (batch, channels, kept, height, width) of x's dtype, any strides: the input of a
+            causal convolution is made, the result behind these frames, and the cache becomes the
+            last `kept` frames of that, in place. Refused where a gradient is wanted.
+        start: with a cache, of a clip that begins with x: "replicate" puts copies of the result's
+            first frame in front, "zeros" zeros, and the cache is not read. None: the clip goes on.
+        backend: "auto", "kernel" or "reference".
+
+    Returns:
+        A new tensor of x's shape and dtype, or of kept + frames frames; channels_last_3d if x's
+        channels are neighbours, else contiguous. Computed in at least fp32, rounded once. Gradients
+        for every tensor; what is kept for the backward is the inputs as they are, and statistics.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+        RuntimeError: backend="kernel" and the kernel cannot run; a cache under grad.
+
+    Source: arXiv 2209.09002, section 3.2 (spatial norm); arXiv 2408.06072 (CogVideoX).
+    """
+    op = "spatial_norm_silu"
+    check_video(op, x, num_groups, per_frame)
+    check_vectors(op, x, weight=weight, bias=bias, offset=offset)
+    check_latents(op, x, leads, y=y, b=b)
+    _checks.positive(op, "eps", eps)
+    _checks.flag(op, "silu", silu)
+    if moments is not None:
+        check_moments(op, x, moments, num_groups, per_frame)
+    check_cache(op, x, cache, start)
+    tensors = (x, weight, bias, y, b, offset, moments)
+    settings = (num_groups, float(eps), per_frame, leads, silu)
+    if cache is not None:
+        refuse_grad(
+            op, cache=cache, x=x, weight=weight, bias=bias, y=y, b=b, offset=offset, moments=moments
+        )
+    if _backend.choose(backend, op, reason(x), x):
+        if cache is None:
+            return _spatial_norm_silu(*tensors, *settings)[0]
+        return _spatial_norm_silu_behind(cache, *tensors, *settings, start or "")
+    if _in_parts(backend, *tensors):
+        return spatial_norm_silu_eager(*tensors, *settings, cache, start)
+    out = spatial_norm_silu_reference(
+        *tensors[:-1], num_groups=num_groups, eps=eps, per_frame=per_frame, leads=leads, silu=silu,
+        moments=moments, cache=cache, start=start,
+    )  # fmt: skip
+    return as_promised(x, out)
+
+
+def residual_moments(
+    x: Tensor,
+    h: Tensor,
+    offset: Tensor | None = None,
+    *,
+    num_groups: int = 32,
+    per_frame: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """x + h + offset, and in the same pass the statistics that `spatial_norm_silu` of it needs.
+
+    Args:
+        x, h: (batch, channels, frames, height, width), any strides.
+        offset: (channels,), in x's dtype or fp32, or None: the bias of the convolution that made h.
+        num_groups, per_frame, backend: as in `spatial_norm_silu`.
+
+    Returns:
+        (sum, moments): the sum rounded once to x's dtype, in the memory format that
+        `spatial_norm_silu` of x would have; mean and variance of the sum as it was rounded,
+        (batch, frames if per_frame else 1, num_groups, 2), in at least fp32. Gradients for every
+        tensor, through both; what is kept for the backward is what is returned.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+        RuntimeError: backend="kernel" and the kernel cannot run.
+
+    Source: group norm, arXiv 1803.08494; the residual blocks of arXiv 2408.06072's VAE.
+    """
+    op = "residual_moments"
+    check_video(op, x, num_groups, per_frame)
+    _checks.tensor(op, "h", h, VIDEO)
+    _checks.dtype(op, "h", h, (x.dtype,))
+    _checks.same_device(op, "h", h, "x", x)
+    _checks.shape(op, "h", h, x.shape, "the shape of x")
+    check_vectors(op, x, offset=offset)
+    if _backend.choose(backend, op, reason(x), x):
+        return _residual_moments(x, h, offset, num_groups, per_frame)
+    if _in_parts(backend, x, h, offset):
+        return residual_moments_eager(x, h, offset, num_groups, per_frame)
+    total, moments = residual_moments_reference(
+        x, h, offset, num_groups=num_groups, per_frame=per_frame
+    )
+    return as_promised(x, total), moments

@@ -1,0 +1,364 @@
+"""The promise of `spatial_norm_silu` and `residual_moments`: samples, costs, budgets."""
+
+import math
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from .._opinfo import Budget, Cost, OpInfo, Sample, Size, TensorSpec
+from .arguments import new_moments, new_video
+from .op import residual_moments, spatial_norm_silu
+from .reference import residual_moments_reference, spatial_norm_silu_reference
+
+LAYOUTS = (
+    "contiguous", "channels_last", "behind", "inset", "transposed", "offset", "strided", "expanded",
+)  # fmt: skip
+
+
+def _sample(
+    reason: str,
+    batch: int = 1,
+    channels: int = 8,
+    num_groups: int = 2,
+    frames: int = 2,
+    height: int = 2,
+    width: int = 14,
+    latents: tuple[int, int, int] | None = (1, 1, 7),
+    affine: str = "wb",
+    modulation: str = "yb",
+    offset: bool = False,
+    per_frame: bool = False,
+    leads: bool = False,
+    silu: bool = True,
+    given: bool = False,
+    wide: bool = False,
+    layout: str = "channels_last",
+    latent_layout: str | None = None,
+) -> Sample:
+    """affine: weight and bias; modulation: y and b, of the size of `latents`, if there are any."""
+    kind = "wide" if wide else None
+    modulation = "" if latents is None else modulation
+    # Of multiples of 128 a SiLU is exactly a ReLU; y makes them, or the weight.
+    lifts = silu and not modulation
+    vector = TensorSpec((channels,), "lifted" if lifts else "weight", dtype=kind)
+    latent = TensorSpec(
+        (batch, channels, *(latents or ())), "lifted", latent_layout or layout, dtype=kind
+    )
+    units = (batch, frames if per_frame else 1, num_groups, 2)
+    # Rows of an odd width do not have the mean 0.
+    exact = not (offset or given or width % 2 or (silu and modulation == "b"))
+    return Sample(
+        reason,
+        {
+            "x": TensorSpec((batch, channels, frames, height, width), "rows", layout),
+            "weight": vector if "w" in affine else None,
+            "bias": vector if "b" in affine else None,
+            "y": latent if "y" in modulation else None,
+            "b": latent if "b" in modulation else None,
+            "offset": TensorSpec((channels,), dtype=kind) if offset else None,
+            "moments": TensorSpec(units, "weight", dtype="wide") if given else None,
+            "num_groups": num_groups,
+            "per_frame": per_frame,
+            "leads": leads,
+            "silu": silu,
+        },
+        exact=exact,
+    )
+
+
+CASES: tuple[tuple[str, dict[str, Any]], ...] = (
+    (
+        "all there is",
+        {"batch": 2, "frames": 3, "latents": (2, 1, 7), "offset": True, "layout": "contiguous"},
+    ),
+    ("channels last", {"batch": 2, "frames": 3, "latents": (2, 1, 7), "offset": True}),
+    ("plain", {"batch": 2, "latents": None}),
+    ("plain, no SiLU, no weight, no bias", {"latents": None, "silu": False, "affine": ""}),
+    ("a frame for itself", {"frames": 3, "per_frame": True, "latents": (3, 2, 7)}),
+    ("plain, a frame for itself", {"frames": 3, "per_frame": True, "latents": None}),
+    ("the first frame leads", {"frames": 5, "leads": True, "latents": (3, 1, 2)}),
+    ("one frame leads", {"frames": 1, "leads": True}),
+    ("more latents than frames", {"frames": 3, "leads": True, "latents": (7, 2, 1)}),
+    ("latents of x's size", {"frames": 3, "height": 3, "latents": (3, 3, 14)}),
+    ("one latent", {"height": 11, "width": 36, "latents": (1, 1, 1), "batch": 2}),
+    ("three columns a latent", {"height": 6, "width": 42, "latents": (2, 2, 14), "frames": 4}),
+    ("y alone", {"modulation": "y", "affine": "b"}),
+    ("b alone", {"modulation": "b", "affine": "w", "silu": False}),
+    ("b alone, SiLU", {"modulation": "b", "affine": ""}),
+    ("statistics from before", {"given": True, "offset": True, "batch": 2}),
+    ("of each frame, from before", {"given": True, "per_frame": True, "latents": None}),
+    ("offset, a frame for itself", {"offset": True, "per_frame": True, "latents": None}),
+    ("fp32 weights", {"wide": True, "offset": True}),
+    ("one group", {"num_groups": 1, "channels": 6}),
+    ("a channel a group", {"num_groups": 5, "channels": 5, "offset": True}),
+    ("three groups of 17", {"num_groups": 3, "channels": 51}),
+    ("more channels than a tile", {"num_groups": 20, "channels": 260, "height": 1, "offset": True}),
+    ("1024 channels", {"num_groups": 32, "channels": 1024, "frames": 1, "height": 1}),
+    ("more pixels than a strip", {"height": 33, "width": 34, "latents": None, "channels": 4}),
+    ("strips that are not full", {"height": 27, "width": 39, "latents": (1, 9, 13), "channels": 6}),
+    ("one pixel", {"frames": 1, "height": 1, "width": 1, "latents": (1, 1, 1)}),
+    ("no batch", {"batch": 0}),
+    ("no frames", {"frames": 0, "latents": None}),
+    ("contiguous", {"layout": "contiguous", "batch": 2, "latents": (2, 2, 7)}),
+    ("contiguous, plain", {"layout": "contiguous", "height": 20, "width": 40, "latents": None}),
+    ("contiguous, three groups", {"layout": "contiguous", "num_groups": 3, "channels": 27}),
+    (
+        "contiguous, odd",
+        {"layout": "contiguous", "height": 6, "width": 39, "latents": (1, 3, 13), "offset": True},
+    ),
+    ("latents contiguous", {"latent_layout": "contiguous"}),
+    ("latents channels last", {"layout": "contiguous", "latent_layout": "channels_last"}),
+    ("behind other frames", {"layout": "behind", "batch": 2, "frames": 3}),
+    ("rows inside wider ones", {"layout": "inset", "height": 4, "latents": (1, 2, 7)}),
+    ("rows inside wider ones, plain", {"layout": "inset", "height": 4, "latents": None}),
+    ("frames before channels", {"layout": "transposed", "batch": 2}),
+    ("odd storage offset", {"layout": "offset"}),
+    ("every other column", {"layout": "strided", "latents": (1, 1, 2)}),
+    ("expanded batch", {"layout": "expanded", "batch": 3}),
+)
+
+
+def _random(rng: random.Random) -> dict[str, Any]:
+    """Sizes of latents, and how many times as large the video is."""
+    rows, cols = rng.choice(((1, 1), (1, 7), (3, 2), (2, 5), (4, 4)))
+    down, across = rng.choice(((1, 1), (2, 2), (4, 4), (8, 8), (3, 3), (1, 2), (2, 1), (10, 17)))
+    frames, leads = rng.choice((1, 2, 3, 4, 5)), rng.random() < 0.5
+    num_groups = rng.choice((1, 2, 3, 4))
+    latent_frames = rng.choice((2, 3, frames + 1, 2 * frames + 1))
+    return {
+        "batch": rng.choice((1, 1, 2)),
+        "channels": num_groups * rng.choice((1, 2, 4, 5, 24)),
+        "num_groups": num_groups,
+        "frames": frames,
+        "height": rows * down,
+        "width": cols * across,
+        "latents": rng.choice((None, *[(latent_frames, rows, cols)] * 3)),
+        "affine": "".join(letter for letter in "wb" if rng.random() < 0.7),
+        "modulation": rng.choice(("yb", "yb", "y", "b")),
+        "offset": rng.random() < 0.4,
+        "per_frame": rng.random() < 0.3,
+        "leads": leads,
+        "silu": rng.random() < 0.8,
+        "given": rng.random() < 0.2,
+        "wide": rng.random() < 0.3,
+        "layout": rng.choice(LAYOUTS),
+        "latent_layout": rng.choice(LAYOUTS),
+    }
+
+
+def _at_size(
+    size: Size, channels: int = 1, smaller: int = 1, plain: bool = False,
+    layout: str = "channels_last",
+) -> Sample:  # fmt: skip
+    """As the decoder's last blocks have it; so many times the channels, smaller by so much."""
+    height, width = (n // smaller for n in size.pixels)
+    return _sample(
+        "a model's size",
+        channels=channels * size.channels,
+        num_groups=32,
+        frames=8,
+        height=height,
+        width=width,
+        latents=None if plain else (2, size.pixels[0] // 8, size.pixels[1] // 8),
+        layout=layout,
+    )
+
+
+_CONVENTIONS: Mapping[str, dict[str, Any]] = {
+    "256 channels": {"channels": 2, "smaller": 2},
+    "plain": {"plain": True},
+    "contiguous": {"layout": "contiguous"},
+}
+
+
+def _bytes(*tensors: Any) -> int:
+    return sum(int(math.prod(x.shape) * x.element_size()) for x in tensors if x is not None)
+
+
+def _cost(a: Mapping[str, Any]) -> tuple[Cost, Cost]:
+    """Forward: x for its statistics, x again, and the result. Backward: x and dout for what is
+    summed over pixels, both again, and dx."""
+    x = a["x"]
+    small = _bytes(*(a[name] for name in ("weight", "bias", "y", "b", "offset", "moments")))
+    once, elements = _bytes(x), math.prod(x.shape)
+    passes = 2 if a["moments"] is not None else 3
+    return Cost(passes * once + small, 14 * elements), Cost(5 * once + 2 * small, 34 * elements)
+
+
+def _launch(kernel: Any, a: Mapping[str, Any]) -> None:
+    """Forward, forward behind cached frames, and backward."""
+    x, offset, moments = a["x"], a["offset"], a["moments"]
+    if moments is None:
+        moments = new_moments(x, a["num_groups"], a["per_frame"])
+        kernel.moments_fwd(moments, None, x, None, offset, a["num_groups"], a["per_frame"])
+    tensors = tuple(a[name] for name in ("weight", "bias", "y", "b", "offset"))
+    settings = (a["num_groups"], 1e-6, a["per_frame"], a["leads"], a["silu"])
+    kernel.spatial_norm_fwd(new_video(x), None, x, moments, *tensors, *settings)
+    if x.shape[2] > 1:
+        for start in ("", "replicate"):
+            joined, cache = new_video(x, x.shape[2] + 2), new_video(x, 2)
+            kernel.spatial_norm_fwd(joined, cache, x, moments, *tensors, *settings, start)
+    grads = new_video(x), *(None if z is None else new_video(z) for z in (a["y"], a["b"]))
+    given = a["moments"] is not None
+    kernel.spatial_norm_bwd(grads, x, x, moments, given, *tensors, *settings)
+
+
+_SIZES = ("2b-480x720-49f", "1.5-5b-768x1360-81f")
+
+
+def _budgets(**registers: int) -> tuple[Budget, ...]:
+    return tuple(
+        Budget(f"{kernel}_kernel", size, most, 32768, narrow=64, convention=convention)
+        for size in _SIZES
+        for convention in ("", "256 channels", "plain")
+        for kernel, most in registers.items()
+    )
+
+
+SPATIAL_NORM_SILU = OpInfo(
+    name="spatial_norm_silu",
+    op=spatial_norm_silu,
+    reference=spatial_norm_silu_reference,
+    samples=tuple(_sample(reason, **case) for reason, case in CASES),
+    random_sample=lambda rng: _sample("fuzz", **_random(rng)),
+    at_size=_at_size,
+    conventions={
+        name: lambda size, options=options: _at_size(size, **options)
+        for name, options in _CONVENTIONS.items()
+    },
+    videos=("x",),
+    batched=("y", "b", "moments"),
+    differentiable=("x", "weight", "bias", "y", "b", "offset", "moments"),
+    summed=("weight", "bias", "y", "b", "offset", "moments"),
+    resized=lambda batch, frames: _sample(
+        "resized", batch, 2, 1, frames, 1, 2, latents=(1, 1, 1), layout="contiguous"
+    ),
+    gradcheck=_sample(
+        "finite differences", 1, 4, 2, 3, 2, 4, (2, 1, 2), offset=True, leads=True, layout="behind"
+    ),
+    cost=_cost,
+    torch_ops=("spatial_norm_silu", "spatial_norm_silu_backward"),
+    launch=_launch,
+    budgets=_budgets(_moments=96, _apply=128, sums=168),
+)
+
+
+# --- residual_moments ------------------------------------------------------------------------
+
+
+def _residual(
+    reason: str,
+    batch: int = 1,
+    channels: int = 8,
+    num_groups: int = 2,
+    frames: int = 2,
+    height: int = 2,
+    width: int = 14,
+    offset: bool = True,
+    per_frame: bool = False,
+    wide: bool = False,
+    layout: str = "channels_last",
+    h_layout: str | None = None,
+) -> Sample:
+    shape = (batch, channels, frames, height, width)
+    kind = "wide" if wide else None
+    # The mean of few small integers is not exact, nor are their squares' sums in fp16.
+    return Sample(
+        reason,
+        {
+            "x": TensorSpec(shape, "rows", layout),
+            "h": TensorSpec(shape, "rows", h_layout or layout),
+            "offset": TensorSpec((channels,), dtype=kind) if offset else None,
+            "num_groups": num_groups,
+            "per_frame": per_frame,
+        },
+        exact=not (offset or width % 2),
+    )
+
+
+RESIDUAL_CASES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("all there is", {"batch": 2, "frames": 3, "layout": "contiguous"}),
+    ("channels last", {"batch": 2, "frames": 3}),
+    ("no offset", {"batch": 2, "offset": False}),
+    ("a frame for itself", {"per_frame": True, "frames": 3, "offset": False}),
+    ("fp32 offset", {"wide": True}),
+    ("one group", {"num_groups": 1, "channels": 6}),
+    ("a channel a group", {"num_groups": 5, "channels": 5}),
+    ("three groups of 17", {"num_groups": 3, "channels": 51}),
+    ("more channels than a tile", {"num_groups": 20, "channels": 260, "height": 1}),
+    ("more pixels than a strip", {"height": 33, "width": 34, "channels": 4, "offset": False}),
+    ("strips that are not full", {"height": 27, "width": 39, "channels": 6}),
+    ("one pixel", {"frames": 1, "height": 1, "width": 1}),
+    ("no batch", {"batch": 0}),
+    ("contiguous", {"layout": "contiguous", "batch": 2, "offset": False}),
+    ("x contiguous, h channels last", {"layout": "contiguous", "h_layout": "channels_last"}),
+    ("x behind other frames", {"layout": "behind", "h_layout": "channels_last"}),
+    ("rows inside wider ones", {"layout": "inset", "height": 4}),
+    ("frames before channels", {"layout": "transposed"}),
+    ("odd storage offset", {"layout": "offset"}),
+    ("every other column", {"layout": "strided"}),
+    ("expanded batch", {"layout": "expanded", "batch": 3}),
+)
+
+
+def _random_residual(rng: random.Random) -> dict[str, Any]:
+    num_groups = rng.choice((1, 2, 3, 4))
+    return {
+        "batch": rng.choice((1, 1, 2)),
+        "channels": num_groups * rng.choice((1, 2, 4, 5, 24)),
+        "num_groups": num_groups,
+        "frames": rng.choice((1, 2, 3)),
+        "height": rng.choice((1, 2, 5, 24)),
+        "width": rng.choice((1, 7, 14, 40)),
+        "offset": rng.random() < 0.5,
+        "per_frame": rng.random() < 0.4,
+        "wide": rng.random() < 0.3,
+        "layout": rng.choice(LAYOUTS),
+        "h_layout": rng.choice(LAYOUTS),
+    }
+
+
+def _residual_at_size(size: Size, channels: int = 1, smaller: int = 1) -> Sample:
+    height, width = (n // smaller for n in size.pixels)
+    return _residual("a model's size", 1, channels * size.channels, 32, 8, height, width)
+
+
+def _residual_cost(a: Mapping[str, Any]) -> tuple[Cost, Cost]:
+    """Forward: x, h and their sum. Backward: the gradient is passed on, and read for offset's."""
+    x = a["x"]
+    once, elements = _bytes(x), math.prod(x.shape)
+    backward = 0 if a["offset"] is None else once
+    return Cost(3 * once + _bytes(a["offset"]), 6 * elements), Cost(backward, elements)
+
+
+def _launch_residual(kernel: Any, a: Mapping[str, Any]) -> None:
+    x, settings = a["x"], (a["num_groups"], a["per_frame"])
+    moments = new_moments(x, *settings)
+    kernel.moments_fwd(moments, new_video(x), x, a["h"], a["offset"], *settings)
+
+
+RESIDUAL_MOMENTS = OpInfo(
+    name="residual_moments",
+    op=residual_moments,
+    reference=residual_moments_reference,
+    samples=tuple(_residual(reason, **case) for reason, case in RESIDUAL_CASES),
+    random_sample=lambda rng: _residual("fuzz", **_random_residual(rng)),
+    at_size=_residual_at_size,
+    conventions={"256 channels": lambda size: _residual_at_size(size, 2, 2)},
+    videos=("x", "h"),
+    differentiable=("x", "h", "offset"),
+    summed=("offset",),
+    rounds_between=True,  # the sum, before its statistics
+    resized=lambda batch, frames: _residual(
+        "resized", batch, 2, 1, frames, 1, 2, layout="contiguous"
+    ),
+    gradcheck=_residual("finite differences", 1, 4, 2, 2, 2, 4),
+    cost=_residual_cost,
+    torch_ops=("residual_moments",),
+    launch=_launch_residual,
+    budgets=tuple(
+        Budget("_moments_kernel", size, 96, 32768, narrow=64, convention=convention)
+        for size in _SIZES
+        for convention in ("", "256 channels")
+    ),
+)

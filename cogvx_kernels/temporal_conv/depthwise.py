@@ -1,0 +1,124 @@
+"""The kernels of a depthwise convolution: elementwise over pixels and channels.
+
+The arithmetic hides behind the bytes: a program makes several frames of the same pixels, and loads
+what they share once.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    cells,
+    count_of,
+    finish,
+    first_tap,
+    frame_at,
+    pixels_of,
+    results_of,
+    source_of,
+    store,
+    target_of,
+    tile_of,
+    unit_of,
+)
+
+
+@triton.jit(do_not_specialize=["nframes"])
+def depthwise_fwd_kernel(
+    out, x, cache, weight_ptr, bias_ptr, dout, sizes, nframes, FRAMES: tl.constexpr,
+    P: tl.constexpr,
+):  # fmt: skip
+    """FRAMES frames of the result, each frame that they need loaded once; else as the dense one.
+
+    weight (channels, KERNEL). Grid (batch · tiles of pixels · nframes runs · tiles of channels,).
+    """
+    NCOLS: tl.constexpr = (P.IN + P.BLOCK_COLS - 1) // P.BLOCK_COLS
+    PLACES: tl.constexpr = P.STRIDE * (FRAMES - 1) + P.KERNEL
+    KERNEL: tl.constexpr = P.KERNEL
+    batch, tile, run, col_tile = tile_of(nframes, sizes, NCOLS)
+    pixel, there = pixels_of(tile, sizes, P)
+    cols = (col_tile * P.BLOCK_COLS + tl.arange(0, P.BLOCK_COLS)).to(tl.int64)
+    mask = there[:, None] & (cols < P.IN)[None, :]
+    begin = run * FRAMES
+    sequence = ()
+    for i in tl.static_range(PLACES):
+        place = begin * P.STRIDE + i
+        ptr, stride = source_of(x, cache, batch, place, P)
+        counts = place < sizes.frames + (P.KERNEL - 1)
+        if P.PAST == "zeros":
+            counts &= place >= P.KERNEL - 1
+        at = cells(pixel[:, None], cols[None, :], stride, P)
+        sequence += (tl.load(ptr + at, mask=mask & counts, other=0.0),)
+    taps = ()
+    for j in tl.static_range(KERNEL):
+        tap = tl.load(weight_ptr + (cols * KERNEL + j), mask=cols < P.IN, other=0.0)
+        taps += (tap.to(P.COMPUTE)[None, :],)
+    for i in tl.static_range(FRAMES):
+        acc = taps[0] * sequence[i * P.STRIDE].to(P.COMPUTE)
+        for j in tl.static_range(1, KERNEL):
+            acc += taps[j] * sequence[i * P.STRIDE + j].to(P.COMPUTE)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + cols, mask=cols < P.OUT, other=0.0)
+            acc += bias.to(P.COMPUTE)[None, :]
+        frame = begin + i
+        at = cells(pixel[:, None], cols[None, :], tl.cast(out.inner, tl.int64), P)
+        finish(acc, frame_at(out, batch, frame, P), dout, batch, frame, pixel[:, None],
+               cols[None, :], mask & (frame < sizes.results), at, P)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["nframes"])
+def depthwise_bwd_kernel(dx, dcache, dout, weight_ptr, sizes, nframes, P: tl.constexpr):
+    """As the dense one."""
+    NCOLS: tl.constexpr = (P.IN + P.BLOCK_COLS - 1) // P.BLOCK_COLS
+    BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
+    BLOCK_COLS: tl.constexpr = P.BLOCK_COLS
+    batch, tile, frame, col_tile = tile_of(nframes, sizes, NCOLS)
+    pixel, there = pixels_of(tile, sizes, P)
+    cols = (col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)).to(tl.int64)
+    mask = there[:, None] & (cols < P.IN)[None, :]
+    last, first, ptr, stride = target_of(dx, dcache, batch, frame, P)
+    cell = cells(pixel[:, None], cols[None, :], tl.cast(dout.inner, tl.int64), P)
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
+    for place in range(first, last + 1):
+        low, count = results_of(place, sizes.results, P)
+        for step in range(0, count):
+            tap = low + step * P.STRIDE
+            weight = tl.load(weight_ptr + (cols * P.KERNEL + tap), mask=cols < P.IN, other=0.0)
+            rows = frame_at(dout, batch, (place - tap) // P.STRIDE, P)
+            grad = tl.load(rows + cell, mask=mask, other=0.0)
+            acc += weight.to(P.COMPUTE)[None, :] * grad.to(P.COMPUTE)
+    store(ptr + cells(pixel[:, None], cols[None, :], stride, P), acc, mask)
+
+
+@triton.jit(do_not_specialize=["units", "each"])
+def depthwise_weight_kernel(
+    sums_ptr, of_bias_ptr, x, cache, dout, sizes, units, each, P: tl.constexpr
+):
+    """As the dense one, with sums (strips, KERNEL, channels). Grid (strips · tiles · KERNEL,)."""
+    BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
+    BLOCK_COLS: tl.constexpr = P.BLOCK_COLS
+    NCOLS: tl.constexpr = (P.IN + BLOCK_COLS - 1) // BLOCK_COLS
+    program = tl.program_id(0).to(tl.int64)
+    tap = program % P.KERNEL
+    program //= P.KERNEL
+    col_tile, strip = program % NCOLS, program // NCOLS
+    cols = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
+    first = strip * each
+    for unit in range(first, tl.minimum(first + each, tl.cast(units, tl.int64))):
+        batch, tile, frame = unit_of(unit, sizes)
+        pixel = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        mask = (pixel < count_of(sizes, P))[:, None] & (cols < P.IN)[None, :]
+        at = cells(pixel[:, None], cols[None, :], tl.cast(dout.inner, tl.int64), P)
+        grad = tl.load(frame_at(dout, batch, frame, P) + at, mask=mask, other=0.0).to(P.COMPUTE)
+        ptr, stride = source_of(x, cache, batch, frame * P.STRIDE + tap, P)
+        at = cells(pixel[:, None], cols[None, :], stride, P)
+        value = tl.load(ptr + at, mask=mask & (tap >= first_tap(frame, P)), other=0.0)
+        acc += grad * value.to(P.COMPUTE)
+        total += grad
+    at = (strip * P.KERNEL + tap) * P.IN + cols
+    tl.store(sums_ptr + at, tl.sum(acc, 0), mask=cols < P.IN)
+    if of_bias_ptr is not None:
+        if tap == 0:
+            tl.store(of_bias_ptr + strip * P.IN + cols, tl.sum(total, 0), mask=cols < P.IN)

@@ -1,0 +1,377 @@
+"""The way: a matrix product for each tap, its rows the pixels of one frame, read where they lie.
+
+Dense: a tile of pixels and channels of a frame of the result goes through the taps, and through the
+channels of each, in one loop; the frame that a tap reads, of x or of the cache, is a scalar choice
+(`tiles.py`), so nothing is padded, joined or unfolded. Depthwise is elementwise (`depthwise.py`).
+The gradient of x is the same with the taps turned about, and a first frame that stands for those
+before it sums what they get; gradients of weights (`gradients.py`) are sums over strips of rows,
+then over strips. Before them, with an activation, the forward runs again and makes the gradient of
+the pre-activation. Every sum has one order, and there are no atomics.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.driver import driver
+
+from .._backend import INTERPRETED
+from .._launch import on_device
+from .depthwise import depthwise_bwd_kernel, depthwise_fwd_kernel, depthwise_weight_kernel
+from .gradients import dense_weight_kernel
+from .tiles import (
+    Plan,
+    Sizes,
+    cells,
+    channels_last,
+    evenly_laid,
+    finish,
+    first_tap,
+    frame_at,
+    new_like,
+    pixels_of,
+    results_of,
+    source_of,
+    store,
+    strides_of,
+    target_of,
+    tile_of,
+    unit_of,
+    video_of,
+)
+
+# Reasoned from what compiles without spills, not yet measured.
+BLOCK_ROWS = 128
+BLOCK_COLS = 128
+BLOCK_INNER = 64  # of 2-byte elements; half as many of 4
+WARPS = 8
+STAGES = 3
+AMD_STAGES = 2  # with 64 KB of shared memory
+RESIDENT_ROWS = 64  # of a tile, where the weight stays: then there is one program on a processor
+RESIDENT_WARPS = 4
+RESIDENT_TILES = 32  # that the weight is loaded for
+RESIDENT_BYTES = 200 * 1024  # of the 227 KB that there are; storing takes some more
+FRAMES = 4  # that a depthwise program makes, of the same pixels
+ELEMENTS = 1024  # of each, two 16-byte loads of bf16 for each of 64 threads
+STRIPS = 512  # programs, about, that sum for the weights
+
+# --- dense -----------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["nframes"])
+def _dense_fwd_kernel(out, x, cache, weight_ptr, bias_ptr, dout, sizes, nframes, P: tl.constexpr):
+    """Frames of the result; given dout, those of the pre-activation's gradient instead.
+
+    weight (KERNEL, OUT, IN). Grid (batch · tiles of pixels · nframes · tiles of channels,).
+    """
+    NCOLS: tl.constexpr = (P.OUT + P.BLOCK_COLS - 1) // P.BLOCK_COLS
+    STEPS: tl.constexpr = (P.IN + P.BLOCK_INNER - 1) // P.BLOCK_INNER
+    BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
+    BLOCK_COLS: tl.constexpr = P.BLOCK_COLS
+    batch, tile, frame, col_tile = tile_of(nframes, sizes, NCOLS)
+    pixel, there = pixels_of(tile, sizes, P)
+    cols = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    inner = tl.arange(0, P.BLOCK_INNER).to(tl.int64)
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
+    for step in range(first_tap(frame, P) * STEPS, tl.cast(P.KERNEL * STEPS, tl.int64)):
+        tap, channel = step // STEPS, step % STEPS * P.BLOCK_INNER + inner
+        ptr, stride = source_of(x, cache, batch, frame * P.STRIDE + tap, P)
+        a = ptr + cells(pixel[:, None], channel[None, :], stride, P)
+        b = weight_ptr + (tap * (P.OUT * P.IN) + cols[None, :] * P.IN + channel[:, None])
+        acc = _multiplied(acc, a, b, there, channel, cols, P.IN, P.OUT, P)
+    _finished(acc, out, bias_ptr, dout, batch, frame, pixel, there, cols, P)
+
+
+@triton.jit
+def _finished(acc, out, bias_ptr, dout, batch, frame, pixel, there, cols, P: tl.constexpr):
+    """Bias, activation, store."""
+    mask = there[:, None] & (cols < P.OUT)[None, :]
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + cols, mask=cols < P.OUT, other=0.0)
+        acc += bias.to(P.COMPUTE)[None, :]
+    at = cells(pixel[:, None], cols[None, :], tl.cast(out.inner, tl.int64), P)
+    finish(acc, frame_at(out, batch, frame, P), dout, batch, frame, pixel[:, None], cols[None, :],
+           mask, at, P)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["units"])
+def _resident_fwd_kernel(
+    out, x, cache, weight_ptr, bias_ptr, dout, sizes, units, EACH: tl.constexpr, P: tl.constexpr
+):
+    """As the dense one, of few channels: the weight stays in shared memory for EACH tiles.
+
+    Grid (runs of EACH units,); a unit is a tile of pixels of one frame of the result.
+    """
+    KERNEL: tl.constexpr = P.KERNEL
+    BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
+    BLOCK_COLS: tl.constexpr = P.BLOCK_COLS
+    cols = tl.arange(0, BLOCK_COLS).to(tl.int64)
+    channel = tl.arange(0, P.BLOCK_INNER).to(tl.int64)
+    taps = ()
+    for j in tl.static_range(KERNEL):
+        at = j * P.OUT * P.IN + cols[None, :] * P.IN + channel[:, None]
+        inside = (channel < P.IN)[:, None] & (cols < P.OUT)[None, :]
+        taps += (tl.load(weight_ptr + at, mask=inside, other=0.0),)
+    first = tl.program_id(0).to(tl.int64) * EACH
+    for unit in range(first, tl.minimum(first + EACH, tl.cast(units, tl.int64))):
+        batch, tile, frame = unit_of(unit, sizes)
+        pixel, there = pixels_of(tile, sizes, P)
+        acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
+        for j in tl.static_range(KERNEL):
+            ptr, stride = source_of(x, cache, batch, frame * P.STRIDE + j, P)
+            a = ptr + cells(pixel[:, None], channel[None, :], stride, P)
+            mask = (there & (j >= first_tap(frame, P)))[:, None] & (channel < P.IN)[None, :]
+            rows = tl.load(a, mask=mask, other=0.0)
+            acc = tl.dot(rows, taps[j], acc, input_precision="ieee", out_dtype=P.COMPUTE)
+        _finished(acc, out, bias_ptr, dout, batch, frame, pixel, there, cols, P)
+
+
+@triton.jit(do_not_specialize=["nframes"])
+def _dense_bwd_kernel(dx, dcache, dout, weight_ptr, sizes, nframes, P: tl.constexpr):
+    """Gradients of the frames of x, after those of the cache if there is one. Grid as above."""
+    NCOLS: tl.constexpr = (P.IN + P.BLOCK_COLS - 1) // P.BLOCK_COLS
+    STEPS: tl.constexpr = (P.OUT + P.BLOCK_INNER - 1) // P.BLOCK_INNER
+    BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
+    BLOCK_COLS: tl.constexpr = P.BLOCK_COLS
+    batch, tile, frame, col_tile = tile_of(nframes, sizes, NCOLS)
+    pixel, there = pixels_of(tile, sizes, P)
+    cols = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    inner = tl.arange(0, P.BLOCK_INNER).to(tl.int64)
+    last, first, ptr, stride = target_of(dx, dcache, batch, frame, P)
+    dout_inner = tl.cast(dout.inner, tl.int64)
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
+    for place in range(first, last + 1):
+        low, count = results_of(place, sizes.results, P)
+        for step in range(0, count * STEPS):
+            tap = low + step // STEPS * P.STRIDE
+            channel = step % STEPS * P.BLOCK_INNER + inner
+            rows = frame_at(dout, batch, (place - tap) // P.STRIDE, P)
+            a = rows + cells(pixel[:, None], channel[None, :], dout_inner, P)
+            b = weight_ptr + (tap * (P.OUT * P.IN) + channel[:, None] * P.IN + cols[None, :])
+            acc = _multiplied(acc, a, b, there, channel, cols, P.OUT, P.IN, P)
+    mask = there[:, None] & (cols < P.IN)[None, :]
+    store(ptr + cells(pixel[:, None], cols[None, :], stride, P), acc, mask)
+
+
+@triton.jit
+def _multiplied(
+    acc, a, b, there, channel, cols, INNER: tl.constexpr, COLS: tl.constexpr, P: tl.constexpr
+):
+    """acc + a·b, of addresses (pixels, block) and (block, cols)."""
+    a_mask, b_mask = there[:, None], (cols < COLS)[None, :]
+    if INNER % P.BLOCK_INNER != 0:
+        a_mask &= (channel < INNER)[None, :]
+        b_mask &= (channel < INNER)[:, None]
+    left = tl.load(a, mask=a_mask, other=0.0)
+    if INNER % P.BLOCK_INNER == 0 and COLS % P.BLOCK_COLS == 0:
+        right = tl.load(b)
+    else:
+        right = tl.load(b, mask=b_mask, other=0.0)
+    return tl.dot(left, right, acc, input_precision="ieee", out_dtype=P.COMPUTE)
+
+
+# --- launchers -------------------------------------------------------------------------------
+
+
+def temporal_conv_fwd(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor | None, stride: int,
+    start: str, silu: bool, dout: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Fills out, of (batch, out_channels, …), with the result; given dout, with the gradient of the
+    pre-activation. weight (out_channels, in_channels or 1, kernel).
+    """
+    if out.numel() == 0:
+        return
+    last = channels_last(x)
+    x, cache, dout = (evenly_laid(t, last) for t in (x, cache, dout))
+    depthwise = _depthwise(x, weight)
+    bias = None if bias is None else bias.contiguous()
+    channels = weight.shape[0], x.shape[1]
+    plan = _plan(x, weight, cache, stride, start, silu, *channels, [x, cache, out, dout])
+    sizes = _sizes(x, out.shape[2], plan)
+    videos = [video_of(t, plan) for t in (out, x, cache)]
+    grad = video_of(dout, plan)
+    cols = triton.cdiv(weight.shape[0], plan.BLOCK_COLS)
+    with on_device(x):
+        if depthwise:
+            runs = triton.cdiv(out.shape[2], FRAMES)
+            depthwise_fwd_kernel[(x.shape[0] * sizes.tiles * runs * cols,)](
+                *videos, weight.contiguous(), bias, grad, sizes, runs, FRAMES=FRAMES, P=plan,
+                **_options(plan, depthwise),
+            )  # fmt: skip
+        elif _stays(plan, x):
+            plan = plan._replace(BLOCK_ROWS=min(plan.BLOCK_ROWS, RESIDENT_ROWS))
+            plan = plan._replace(BLOCK_INNER=_block(BLOCK_COLS, plan.IN))
+            sizes = _sizes(x, out.shape[2], plan)
+            units = x.shape[0] * sizes.tiles * out.shape[2]
+            _resident_fwd_kernel[(triton.cdiv(units, RESIDENT_TILES),)](
+                *videos, _by_taps(weight), bias, grad, sizes, units, EACH=RESIDENT_TILES, P=plan,
+                num_warps=RESIDENT_WARPS, num_stages=2,
+            )  # fmt: skip
+        else:
+            _dense_fwd_kernel[(x.shape[0] * sizes.tiles * out.shape[2] * cols,)](
+                *videos, _by_taps(weight), bias, grad, sizes, out.shape[2], P=plan,
+                **_options(plan, depthwise),
+            )  # fmt: skip
+
+
+def temporal_conv_bwd(
+    grads: tuple[Tensor, Tensor, Tensor, Tensor], dout: Tensor, x: Tensor, weight: Tensor,
+    bias: Tensor | None, cache: Tensor | None, stride: int, start: str, silu: bool,
+) -> None:  # fmt: skip
+    """Fills grads, (dx, dweight, dbias, dcache), of which those that are empty are not wanted."""
+    dx, dweight, dbias, dcache = grads
+    if x.numel() == 0 or dout.numel() == 0:
+        for grad in grads:
+            grad.zero_()
+        return
+    last = channels_last(x)
+    x, cache, dout = (evenly_laid(t, last) for t in (x, cache, dout))
+    assert dout is not None
+    if silu:
+        dpre = new_like(dout, last)
+        temporal_conv_fwd(dpre, x, weight, bias, cache, stride, start, silu, dout)
+        dout = dpre
+    if dx.numel():
+        _frames_grad(dx, dcache, dout, weight, cache, stride, start)
+    if dweight.numel():
+        _weight_grad(dweight, dbias, dout, x, weight, cache, stride, start)
+
+
+def _frames_grad(
+    dx: Tensor, dcache: Tensor, dout: Tensor, weight: Tensor, cache: Tensor | None, stride: int,
+    start: str,
+) -> None:  # fmt: skip
+    past = dcache if dcache.numel() else None
+    channels = dx.shape[1], weight.shape[0]
+    plan = _plan(dx, weight, cache, stride, start, False, *channels, [dx, past, dout])
+    sizes = _sizes(dx, dout.shape[2], plan)
+    frames = dx.shape[2] + (0 if past is None else past.shape[2])
+    cols = triton.cdiv(dx.shape[1], plan.BLOCK_COLS)
+    depthwise = _depthwise(dx, weight)
+    run = depthwise_bwd_kernel if depthwise else _dense_bwd_kernel
+    taps = weight.contiguous() if depthwise else _by_taps(weight)
+    with on_device(dx):
+        run[(dx.shape[0] * sizes.tiles * frames * cols,)](
+            video_of(dx, plan), video_of(past, plan), video_of(dout, plan), taps, sizes, frames,
+            P=plan, **_options(plan, depthwise),
+        )  # fmt: skip
+
+
+def _weight_grad(
+    dweight: Tensor, dbias: Tensor, dout: Tensor, x: Tensor, weight: Tensor, cache: Tensor | None,
+    stride: int, start: str,
+) -> None:  # fmt: skip
+    out, inner, taps = weight.shape
+    pixels = x.shape[3] * x.shape[4]
+    plan = _plan(x, weight, cache, stride, start, False, inner, pixels, [x, cache, dout])
+    depthwise = _depthwise(x, weight)
+    tiles, rows = triton.cdiv(x.shape[1], plan.BLOCK_COLS), plan.BLOCK_ROWS
+    if not depthwise:
+        rows = plan.BLOCK_INNER
+        plan = plan._replace(BLOCK_ROWS=_block(BLOCK_COLS // _halved(x), out))
+        tiles *= triton.cdiv(out, plan.BLOCK_ROWS)
+    sizes = _sizes(x, dout.shape[2], plan._replace(BLOCK_ROWS=rows))
+    units = x.shape[0] * sizes.tiles * dout.shape[2]
+    strips = min(units, max(1, STRIPS // (tiles * taps)))
+    each = triton.cdiv(units, strips)
+    strips = triton.cdiv(units, each)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    sums = torch.empty((strips, taps, out, inner), dtype=wide, device=x.device)
+    of_bias = torch.empty((strips, out), dtype=wide, device=x.device) if dbias.numel() else None
+    run = depthwise_weight_kernel if depthwise else dense_weight_kernel
+    with on_device(x):
+        run[(strips * tiles * taps,)](
+            sums, of_bias, video_of(x, plan), video_of(cache, plan), video_of(dout, plan), sizes,
+            units, each, P=plan, **_options(plan, depthwise),
+        )  # fmt: skip
+    dweight.copy_(sums.sum(0).permute(1, 2, 0))
+    if of_bias is not None:
+        dbias.copy_(of_bias.sum(0))
+
+
+def _plan(
+    x: Tensor, weight: Tensor, cache: Tensor | None, stride: int, start: str, silu: bool,
+    made: int, summed: int, videos: list[Tensor | None],
+) -> Plan:  # fmt: skip
+    """For a launch over these videos, which all have their channels side by side, or none has.
+
+    It makes so many channels, and sums over so many for each.
+    """
+    out, _, taps = weight.shape
+    inner = x.shape[1]
+    last = channels_last(x)
+    pixels = x.shape[3] * x.shape[4]
+    block = _halved(x)
+    rows, cols = BLOCK_ROWS // block, BLOCK_COLS // block
+    if _depthwise(x, weight):
+        cols = min(BLOCK_COLS, triton.next_power_of_2(inner)) if last else 1
+        rows = _block(ELEMENTS // cols, pixels)
+    else:
+        rows, cols = _block(rows, pixels), _block(cols, made)
+    strides = [s for t in videos if t is not None for s in strides_of(t, last)]
+    return Plan(
+        IN=inner,
+        OUT=out,
+        KERNEL=taps,
+        STRIDE=stride,
+        PAST=start if cache is None or taps == 1 else "cache",
+        SILU=silu,
+        CHANNELS_LAST=last,
+        BLOCK_ROWS=rows,
+        BLOCK_COLS=cols,
+        BLOCK_INNER=_block(BLOCK_INNER // block, summed),
+        ALIGN=math.gcd(16, *strides, 0 if last else pixels),
+        COMPUTE=tl.float64 if x.dtype is torch.float64 else tl.float32,
+    )
+
+
+def _stays(plan: Plan, x: Tensor) -> bool:
+    """Whether a dense weight stays in shared memory, beside two frames' tiles of all its taps.
+
+    Hopper's tensor cores, and those after it, read it there; others would take it to registers.
+    """
+    inner = _block(BLOCK_COLS, plan.IN)
+    columns = plan.BLOCK_COLS + 2 * RESIDENT_ROWS
+    fits = plan.KERNEL * inner * columns * x.element_size() <= RESIDENT_BYTES
+    if x.element_size() != 2 or not fits or max(plan.IN, plan.OUT) > BLOCK_COLS:
+        return False
+    if INTERPRETED:
+        return True
+    target = driver.active.get_current_target()
+    return target.backend == "cuda" and 90 <= target.arch < 120
+
+
+def _halved(x: Tensor) -> int:
+    """By what the sides of a tile are divided: fp32 is multiplied without tensor cores."""
+    return 1 if x.element_size() == 2 else 2
+
+
+def _block(most: int, size: int) -> int:
+    """A power of two from 16, which a tensor core wants at least, to `most`."""
+    return max(16, min(most, triton.next_power_of_2(size)))
+
+
+def _options(plan: Plan, depthwise: bool) -> dict[str, int]:
+    if depthwise:
+        return {"num_warps": max(1, plan.BLOCK_ROWS * plan.BLOCK_COLS // 512)}
+    warps = max(1, min(WARPS, plan.BLOCK_ROWS * plan.BLOCK_COLS // 256))
+    amd = not INTERPRETED and driver.active.get_current_target().backend == "hip"
+    return {"num_warps": warps, "num_stages": AMD_STAGES if amd else STAGES}
+
+
+def _sizes(x: Tensor, results: int, plan: Plan) -> Sizes:
+    pixels = x.shape[3] * x.shape[4]
+    units = pixels if plan.CHANNELS_LAST else pixels // plan.ALIGN
+    return Sizes(units, triton.cdiv(pixels, plan.BLOCK_ROWS), x.shape[2], results)
+
+
+def _depthwise(x: Tensor, weight: Tensor) -> bool:
+    return weight.shape[1] == 1 and x.shape[1] > 1
+
+
+def _by_taps(weight: Tensor) -> Tensor:
+    """(kernel, out_channels, in_channels): a tap is a matrix, its rows side by side."""
+    return weight.permute(2, 0, 1).contiguous()

@@ -1,0 +1,233 @@
+"""The door: checks, the choice of the way, and the torch ops behind it with their gradients."""
+
+import torch
+from torch import Tensor
+
+from .. import _backend, _checks
+from .reference import temporal_conv_reference
+
+VIDEO = ("batch", "in_channels", "frames", "height", "width")
+STARTS = ("replicate", "zeros")
+MOST_TAPS = 5
+
+
+# --- cogvx::temporal_conv --------------------------------------------------------------------
+
+
+def empty_video(x: Tensor, channels: int, frames: int) -> Tensor:
+    """New, of x's batch and pixels: channels-last if x is, else contiguous."""
+    last = x.shape[1] > 1 and x.stride(1) == 1
+    shape = (x.shape[0], channels, frames, *x.shape[3:])
+    return torch.empty(
+        shape,
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last_3d if last else torch.contiguous_format,
+    )
+
+
+@torch.library.custom_op(
+    "cogvx::temporal_conv",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, int stride, str start,"
+    " bool silu) -> Tensor",
+)
+def _temporal_conv(x, weight, bias, cache, stride, start, silu):
+    from . import kernel
+
+    out = _empty_out(x, weight, stride)
+    kernel.temporal_conv_fwd(out, x, weight, bias, cache, stride, start, silu)
+    return out
+
+
+@_temporal_conv.register_fake
+def _(x, weight, bias, cache, stride, start, silu):
+    return _empty_out(x, weight, stride)
+
+
+def _empty_out(x, weight, stride):
+    return empty_video(x, weight.shape[0], (x.shape[2] - 1) // stride + 1)
+
+
+def _setup(ctx, inputs, output):
+    x, weight, bias, cache, *ctx.settings = inputs
+    ctx.save_for_backward(x, weight, bias, cache)
+
+
+def _backward(ctx, dout):
+    x, weight, bias, cache = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:4]
+    grads = _temporal_conv_grads(
+        dout, x, weight, bias, cache, *ctx.settings, needs[0] or needs[3], needs[1] or needs[2]
+    )
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None
+
+
+_temporal_conv.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op(
+    "cogvx::temporal_conv_backward",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor x, Tensor weight, Tensor? bias, Tensor? cache, int stride,"
+    " str start, bool silu, bool frames, bool weights) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _temporal_conv_grads(dout, x, weight, bias, cache, stride, start, silu, frames, weights):
+    """Gradients of x, weight, bias and cache; what is not there, or not wanted, is empty."""
+    from . import kernel
+
+    grads = _empty_grads(x, weight, bias, cache, frames, weights)
+    kernel.temporal_conv_bwd(grads, dout, x, weight, bias, cache, stride, start, silu)
+    return grads
+
+
+@_temporal_conv_grads.register_fake
+def _(dout, x, weight, bias, cache, stride, start, silu, frames, weights):
+    return _empty_grads(x, weight, bias, cache, frames, weights)
+
+
+def _empty_grads(x, weight, bias, cache, frames, weights):
+    def nothing():
+        return x.new_empty((0,))
+
+    def like(parameter):
+        wanted = weights and parameter is not None
+        return parameter.new_empty(parameter.shape) if wanted else nothing()
+
+    dx = empty_video(x, x.shape[1], x.shape[2]) if frames else nothing()
+    past = frames and cache is not None
+    dcache = empty_video(x, x.shape[1], cache.shape[2]) if past else nothing()
+    return dx, like(weight), like(bias), dcache
+
+
+def as_pixels(x: Tensor) -> Tensor:
+    """Samples without pixels as the pixels of one: (1, channels, frames, batch, 1)."""
+    return x.permute(1, 2, 0)[None, ..., None]
+
+
+# --- checks ----------------------------------------------------------------------------------
+
+
+def _check_weight(op: str, x: Tensor, weight: Tensor) -> None:
+    five = isinstance(weight, Tensor) and weight.dim() == 5
+    ones = ("1", "1") if five else ()
+    _checks.tensor(op, "weight", weight, ("out_channels", "in_channels", "kernel", *ones))
+    channels, (out, inner, taps) = x.shape[1], weight.shape[:3]
+    if five:
+        _checks.shape(
+            op, "weight", weight, (out, inner, taps, 1, 1), "(out_channels, in_channels, kernel, 1,"
+            " 1)", lambda: ": it sees one pixel",
+        )  # fmt: skip
+    if not 1 <= taps <= MOST_TAPS:
+        raise ValueError(
+            f"{op}: weight must be of 1 to {MOST_TAPS} frames; got {taps}, {tuple(weight.shape)}"
+        )
+    if inner != channels and not (inner == 1 and out == channels):
+        raise ValueError(
+            f"{op}: weight must be (out_channels, {channels}, kernel), or depthwise ({channels}, "
+            f"1, kernel), for x of shape {tuple(x.shape)}; got {tuple(weight.shape)}"
+        )
+    if out == 0:
+        raise ValueError(f"{op}: weight must have an out_channel; got {tuple(weight.shape)}")
+
+
+def _check(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cache: Tensor | None,
+    stride: int,
+    start: str | None,
+    activation: str | None,
+) -> None:
+    dims = VIDEO[:3] if isinstance(x, Tensor) and x.dim() == 3 else VIDEO
+    _checks.tensor(op, "x", x, dims)
+    if x.shape[1] == 0 or x.shape[2] == 0:
+        raise ValueError(
+            f"{op}: x must have a channel and a frame at least, ({', '.join(dims)}); "
+            f"got {tuple(x.shape)}"
+        )
+    _check_weight(op, x, weight)
+    kept = weight.shape[2] - 1
+    if bias is not None:
+        _checks.tensor(op, "bias", bias, ("out_channels",))
+        _checks.shape(op, "bias", bias, (weight.shape[0],), "(out_channels,)")
+    if cache is not None:
+        _checks.tensor(op, "cache", cache, dims)
+        _checks.shape(
+            op, "cache", cache, (*x.shape[:2], kept, *x.shape[3:]),
+            f"({', '.join((*dims[:2], 'kernel - 1', *dims[3:]))})",
+            lambda: f" for x of shape {tuple(x.shape)} and a kernel of {kept + 1}",
+        )  # fmt: skip
+    for name, value in (("weight", weight), ("bias", bias), ("cache", cache)):
+        if value is not None:
+            _checks.dtype(op, name, value, (x.dtype,))
+            _checks.same_device(op, name, value, "x", x)
+    _checks.integer(op, "stride", stride, 1, 2, "(frames for each frame of the result)")
+    if cache is None or start is not None:
+        _checks.choice(op, "start", start, STARTS)
+    if activation is not None:
+        _checks.choice(op, "activation", activation, ("silu",))
+
+
+# --- the public function ---------------------------------------------------------------------
+
+
+def temporal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    cache: Tensor | None = None,
+    stride: int = 1,
+    start: str | None = "replicate",
+    activation: str | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """A causal convolution along frames: dense or depthwise, nothing padded and nothing copied.
+
+    out[t] = act(bias + the sum over j of weight[j] · sequence[stride · t + j]), where the sequence
+    is the kernel - 1 frames before x and then x.
+
+    Args:
+        x: (batch, in_channels, frames, height, width), or (batch, in_channels, frames), with at
+            least one frame; any strides. Fastest channels-last, good contiguous; what has neither
+            channels nor evenly spaced pixels side by side is copied once.
+        weight: (out_channels, in_channels, kernel), as nn.Conv1d's, or (…, kernel, 1, 1), as
+            nn.Conv3d's; kernel 1 to 5. (channels, 1, kernel, …) for several channels is depthwise.
+        bias: (out_channels,) or None.
+        cache: (batch, in_channels, kernel - 1, height, width), the frames before x, oldest first,
+            or (batch, in_channels, kernel - 1); only read. None: the clip begins with x. Chunks
+            with a cache give the bits of the whole; with stride 2 all but the last are even.
+        stride: 1 or 2 frames for each frame of the result.
+        start: without a cache, what is before the first frame: copies of it ("replicate") or
+            "zeros". With a cache it does not count, and may be None.
+        activation: None or "silu".
+        backend: "auto", "kernel" or "reference".
+
+    Returns:
+        (batch, out_channels, (frames - 1) // stride + 1, …), new, of x's dtype; channels-last if
+        x has its channels side by side, else contiguous. Sums in at least fp32, rounded once.
+        Gradients for x, weight, bias and cache. What is kept for the backward is the arguments as
+        they are; with an activation it computes the pre-activation again.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+        RuntimeError: backend="kernel" and the kernel cannot run.
+
+    Source: arXiv 1609.03499, section 2.1; arXiv 2408.06072, section 2.1.
+    """
+    op = "temporal_conv"
+    _check(op, x, weight, bias, cache, stride, start, activation)
+    if not _backend.choose(backend, op, _backend.triton_reason("x", x), x):
+        return temporal_conv_reference(
+            x, weight, bias, cache=cache, stride=stride, start=start, activation=activation
+        )
+    settings = stride, "zeros" if cache is not None else start, activation == "silu"
+    taps = weight.flatten(2)
+    if x.dim() == 5:
+        return _temporal_conv(x, taps, bias, cache, *settings)
+    past = None if cache is None else as_pixels(cache)
+    out = _temporal_conv(as_pixels(x), taps, bias, past, *settings)
+    return out[0, ..., 0].permute(2, 0, 1).contiguous()

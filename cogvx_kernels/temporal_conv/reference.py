@@ -1,0 +1,71 @@
+"""The law: a causal convolution along frames, pixel by pixel.
+
+Straight-line torch. It computes in at least fp32 and rounds once, to the dtype of its input;
+gradients come from autograd.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def temporal_conv_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    cache: Tensor | None = None,
+    stride: int = 1,
+    start: str | None = "replicate",
+    activation: str | None = None,
+) -> Tensor:
+    """out[t] = act(bias + the sum over j of weight[j] · sequence[stride · t + j]).
+
+    The sequence is the kernel - 1 frames before x, and x: those of the cache, or, where the clip
+    begins with x, copies of its first frame (start="replicate") or zeros ("zeros").
+
+    x        (batch, in_channels, frames, height, width) or (batch, in_channels, frames)
+    weight   (out_channels, in_channels, kernel) or (…, kernel, 1, 1); (channels, 1, kernel, …) for
+             more than one channel is depthwise: every channel by itself
+    bias     (out_channels,) or None
+    cache    (batch, in_channels, kernel - 1, height, width) or, as x, without pixels; or None
+    returns  (batch, out_channels, (frames - 1) // stride + 1, …), in the dtype of x
+
+    Source: WaveNet (arXiv 1609.03499), section 2.1, for causal convolutions; CogVideoX (arXiv
+    2408.06072), section 2.1, for causal padding in time, and its released VAE, which replicates.
+    """
+    if x.dim() == 3:
+        past = None if cache is None else cache[..., None, None]
+        return temporal_conv_reference(
+            x[..., None, None], weight, bias,
+            cache=past, stride=stride, start=start, activation=activation,
+        )[..., 0, 0]  # fmt: skip
+    wide = torch.promote_types(x.dtype, torch.float32)
+    taps = weight.flatten(2).to(wide)  # (out_channels, in_channels or 1, kernel)
+    kept = taps.shape[2] - 1
+    if cache is not None:
+        past = cache
+    elif start == "zeros":
+        past = torch.zeros_like(x[:, :, :1]).expand(-1, -1, kept, -1, -1)
+    else:
+        past = x[:, :, :1].expand(-1, -1, kept, -1, -1)
+    sequence = torch.cat([past, x], 2).to(wide)
+    depthwise = taps.shape[1] == 1 and x.shape[1] > 1
+
+    def tap(j: int) -> Tensor:
+        frames = sequence[:, :, j : j + x.shape[2] : stride]
+        if depthwise:
+            return frames * taps[:, :, j, None, None]
+        # Frame by frame: the bits of one do not tell how many there are.
+        matrices = taps[:, :, j].expand(len(x), frames.shape[2], -1, -1)
+        y = matrices @ frames.movedim(2, 1).flatten(3)  # (batch, frames, out_channels, pixels)
+        return y.movedim(1, 2).unflatten(3, x.shape[3:])
+
+    y = tap(0)
+    for j in range(1, kept + 1):
+        y = y + tap(j)
+    if bias is not None:
+        y = y + bias.to(wide)[:, None, None, None]
+    y = (F.silu(y) if activation == "silu" else y).to(x.dtype)
+    last = x.shape[1] > 1 and x.stride(1) == 1
+    return y.contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)
