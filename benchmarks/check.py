@@ -27,7 +27,7 @@ from cogvx_kernels.testing import (
 )
 
 SLICE = 512  # tokens
-THIN = 1 << 24  # elements of a video, about, that are judged
+THIN = 1 << 22  # elements of a video, about, that are judged
 # For what is between what is judged: the kernel may be off by the yardstick and an ulp, and the
 # reference by the yardstick, each of them larger where values are larger than in what is judged. It
 # is there to see rows that were skipped, moved or not written, which are off by far more.

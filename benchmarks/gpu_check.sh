@@ -3,21 +3,22 @@
 #
 #   OUT=folder PYTHON=python3 bash benchmarks/gpu_check.sh
 #
-# First all that only judges, side by side: builds the extension in place, runs the contract, then
-# the GPU's own tests, the verifier and the sanitizers. Then what is timed, alone: benchmarks, parts
+# First all that only judges: builds the extension in place, runs the contract, then side by side the
+# GPU's own tests, the verifier and the sanitizers. Then what is timed, alone: benchmarks, parts
 # of the model, and a sweep of launch choices if time is left. Installs nothing, fetches nothing, and
 # leaves the GPU's settings as they are. Every step has its own time limit and its own log in $OUT; a
 # step that fails does not stop the next, but the exit status is then 1. SKIP is not a failure: it
 # says why.
 #
 # How the seconds add up on an H200 with 16 cores, reckoned and not yet measured:
-#     facts 5, build beside contract 90, gpu tests beside verify and sanitizers 90    185
-#     qk_norm_rope3d 5b 28, card 22                                                    50
-#     expert_adaln 5b 26, gated_residual_adaln 5b 28, card 22                          76
-#     expert_ffn 5b 46, card 52                                                        98
-#     block 30, transformer of 6 blocks 52, vae-decode 14                              96
-#                                                                                     505
-# Other sizes, rope3d alone, vae-encode and all 42 blocks are left to calls of their own.
+#     facts 5, build 20, contract 95, gpu tests beside verify and sanitizers 100        220
+#     qk_norm_rope3d 15, gated_residual_adaln 15, expert_ffn 30                          60
+#     spatial_norm_silu 35, residual_moments 20, temporal_conv 25, frame_cache_join 12   92
+#     convolutions at four shapes of the decoder                                         22
+#     block 30, transformer of 4 blocks 40, vae-decode of 17 frames 40                  110
+#                                                                                       504
+# A size of the card's and a sweep come if time is left. Other conventions and sizes, vae-encode, a whole
+# clip, all 42 blocks and the compiled VAE, which takes minutes, are left to calls of their own.
 
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -29,6 +30,8 @@ BUDGET=${BUDGET:-530} # seconds for all steps together; what is left bounds ever
 mkdir -p "$OUT/bench" || exit 1
 OUT=$(cd "$OUT" && pwd)
 SUMMARY=$OUT/summary.txt
+TOKENS=(rope3d qk_norm_rope3d expert_adaln gated_residual gated_residual_adaln expert_ffn)
+VIDEOS=(spatial_norm_silu residual_moments temporal_conv frame_cache_join)
 : >"$SUMMARY"
 unset TRITON_INTERPRET # it would send every kernel to the CPU
 
@@ -123,9 +126,10 @@ part() { # part limit arguments...
         --size 5b-480x720-49f --budget 0.5 --out "$OUT/bench" "$@"
 }
 
-# The four tools at once: they only judge, so they may share the card.
+# sanitize LIMIT: every tool over small samples of every op, and over the frame cache's tests, which
+# call what overwrites its arguments. All at once: they only judge, so they may share the card.
 sanitize() {
-    local limit=$1 tool pids=() names=() began=$SECONDS i status log
+    local limit=$1 pids=() names=() began=$SECONDS i status log
     if ! command -v compute-sanitizer >/dev/null; then
         line SKIP sanitizers "compute-sanitizer is not on PATH"
         return
@@ -135,14 +139,14 @@ sanitize() {
         line SKIP sanitizers "no time left"
         return
     fi
+    local verify=(-m cogvx_kernels verify --device cuda --quick)
+    local cache=(-m pytest -q -p no:cacheprovider tests/kernels/test_frame_cache.py
+        -k "every_length or every_dtype or lies_around")
+    local tool
     for tool in memcheck racecheck initcheck synccheck; do
-        # Uncached, so that every tensor is an allocation of its own with an end to run over.
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 "$limit" \
-            compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            "$PYTHON" -m cogvx_kernels verify --device cuda --quick \
-            >"$OUT/sanitize-$tool.log" 2>&1 &
-        pids+=($!)
-        names+=("sanitize-$tool")
+        watched "$tool" "$limit" "${verify[@]}" "${TOKENS[@]/#/--op=}"
+        watched "$tool-videos" "$limit" "${verify[@]}" "${VIDEOS[@]/#/--op=}"
+        [[ $tool == synccheck || ! -d tests ]] || watched "$tool-cache" "$limit" "${cache[@]}"
     done
     for i in "${!pids[@]}"; do
         wait "${pids[$i]}"
@@ -156,39 +160,55 @@ sanitize() {
     done
 }
 
+# watched TOOL[-WHAT] LIMIT ARGUMENTS...: python under a tool, in the background; for sanitize
+watched() {
+    local name=$1 limit=$2
+    shift 2
+    # Uncached, so that every tensor is an allocation of its own with an end to run over.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 "$limit" \
+        compute-sanitizer --tool "${name%%-*}" --error-exitcode 9 \
+        "$PYTHON" "$@" >"$OUT/sanitize-$name.log" 2>&1 &
+    pids+=($!)
+    names+=("sanitize-$name")
+}
+
 # `timeout` runs programs, not functions: a bash that knows this one.
 export -f facts
 export PYTHON
 
 step facts 40 bash -c facts
 
+# Alone: what is collected by the tests depends on what is built.
+step build 90 env COGVX_CUDA=1 MAX_JOBS=12 "$PYTHON" setup.py build_ext --inplace
+
 # What only judges may share the card: the contract compiles every kernel, and those after it find
 # them compiled.
-step build 90 env COGVX_CUDA=1 MAX_JOBS=6 "$PYTHON" setup.py build_ext --inplace &
-tests contract 120 tests/kernels/test_contract.py tests/kernels/test_arguments.py tests/kernels/test_tracing.py
-wait
-tests tests-gpu 90 -m gpu tests &
-step verify 90 "$PYTHON" -m cogvx_kernels verify --device cuda --json "$OUT/verify.json" &
-sanitize 90
+tests contract 140 tests/kernels/test_contract.py tests/kernels/test_arguments.py tests/kernels/test_tracing.py
+tests tests-gpu 110 -m gpu tests &
+step verify 110 "$PYTHON" -m cogvx_kernels verify --device cuda --json "$OUT/verify.json" &
+sanitize 110
 wait
 
 # What is timed runs alone.
-for size in 5b-480x720-49f card-480x720-49f; do
-    [[ $size == 5b* ]] && quick=() || quick=(--quick)
-    bench qk_norm_rope3d "$size" 45 "${quick[@]}"
-    bench gated_residual_adaln "$size" 45 "${quick[@]}"
-done
-bench expert_adaln 5b-480x720-49f 45
+size=5b-480x720-49f
+bench qk_norm_rope3d $size 45 --quick
+bench gated_residual_adaln $size 45 --quick
 ours=(cogvx-grouped cogvx-dense)
 others=(split-cat compile-split-cat cublaslt-gelu)
-bench expert_ffn 5b-480x720-49f 70 --quick --providers "${ours[@]}" "${others[@]}" \
-    --conventions model "text and video experts"
-bench expert_ffn card-480x720-49f 70 --quick \
-    --providers "${ours[@]}" "${others[@]}" grouped-mm compile-grouped-mm \
-    --conventions "text and video experts" "4 experts, top-1" "4 experts, top-2"
+bench expert_ffn $size 60 --quick --providers "${ours[@]}" "${others[@]}" \
+    --conventions "text and video experts"
+bench spatial_norm_silu $size 60 --quick --conventions model \
+    --providers cogvx compile diffusers-eager sglang
+bench residual_moments $size 45 --quick --conventions model --providers cogvx compile torch-steps
+bench temporal_conv $size 50 --quick --conventions model --providers cogvx torch-steps
+bench frame_cache_join $size 30 --quick --providers cogvx cogvx-append compile
+step conv 45 "$PYTHON" -m benchmarks.conv --budget 0.1 --case 0 --case 2 --case 4 --case 8 \
+    --out "$OUT/bench"
 part block 50
-part transformer 80 --layers 6
-part vae-decode 30
+part transformer 70 --layers 4
+part vae-decode 60 --frames 17 --laps 2 --providers diffusers-channels-last cogvx cogvx-reference
+spare bench-qk_norm_rope3d-card 25 "$PYTHON" -m benchmarks --op qk_norm_rope3d \
+    --size card-480x720-49f --device cuda --quick --out "$OUT/bench"
 spare tune 45 "$PYTHON" -m benchmarks.tune --op expert_adaln --quick --out "$OUT/bench"
 
 echo
@@ -199,6 +219,7 @@ for log in "$OUT"/model-*.log; do
     [[ -e $log ]] && sed -n '/^part/,$p' "$log" | cut -c1-120
 done
 [[ -e $OUT/tune.log ]] && grep -A 4 '^expert_adaln' "$OUT/tune.log"
+[[ -e $OUT/conv.log ]] && cut -c1-100 "$OUT/conv.log"
 echo
 cat "$SUMMARY"
 echo "$((SECONDS)) s; logs and results in ${OUT/#$PWD\//}"

@@ -84,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         interpreter.install()
     size = SIZES[name]
+    if arguments.frames:
+        size = dataclasses.replace(size, frames=arguments.frames)
     if arguments.layers:
         config = dataclasses.replace(size.transformer, num_layers=arguments.layers)
         size = dataclasses.replace(size, transformer=config)
@@ -106,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             for side, reason in scene.left_out.items():
                 print(f"{scene.title} at {name}: left out: {side}, {reason}")
-            rows += _rows(scene, name, dtype, device, gaps, arguments.budget)
+            rows += _rows(scene, name, dtype, device, gaps, arguments.budget, arguments.laps)
     found["sm_clock_mhz"] = conditions.clock(device)
     if rows:
         print(_table(rows))
@@ -124,9 +126,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--size", choices=tuple(SIZES), help="default: 5b-480x720-49f, on a CPU small")
     add("--providers", nargs="+", choices=SIDES, help="which sides, beside diffusers")
     add("--layers", type=int, metavar="N", help="blocks of the transformer; default: all")
+    add("--frames", type=int, metavar="N", help="of the clip, 8n + 1; default: the size's")
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, on a CPU float32")
     add("--device", help="default: cuda if there is one")
     add("--budget", type=float, default=2.0, help="seconds for each side and lap (%(default)s)")
+    add("--laps", type=int, default=LAPS, choices=(2, 4, 6, 8), help="there and back (%(default)s)")
     add("--out", type=Path, help="folder for model.csv, which is added to")
     return parser
 
@@ -164,6 +168,7 @@ def _rows(
     device: torch.device,
     gaps: Mapping[str, float],
     budget: float,
+    laps: int,
 ) -> list[Row]:
     sides = scene.sides
     peaks = {side: _peak(scene, side) for side in sides}
@@ -185,24 +190,26 @@ def _rows(
         for side in sides
     ]
     if not INTERPRETED:
-        _time(scene, device, budget, rows)
+        _time(scene, device, budget, laps, rows)
     return rows
 
 
-def _time(scene: Scene, device: torch.device, budget: float, rows: Sequence[Row]) -> None:
+def _time(
+    scene: Scene, device: torch.device, budget: float, laps: int, rows: Sequence[Row]
+) -> None:
     """All sides by turns, there and back, into their rows."""
     times: dict[str, list[Times]] = {side: [] for side in scene.sides}
     with torch.set_grad_enabled(bool(scene.forward)):
-        for side in [*times, *reversed(times)] * (LAPS // 2):
+        for side in [*times, *reversed(times)] * (laps // 2):
             times[side].append(measure([scene.sides[side]], device, budget))
     for row in rows:
-        laps = times[row.provider]
-        ratios = [a.median / b.median for a, b in zip(times[THEIRS], laps, strict=True)]
-        there, back = (statistics.median(t.median for t in laps[i::2]) for i in (0, 1))
+        mine = times[row.provider]
+        ratios = [a.median / b.median for a, b in zip(times[THEIRS], mine, strict=True)]
+        there, back = (statistics.median(t.median for t in mine[i::2]) for i in (0, 1))
         row.speed = statistics.median(ratios)
         row.noise_percent = 100 * abs(there / back - 1)
         if device.type != "cpu":
-            row.median_ms = 1e3 * statistics.median(lap.median for lap in laps)
+            row.median_ms = 1e3 * statistics.median(lap.median for lap in mine)
 
 
 def _peak(scene: Scene, side: str) -> int | None:

@@ -70,8 +70,9 @@ def conv3d(
     Numerics: planes differ from the whole by the order of their sums, and in 16 bits each plane is
     rounded before it is added: within the rule of a matrix product, twice the error of a result
     that is rounded once. Pieces have the bits of the whole wherever torch takes the same algorithm
-    for both, on a CPU for samples and frames in fp32 and bf16, but for pieces of fp32 so small that
-    batch * in * frames * height is at most 20480; else they too are within the rule.
+    for both, on a CPU for samples and frames in fp32 and bf16, but for pieces so small, while
+    gradients are recorded, that batch * in * frames * height is at most 20480; else they too are
+    within the rule.
 
     Raises TypeError or ValueError, naming the argument, for all that is not as above.
     """
@@ -128,10 +129,25 @@ def _release(version: str) -> tuple[int, ...]:
 def _whole(
     x: Tensor, padding: tuple[int, int, int], *, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
+    if x.is_meta and not torch.is_grad_enabled():  # a convolution there forgets the layout
+        shape = (len(x), len(weight), *_sizes(x, weight, padding))
+        return torch.empty(
+            shape, dtype=x.dtype, device="meta", memory_format=_format(_channels_last(x))
+        )
+    if _takes_onednn(x):
+        return torch.mkldnn_convolution(x, weight, bias, padding, (1, 1, 1), (1, 1, 1), 1)
     out = F.conv3d(x, weight, bias, padding=padding)
     if _channels_last(x):  # torch's slow algorithm, that of small calls on a CPU, forgets it
         return out.contiguous(memory_format=torch.channels_last_3d)
     return out
+
+
+def _takes_onednn(x: Tensor) -> bool:
+    """Whether to call oneDNN by name. Torch keeps small calls from it, at a tenth of its speed."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # it cannot be traced
+        return False
+    plain = x.device.type == "cpu" and x.dtype is torch.float32 and type(x) is Tensor
+    return plain and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
 
 
 def _planes(

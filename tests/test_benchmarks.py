@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -185,11 +186,29 @@ sys.exit(main(sys.argv[1:]))
 
 def test_a_wrong_part_is_not_timed(tmp_path):
     pytest.importorskip("diffusers")
-    words = ("--part", "vae-decode", "--device", "cpu", "--out", str(tmp_path))
-    done = run("-c", PLANT_IN_MODEL, *words)
+    words = ("--part", "vae-decode", "--frames", "1", "--providers", "cogvx", "--device", "cpu")
+    done = run("-c", PLANT_IN_MODEL, *words, "--out", str(tmp_path))
     assert done.returncode == 1, done.stderr
     assert "outputs of cogvx differ" in done.stdout
     assert "speed" not in done.stdout and not list(tmp_path.iterdir())
+
+
+def test_both_halves_of_the_vae_have_rows(tmp_path):
+    """Of both layouts of diffusers' and both backends of ours; of what is compiled a reason."""
+    pytest.importorskip("diffusers")
+    parts = ("--part", "vae-decode", "--part", "vae-encode")
+    words = (*parts, "--frames", "1", "--laps", "2", "--budget", "0.01", "--device", "cpu")
+    done = run("-m", "benchmarks.model", *words, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "model.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    sides = ("diffusers", "diffusers-channels-last", "cogvx", "cogvx-reference")
+    assert [(row["part"], row["provider"]) for row in rows] == [
+        (part, side) for part in ("vae-decode", "vae-encode") for side in sides
+    ]
+    assert all(float(row["speed"]) > 0 and float(row["peak_mib"]) > 0 for row in rows)
+    assert all(row["median_ms"] == "" == row["gpu_mib"] for row in rows)
+    assert done.stdout.count("left out: diffusers-compile") == 2
 
 
 @pytest.mark.slow
@@ -206,6 +225,66 @@ def test_a_block_on_kernels_saves_little(tmp_path, dtype):
     assert {part for part, _ in rows} == {"block, forward", "block, both ways"}
     assert float(rows["block, both ways", "cogvx"]["saved"]) <= 0.6
     assert all(row["speed"] == "" for row in rows.values())  # interpreted kernels are never timed
+
+
+# --- convolutions ------------------------------------------------------------------------------
+
+# Planes that forget the last one.
+PLANT_IN_CONV = """
+import sys
+from benchmarks import conv
+
+right = conv.conv3d
+def wrong(x, weight, bias=None, padding=(0, 1, 1), *, way="auto"):
+    out = right(x, weight, bias, padding, way=way)
+    if way == "planes":
+        out -= right(x[:, :, 2:], weight[:, :, 2:], None, padding, way="whole")
+    return out
+conv.conv3d = wrong
+sys.exit(conv.main(sys.argv[1:]))
+"""
+CONV_ON_CPU = ("--device", "cpu", "--budget", "0.01", "--case", "0")
+
+
+def test_convolutions_have_a_row_for_each_way(tmp_path):
+    done = run("-m", "benchmarks.conv", *CONV_ON_CPU, "--case", "6", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "conv.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    seen = [(row["way"], row["layout"], row["bias"]) for row in rows]
+    layouts = ("NCDHW", "NDHWC")
+    assert seen == [
+        (way, layout, bias)
+        for ways in (("whole", "planes"), ("nearest", "folded"))
+        for bias in ("True", "False")
+        for way in ways
+        for layout in layouts
+    ]
+    assert all(float(row["ratio"]) > 0 and row["commit"] and row["device_name"] for row in rows)
+    assert all(row["median_ms"] == row["tflop_per_s"] == row["extra_mib"] == "" for row in rows)
+    written = json.loads((tmp_path / "conv.json").read_text())
+    assert len(written["rows"]) == len(rows) and str(tmp_path) not in json.dumps(written)
+
+
+def test_a_wrong_convolution_gets_no_row(tmp_path):
+    done = run("-c", PLANT_IN_CONV, *CONV_ON_CPU, "--out", str(tmp_path))
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.count("wrong, and not timed: 3x3x3, 64 to 64") == 4
+    rows = json.loads((tmp_path / "conv.json").read_text())["rows"]
+    assert {row["way"] for row in rows} == {"whole"}
+
+
+# --- videos ------------------------------------------------------------------------------------
+
+
+def test_the_extension_is_timed_on_a_cpu(tmp_path):
+    pytest.importorskip("cogvx_kernels._C")
+    words = ("--op", "frame_cache_join", *ON_CPU, "--pass", "forward", "--conventions", "model")
+    done = bench(*words, "--providers", "cogvx", "cogvx-append", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "frame_cache_join-tiny-float32-cpu.json").read_text())["rows"]
+    assert [row["provider"] for row in rows] == ["eager", "cogvx", "cogvx-append"]
+    assert all(row["ratio_to_eager"] > 0 for row in rows)
 
 
 # --- sweeps ------------------------------------------------------------------------------------
@@ -256,6 +335,7 @@ def test_gpu_check_is_a_script():
     assert done.returncode == 0, done.stderr
 
 
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Does what a program is asked, but for one part of the model.
 STUB = """#!/usr/bin/env bash
 case "$*" in *vae-decode*) echo "no such thing" && exit 3 ;; esac
@@ -279,7 +359,26 @@ def test_gpu_check_goes_on_after_a_failure(tmp_path):
     status = {line.split()[1]: line.split()[0] for line in lines}
     assert [name for name, word in status.items() if word != "ok"] == ["model-vae-decode"]
     assert "status 3" in next(line for line in lines if "vae-decode" in line)
-    assert {"build", "contract", "verify", "sanitize-racecheck", "model-block", "tune"} <= set(
-        status
-    )
+    tools = {f"sanitize-{tool}{of}" for tool in TOOLS for of in ("", "-videos", "-cache")}
+    assert tools - {"sanitize-synccheck-cache"} <= status.keys()
+    assert {"build", "contract", "verify", "conv", "model-block", "tune"} <= status.keys()
+    about = ("qk_norm_rope3d", "expert_ffn", "spatial_norm_silu", "temporal_conv")
+    assert {f"bench-{op}-5b-480x720-49f" for op in about} <= status.keys()
+
+
+def test_gpu_check_sanitizes_every_op():
+    script = (ROOT / "benchmarks/gpu_check.sh").read_text()
+    lists = re.findall(r"^(?:TOKENS|VIDEOS)=\((.*)\)$", script, re.MULTILINE)
+    assert sorted(" ".join(lists).split()) == sorted(OPS)
+
+
+def test_gpu_check_names_what_there_is():
+    """Its flags, parts, providers and calls: it must not fail on a GPU for want of a name."""
+    script = (ROOT / "benchmarks/gpu_check.sh").read_text().replace("\\\n", " ")
+    known = bench("--list").stdout + run("-m", "benchmarks.model", "--help").stdout
+    named = re.findall(r"--providers ((?:[a-z][a-z-]* ?)+)", script)
+    words = {word for line in named for word in line.split()}
+    assert words and all(re.search(rf"(?<![\w-]){word}(?![\w-])", known) for word in words)
+    parts = re.findall(r"^part ([a-z-]+)", script, re.MULTILINE)
+    assert parts and all(part in known for part in parts)
     assert done.returncode == 1, done.stderr

@@ -119,6 +119,6 @@ class SpatialNorm(nn.Module):
         convs = [point.conv for norm in norms for point in (norm.conv_y, norm.conv_b)]
         weight = torch.cat([conv.weight.flatten(1) for conv in convs])
         bias = torch.cat([conv.bias for conv in convs])
-        rows = F.linear(zq.movedim(1, -1), weight, bias)
+        rows = F.linear(zq.movedim(1, -1).contiguous(), weight, bias)
         maps = rows.movedim(-1, 1).split([conv.out_channels for conv in convs], dim=1)
         return list(zip(maps[::2], maps[1::2], strict=True))

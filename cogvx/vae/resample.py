@@ -1,6 +1,5 @@
 """Half the size, or twice: in space by convolutions of pictures, in time by pairs of frames."""
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -64,7 +63,7 @@ class Upsample3D(nn.Module):
             shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d
         )
         kernels = folded(self.conv.weight) if self.fold else None
-        step = max(1, SAFE // max(1, 4 * x[:, :, :1].numel()))
+        step = max(1, SAFE // max(1, 4 * batch * channels * (height + 1) * (width + 1)))
         for start in (*range(0, single, step), *range(single, frames, step)):
             end = min(start + step, single if start < single else frames)
             to = slice(max(start, 2 * start - single), max(end, 2 * end - single))
@@ -73,23 +72,19 @@ class Upsample3D(nn.Module):
 
     def _convolve(self, x: Tensor, kernels: Tensor | None, out: Tensor) -> None:
         """The frames x into the ones of `out` that show them, one each or two."""
-        frames, height, width = x.shape[2:]
-        out = out.unflatten(2, (frames, -1))
-        small = pictures(x)
+        small, out = pictures(x), out.unflatten(2, (x.shape[2], -1))
         if kernels is None:
             doubled = F.interpolate(small, scale_factor=2.0)
             self._put(F.conv2d(doubled, self.conv.weight, padding=1), out)
-            return
-        for row, column in itertools.product((0, 1), repeat=2):
-            phase = F.conv2d(small, kernels[row, column], padding=1)
-            phase = phase[:, :, row : row + height, column : column + width]
-            self._put(phase, out[..., row::2, column::2])
-            del phase  # before the next is made
+        else:
+            whole = F.conv2d(small, kernels, padding=1)
+            # (batch, channels, pictures, 1 or 2, height, row, width, column)
+            self._put(phases(whole), out.unflatten(5, (-1, 2)).unflatten(4, (-1, 2)))
 
     def _put(self, x: Tensor, out: Tensor) -> None:
-        """Pictures and the bias into (batch, channels, pictures, 1 or 2, height, width)."""
+        """Pictures, and the bias, into (batch, channels, pictures, 1 or 2, ...)."""
         x = video(x, len(out)).unsqueeze(3).expand_as(out)
-        bias = self.conv.bias[:, None, None, None, None]
+        bias = self.conv.bias.view(-1, *(1 for _ in x.shape[2:]))
         if torch.is_grad_enabled():
             out.copy_(x + bias)
         else:
@@ -97,14 +92,32 @@ class Upsample3D(nn.Module):
 
 
 def folded(weight: Tensor) -> Tensor:
-    """The kernels of the four phases, (row, column, out, in, 2, 2), of one (out, in, 3, 3).
+    """The kernels of the four phases one after the other, (4 · out, in, 2, 2), of (out, in, 3, 3).
 
     In a row of taps a, b, c, even pixels meet a and b + c, odd ones a + b and c: with a zero on
     either side these are the sums of neighbours, every other one.
     """
     sums = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)  # (out, in, 4, 4)
-    phases = sums.unflatten(3, (2, 2)).unflatten(2, (2, 2))  # (out, in, tap, row, tap, column)
-    return phases.permute(3, 5, 0, 2, 4, 1).contiguous().movedim(-1, 3)  # channels last
+    of_phases = sums.unflatten(3, (2, 2)).unflatten(2, (2, 2))  # (out, in, tap, row, tap, column)
+    channels_last = of_phases.permute(3, 5, 0, 2, 4, 1).flatten(0, 2)
+    return channels_last.movedim(-1, 1)
+
+
+def phases(x: Tensor) -> Tensor:
+    """The four phases out of one convolution with all their kernels.
+
+    x        (pictures, 4 · channels, height + 1, width + 1)
+    returns  (pictures, channels, height, 2, width, 2), a view: the pixel (2h + row, 2w + column) of
+             a result is at (h + row, w + column) of the phase (row, column)
+    """
+    pictures, channels, height, width = x.shape
+    each, (by_picture, by_channel, by_row, by_column) = channels // 4, x.stride()
+    return x.as_strided(
+        (pictures, each, height - 1, 2, width - 1, 2),
+        (by_picture, by_channel, by_row, 2 * each * by_channel + by_row,
+         by_column, each * by_channel + by_column),
+        x.storage_offset(),
+    )  # fmt: skip
 
 
 def halved(x: Tensor, leads: bool) -> Tensor:

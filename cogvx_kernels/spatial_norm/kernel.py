@@ -109,8 +109,6 @@ def _apply_kernel(
     frame = place % sizes.frames
     batch = place // sizes.frames
     offset = vector(offset_ptr, channel, there, 0.0, P)
-    weight = vector(weight_ptr, channel, there, 1.0, P)
-    bias = vector(bias_ptr, channel, there, 0.0, P)
     mean, rstd = statistics(moments_ptr, batch, frame, sizes, channel, there, P)
     mean_grad = mean
     mean_along = rstd
@@ -118,8 +116,9 @@ def _apply_kernel(
         mean_grad, mean_along = of_groups(along_ptr, batch, frame, sizes, channel, there, P)
         mean_grad *= rstd
         mean_along *= rstd * rstd
-    weight *= rstd
     if P.RATIO == 0:
+        weight = vector(weight_ptr, channel, there, 1.0, P) * rstd
+        bias = vector(bias_ptr, channel, there, 0.0, P)
         for step in range(0, sizes.span):
             row, col, mask = pixels_of(down, step, sizes, P)
             _tile(
@@ -137,8 +136,8 @@ def _apply_kernel(
             of = tl.cast(index, tl.int64)  # the interpreter counts in Python's numbers
             scale = latent(y, batch, source, of, cell, channel, latents, 1.0, P)
             shift = latent(b, batch, source, of, cell, channel, latents, 0.0, P)
-            shift += scale * bias[None, :]
-            scale *= weight[None, :]
+            shift += scale * vector(bias_ptr, channel, there, 0.0, P)[None, :]
+            scale *= (vector(weight_ptr, channel, there, 1.0, P) * rstd)[None, :]
             for line in range(first, last):
                 row = of * sizes.each + line
                 _tile(

@@ -78,6 +78,7 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("more channels than a tile", {"channels": 144, "out": 136, "frames": 2, "pixels": (1, 3)}),
     ("more pixels than a tile", {"pixels": (9, 17), "frames": 2}),
     ("more pixels than a tile, contiguous", {"pixels": (9, 17), "layout": "contiguous"}),
+    ("more tiles than a weight stays for", {"pixels": (13, 17), "frames": 9, "channels": 8}),
     ("SiLU", {"activation": "silu", "batch": 2}),
     ("SiLU, a first frame, stride 2", {"activation": "silu", "past": "replicate", "stride": 2}),
     ("depthwise", {"depthwise": True, "batch": 2, "frames": 6}),

@@ -62,9 +62,8 @@ def test_enough_programs_whatever_the_number_of_groups(num_groups):
     """For a GPU of 132 multiprocessors, even at the decoder's smallest size."""
     shapes = ((1, 512, 2, 60, 90), (1, 256, 4, 120, 180))
     for shape in shapes:
-        x = torch.empty(shape, dtype=torch.bfloat16).contiguous(
-            memory_format=torch.channels_last_3d
-        )
+        x = torch.empty(shape, dtype=torch.bfloat16)
+        x = x.contiguous(memory_format=torch.channels_last_3d)
         grids = {}
 
         def launched(self, *args, _grids=grids, **kwargs):

@@ -14,10 +14,6 @@ from cogvx_kernels.testing import cotangents, judge
 if not _backend.HAS_TRITON:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-TemporalConv, temporal_conv, temporal_conv_reference = (
-    getattr(importlib.import_module("cogvx_kernels.temporal_conv"), name)
-    for name in ("TemporalConv", "temporal_conv", "temporal_conv_reference")
-)
 kernel = importlib.import_module("cogvx_kernels.temporal_conv.kernel")
 
 BACKENDS = pytest.mark.parametrize("backend", ["kernel", "reference"])

@@ -16,7 +16,7 @@ from tests.harness.observe import observe
 
 # They give room or another look at it: no kernel runs.
 NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_",
-             "_unsafe_view", "detach", "alias", "lift_fresh", "set_"}  # fmt: skip
+             "_unsafe_view", "detach", "alias", "lift_fresh", "set_", "promote_types"}  # fmt: skip
 # Bound by arithmetic: products of matrices, and attention.
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "expert_ffn", "_addmm_activation"}
 ATTENTION = "_scaled_dot_product"
