@@ -1,9 +1,9 @@
 """`python -m benchmarks.conv`: torch's convolutions at the decoder's shapes, in every way there is.
 
 A 3-D convolution as one and as planes (`cogvx_kernels.conv3d`), in both layouts, with and without a
-bias; doubling a picture and convolving it, as it says and as four folded convolutions. Every result
-is compared before anything is timed; then all of a shape run in turn, there and back. Exit status 1
-if one is wrong, which gets no row.
+bias; doubling a picture and convolving it, as it says, as four folded convolutions, and as one that
+makes all four phases. Every result is compared before anything is timed; then all of a shape run in
+turn, there and back. Exit status 1 if one is wrong, which gets no row.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cogvx.vae.resample import folded
+from cogvx.vae.resample import folded, phases
 from cogvx_kernels import conv3d
 
 from . import conditions, report
@@ -66,7 +66,7 @@ class Case:
     def flops(self, way: str) -> int:
         taps = self.kernel[0] * self.kernel[1] * self.kernel[2]
         pixels = self.height * self.width * (4 if self.doubled else 1)
-        if way == "folded":
+        if way in ("folded", "phases"):
             taps = 4
         return 2 * self.inputs * self.outputs * taps * self.frames * pixels
 
@@ -126,7 +126,7 @@ class Row:
 def ways(case: Case, weight: Tensor, bias: Tensor) -> Iterator[tuple[str, str, bool, Function]]:
     """(way, layout, with a bias or not, function of x in that layout); first the plain one."""
     padding = (0, case.kernel[1] // 2, case.kernel[2] // 2)
-    names = ("nearest", "folded") if case.doubled else ("whole", "planes")
+    names = ("nearest", "folded", "phases") if case.doubled else ("whole", "planes")
     for with_bias, way, layout in itertools.product((True, False), names, LAYOUTS):
         b = bias if with_bias else None
         w = weight.contiguous(memory_format=LAYOUTS[layout])
@@ -152,25 +152,42 @@ def _doubled(way: str, layout: str, weight: Tensor) -> Callable[..., Tensor]:
             return _video(F.conv2d(wide, weight, bias, padding=1))
 
         return nearest
-    kernels = folded(weight)  # once: they are weights
+    # Once: they are weights.
+    kernels = folded(weight).contiguous(memory_format=near)
+    if way == "phases":
 
-    def phases(x: Tensor, bias: Tensor | None) -> Tensor:
+        def at_once(x: Tensor, bias: Tensor | None) -> Tensor:
+            whole = F.conv2d(_pictures(x, near), kernels, padding=1)
+            small = phases(whole)  # (pictures, channels, height, row, width, column)
+            bias = small.new_zeros(()) if bias is None else bias.view(-1, 1, 1, 1, 1)
+            count, channels, height, _, width, _ = small.shape
+            out = _empty((count, channels, 2 * height, 2 * width), small, near)
+            torch.add(small, bias, out=out.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)))
+            return _video(out)
+
+        return at_once
+    apart = kernels.unflatten(0, (2, 2, -1))  # (row, column, out, in, 2, 2)
+
+    def each(x: Tensor, bias: Tensor | None) -> Tensor:
         small = _pictures(x, near)
         count, _, height, width = small.shape
-        shape = (count, weight.shape[0], 2 * height, 2 * width)
-        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=near)
+        out = _empty((count, len(weight), 2 * height, 2 * width), small, near)
         for row, column in itertools.product((0, 1), repeat=2):
-            kernel = kernels[row, column].contiguous(memory_format=near)
+            kernel = apart[row, column].contiguous(memory_format=near)
             phase = F.conv2d(small, kernel, bias, padding=1)
             out[..., row::2, column::2] = phase[..., row : row + height, column : column + width]
         return _video(out)
 
-    return phases
+    return each
 
 
 def _pictures(x: Tensor, near: torch.memory_format) -> Tensor:
     """The frames of one sample; those of NCDHW are copied, as in diffusers."""
     return x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=near)
+
+
+def _empty(shape: tuple[int, ...], like: Tensor, near: torch.memory_format) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=near)
 
 
 def _video(x: Tensor) -> Tensor:

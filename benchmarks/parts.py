@@ -79,7 +79,15 @@ SMALL = Size(
         use_rotary_positional_embeddings=True,
     ),
 )
+TINY = dataclasses.replace(  # for tests of this program itself
+    SMALL,
+    frames=9,
+    height=32,
+    width=48,
+    vae=VAEConfig(block_out_channels=(8, 16, 16, 16), norm_num_groups=4),
+)
 SIZES = {
+    "tiny": TINY,
     "small": SMALL,
     **{
         f"{name}-{p.height}x{p.width}-{p.frames}f": Size(

@@ -12,7 +12,7 @@ import torch
 from cogvx_kernels.testing import OPS, SIZES
 
 from . import inputs
-from .providers import PROVIDERS, Unavailable
+from .providers import PROVIDERS, Unavailable, providers_of
 
 pytest.importorskip("pytest_benchmark")
 
@@ -35,7 +35,7 @@ def test_forward(benchmark, info, provider):
     benchmark.group = info.name
     convention = next(iter(provider.conventions), inputs.MODEL)
     sample = inputs.conventions(info, SIZES["tiny"]).get(convention)
-    if sample is None or (provider.ops and info.name not in provider.ops):
+    if sample is None or provider not in providers_of(info):
         pytest.skip(f"{provider.name} has no such call of {info.name}")
     arguments = inputs.make(sample, torch.float32, DEVICE, 0)
     try:

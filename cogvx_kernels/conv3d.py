@@ -147,7 +147,9 @@ def _takes_onednn(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.is_grad_enabled():  # it cannot be traced
         return False
     plain = x.device.type == "cpu" and x.dtype is torch.float32 and type(x) is Tensor
-    return plain and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    if not plain or torch.is_autocast_enabled("cpu"):
+        return False
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
 
 
 def _planes(

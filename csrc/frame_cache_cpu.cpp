@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kBytesPerTask = 65536;  // less than this is not worth waking another thread
 constexpr int64_t kTileBytes = 65536;     // of one frame: read once from memory, then from cache
-constexpr int64_t kTileSide = 64;         // where the closest dimensions of two tensors differ
+constexpr int64_t kTileSide = 128;        // where the closest dimensions of two tensors differ
 
 // ---- one frame of a tile ------------------------------------------------------------------------
 
@@ -217,13 +217,13 @@ Tiles middle_of(const FrameCacheAppend& append) {
 
 // ---- the work -----------------------------------------------------------------------------------
 
-// Frame t of a tile, to joined and to the cache.
-void append_tile(const FrameCacheAppend& append, const Tile& tile, int64_t t) {
-  const auto in_frame = [&](const FrameView& view, int64_t frame) {
-    char* const data = view.data + frame * view.frame_stride * append.element_size;
+// A tile through all of its frames.
+void append_tile(const FrameCacheAppend& append, const Tile& tile) {
+  const auto in_frame = [&](const FrameView& view, int64_t t) {
+    char* const data = view.data + t * view.frame_stride * append.element_size;
     return tile.in(data, view.strides, append.element_size);
   };
-  const auto put = [&](const Plane& to) {
+  const auto put = [&](const Plane& to, int64_t t) {
     if (t < append.kept && append.past == Past::kZeros) {
       zero(to, tile.extent, append.element_size);
     } else {
@@ -233,19 +233,12 @@ void append_tile(const FrameCacheAppend& append, const Tile& tile, int64_t t) {
       copy(to, from, tile.extent, append.element_size);
     }
   };
-  if (t < append.joining) put(in_frame(append.joined, t));
   // With no chunk the cache stays as it is, unless the clip begins.
   const bool moves = append.arriving > 0 || append.past != Past::kCache;
-  if (t >= append.arriving && moves) put(in_frame(append.cache, t - append.arriving));
-}
-
-// A thread's tiles, all of them in one frame before the next: memory is gone through in order.
-void append_tiles(const FrameCacheAppend& append, const Tiles& tiles, int64_t begin, int64_t end) {
   for (int64_t step = 0; step < append.steps(); ++step) {
     const int64_t t = step < append.joining ? step : step + append.skipped;
-    for (int64_t number = begin; number < end; ++number) {
-      append_tile(append, Tile(tiles, number), t);
-    }
+    if (t < append.joining) put(in_frame(append.joined, t), t);
+    if (t >= append.arriving && moves) put(in_frame(append.cache, t - append.arriving), t);
   }
 }
 
@@ -269,8 +262,9 @@ void run_on_cpu(const FrameCacheAppend& append, int32_t /*device*/) {
   const int64_t tile_bytes = tile.rows * tile.run * append.element_size * append.steps();
   const int64_t grain = std::max<int64_t>(1, kBytesPerTask / tile_bytes);
   torch::stable::parallel_for(0, count, grain, [&](int64_t number, int64_t end) {
-    append_tiles(append, middle, number, std::min(end, middle.count));
-    number = std::max(number, middle.count);
+    for (; number < std::min(end, middle.count); ++number) {
+      append_tile(append, Tile(middle, number));
+    }
     int64_t first = middle.count;
     for (const Border& border : append.borders) {
       const Tiles tiles = tiles_of(append, border);

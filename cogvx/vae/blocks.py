@@ -5,7 +5,7 @@ Every layer is called as `layer(flow, modulations, cache)` and returns a `Flow`:
 it was given.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -94,27 +94,29 @@ class Level(nn.Module):
         for block in resnets[: -1 if resampled else None]:
             block.feeds_norm = True
 
-    def layers(self) -> Iterator[nn.Module]:
+    def layers(self, zq: Tensor | None) -> Iterator[tuple[nn.Module, list[Modulation]]]:
+        """Each layer with the modulations of its norms by zq, the latents of a chunk, if any.
+
+        Those of a level are made at once, and live while its layers are walked.
+        """
+        norms = _modulated_norms(self) if zq is not None else []
+        modulations = iter(SpatialNorm.modulated(norms, zq) if norms else ())
         for children in self.children():
-            yield from cast(nn.ModuleList, children)
+            for layer in cast(nn.ModuleList, children):
+                yield layer, [next(modulations) for _ in _modulated_norms(layer) if norms]
 
-    def forward(
-        self, flow: Flow, zq: Tensor | None, cache: FrameCache, checkpointing: bool = False
-    ) -> Flow:
-        """A chunk through the layers; zq: its latents, for norms that they modulate."""
-        modulations = self._modulated(zq)
-        for layer in self.layers():
-            of_layer = [next(modulations) for _ in _modulated_norms(layer)]
+
+def walked(
+    levels: Iterable[Level], flow: Flow, zq: Tensor | None, cache: FrameCache, checkpointing: bool
+) -> Flow:
+    """A chunk through the layers of all levels. What a layer was given is freed after it."""
+    for level in levels:
+        for layer, modulations in level.layers(zq):
             if checkpointing and torch.is_grad_enabled():
-                flow = checkpointed(layer, flow, of_layer, cache)
+                flow = checkpointed(layer, flow, modulations, cache)
             else:
-                flow = layer(flow, of_layer, cache)
-        return flow
-
-    def _modulated(self, zq: Tensor | None) -> Iterator[Modulation]:
-        """For each norm of the level, made at once: they live while its layers are walked."""
-        norms = _modulated_norms(self)
-        return iter(SpatialNorm.modulated(norms, zq) if norms and zq is not None else ())
+                flow = layer(flow, modulations, cache)
+    return flow
 
 
 def _modulated_norms(module: nn.Module) -> list[SpatialNorm]:

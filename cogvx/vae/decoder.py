@@ -3,10 +3,11 @@
 from functools import partial
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from ..config import VAEConfig
-from .blocks import Level, MakeConv, MakeNorm, resnets
+from .blocks import Level, MakeConv, MakeNorm, resnets, walked
 from .causal_conv import CausalConv3d, FactorizedConv3d, name_convs
 from .norm import Flow, FrameNorm, SpatialNorm
 from .resample import Upsample3D
@@ -59,10 +60,12 @@ class Decoder(nn.Module):
         """
         cache = FrameCache(keep=False) if cache is None else cache
         with cache.chunk(leads=self.config.factorized or latents.shape[1] % 2 == 1):
-            zq = latents.transpose(1, 2)
-            flow = Flow(self.conv_in(zq, cache))
-            for level in (self.mid_block, *self.up_blocks):
-                flow = level(flow, zq, cache, self.gradient_checkpointing)
+            zq = latents.transpose(1, 2).contiguous(memory_format=torch.channels_last_3d)
+            levels = (self.mid_block, *self.up_blocks)
+            # Not named here, so that what comes out of conv_in is freed when it has been used.
+            flow = walked(
+                levels, Flow(self.conv_in(zq, cache)), zq, cache, self.gradient_checkpointing
+            )
             of_zq = isinstance(self.norm_out, SpatialNorm)
             [modulation] = SpatialNorm.modulated([self.norm_out], zq) if of_zq else [None]
             return self.conv_out.after(self.norm_out, flow, modulation, cache).transpose(1, 2)

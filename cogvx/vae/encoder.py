@@ -6,7 +6,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from ..config import VAEConfig
-from .blocks import Level, MakeConv, MakeNorm, resnets
+from .blocks import Level, MakeConv, MakeNorm, resnets, walked
 from .causal_conv import CausalConv3d, FactorizedConv3d, name_convs
 from .norm import Flow, FrameNorm, Norm
 from .resample import Downsample3D
@@ -57,7 +57,13 @@ class Encoder(nn.Module):
         """
         cache = FrameCache(keep=False) if cache is None else cache
         with cache.chunk(leads=self.config.factorized or video.shape[1] % 2 == 1):
-            flow = Flow(self.conv_in(video.transpose(1, 2), cache))
-            for level in (*self.down_blocks, self.mid_block):
-                flow = level(flow, None, cache, self.gradient_checkpointing)
+            levels = (*self.down_blocks, self.mid_block)
+            # Not named here, so that what comes out of conv_in is freed when it has been used.
+            flow = walked(
+                levels,
+                Flow(self.conv_in(video.transpose(1, 2), cache)),
+                None,
+                cache,
+                self.gradient_checkpointing,
+            )
             return self.conv_out.after(self.norm_out, flow, None, cache).transpose(1, 2)

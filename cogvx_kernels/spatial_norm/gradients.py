@@ -49,8 +49,8 @@ def _add(
     centred = f - of_channels(mean, P)
     z = centred * of_cells(scale, P) + of_cells(shift, P)
     grad = load(dout, batch, frame, row, col, channel, mask, P) * slope(z, P)
-    g += tl.where(mask, grad, 0.0)
-    along += tl.where(mask, grad * centred, 0.0)
+    g += grad  # zero where there is no pixel, as dout is
+    along += grad * centred
     if OFFSET:
         normal += tl.where(mask, centred, 0.0)
     return g, along, normal
@@ -126,7 +126,8 @@ def sums_kernel(
                 along = zeros(P)
                 normal = zeros(P)
             for step in range(0, sizes.each * RUNS):
-                cell, col, mask = columns_of(tile * RUNS + step % RUNS, sizes, P)
+                if RUNS > 1:
+                    cell, col, mask = columns_of(tile * RUNS + step % RUNS, sizes, P)
                 g, along, normal = _add(
                     g, along, normal, x, dout, batch, frame, of * sizes.each + step // RUNS, col,
                     channel, there, mask, offset, mean, scale, shift, P, OFFSET,
@@ -140,13 +141,17 @@ def sums_kernel(
                     over_run(normal, P) * rstd[None, :], P,
                 )  # fmt: skip
         if not P.PER_FRAME:
+            # Loaded again, because there are no registers to keep them in through the loops.
+            factor = latent(y, batch, source, of, cell, channel, latents, 1.0, P)
+            mean, rstd = statistics(moments_ptr, batch, 0, sizes, channel, there, P)
             b_grad = over_run(g, P)
             along_grad = over_run(along, P) * rstd[None, :]
-            factor = latent(y, batch, source, of, cell, channel, latents, 1.0, P)  # not kept so far
             _keep(
                 sums_ptr, at, place, places, channel, there, factor, b_grad, along_grad,
                 over_run(normal, P) * rstd[None, :], P,
             )  # fmt: skip
+        weight = vector(weight_ptr, channel, there, 1.0, P)
+        bias = vector(bias_ptr, channel, there, 0.0, P)
         if dy.ptr is not None:
             y_grad = along_grad * weight[None, :] + b_grad * bias[None, :]
             where = latent_at(dy, batch, source, of, cell, channel, P)

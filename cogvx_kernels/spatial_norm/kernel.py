@@ -109,6 +109,8 @@ def _apply_kernel(
     frame = place % sizes.frames
     batch = place // sizes.frames
     offset = vector(offset_ptr, channel, there, 0.0, P)
+    weight = vector(weight_ptr, channel, there, 1.0, P)
+    bias = vector(bias_ptr, channel, there, 0.0, P)
     mean, rstd = statistics(moments_ptr, batch, frame, sizes, channel, there, P)
     mean_grad = mean
     mean_along = rstd
@@ -116,9 +118,8 @@ def _apply_kernel(
         mean_grad, mean_along = of_groups(along_ptr, batch, frame, sizes, channel, there, P)
         mean_grad *= rstd
         mean_along *= rstd * rstd
+    weight *= rstd
     if P.RATIO == 0:
-        weight = vector(weight_ptr, channel, there, 1.0, P) * rstd
-        bias = vector(bias_ptr, channel, there, 0.0, P)
         for step in range(0, sizes.span):
             row, col, mask = pixels_of(down, step, sizes, P)
             _tile(
@@ -129,21 +130,18 @@ def _apply_kernel(
         cell, col, mask = columns_of(across, sizes, P)
         latents = (cell < sizes.cols)[:, None] & there[None, :]
         source = latent_frame(frame, sizes, P)
-        begin = tl.cast(down // sizes.parts, tl.int64) * sizes.group
+        of = tl.cast(down // sizes.parts, tl.int64)
+        scale = latent(y, batch, source, of, cell, channel, latents, 1.0, P)
+        shift = latent(b, batch, source, of, cell, channel, latents, 0.0, P)
+        shift += scale * bias[None, :]
+        scale *= weight[None, :]
         first = tl.cast(down % sizes.parts, tl.int64) * sizes.span
-        last = tl.minimum(first + sizes.span, sizes.each)
-        for index in range(begin, tl.minimum(begin + sizes.group, sizes.rows)):
-            of = tl.cast(index, tl.int64)  # the interpreter counts in Python's numbers
-            scale = latent(y, batch, source, of, cell, channel, latents, 1.0, P)
-            shift = latent(b, batch, source, of, cell, channel, latents, 0.0, P)
-            shift += scale * vector(bias_ptr, channel, there, 0.0, P)[None, :]
-            scale *= (vector(weight_ptr, channel, there, 1.0, P) * rstd)[None, :]
-            for line in range(first, last):
-                row = of * sizes.each + line
-                _tile(
-                    out, head, cache, x, dout, along_ptr, batch, frame, row, col, channel, there,
-                    mask, offset, mean, mean_grad, mean_along, scale, shift, sizes, P,
-                )  # fmt: skip
+        for line in range(first, tl.minimum(first + sizes.span, sizes.each)):
+            row = of * sizes.each + line
+            _tile(
+                out, head, cache, x, dout, along_ptr, batch, frame, row, col, channel, there,
+                mask, offset, mean, mean_grad, mean_along, scale, shift, sizes, P,
+            )  # fmt: skip
 
 
 # --- launchers -------------------------------------------------------------------------------

@@ -38,8 +38,8 @@ class Sizes(NamedTuple):
     frames, height, width   of x
     latents, rows, cols     frames, height and width of y and b
     each                    rows of pixels for a row of latents
-    group, parts            rows of latents for a program; programs for a row of latents
-    span                    rows of pixels for a program, of one row of latents
+    parts                   programs for a row of latents
+    span                    rows of pixels for a program, or steps of a strip
     down, across            programs for the height of a frame, and for its width
     kept                    cached frames
     """
@@ -51,7 +51,6 @@ class Sizes(NamedTuple):
     rows: int
     cols: int
     each: int
-    group: int
     parts: int
     span: int
     down: int
@@ -164,14 +163,13 @@ def sizes_of(x: Tensor, there: Tensor | None, plan: Plan, span: int, kept: int =
     frames, height, width = x.shape[2:]
     if there is None:
         down = triton.cdiv(height * width, plan.RUN * span)
-        return Sizes(frames, height, width, 1, 1, 1, 1, 1, 1, span, down, 1, kept)
+        return Sizes(frames, height, width, 1, 1, 1, 1, 1, span, down, 1, kept)
     latents, rows, cols = there.shape[2:]
     each = height // rows
-    group, parts = max(span // each, 1), triton.cdiv(each, span)
-    down = triton.cdiv(rows, group) * parts
+    parts = triton.cdiv(each, span)
     across = triton.cdiv(cols, plan.CELLS) * triton.cdiv(plan.RATIO, plan.RUN)
     return Sizes(
-        frames, height, width, latents, rows, cols, each, group, parts, span, down, across, kept
+        frames, height, width, latents, rows, cols, each, parts, span, rows * parts, across, kept
     )
 
 

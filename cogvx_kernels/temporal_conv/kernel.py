@@ -49,10 +49,10 @@ BLOCK_INNER = 64  # of 2-byte elements; half as many of 4
 WARPS = 8
 STAGES = 3
 AMD_STAGES = 2  # with 64 KB of shared memory
-RESIDENT_ROWS = 64  # of a tile, where the weight stays: then there is one program on a processor
-RESIDENT_WARPS = 4
-RESIDENT_TILES = 32  # that the weight is loaded for
-RESIDENT_BYTES = 200 * 1024  # of the 227 KB that there are; storing takes some more
+STAYING_ROWS = 64  # of a tile, where the weight stays: then there is one program on a processor
+STAYING_WARPS = 4
+STAYING_TILES = 32  # that the weight is loaded for
+STAYING_BYTES = 200 * 1024  # of the 227 KB that there are; storing takes some more
 FRAMES = 4  # that a depthwise program makes, of the same pixels
 ELEMENTS = 1024  # of each, two 16-byte loads of bf16 for each of 64 threads
 STRIPS = 512  # programs, about, that sum for the weights
@@ -60,17 +60,29 @@ STRIPS = 512  # programs, about, that sum for the weights
 # --- dense -----------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["nframes"])
-def _dense_fwd_kernel(out, x, cache, weight_ptr, bias_ptr, dout, sizes, nframes, P: tl.constexpr):
+@triton.jit(do_not_specialize=["units"])
+def _dense_fwd_kernel(
+    out, x, cache, weight_ptr, bias_ptr, dout, sizes, units, EACH: tl.constexpr, P: tl.constexpr
+):
     """Frames of the result; given dout, those of the pre-activation's gradient instead.
 
-    weight (KERNEL, OUT, IN). Grid (batch · tiles of pixels · nframes · tiles of channels,).
+    weight (KERNEL, OUT, IN). A unit is a tile of pixels of one frame of the result. Grid (units ·
+    tiles of channels,); or, where the weight stays on the chip for EACH units, (runs of EACH,).
     """
+    if EACH == 0:
+        _passing(out, x, cache, weight_ptr, bias_ptr, dout, sizes, P)
+    else:
+        _staying(out, x, cache, weight_ptr, bias_ptr, dout, sizes, units, EACH, P)
+
+
+@triton.jit
+def _passing(out, x, cache, weight_ptr, bias_ptr, dout, sizes, P: tl.constexpr):
+    """A tile, through all taps and channels; the weight passes by, in steps as the frames do."""
     NCOLS: tl.constexpr = (P.OUT + P.BLOCK_COLS - 1) // P.BLOCK_COLS
     STEPS: tl.constexpr = (P.IN + P.BLOCK_INNER - 1) // P.BLOCK_INNER
     BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
     BLOCK_COLS: tl.constexpr = P.BLOCK_COLS
-    batch, tile, frame, col_tile = tile_of(nframes, sizes, NCOLS)
+    batch, tile, frame, col_tile = tile_of(sizes.results, sizes, NCOLS)
     pixel, there = pixels_of(tile, sizes, P)
     cols = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     inner = tl.arange(0, P.BLOCK_INNER).to(tl.int64)
@@ -96,14 +108,11 @@ def _finished(acc, out, bias_ptr, dout, batch, frame, pixel, there, cols, P: tl.
            mask, at, P)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["units"])
-def _resident_fwd_kernel(
+@triton.jit
+def _staying(
     out, x, cache, weight_ptr, bias_ptr, dout, sizes, units, EACH: tl.constexpr, P: tl.constexpr
 ):
-    """As the dense one, of few channels: the weight stays in shared memory for EACH tiles.
-
-    Grid (runs of EACH units,); a unit is a tile of pixels of one frame of the result.
-    """
+    """EACH tiles in turn, of few channels, whose weight is loaded once."""
     KERNEL: tl.constexpr = P.KERNEL
     BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
     BLOCK_COLS: tl.constexpr = P.BLOCK_COLS
@@ -201,20 +210,19 @@ def temporal_conv_fwd(
                 *videos, weight.contiguous(), bias, grad, sizes, runs, FRAMES=FRAMES, P=plan,
                 **_options(plan, depthwise),
             )  # fmt: skip
-        elif _stays(plan, x):
-            plan = plan._replace(BLOCK_ROWS=min(plan.BLOCK_ROWS, RESIDENT_ROWS))
-            plan = plan._replace(BLOCK_INNER=_block(BLOCK_COLS, plan.IN))
-            sizes = _sizes(x, out.shape[2], plan)
-            units = x.shape[0] * sizes.tiles * out.shape[2]
-            _resident_fwd_kernel[(triton.cdiv(units, RESIDENT_TILES),)](
-                *videos, _by_taps(weight), bias, grad, sizes, units, EACH=RESIDENT_TILES, P=plan,
-                num_warps=RESIDENT_WARPS, num_stages=2,
-            )  # fmt: skip
         else:
-            _dense_fwd_kernel[(x.shape[0] * sizes.tiles * out.shape[2] * cols,)](
-                *videos, _by_taps(weight), bias, grad, sizes, out.shape[2], P=plan,
-                **_options(plan, depthwise),
-            )  # fmt: skip
+            options, each = _options(plan, depthwise), 0
+            if _stays(plan, x):
+                plan = plan._replace(
+                    BLOCK_ROWS=min(plan.BLOCK_ROWS, STAYING_ROWS),
+                    BLOCK_INNER=_block(BLOCK_COLS, plan.IN),
+                )
+                options, each = {"num_warps": STAYING_WARPS, "num_stages": 2}, STAYING_TILES
+                sizes = _sizes(x, out.shape[2], plan)
+            units = x.shape[0] * sizes.tiles * out.shape[2]
+            _dense_fwd_kernel[(triton.cdiv(units, each) if each else units * cols,)](
+                *videos, _by_taps(weight), bias, grad, sizes, units, EACH=each, P=plan, **options
+            )
 
 
 def temporal_conv_bwd(
@@ -334,8 +342,8 @@ def _stays(plan: Plan, x: Tensor) -> bool:
     Hopper's tensor cores, and those after it, read it there; others would take it to registers.
     """
     inner = _block(BLOCK_COLS, plan.IN)
-    columns = plan.BLOCK_COLS + 2 * RESIDENT_ROWS
-    fits = plan.KERNEL * inner * columns * x.element_size() <= RESIDENT_BYTES
+    columns = plan.BLOCK_COLS + 2 * STAYING_ROWS
+    fits = plan.KERNEL * inner * columns * x.element_size() <= STAYING_BYTES
     if x.element_size() != 2 or not fits or max(plan.IN, plan.OUT) > BLOCK_COLS:
         return False
     if INTERPRETED:

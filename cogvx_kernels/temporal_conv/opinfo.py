@@ -112,7 +112,7 @@ def _random(rng: random.Random) -> dict[str, Any]:
         "batch": rng.choice((1, 1, 2)),
         "channels": channels,
         "out": None if depthwise else rng.choice((None, 3, 16, 24)),
-        "frames": rng.choice((1, 2, 3, 5, 6)),
+        "frames": rng.choice((1, 2, 3, 5, 6)) if channels > 1 else 4,
         "pixels": () if flat else rng.choice(((1, 1), (2, 8), (3, 7), (4, 16))),
         "kernel": rng.choice((1, 2, 3, 3, 4, 5)),
         "stride": rng.choice((1, 1, 2)),

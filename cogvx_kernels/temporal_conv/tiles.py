@@ -97,10 +97,30 @@ def video_of(x: Tensor | None, plan: Plan) -> Video:
 
 
 @triton.jit
-def frame_at(video, batch, frame, P: tl.constexpr):
-    """Address of a frame; 64 bits from the first product on."""
+def start_of(video, batch, frame, P: tl.constexpr):
+    """Offset of a frame; 64 bits from the first product on."""
     start = tl.cast(batch, tl.int64) * video.batch + tl.cast(frame, tl.int64) * video.frame
-    return video.ptr + start * P.ALIGN
+    return start * P.ALIGN
+
+
+@triton.jit
+def frame_at(video, batch, frame, P: tl.constexpr):
+    """Address of a frame."""
+    return video.ptr + start_of(video, batch, frame, P)
+
+
+@triton.jit
+def either_at(past, then, now, batch, place, P: tl.constexpr):
+    """(address, inner stride) of a frame of the sequence: of `then` if it is past, else of `now`.
+
+    A choice between scalars, and between tensors as they came: one between blocks of addresses, or
+    between addresses within tensors, is beyond some compilers.
+    """
+    start = tl.where(
+        past, start_of(then, batch, place, P), start_of(now, batch, place - (P.KERNEL - 1), P)
+    )
+    inner = tl.where(past, tl.cast(then.inner, tl.int64), tl.cast(now.inner, tl.int64))
+    return tl.where(past, then.ptr, now.ptr) + start, inner
 
 
 @triton.jit
@@ -120,15 +140,11 @@ def source_of(x, cache, batch, place, P: tl.constexpr):
     `place` counts from the first of the KERNEL - 1 frames before x. Where these are zeros, the one
     that stands for them must not be counted.
     """
-    present = place - (P.KERNEL - 1)
-    inner = tl.cast(x.inner, tl.int64)
     if P.PAST == "cache":
-        # scalars: a choice between blocks of addresses is beyond some compilers
-        past = present < 0
-        ptr = tl.where(past, frame_at(cache, batch, place, P), frame_at(x, batch, present, P))
-        inner = tl.where(past, tl.cast(cache.inner, tl.int64), inner)
+        ptr, inner = either_at(place < P.KERNEL - 1, cache, x, batch, place, P)
     else:
-        ptr = frame_at(x, batch, tl.maximum(present, 0), P)
+        ptr = frame_at(x, batch, tl.maximum(place - (P.KERNEL - 1), 0), P)
+        inner = tl.cast(x.inner, tl.int64)
     return ptr, inner
 
 
@@ -161,15 +177,12 @@ def target_of(dx, dcache, batch, frame, P: tl.constexpr):
     before it, and gets their gradients: its places are several.
     """
     place = tl.cast(frame, tl.int64)
-    inner = tl.cast(dx.inner, tl.int64)
     if P.PAST == "cache":
         first = place
-        past = place < P.KERNEL - 1
-        present = place - (P.KERNEL - 1)
-        ptr = tl.where(past, frame_at(dcache, batch, place, P), frame_at(dx, batch, present, P))
-        inner = tl.where(past, tl.cast(dcache.inner, tl.int64), inner)
+        ptr, inner = either_at(place < P.KERNEL - 1, dcache, dx, batch, place, P)
     else:
         ptr = frame_at(dx, batch, place, P)
+        inner = tl.cast(dx.inner, tl.int64)
         place += P.KERNEL - 1
         first = place
         if P.PAST == "replicate":

@@ -241,13 +241,38 @@ def test_compiles(way, monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["whole", "planes"])
-def test_under_autocast(way):
+@pytest.mark.parametrize("grad", [False, True])
+def test_under_autocast(grad, way):
     """As any convolution there: 16 bits come out, whatever goes in."""
     x, (weight, bias) = filled((1, 2, 6, 4, 4)), weights((2, 2, 3, 3, 3))
-    with torch.autocast("cpu", torch.bfloat16):
-        out = conv3d(x, weight.bfloat16(), bias, way=way)
-    assert out.dtype is torch.bfloat16
-    assert torch.equal(out.float(), F.conv3d(x, weight, bias, padding=PADDING))
+    for given in (weight, weight.bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
+            out = conv3d(x, given, bias, way=way)
+        assert out.dtype is torch.bfloat16
+        assert torch.equal(out.float(), F.conv3d(x, weight, bias, padding=PADDING))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "behind", "inset", "strided"])
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_without_a_gradient_it_is_the_same(kernel, layout):
+    """Where oneDNN is called by name: bit for bit on integers, with and without a bias."""
+    for batch, with_bias in ((1, True), (2, False)):
+        x, (weight, bias) = filled((batch, 4, 6, 5, 7), layout), weights((3, 4, *kernel))
+        bias = bias if with_bias else None
+        with torch.no_grad():
+            ours = conv3d(x, weight, bias, padding_of(kernel), way="whole")
+        assert torch.equal(ours, F.conv3d(x, weight, bias, padding=padding_of(kernel)))
+        near = torch.channels_last_3d if x.stride(1) == 1 else torch.contiguous_format
+        assert ours.is_contiguous(memory_format=near)
+
+
+def test_the_meta_device_keeps_layouts():
+    x = torch.empty(2, 4, 5, 6, 7, device="meta").contiguous(memory_format=torch.channels_last_3d)
+    weight = torch.empty(3, 4, 3, 3, 3, device="meta")
+    with torch.no_grad():
+        out = conv3d(x, weight)
+    assert out.is_meta and out.shape == (2, 3, 3, 6, 7)
+    assert out.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 # --- what is known ---------------------------------------------------------------------------

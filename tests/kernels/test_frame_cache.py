@@ -72,8 +72,10 @@ def test_the_law_by_hand():
 @pytest.mark.parametrize("cache_layout", LAYOUTS)
 def test_every_pair_of_layouts(cache_layout, layout, backend, device):
     """Units of 16 bytes and of one element, squares of vectors and what is left of them."""
-    for (channels, height, width), dtype in itertools.product(
-        ((16, 3, 8), (5, 2, 7), (19, 18, 17)), (torch.bfloat16, torch.float32)
+    dtypes = torch.int8, torch.bfloat16, torch.float32, torch.float64
+    for (channels, height, width), dtype in (
+        *itertools.product(((16, 3, 8), (5, 2, 7)), dtypes[1:3]),
+        *(((19, 18, 17), dtype) for dtype in dtypes),
     ):
         cache = video((2, channels, 2, height, width), dtype, device)
         frames = video((2, channels, 3, height, width), dtype, device, 1)

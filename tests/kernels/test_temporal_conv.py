@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cogvx_kernels import _backend
+from cogvx_kernels import TemporalConv, _backend, temporal_conv, temporal_conv_reference
 from cogvx_kernels.testing import cotangents, judge
 
 if not _backend.HAS_TRITON:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-kernel = importlib.import_module("cogvx_kernels.temporal_conv.kernel")
+kernel, tiles = (
+    importlib.import_module(f"cogvx_kernels.temporal_conv.{name}") for name in ("kernel", "tiles")
+)
 
 BACKENDS = pytest.mark.parametrize("backend", ["kernel", "reference"])
 KERNELS = pytest.mark.parametrize("taps", [1, 2, 3, 4, 5])
@@ -325,12 +327,12 @@ def test_what_lies_well_is_not_copied(device):
         (last, True), (last[:, :, 2:], True), (last[:, :8], True), (last[..., :1], True),
         (x, False), (x[:, :, 2:], False), (x[:, ::2], False), (x[..., 1:3, :], False),
     ):  # fmt: skip
-        assert kernel._even(video, channels) is video
+        assert tiles.evenly_laid(video, channels) is video
     for video, channels in (
         (x, True), (last, False), (x[..., 1:], False), (last[..., 1:, :5], True),
         (x[..., ::2], False), (x[..., :1].expand_as(x), False), (x[:, :1].expand_as(x), True),
     ):  # fmt: skip
-        copy = kernel._even(video, channels)
+        copy = tiles.evenly_laid(video, channels)
         assert copy is not video and torch.equal(copy, video)
 
 
@@ -351,23 +353,39 @@ def test_a_gradient_that_is_one_number(device, depthwise):
 if _backend.INTERPRETED:
     from tests.harness.observe import observe
 
-    @pytest.mark.parametrize("taps", [1, 3, 5])
-    def test_bytes_of_a_dense_tile(device, taps):
-        """A tile asks for its frame once for each tap, and for the weight once.
-
-        At 128 channels the weight is as much again as the frames; neighbouring programs, which are
-        the frames of the same pixels, share both in the L2 cache.
-        """
-        channels, pixels, frames = 128, 2 * kernel.BLOCK_ROWS, 4
-        x = torch.empty(1, channels, frames, 1, pixels, device=device, dtype=torch.bfloat16)
-        x = x.to(memory_format=torch.channels_last_3d).zero_()
-        weight = torch.zeros(channels, channels, taps, device=device, dtype=torch.bfloat16)
+    def asked_for(x, weight):
+        """Programs, bytes read and bytes written of a forward in bf16, channels-last: one launch."""
+        x = x.bfloat16().to(memory_format=torch.channels_last_3d)
         with observe() as seen:
-            temporal_conv(x, weight, backend="kernel")
+            temporal_conv(x, weight.bfloat16(), backend="kernel")
         [launch] = seen.launches
+        return launch.grid[0], launch.bytes_read, launch.bytes_written
+
+    @pytest.mark.parametrize("taps", [1, 2, 3])
+    def test_bytes_where_the_weight_stays(device, taps):
+        """At 128 channels: each frame once for each tap, and the weight once for 32 tiles.
+
+        32 tiles of 64 pixels are 16 times the bytes of a tap's matrix: beside the frames the weight
+        is a sixteenth. Of the taps' frames one is new; the others are those of the programs at hand
+        and of the tiles just done, and come from the L2 cache.
+        """
+        tiles, rest = kernel.STAYING_TILES, 3
+        pixels = (tiles + rest) * kernel.STAYING_ROWS
+        x, weight = torch.zeros(1, 128, 1, 1, pixels), torch.zeros(128, 128, taps)
         video, matrices = x.numel() * 2, weight.numel() * 2
-        assert launch.bytes_written == video
-        assert launch.bytes_read == taps * video + 2 * frames * matrices
+        expected = taps * video + 2 * matrices, video
+        assert asked_for(x.to(device), weight.to(device)) == (2, *expected)
+        assert 16 * matrices == taps * video * tiles // (tiles + rest)
+
+    @pytest.mark.parametrize("taps", [1, 3, 5])
+    def test_bytes_of_dense_tiles(device, taps):
+        """At 256 channels: each frame once for each tap and each 128 of the channels made."""
+        frames, tiles = 3, 2
+        x = torch.zeros(1, 256, frames, 1, tiles * kernel.BLOCK_ROWS, device=device)
+        weight = torch.zeros(256, 256, taps, device=device)
+        video, matrices = x.numel() * 2, weight.numel() * 2
+        expected = 2 * taps * video + frames * tiles * matrices, video
+        assert asked_for(x, weight) == (2 * frames * tiles, *expected)
 
     @pytest.mark.parametrize("stride", [1, 2])
     def test_bytes_of_depthwise_columns(device, stride):

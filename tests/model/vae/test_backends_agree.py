@@ -80,9 +80,7 @@ def test_every_parameter_has_the_gradient_it_has_on_the_references(name):
     _, video = inputs(vae, 3)
     for model in (vae, other):
         model(video).square().mean().backward()
-    for (key, ours), expected in zip(
-        vae.named_parameters(), other.parameters(), strict=True
-    ):
+    for (key, ours), expected in zip(vae.named_parameters(), other.parameters(), strict=True):
         scale = expected.grad.abs().max().clamp(min=1e-6)
         assert (ours.grad - expected.grad).abs().max() <= 1e-4 * scale, key
 

@@ -133,9 +133,9 @@ class Layouts(TorchDispatchMode):
             for x in (args[0], args[1], out):
                 if not channels_last(x):
                     self.wrong.append((name, tuple(x.shape), x.stride()))
-        elif name in ("copy_", "clone", "_to_copy") and args[0].numel() >= self.large:
+        elif name in ("copy_", "clone", "_to_copy") and out.dim() == 5:
             source = args[1] if name == "copy_" else args[0]
-            if order(source) != order(out):
+            if out.numel() >= self.large and order(source, out) != order(out, source):
                 self.wrong.append((name, source.stride(), out.stride()))
         return out
 
@@ -145,9 +145,10 @@ def channels_last(x):
     return x.is_contiguous(memory_format=form)
 
 
-def order(x):
-    """Dimensions from the slowest to the fastest, as far as they are longer than 1."""
-    return sorted((d for d in range(x.dim()) if x.shape[d] > 1), key=lambda d: -x.stride(d))
+def order(x, other):
+    """Dimensions from the slowest to the fastest, as far as both tensors step along them."""
+    steps = (d for d in range(5) if x.shape[d] > 1 and x.stride(d) and other.stride(d))
+    return sorted(steps, key=lambda d: -x.stride(d))
 
 
 @pytest.mark.parametrize("way", ("encoder", "decoder"))
@@ -155,11 +156,12 @@ def order(x):
 def test_no_layout_is_ever_turned_round(way, backend):
     """But for a video's three channels as it comes in."""
     vae = CausalVAE(SMALL, backend=backend)
-    x = torch.randn(1, 3, 4, 2, 2) if way == "decoder" else torch.randn(1, 9, 3, 16, 16)
+    first, later = (3, 2) if way == "decoder" else (9, 8)
+    sides = (4, 2, 2) if way == "decoder" else (3, 16, 16)
     cache = FrameCache()
-    for _ in range(2):
+    for count in (first, later):
         with Layouts(large=9 * 16 * 16 * 4) as seen:
-            getattr(vae, way)(x, cache)
+            getattr(vae, way)(torch.randn(1, count, *sides), cache)
         assert seen.convolutions > 20
         assert not seen.wrong, seen.wrong
 
@@ -194,9 +196,7 @@ def test_a_decode_of_the_released_size_keeps_half_the_bytes_alive():
     assert ours <= 0.46 * other, ours / other
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "most"), ((480, 720, 2679 * MIB), (768, 1360, 8097 * MIB))
-)
+@pytest.mark.parametrize(("height", "width", "most"), ((480, 720, 2679), (768, 1360, 8097)))
 def test_the_cache_is_two_frames_of_each_convolution_in_time(height, width, most):
     """bf16: as the formula has it, and no more than the least that there can be."""
     vae = CausalVAE(RELEASED).bfloat16().to("meta")
@@ -216,7 +216,8 @@ def test_the_cache_is_two_frames_of_each_convolution_in_time(height, width, most
         sizes[name] = 2 * 2 * convs[name] * sides
         assert frame.nbytes == sizes[name]
     assert sizes.keys() == convs.keys()
-    assert state.nbytes == sum(sizes.values()) <= most
+    assert state.nbytes == sum(sizes.values())
+    assert round(state.nbytes / MIB) <= most
 
 
 @pytest.mark.parametrize("batch", (1, 4, 12))
