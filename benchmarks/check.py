@@ -101,7 +101,10 @@ class Law:
     def _redraw(self, arguments: Mapping[str, Any], douts: tuple[Tensor, ...] | None) -> None:
         """More of the yardstick, where few sums decide and how they are rounded is luck."""
         lucky = self.info.rounds_between or self.yardstick["out0"].dtype is torch.float32
-        if self.info.products or not lucky:
+        exact = all(
+            torch.equal(_thin(x).double(), self.truth[name]) for name, x in self.yardstick.items()
+        )
+        if self.info.products or exact or not lucky:
             return
         for factor in REDRAWS:
             again, back = scaled(self.info, arguments, douts or (), factor)

@@ -67,7 +67,7 @@ _FFN = {
     "STAGES": (3, 4),
 }
 
-_NORM = {"TILE": (1024, 2048, 4096), "LANES": (32, 64, 128), "RUN": (64, 256, 1024)}
+_NORM = {"TILE": (1024, 2048, 4096), "LANES": (32, 64, 128), "PROGRAMS": (512, 1024, 2048)}
 _TEMPORAL = {
     "BLOCK_ROWS": (64, 128, 256),
     "BLOCK_COLS": (64, 128),
@@ -101,7 +101,7 @@ SWEEPS: Mapping[str, Sweep] = {
     "spatial_norm_silu": Sweep("cogvx_kernels.spatial_norm.plan", _NORM, _NORM),
     "residual_moments": Sweep(
         "cogvx_kernels.spatial_norm.moments",
-        {"STRIP": (256, 512, 1024, 2048), "PROGRAMS": (512, 1024, 2048)},
+        {"STRIP": (256, 512, 1024, 2048)},
         {"STRIP": (1024,)},  # it passes a gradient on
     ),
     "temporal_conv": Sweep(

@@ -149,7 +149,7 @@ def _takes_onednn(x: Tensor) -> bool:
     plain = x.device.type == "cpu" and x.dtype is torch.float32 and type(x) is Tensor
     if not plain or torch.is_autocast_enabled("cpu"):
         return False
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 def _planes(

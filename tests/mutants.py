@@ -5,6 +5,7 @@ without any mutant the same tests must pass, or nothing is proved. Exit status 1
 """
 
 import argparse
+import itertools
 import os
 import shutil
 import subprocess
@@ -15,6 +16,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+from .mutants_frame_cache import FRAME_CACHE_MUTANTS, SOURCES, build
+from .mutants_spatial_norm import SPATIAL_NORM_MUTANTS
+from .mutants_temporal_conv import TEMPORAL_CONV_MUTANTS
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("tests/kernels",)
@@ -209,7 +214,14 @@ EXPERT_FFN_MUTANTS = tuple(
     )
 )  # fmt: skip
 
-MUTANTS = ROPE3D_MUTANTS + ADALN_MUTANTS + EXPERT_FFN_MUTANTS
+MUTANTS = (
+    *ROPE3D_MUTANTS,
+    *ADALN_MUTANTS,
+    *EXPERT_FFN_MUTANTS,
+    *itertools.starmap(
+        Mutant, (*SPATIAL_NORM_MUTANTS, *TEMPORAL_CONV_MUTANTS, *FRAME_CACHE_MUTANTS)
+    ),
+)
 
 
 class Result(NamedTuple):
@@ -226,7 +238,9 @@ def run(mutant: Mutant) -> Result:
         copy = Path(folder)
         for name in ("cogvx_kernels", "tests"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", copy)
+        for name in SOURCES:
+            put = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            put(ROOT / name, copy / name)
         path = copy / mutant.file
         text = path.read_text()
         if text.count(mutant.old) != 1:
@@ -234,6 +248,8 @@ def run(mutant: Mutant) -> Result:
                 f"{mutant.name}: its text stands {text.count(mutant.old)} times in {path.name}"
             )
         path.write_text(text.replace(mutant.old, mutant.new))
+        if mutant.file.startswith("csrc/"):
+            build(copy)
         start = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--fuzz", "100",

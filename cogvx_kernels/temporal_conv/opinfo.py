@@ -174,7 +174,33 @@ def _launch(kernel: Any, a: Mapping[str, Any]) -> None:
     kernel.temporal_conv_bwd(grads, out, x, weight, bias, cache, stride, start, silu)
 
 
-_BUDGETS: tuple[Budget, ...] = ()
+# (registers, shared memory, bits of an access, how many are narrower). A weight that stays is 96 KB
+# and two frames' tiles of its three taps as much; elsewhere three steps of 32 KB pass by. Narrow are
+# weights, biases and what a loop's addresses are made of; AMD's matrix units leave four numbers of a
+# row to a thread. Sums of a depthwise weight are one number a thread.
+_STAYING = {"_dense_fwd_kernel": (248, 208 * 1024, 64, 32)}
+_DENSE = {
+    "_dense_bwd_kernel": (168, 100 * 1024, 64, 16),
+    "dense_weight_kernel": (184, 100 * 1024, 128, 16),
+}
+_PASSING = {"_dense_fwd_kernel": (200, 100 * 1024, 64, 64)}
+_DEPTHWISE = {
+    "depthwise_fwd_kernel": (144, 4096, 128, 32),
+    "depthwise_bwd_kernel": (64, 4096, 128, 16),
+    "depthwise_weight_kernel": (72, 4096, 32, 0),
+}
+_HELD = {
+    "": _STAYING | _DENSE,
+    "256 channels": _PASSING | _DENSE,
+    "512 channels": _PASSING | _DENSE,
+    "depthwise": _DEPTHWISE,
+}
+_BUDGETS = tuple(
+    Budget(kernel, size, *most, convention=convention)
+    for size in ("5b-480x720-49f", "1.5-5b-768x1360-81f")
+    for convention, kernels in _HELD.items()
+    for kernel, most in kernels.items()
+)
 
 
 TEMPORAL_CONV = OpInfo(

@@ -251,7 +251,7 @@ def test_gradients_through_statistics_from_before(device):
 
 @EVERY_WAY
 @EVERY_FORM
-@pytest.mark.parametrize("kept", [0, 1, 2, 4])
+@pytest.mark.parametrize("kept", [0, 2, 4])
 @pytest.mark.parametrize("start", [None, "replicate", "zeros"])
 def test_the_buffer_is_what_was_cached_and_then_the_result(way, form, kept, start):
     """Chunk after chunk, longer and shorter than the cache: as joining them would give, bit for
@@ -261,7 +261,7 @@ def test_the_buffer_is_what_was_cached_and_then_the_result(way, form, kept, star
     past = cache.clone()
     if start is not None:
         cache.fill_(float("nan"))
-    for chunk, frames in enumerate((4, 2, 1, 3, 1, 1)):
+    for chunk, frames in enumerate((4, 2, 1, 3, 1)):
         x = video(2, 6, frames, 4, 6, seed=chunk, form=form)
         options = {"num_groups": 3, "leads": frames == 3}
         with torch.no_grad():
