@@ -99,11 +99,12 @@ class Level(nn.Module):
 
         Those of a level are made at once, and live while its layers are walked.
         """
-        norms = _modulated_norms(self) if zq is not None else []
-        modulations = iter(SpatialNorm.modulated(norms, zq) if norms else ())
+        norms = _modulated_norms(self)
+        made = SpatialNorm.modulated(norms, zq) if norms and zq is not None else []
+        modulations = iter(made)
         for children in self.children():
             for layer in cast(nn.ModuleList, children):
-                yield layer, [next(modulations) for _ in _modulated_norms(layer) if norms]
+                yield layer, [next(modulations) for _ in _modulated_norms(layer)]
 
 
 def walked(

@@ -81,8 +81,8 @@ class CausalConv3d(CausalConv):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3) -> None:
         super().__init__()
         self.time_kernel = kernel_size
-        padding = (0, kernel_size // 2, kernel_size // 2)
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, padding=padding)
+        self.padding = (0, kernel_size // 2, kernel_size // 2)
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, padding=self.padding)
 
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         cache = FrameCache(keep=False) if cache is None else cache
@@ -122,7 +122,7 @@ class CausalConv3d(CausalConv):
         return self.conv.bias if x.is_cuda and not torch.is_grad_enabled() else None
 
     def _convolved(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return conv3d(x, self.conv.weight, bias, self.conv.padding, way=self.way)
+        return conv3d(x, self.conv.weight, bias, self.padding, way=self.way)
 
 
 class FactorizedConv3d(CausalConv):

@@ -66,6 +66,7 @@ class Decoder(nn.Module):
             flow = walked(
                 levels, Flow(self.conv_in(zq, cache)), zq, cache, self.gradient_checkpointing
             )
-            of_zq = isinstance(self.norm_out, SpatialNorm)
-            [modulation] = SpatialNorm.modulated([self.norm_out], zq) if of_zq else [None]
-            return self.conv_out.after(self.norm_out, flow, modulation, cache).transpose(1, 2)
+            norm, modulation = self.norm_out, None
+            if isinstance(norm, SpatialNorm):
+                [modulation] = SpatialNorm.modulated([norm], zq)
+            return self.conv_out.after(norm, flow, modulation, cache).transpose(1, 2)

@@ -90,6 +90,11 @@ class PointConv(nn.Module):
         super().__init__()
         self.conv = nn.Conv3d(in_channels, out_channels, 1)
 
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """(out, in) and (out,)."""
+        assert self.conv.bias is not None
+        return self.conv.weight.flatten(1), self.conv.bias
+
 
 class SpatialNorm(nn.Module):
     """A `Norm` that the latents modulate, place by place: norm(x) · y(zq) + b(zq), and SiLU.
@@ -116,9 +121,8 @@ class SpatialNorm(nn.Module):
     def modulated(norms: Sequence["SpatialNorm"], zq: Tensor) -> list[Modulation]:
         """y and b of several norms from the latents of a chunk (batch, zq_channels, latent frames,
         height, width), as one product."""
-        convs = [point.conv for norm in norms for point in (norm.conv_y, norm.conv_b)]
-        weight = torch.cat([conv.weight.flatten(1) for conv in convs])
-        bias = torch.cat([conv.bias for conv in convs])
-        rows = F.linear(zq.movedim(1, -1).contiguous(), weight, bias)
-        maps = rows.movedim(-1, 1).split([conv.out_channels for conv in convs], dim=1)
+        points = [point for norm in norms for point in (norm.conv_y, norm.conv_b)]
+        weights, biases = zip(*(point.parts() for point in points), strict=True)
+        rows = F.linear(zq.movedim(1, -1).contiguous(), torch.cat(weights), torch.cat(biases))
+        maps = rows.movedim(-1, 1).split([len(bias) for bias in biases], dim=1)
         return list(zip(maps[::2], maps[1::2], strict=True))

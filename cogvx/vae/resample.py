@@ -84,6 +84,7 @@ class Upsample3D(nn.Module):
     def _put(self, x: Tensor, out: Tensor) -> None:
         """Pictures, and the bias, into (batch, channels, pictures, 1 or 2, ...)."""
         x = video(x, len(out)).unsqueeze(3).expand_as(out)
+        assert self.conv.bias is not None
         bias = self.conv.bias.view(-1, *(1 for _ in x.shape[2:]))
         if torch.is_grad_enabled():
             out.copy_(x + bias)

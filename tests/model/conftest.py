@@ -20,8 +20,8 @@ transformers.utils.logging.set_verbosity_error()
 
 @pytest.fixture(autouse=True)
 def auto_is_what_a_cpu_has(monkeypatch):
-    """On a CPU "auto" is plain torch, as for whoever runs a model there. Triton's interpreter is for
-    tests of kernels: what a test asks for as "kernel"."""
+    """On a CPU "auto" is plain torch, as for whoever runs a model there. Triton's interpreter is
+    for tests of kernels: what a test asks for as "kernel"."""
     choose = _backend.choose
 
     def without_interpreter(backend, op, reason, x):
