@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cogvx_kernels import BACKENDS
 
 from ..checkpoint import load_vae
 from ..config import TransformerConfig, VAEConfig
@@ -85,6 +86,7 @@ def add_vae(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--base-channels", type=count, default=RANDOM_CHANNELS, help="of a random")
     group.add_argument("--seed", type=seed, default=0, help="of a random VAE, and of --sample")
+    group.add_argument("--backend", choices=BACKENDS, default="auto", help="of the kernels")
 
 
 def add_output(parser: argparse.ArgumentParser, what: str) -> None:
@@ -120,12 +122,12 @@ def open_vae(options: argparse.Namespace) -> CausalVAE:
     """The VAE of `add_vae`, on its device."""
     device, dtype = device_of(options), dtype_of(options)
     if options.vae != "random":
-        return load_vae(options.model or Path(options.vae), dtype, device)
+        return load_vae(options.model or Path(options.vae), dtype, device, options.backend)
     with torch.device("meta"):
         config = build_vae(base_channels=options.base_channels)[0].config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        vae = CausalVAE(config)
+        vae = CausalVAE(config, options.backend)
     return vae.to(device, dtype).eval()
 
 

@@ -57,6 +57,9 @@ def add(commands: Any, shared: argparse.ArgumentParser) -> None:
     add_vae(parser)
     add_size(parser, fps="frames a second; by default the file's")
     add_machine(parser, tiles=False)
+    parser.add_argument(
+        "--whole", action="store_true", help="hold the whole clip instead of streaming it"
+    )
     parser.set_defaults(run=reconstruct)
 
 
@@ -104,10 +107,13 @@ def reconstruct(options: argparse.Namespace, console: Console) -> None:
     clip = _clip(options, vae)
     measure, live = PSNR(), LiveBytes()
     with live:
-        latents = (known.mode() for known in _encoded(vae, clip, lambda done, total: None))
-        total = frame_rule.latent_frames(clip.frames, vae.config)
-        chunks = len(frame_rule.decode_plan(total, vae.config))
-        video = vae.stream_decode(latents, total=total)
+        if options.whole:
+            chunks, video = 1, iter([_whole(vae, clip)])
+        else:
+            latents = (known.mode() for known in _encoded(vae, clip, lambda done, total: None))
+            total = frame_rule.latent_frames(clip.frames, vae.config)
+            chunks = len(frame_rule.decode_plan(total, vae.config))
+            video = vae.stream_decode(latents, total=total)
         done = partial(console.progress, "reconstruct", total=chunks)
         write_video(options.out, _compared(video, clip, measure, done), clip.fps)
     decibels = measure.decibels
@@ -171,6 +177,12 @@ def _encoded(vae: CausalVAE, clip: Clip, done: Any) -> Iterator[DiagonalGaussian
     like = _like(vae)
     pieces = (piece.to(like) for piece in clip.chunks(plan))
     return _ticked(vae.stream_encode(pieces, total=clip.frames), len(plan), done)
+
+
+def _whole(vae: CausalVAE, clip: Clip) -> Tensor:
+    """The clip through the VAE and back, not as a stream."""
+    video = torch.cat(list(clip.chunks(clip.frames)), 1).to(_like(vae))
+    return vae.decode(vae.encode(video).mode())
 
 
 def _compared(video: Iterator[Tensor], clip: Clip, measure: PSNR, done: Any) -> Iterator[Tensor]:

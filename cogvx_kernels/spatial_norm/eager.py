@@ -1,9 +1,12 @@
-"""The law on a CPU where no gradient is wanted: a frame at a time, in place, straight into place.
+"""The law on a CPU where no gradient is wanted: in pieces that stay in its cache, in place.
 
-The law makes a tensor of the video's size for every line of it. Here a frame is normalised in one
-fused multiply and add, with statistics, weight, y and b folded into a factor and a term at the size
-of the latents, and goes to where it belongs; what is made besides is of a frame's size.
+The law makes a tensor of the video's size for every line of it. Here a piece of a frame is
+centred, scaled, shifted and activated where it is to lie, with statistics, weight, y and b folded
+into a factor and a term beforehand, at the size of the latents; what is made besides is of a
+piece's size. A piece is some of a frame's rows, or where pixels are neighbours, of its channels.
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +14,10 @@ from torch import Tensor
 
 from .arguments import new_video
 from .reference import latent_of_frame
+
+PIECE = 1 << 18  # elements, a megabyte in fp32
+
+Maps = tuple[Tensor, Tensor, Tensor]
 
 
 def spatial_norm_silu_eager(
@@ -35,9 +42,16 @@ def spatial_norm_silu_eager(
     if x.numel():
         if moments is None:
             moments = _moments(x, offset, num_groups, per_frame)
-        _into(
-            joined[:, :, kept:], x, weight, bias, y, b, offset, moments, eps, leads, silu
-        )  # fmt: skip
+        there = y if y is not None else b
+        latents = [0] * frames if there is None else latent_of_frame(frames, there.shape[2], leads)
+        maps, made = None, (-1, -1)
+        for frame, latent in enumerate(latents):
+            if made != (latent, frame * per_frame):  # maps serve all frames that share them
+                made = latent, frame * per_frame
+                at = (None if z is None else z[:, :, latent] for z in (y, b))
+                maps = _maps(x, moments[:, made[1]], eps, weight, bias, *at)
+            assert maps is not None
+            _into(joined[:, :, kept + frame], x[:, :, frame], offset, maps, silu)
     if cache is not None and kept:
         past = {"replicate": joined[:, :, kept : kept + 1], "zeros": None}.get(start or "", cache)
         joined[:, :, :kept] = 0 if past is None else past
@@ -51,83 +65,117 @@ def residual_moments_eager(
     """`residual_moments_reference`."""
     total, wide = new_video(x), torch.promote_types(x.dtype, torch.float32)
     for frame in range(x.shape[2]):
-        part = x[:, :, frame].to(wide) + h[:, :, frame]
-        total[:, :, frame] = part if offset is None else part.add_(_column(offset, wide))
+        into, left, right = (z[:, :, frame] for z in (total, x, h))
+        for piece in _pieces(into):
+            part = left[piece].to(wide) + right[piece]
+            into[piece] = part if offset is None else part.add_(_column(offset, part)[:, piece[1]])
     return total, _moments(total, None, num_groups, per_frame)
 
 
+def _pieces(frame: Tensor, rows: int = 1) -> Iterator[tuple[slice, slice, slice]]:
+    """Slices of a frame (batch, channels, height, width); of its height in whole `rows`."""
+    batch, channels, height, width = frame.shape
+    whole = slice(None)
+    if channels > 1 and frame.stride(1) == 1:
+        step = max(rows, PIECE // max(batch * channels * width, 1) // rows * rows)
+        yield from ((whole, whole, slice(r, min(r + step, height))) for r in range(0, height, step))
+    else:
+        step = max(1, PIECE // max(batch * height * width, 1))
+        yield from ((whole, slice(c, c + step), whole) for c in range(0, channels, step))
+
+
 def _into(
-    out: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor | None,
-    b: Tensor | None, offset: Tensor | None, moments: Tensor, eps: float, leads: bool, silu: bool,
-) -> None:  # fmt: skip
-    """The result, frame by frame, into `out`."""
-    wide, frames = moments.dtype, x.shape[2]
-    there = y if y is not None else b
-    latents = [0] * frames if there is None else latent_of_frame(frames, there.shape[2], leads)
-    made: tuple[int, ...] = ()
-    for frame in range(frames):
-        unit = frame if moments.shape[1] > 1 else 0
-        if made != (latents[frame], unit):  # a factor and a term serve the frames that share them
-            made = latents[frame], unit
-            at_latent = (None if z is None else z[:, :, made[0]].to(wide) for z in (y, b))
-            mean, scale, shift = _folded(x, moments[:, unit], eps, weight, bias, *at_latent)
-        f = x[:, :, frame].to(wide, copy=x.dtype != wide)
+    out: Tensor, x: Tensor, offset: Tensor | None, maps: Maps, silu: bool
+) -> None:  # each a frame
+    """SiLU of (x + offset - mean) · scale + shift."""
+    mean, scale, shift = maps
+    rows = scale.shape[2]
+    each = x.shape[2] // rows
+    for piece in _pieces(out, each):
+        _, channels, lines = piece
+        few = slice(None)
+        if rows > 1 and lines != few:
+            few = slice(lines.start // each, -(-lines.stop // each))
+        wide = x[piece].to(mean.dtype)
+        into = out[piece] if out.dtype == mean.dtype else torch.empty_like(wide)
         if offset is not None:
-            f = f + _column(offset, wide)
-        z = _applied(f, mean, scale, shift)
-        out[:, :, frame] = F.silu(z, inplace=True) if silu else z
+            wide = torch.add(wide, _column(offset, mean)[:, channels], out=into)
+        torch.sub(wide, mean[:, channels], out=into)
+        by_rows = into.unflatten(2, (scale[:, :, few].shape[2], -1))
+        a, b = (z[:, channels, few].unsqueeze(3) for z in (scale, shift))
+        torch.addcmul(b, by_rows, a, out=by_rows)
+        if silu:
+            F.silu(into, inplace=True)
+        if out.dtype != mean.dtype:
+            out[piece] = into
 
 
-def _folded(
+def _maps(
     x: Tensor, moments: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None,
     y: Tensor | None, b: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(mean, scale, shift) of (f - mean) · scale + shift, for a frame's channels and latents."""
+) -> Maps:  # fmt: skip
+    """(mean, scale, shift) of a frame: the last two (batch, channels, rows of latents, width)."""
     each = x.shape[1] // moments.shape[1]
     mean, var = (m.repeat_interleave(each, 1)[..., None, None] for m in moments.unbind(-1))
     scale = torch.rsqrt(var + eps)
-    scale = scale if weight is None else scale * _column(weight, scale.dtype)
-    shift = torch.zeros_like(mean) if bias is None else _column(bias, mean.dtype).expand_as(mean)
+    scale = scale if weight is None else scale * _column(weight, scale)
+    shift = torch.zeros_like(mean) if bias is None else _column(bias, mean).expand_as(mean)
     if y is not None:
         scale, shift = scale * y, shift * y
-    return mean, scale, shift if b is None else shift + b
+    if b is not None:
+        shift = shift + b
+    if y is not None or b is not None:
+        like = y if y is not None else b
+        assert like is not None
+        scale, shift = (_widened(z.expand(like.shape), x) for z in (scale, shift))
+    return mean, scale, shift
 
 
-def _applied(f: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """(f - mean) · scale + shift, where a latent serves its rows and columns of pixels."""
-    rows, cols = max(scale.shape[2], shift.shape[2]), max(scale.shape[3], shift.shape[3])
-    scale, shift = (_widened(z, rows, f.shape[3] // cols) for z in (scale, shift))
-    return torch.addcmul(shift, (f - mean).unflatten(2, (rows, -1)), scale).flatten(2, 3)
+def _widened(z: Tensor, x: Tensor) -> Tensor:
+    """(batch, channels, rows, columns) at the width of x, and as x lies: so that lines are read in
+    order. Rows are shared."""
+    ratio = x.shape[4] // z.shape[3]
+    if x.shape[1] > 1 and x.stride(1) == 1:
+        lines = z.permute(0, 2, 3, 1).unsqueeze(3).expand(-1, -1, -1, ratio, -1)
+        return lines.flatten(2, 3).contiguous().permute(0, 3, 1, 2)
+    return z.unsqueeze(4).expand(-1, -1, -1, -1, ratio).flatten(3, 4).contiguous()
 
 
-def _widened(z: Tensor, rows: int, ratio: int) -> Tensor:
-    """(..., rows, columns) to (..., rows, 1, ratio · columns): the width of the pixels, so that
-    lines are read in order, while rows are shared. A single row and column serve as they are."""
-    if z.shape[2:] == (1, 1):
-        return z.unsqueeze(-2)
-    return (z.repeat_interleave(ratio, dim=-1) if ratio > 1 else z).unsqueeze(-2)
-
-
-def _column(vector: Tensor, dtype: torch.dtype) -> Tensor:
-    return vector.to(dtype)[:, None, None]
+def _column(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.to(like.dtype)[None, :, None, None]
 
 
 def _moments(f: Tensor, offset: Tensor | None, num_groups: int, per_frame: bool) -> Tensor:
-    """Mean and variance (batch, frames or 1, groups, 2) of f + offset."""
-    wide, (batch, channels, frames) = torch.promote_types(f.dtype, torch.float32), f.shape[:3]
-    each = f.new_empty((batch, frames, num_groups, 2), dtype=wide)
+    """Mean and variance (batch, frames or 1, groups, 2) of f + offset.
+
+    Of every piece's channels in two passes, as it is in the cache for the second; then merged.
+    """
+    wide = torch.promote_types(f.dtype, torch.float32)
+    batch, channels, frames, _, width = f.shape
+    pieces = list(_pieces(f[:, :, 0])) if frames else []
+    runs = list(dict.fromkeys((piece[2].start, piece[2].stop) for piece in pieces))
+    parts = f.new_empty((2, batch, frames, max(len(runs), 1), channels), dtype=wide)
     for frame in range(frames):
-        part = f[:, :, frame].to(wide)
-        part = part if offset is None else part + _column(offset, wide)
-        groups = part.unflatten(1, (num_groups, channels // num_groups))
-        # torch.var_mean is one pass, but on a CPU ten times slower than these two.
-        mean = groups.mean((2, 3, 4), keepdim=True)
-        each[:, frame, :, 0] = mean[:, :, 0, 0, 0]
-        each[:, frame, :, 1] = (groups - mean).square_().mean((2, 3, 4))
-    if per_frame:
-        return each
-    mean, var = each.unbind(-1)
-    apart = mean - mean[:, :1]
-    beyond = apart.mean(1, keepdim=True)
-    var = var.mean(1, keepdim=True) + (apart - beyond).square().mean(1, keepdim=True)
-    return torch.stack((mean[:, :1] + beyond, var), -1)
+        for piece in pieces:
+            part = f[:, :, frame][piece].to(wide)
+            part = part if offset is None else part + _column(offset, part)[:, piece[1]]
+            # torch.var_mean is one pass, but on a CPU ten times slower than these.
+            mean = part.mean((2, 3), keepdim=True)
+            run = runs.index((piece[2].start, piece[2].stop))
+            parts[0, :, frame, run, piece[1]] = mean[:, :, 0, 0]
+            parts[1, :, frame, run, piece[1]] = (part - mean).square_().mean((2, 3))
+    counts = [float(f.shape[3] * width) if r[0] is None else (r[1] - r[0]) * width for r in runs]
+    return _merged(parts, parts.new_tensor(counts or [1.0]), num_groups, per_frame)
+
+
+def _merged(parts: Tensor, counts: Tensor, num_groups: int, per_frame: bool) -> Tensor:
+    """Of means and variances (2, batch, frames, runs, channels), of so many pixels a run."""
+    means, variances = parts.unflatten(4, (num_groups, -1))
+    over = (2, 4) if per_frame else (1, 2, 4)
+    share = (counts / counts.sum())[:, None, None]
+    first = means[:, :, :1, :, :1] if per_frame else means[:, :1, :1, :, :1]
+    elements = means.shape[4] * (1 if per_frame else means.shape[1])
+    apart = means - first
+    beyond = (apart * share).sum(over, keepdim=True) / elements
+    var = ((variances + (apart - beyond).square()) * share).sum(over, keepdim=True) / elements
+    return torch.stack((first + beyond, var), -1)[:, :, 0, :, 0]

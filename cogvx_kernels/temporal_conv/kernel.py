@@ -339,7 +339,8 @@ def _plan(
 def _stays(plan: Plan, x: Tensor) -> bool:
     """Whether a dense weight stays in shared memory, beside two frames' tiles of all its taps.
 
-    Hopper's tensor cores, and those after it, read it there; others would take it to registers.
+    Hopper's tensor cores read it there. Older ones would take it to registers; newer ones ran out
+    of those with an activation.
     """
     inner = _block(BLOCK_COLS, plan.IN)
     columns = plan.BLOCK_COLS + 2 * STAYING_ROWS
@@ -349,7 +350,7 @@ def _stays(plan: Plan, x: Tensor) -> bool:
     if INTERPRETED:
         return True
     target = driver.active.get_current_target()
-    return target.backend == "cuda" and 90 <= target.arch < 120
+    return target.backend == "cuda" and target.arch == 90
 
 
 def _halved(x: Tensor) -> int:

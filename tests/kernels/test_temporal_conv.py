@@ -354,7 +354,7 @@ if _backend.INTERPRETED:
     from tests.harness.observe import observe
 
     def asked_for(x, weight):
-        """Programs, bytes read and bytes written of a forward in bf16, channels-last: one launch."""
+        """Programs, bytes read and written by a forward in bf16, channels-last, of one launch."""
         x = x.bfloat16().to(memory_format=torch.channels_last_3d)
         with observe() as seen:
             temporal_conv(x, weight.bfloat16(), backend="kernel")

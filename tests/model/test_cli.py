@@ -148,6 +148,17 @@ def test_reconstruction_is_measured(capsys, here):
     assert "no benchmark" in said["note"]
 
 
+def test_kernels_and_streaming_change_no_reconstruction(capsys, here):
+    """The same PSNR, as printed, of a real clip: on the kernels (in Triton's interpreter) and on
+    the references, streamed and whole."""
+    psnr = set()
+    for number, way in enumerate(("kernel", "reference", "auto", "auto --whole")):
+        size = ("--height", 16, "--width", 24, "--frames", 5, "--backend", *way.split())
+        said = facts(capsys, "reconstruct", BIKES, *RANDOM, *size, "--out", f"{number}.mp4")
+        psnr.add(said["psnr_db"])
+    assert len(psnr) == 1 and None not in psnr
+
+
 @pytest.mark.parametrize("command", ["encode", "decode", "reconstruct"])
 def test_memory_does_not_grow_with_the_clip(capsys, here, command):
     """Four times as long, the same but for the latents, which stay until they are written."""
