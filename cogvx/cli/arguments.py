@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from cogvx_kernels import BACKENDS
 
 from ..checkpoint import load_vae
