@@ -84,30 +84,26 @@ def _pieces(frame: Tensor, rows: int = 1) -> Iterator[tuple[slice, slice, slice]
         yield from ((whole, slice(c, c + step), whole) for c in range(0, channels, step))
 
 
-def _into(
-    out: Tensor, x: Tensor, offset: Tensor | None, maps: Maps, silu: bool
-) -> None:  # each a frame
-    """SiLU of (x + offset - mean) · scale + shift."""
+def _into(out: Tensor, x: Tensor, offset: Tensor | None, maps: Maps, silu: bool) -> None:
+    """Into a frame SiLU of (x + offset - mean) · scale + shift.
+
+    Made beside and then copied: torch's SiLU has other last bits where it meets other strides.
+    """
     mean, scale, shift = maps
     rows = scale.shape[2]
     each = x.shape[2] // rows
-    for piece in _pieces(out, each):
+    for piece in _pieces(x, each):
         _, channels, lines = piece
         few = slice(None)
         if rows > 1 and lines != few:
-            few = slice(lines.start // each, -(-lines.stop // each))
-        wide = x[piece].to(mean.dtype)
-        into = out[piece] if out.dtype == mean.dtype else torch.empty_like(wide)
-        if offset is not None:
-            wide = torch.add(wide, _column(offset, mean)[:, channels], out=into)
-        torch.sub(wide, mean[:, channels], out=into)
-        by_rows = into.unflatten(2, (scale[:, :, few].shape[2], -1))
+            few = slice(lines.start // each, lines.stop // each)
+        part = x[piece].to(mean.dtype)
+        part = part if offset is None else part + _column(offset, part)[:, channels]
+        part = part - mean[:, channels]
+        by_rows = part.unflatten(2, (scale[:, :, few].shape[2], -1))
         a, b = (z[:, channels, few].unsqueeze(3) for z in (scale, shift))
         torch.addcmul(b, by_rows, a, out=by_rows)
-        if silu:
-            F.silu(into, inplace=True)
-        if out.dtype != mean.dtype:
-            out[piece] = into
+        out[piece] = F.silu(part, inplace=True) if silu else part
 
 
 def _maps(
@@ -154,7 +150,7 @@ def _moments(f: Tensor, offset: Tensor | None, num_groups: int, per_frame: bool)
     batch, channels, frames, _, width = f.shape
     pieces = list(_pieces(f[:, :, 0])) if frames else []
     runs = list(dict.fromkeys((piece[2].start, piece[2].stop) for piece in pieces))
-    parts = f.new_empty((2, batch, frames, max(len(runs), 1), channels), dtype=wide)
+    parts = f.new_empty((3, batch, frames, max(len(runs), 1), channels), dtype=wide)
     for frame in range(frames):
         for piece in pieces:
             part = f[:, :, frame][piece].to(wide)
@@ -162,20 +158,24 @@ def _moments(f: Tensor, offset: Tensor | None, num_groups: int, per_frame: bool)
             # torch.var_mean is one pass, but on a CPU ten times slower than these.
             mean = part.mean((2, 3), keepdim=True)
             run = runs.index((piece[2].start, piece[2].stop))
+            part = part - mean
             parts[0, :, frame, run, piece[1]] = mean[:, :, 0, 0]
-            parts[1, :, frame, run, piece[1]] = (part - mean).square_().mean((2, 3))
+            parts[1, :, frame, run, piece[1]] = part.mean((2, 3))  # what its rounding left
+            parts[2, :, frame, run, piece[1]] = part.square_().mean((2, 3))
     counts = [float(f.shape[3] * width) if r[0] is None else (r[1] - r[0]) * width for r in runs]
     return _merged(parts, parts.new_tensor(counts or [1.0]), num_groups, per_frame)
 
 
 def _merged(parts: Tensor, counts: Tensor, num_groups: int, per_frame: bool) -> Tensor:
-    """Of means and variances (2, batch, frames, runs, channels), of so many pixels a run."""
-    means, variances = parts.unflatten(4, (num_groups, -1))
+    """Of parts (3, batch, frames, runs, channels), each of so many pixels: a mean, what the mean
+    is off by, and the mean square about it."""
+    means, rests, squares = parts.unflatten(4, (num_groups, -1))
     over = (2, 4) if per_frame else (1, 2, 4)
     share = (counts / counts.sum())[:, None, None]
     first = means[:, :, :1, :, :1] if per_frame else means[:, :1, :1, :, :1]
     elements = means.shape[4] * (1 if per_frame else means.shape[1])
-    apart = means - first
+    apart = means - first + rests
     beyond = (apart * share).sum(over, keepdim=True) / elements
-    var = ((variances + (apart - beyond).square()) * share).sum(over, keepdim=True) / elements
+    squares = squares - rests.square() + (apart - beyond).square()
+    var = (squares * share).sum(over, keepdim=True) / elements
     return torch.stack((first + beyond, var), -1)[:, :, 0, :, 0]

@@ -14,7 +14,8 @@ TILE = 2048
 WARPS = 4
 LANES = 128  # channels of a tile, at most, where channels are neighbours
 RUN = 256  # pixels of a tile, at most, where pixels are
-PROGRAMS = 1024  # of a sample, where it has as many tiles: a few for each multiprocessor
+PROGRAMS = 528  # of a sample, where it has tiles enough: four for each multiprocessor of an H200
+SPAN = 4  # tiles for a program, at least
 
 
 class Video(NamedTuple):
@@ -180,7 +181,7 @@ def span_of(x: Tensor, plan: Plan, most: int) -> int:
     """
     frames, height, width = x.shape[2:]
     tiles = frames * triton.cdiv(height * width, plan.RUN * plan.CELLS) * plan.TILES
-    return max(1, min(most, tiles // PROGRAMS))
+    return min(most, max(SPAN, tiles // PROGRAMS))
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

@@ -78,6 +78,14 @@ def _behind(x: Tensor) -> Tensor:
     return buffer[:, :, 2:].copy_(x)
 
 
+def _apart(x: Tensor) -> Tensor:
+    """Dense frames, an element between each and the next: what starts aligned does not go on so."""
+    batch, channels, frames, height, width = x.shape
+    buffer = x.new_ones((frames, batch * channels * height * width + 1))
+    shape = batch, channels, height, width
+    return buffer[:, :-1].unflatten(1, shape).permute(1, 2, 0, 3, 4).copy_(x)
+
+
 # The same values, lying otherwise.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
@@ -86,6 +94,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "channels last, inset": lambda x: _inset(x, last=True),
     "inset": _inset,
     "frames outermost": lambda x: _permuted(x, 2, 0, 1, 3, 4),
+    "frames apart": _apart,
     "frames innermost": lambda x: _permuted(x, 0, 1, 3, 4, 2),
     "turned": lambda x: _permuted(x, 0, 1, 2, 4, 3),
     "strided": lambda x: torch.cat([x, x], -1).unflatten(4, (2, -1)).mT.flatten(4)[..., ::2],

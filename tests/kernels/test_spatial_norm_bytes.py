@@ -59,7 +59,7 @@ def test_bytes_asked_for_are_near_the_least_possible(info, monkeypatch):
 
 @pytest.mark.parametrize("num_groups", [1, 32])
 def test_enough_programs_whatever_the_number_of_groups(num_groups):
-    """For a GPU of 132 multiprocessors, even at the decoder's smallest size."""
+    """Four for each of 132 multiprocessors, even at the decoder's smallest size."""
     shapes = ((1, 512, 2, 60, 90), (1, 256, 4, 120, 180))
     for shape in shapes:
         x = torch.empty(shape, dtype=torch.bfloat16)
@@ -71,4 +71,4 @@ def test_enough_programs_whatever_the_number_of_groups(num_groups):
 
         with mock.patch.object(GridExecutor, "__call__", launched):
             ck.spatial_norm_silu(x, None, None, num_groups=num_groups, backend="kernel")
-        assert grids["_moments_kernel"] >= 1000 and grids["_apply_kernel"] >= 1000, grids
+        assert min(grids["_moments_kernel"], grids["_apply_kernel"]) >= 4 * 132, grids
