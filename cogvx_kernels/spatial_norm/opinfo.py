@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from .._opinfo import Budget, Cost, OpInfo, Sample, Size, TensorSpec
@@ -222,10 +223,7 @@ SPATIAL_NORM_SILU = OpInfo(
     samples=tuple(_sample(reason, **case) for reason, case in CASES),
     random_sample=lambda rng: _sample("fuzz", **_random(rng)),
     at_size=_at_size,
-    conventions={
-        name: lambda size, options=options: _at_size(size, **options)
-        for name, options in _CONVENTIONS.items()
-    },
+    conventions={name: partial(_at_size, **options) for name, options in _CONVENTIONS.items()},
     videos=("x",),
     batched=("y", "b", "moments"),
     differentiable=("x", "weight", "bias", "y", "b", "offset", "moments"),
