@@ -210,7 +210,7 @@ _SIZES = ("2b-480x720-49f", "1.5-5b-768x1360-81f")
 # Weights and latents take narrower loads, being few. Of the partial sums a thread stores one, and
 # so these two kernels have no wide store at all; their loads of videos are as wide as the others'.
 _HELD = {
-    "_apply_kernel": (96, 128, 16),
+    "_apply_kernel": (128, 128, 16),
     "_moments_kernel": (80, 32, 2),
     "sums_kernel": (176, 32, 8),
 }

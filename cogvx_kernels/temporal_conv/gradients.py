@@ -7,7 +7,7 @@ the launcher, in their order.
 import triton
 import triton.language as tl
 
-from .tiles import cells, count_of, first_tap, frame_at, source_of, unit_of
+from .tiles import cells, count_of, first_tap, frame_at, plus_product, source_of, unit_of
 
 
 @triton.jit(do_not_specialize=["units", "each"])
@@ -41,7 +41,7 @@ def dense_weight_kernel(sums_ptr, of_bias_ptr, x, cache, dout, sizes, units, eac
         there &= tap >= first_tap(frame, P)
         b = tl.load(ptr + cells(pixel[:, None], cols[None, :], stride, P),
                     mask=there[:, None] & (cols < P.IN)[None, :], other=0.0)  # fmt: skip
-        acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=P.COMPUTE)
+        acc = plus_product(acc, a, b, P)
     at = ((strip * P.KERNEL + tap) * P.OUT + rows[:, None]) * P.IN + cols[None, :]
     tl.store(sums_ptr + at, acc, mask=(rows < P.OUT)[:, None] & (cols < P.IN)[None, :])
     if of_bias_ptr is not None:

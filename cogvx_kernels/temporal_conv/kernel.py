@@ -32,6 +32,7 @@ from .tiles import (
     frame_at,
     new_like,
     pixels_of,
+    plus_product,
     results_of,
     source_of,
     store,
@@ -133,7 +134,7 @@ def _staying(
             a = ptr + cells(pixel[:, None], channel[None, :], stride, P)
             mask = (there & (j >= first_tap(frame, P)))[:, None] & (channel < P.IN)[None, :]
             rows = tl.load(a, mask=mask, other=0.0)
-            acc = tl.dot(rows, taps[j], acc, input_precision="ieee", out_dtype=P.COMPUTE)
+            acc = plus_product(acc, rows, taps[j], P)
         _finished(acc, out, bias_ptr, dout, batch, frame, pixel, there, cols, P)
 
 
@@ -178,7 +179,7 @@ def _multiplied(
         right = tl.load(b)
     else:
         right = tl.load(b, mask=b_mask, other=0.0)
-    return tl.dot(left, right, acc, input_precision="ieee", out_dtype=P.COMPUTE)
+    return plus_product(acc, left, right, P)
 
 
 # --- launchers -------------------------------------------------------------------------------
@@ -239,7 +240,8 @@ def temporal_conv_bwd(
     x, cache, dout = (evenly_laid(t, last) for t in (x, cache, dout))
     assert dout is not None
     if silu:
-        dpre = new_like(dout, last)
+        wide = torch.promote_types(x.dtype, torch.float32)  # what is summed is rounded once
+        dpre = new_like(dout, last, wide)
         temporal_conv_fwd(dpre, x, weight, bias, cache, stride, start, silu, dout)
         dout = dpre
     if dx.numel():
@@ -319,7 +321,9 @@ def _plan(
         rows = _block(ELEMENTS // cols, pixels)
     else:
         rows, cols = _block(rows, pixels), _block(cols, made)
-    strides = [s for t in videos if t is not None for s in strides_of(t, last)]
+    there = [t for t in videos if t is not None]
+    strides = [stride for t in there for stride in strides_of(t, last)]
+    widest = max(t.element_size() for t in there)
     return Plan(
         IN=inner,
         OUT=out,
@@ -330,7 +334,7 @@ def _plan(
         CHANNELS_LAST=last,
         BLOCK_ROWS=rows,
         BLOCK_COLS=cols,
-        BLOCK_INNER=_block(BLOCK_INNER // block, summed),
+        BLOCK_INNER=_block(2 * BLOCK_INNER // widest, summed),
         ALIGN=math.gcd(16, *strides, 0 if last else pixels),
         COMPUTE=tl.float64 if x.dtype is torch.float64 else tl.float32,
     )

@@ -74,9 +74,9 @@ def evenly_laid(x: Tensor | None, last: bool) -> Tensor | None:
     return x if even and beside else new_like(x, last).copy_(x)
 
 
-def new_like(x: Tensor, last: bool) -> Tensor:
+def new_like(x: Tensor, last: bool, dtype: torch.dtype | None = None) -> Tensor:
     form = torch.channels_last_3d if last else torch.contiguous_format
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=form)
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device, memory_format=form)
 
 
 def strides_of(x: Tensor, last: bool) -> tuple[int, int, int]:
@@ -229,6 +229,21 @@ def unit_of(unit, sizes):
 
 
 # --- values ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def plus_product(acc, left, right, P: tl.constexpr):
+    """acc + left · right. A left that is wider is two: what right's dtype holds, and the rest.
+
+    So do tensor cores multiply the gradient of a pre-activation as if it were not rounded.
+    """
+    high = left.to(right.dtype)
+    acc = tl.dot(high, right, acc, input_precision="ieee", out_dtype=P.COMPUTE)
+    if left.dtype != right.dtype:
+        rest = left - high.to(left.dtype)
+        rest = tl.where(tl.abs(rest) < float("inf"), rest, 0.0)  # of an infinity there is none
+        acc = tl.dot(rest.to(right.dtype), right, acc, out_dtype=P.COMPUTE)
+    return acc
 
 
 @triton.jit

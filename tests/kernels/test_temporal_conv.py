@@ -304,6 +304,24 @@ def test_pixels_and_samples_do_not_know_each_other(device, depthwise):
     assert torch.equal(flat, whole[..., 8, 16]) and flat.is_contiguous()
 
 
+@KINDS
+def test_what_is_summed_is_rounded_once(device, depthwise):
+    """Gradients behind a SiLU in fp16: that of the pre-activation is not rounded on the way."""
+    x, weight, bias = (t.half() for t in made(device, 3, depthwise, frames=5))
+    dout = torch.randn_like(x)
+
+    def conv(x, weight, bias, backend="kernel"):
+        return temporal_conv(x, weight, bias, activation="silu", backend=backend)
+
+    ours = results(conv, (x, weight, bias), dout)
+    wide = [t.double() for t in (x, weight, bias)]
+    truth = results(lambda *a: conv(*a, backend="reference"), wide, dout.double())
+    for a, b in zip(ours, truth, strict=True):
+        # Half an ulp of fp16, the fp32 of the sums, and fp16's own smallest numbers.
+        allowed = b.abs() * 2**-11 * 1.01 + b.abs().max() * 2**-18 + 2**-24
+        assert ((a.double() - b).abs() <= allowed).all()
+
+
 # --- memory ----------------------------------------------------------------------------------
 
 
