@@ -126,9 +126,11 @@ def _random(rng: random.Random) -> dict[str, Any]:
     frames, leads = rng.choice((1, 2, 3, 4, 5)), rng.random() < 0.5
     num_groups = rng.choice((1, 2, 3, 4))
     latent_frames = rng.choice((2, 3, frames + 1, 2 * frames + 1))
+    # Two elements are normalised to 1 and -1, whatever they are: the gradient is all roundings.
+    few = rows * down * cols * across < 8
     return {
         "batch": rng.choice((1, 1, 2)),
-        "channels": num_groups * rng.choice((1, 2, 4, 5, 24)),
+        "channels": num_groups * (24 if few else rng.choice((1, 2, 4, 5, 24))),
         "num_groups": num_groups,
         "frames": frames,
         "height": rows * down,

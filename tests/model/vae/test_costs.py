@@ -193,7 +193,7 @@ def test_a_decode_on_a_cpu_keeps_half_the_bytes_alive():
 def test_a_decode_of_the_released_size_keeps_half_the_bytes_alive():
     """49 frames of 480x720 in bf16, from the shapes of both decoders."""
     ours, other = peaks(RELEASED, 13, 480, 720, torch.bfloat16, "meta")
-    assert ours <= 0.46 * other, ours / other
+    assert ours <= 0.45 * other, ours / other
 
 
 @pytest.mark.parametrize(("height", "width", "most"), ((480, 720, 2679), (768, 1360, 8097)))
