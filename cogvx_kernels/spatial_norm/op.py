@@ -223,15 +223,11 @@ _residual_moments.register_autograd(
 )
 
 
-def _in_parts(backend: str, *tensors: Tensor | None) -> bool:
-    """Whether the law may be followed a frame at a time: on a CPU, where no gradient is wanted."""
-    on_cpu = all(x is None or x.device.type == "cpu" for x in tensors)
-    return (
-        backend == "auto"
-        and on_cpu
-        and not wants_grad(*tensors)
-        and not torch.compiler.is_compiling()
-    )
+def _in_parts(*tensors: Tensor | None) -> bool:
+    """Whether the law may be followed a frame at a time: on a CPU, or for the shapes of one, where
+    no gradient is wanted."""
+    on_cpu = all(x is None or x.device.type in ("cpu", "meta") for x in tensors)
+    return on_cpu and not wants_grad(*tensors) and not torch.compiler.is_compiling()
 
 
 # --- the public functions --------------------------------------------------------------------
@@ -308,7 +304,7 @@ def spatial_norm_silu(
         if cache is None:
             return _spatial_norm_silu(*tensors, *settings)[0]
         return _spatial_norm_silu_behind(cache, *tensors, *settings, start or "")
-    if _in_parts(backend, *tensors):
+    if _in_parts(*tensors):
         return spatial_norm_silu_eager(*tensors, *settings, cache, start)
     out = spatial_norm_silu_reference(
         *tensors[:-1], num_groups=num_groups, eps=eps, per_frame=per_frame, leads=leads, silu=silu,
@@ -354,7 +350,7 @@ def residual_moments(
     check_vectors(op, x, offset=offset)
     if _backend.choose(backend, op, reason(x), x):
         return _residual_moments(x, h, offset, num_groups, per_frame)
-    if _in_parts(backend, x, h, offset):
+    if _in_parts(x, h, offset):
         return residual_moments_eager(x, h, offset, num_groups, per_frame)
     total, moments = residual_moments_reference(
         x, h, offset, num_groups=num_groups, per_frame=per_frame

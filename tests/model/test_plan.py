@@ -103,7 +103,9 @@ def test_a_step_of_the_transformer(name, cfg):
 @pytest.mark.parametrize("family", VAES)
 def test_the_vae(family, frames):
     config = VAES[family]
-    plan = forecast(None, config, frames=frames, height=32, width=48, dtype=torch.float32)
+    plan = forecast(
+        None, config, frames=frames, height=32, width=48, dtype=torch.float32, backend="reference"
+    )
     vae = CausalVAE(config)
     assert plan.stage("encode").weights + plan.stage("decode").weights == module_bytes(vae)
     measured = both(lambda: vae.encode(torch.zeros(1, frames, 3, 32, 48)))
@@ -116,7 +118,9 @@ def test_the_vae(family, frames):
 @pytest.mark.parametrize("family", VAES)
 def test_streams(family):
     config = VAES[family]
-    plan = forecast(None, config, frames=25, height=32, width=48, dtype=torch.float32)
+    plan = forecast(
+        None, config, frames=25, height=32, width=48, dtype=torch.float32, backend="reference"
+    )
     vae = CausalVAE(config)
 
     def decode():
@@ -137,7 +141,7 @@ def test_streams(family):
 @pytest.mark.parametrize("family", VAES)
 def test_tiles(family):
     config, tiling = VAES[family], Tiling(32, 48)
-    plan = forecast(None, config, frames=9, height=64, width=96, dtype=torch.float32,
+    plan = forecast(None, config, frames=9, height=64, width=96, dtype=torch.float32, backend="reference",
                     tiling=tiling)  # fmt: skip
     vae = CausalVAE(config)
     with torch.no_grad():
@@ -158,7 +162,9 @@ def test_a_tiled_clip_no_larger_than_a_tile_is_not_tiled():
 
 def test_the_cache_is_what_a_state_holds():
     config = VAES["released"]
-    plan = forecast(None, config, frames=33, height=32, width=48, dtype=torch.float32)
+    plan = forecast(
+        None, config, frames=33, height=32, width=48, dtype=torch.float32, backend="reference"
+    )
     vae, state, held = CausalVAE(config), DecodeState(), []
     with torch.no_grad():
         pieces = (torch.zeros(1, n, 16, 4, 6) for n in plan.stage("decode").chunks)

@@ -45,7 +45,7 @@ def inputs(vae, latents):
 
 def on_reference(vae):
     other = copy.deepcopy(vae)
-    other.set_backend("reference")  # the law itself
+    other.set_backend("reference")
     return other
 
 
