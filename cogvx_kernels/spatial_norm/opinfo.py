@@ -267,7 +267,7 @@ def _residual(
 ) -> Sample:
     shape = (batch, channels, frames, height, width)
     kind = "wide" if wide else None
-    # The mean of few small integers is not exact, nor are their squares' sums in fp16.
+    # With an offset, or rows of an odd width, the mean is not a whole number.
     return Sample(
         reason,
         {

@@ -141,8 +141,8 @@ def test_streams(family):
 @pytest.mark.parametrize("family", VAES)
 def test_tiles(family):
     config, tiling = VAES[family], Tiling(32, 48)
-    plan = forecast(None, config, frames=9, height=64, width=96, dtype=torch.float32, backend="reference",
-                    tiling=tiling)  # fmt: skip
+    plan = forecast(None, config, frames=9, height=64, width=96, dtype=torch.float32,
+                    backend="reference", tiling=tiling)  # fmt: skip
     vae = CausalVAE(config)
     with torch.no_grad():
         with LiveBytes() as live:
