@@ -81,7 +81,7 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("one frame leads", {"frames": 1, "leads": True}),
     ("more latents than frames", {"frames": 3, "leads": True, "latents": (7, 2, 1)}),
     ("latents of x's size", {"frames": 3, "height": 3, "latents": (3, 3, 14)}),
-    ("one latent", {"height": 11, "width": 36, "latents": (1, 1, 1), "batch": 2}),
+    ("one latent", {"height": 9, "width": 36, "latents": (1, 1, 1), "channels": 96}),
     ("three columns a latent", {"height": 6, "width": 42, "latents": (2, 2, 14), "frames": 4}),
     ("y alone", {"modulation": "y", "affine": "b"}),
     ("b alone", {"modulation": "b", "affine": "w", "silu": False}),
