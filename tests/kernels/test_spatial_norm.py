@@ -364,7 +364,7 @@ def test_in_parts_it_is_the_law(info, dtype):
                 same = [z.is_contiguous(memory_format=form) for z in (out, law)]
                 assert same[0] == same[1], sample.reason
             between = info.rounds_between
-            verdict = judge(f"{sample.reason}: out{i}", out, law, true, True, between=between)
+            verdict = judge(f"{sample.reason}: out{i}", out, law, true, between=between)
             assert verdict.ok, str(verdict)
 
 
