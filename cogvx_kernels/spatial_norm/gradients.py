@@ -125,7 +125,7 @@ def sums_kernel(
                 g = zeros(P)
                 along = zeros(P)
                 normal = zeros(P)
-            for step in range(0, sizes.each * RUNS):
+            for step in range(0, sizes.span):
                 if RUNS > 1:
                     cell, col, mask = columns_of(tile * RUNS + step % RUNS, sizes, P)
                 g, along, normal = _add(

@@ -231,7 +231,8 @@ def _sums(plan, dy, db, x, dout, y, b, weight, bias, offset, moments) -> Tensor:
     places, units = sizes.down, frames
     if there is not None:
         across = triton.cdiv(sizes.cols, plan.CELLS)
-        sizes = sizes._replace(across=across)
+        span = sizes.each * triton.cdiv(plan.RATIO, plan.RUN)
+        sizes = sizes._replace(across=across, span=span)
         places, units = sizes.rows * across, sizes.latents
     kept = frames if plan.PER_FRAME else units
     sums = torch.empty((batch, kept, places, 3, channels), dtype=moments.dtype, device=x.device)

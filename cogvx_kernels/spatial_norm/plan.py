@@ -40,7 +40,7 @@ class Sizes(NamedTuple):
     latents, rows, cols     frames, height and width of y and b
     each                    rows of pixels for a row of latents
     parts                   programs for a row of latents
-    span                    rows of pixels for a program, or steps of a strip
+    span                    rows of pixels for a program, or its steps over tiles of pixels
     down, across            programs for the height of a frame, and for its width
     kept                    cached frames
     """
