@@ -254,9 +254,10 @@ def test_backward_twice_gives_the_same_bits_and_leaves_its_inputs_alone(info, de
 
 @EVERY_OP
 def test_what_is_saved_for_backward_is_there_anyway(info, device):
-    """No copy in fp32, none at all: each tensor kept has the memory of an argument or a result."""
+    """No copy in fp32, none at all: each tensor kept has the memory of an argument or a result,
+    but for statistics, of which there are few."""
     arguments = materialize(info.samples[0], torch.bfloat16, device=device)
-    places = {memory(x) for x in tensors(arguments).values()}
+    there = tensors(arguments).values()
     saved: list[Tensor] = []
 
     def pack(x: Tensor) -> Tensor:
@@ -265,9 +266,10 @@ def test_what_is_saved_for_backward_is_there_anyway(info, device):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         results = evaluate(info.op, arguments, info.differentiable, None, backend="kernel")
-    places |= {memory(x) for x in results.values()}
+    places = {memory(x) for x in (*there, *results.values())}
     assert saved or info.launch is None  # what only moves needs nothing for its way back
-    assert {memory(x) for x in saved} <= places
+    statistics = sum(x.nbytes for x in saved if memory(x) not in places)
+    assert 16 * statistics <= max(x.nbytes for x in there)
 
 
 def memory(x: Tensor) -> int:
