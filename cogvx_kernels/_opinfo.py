@@ -147,6 +147,7 @@ class OpInfo:
     cost            of the forward and of the backward, of a sample's arguments
     launch          calls its launchers, given the room's kernel module and a sample's arguments;
                     None if its kernel is not Triton's
+    rows            how many rows are normalised, of a call's arguments; None: each last dim is one
     resized         for an op on videos: a small call of so large a batch and so many frames
     gradcheck       for an op on videos: a call small enough for finite differences
     budgets         of its kernels, ahead of time
@@ -168,6 +169,7 @@ class OpInfo:
     batched: tuple[str, ...] = ()
     summed: tuple[str, ...] = ()
     constant: tuple[int, ...] = ()
+    rows: Callable[[Mapping[str, Any]], int] | None = None
     resized: Callable[[int, int], Sample] | None = None
     gradcheck: Sample | None = None
     products: bool = False

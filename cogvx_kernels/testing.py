@@ -272,6 +272,7 @@ def judge(
     summed: bool = False,
     redraws: Sequence[tuple[Tensor, Tensor]] = (),
     between: bool = False,
+    rows: int | None = None,
 ) -> Verdict:
     """The rule of numerics.
 
@@ -284,16 +285,20 @@ def judge(
     of what the reference may be off. Its yardstick is therefore the worst of several draws, the
     `redraws` being more pairs of yardstick and truth, and two samples of n rows, or of n sums,
     differ by chance with a standard deviation of about 1/sqrt(n): four of those are allowed. At a
-    model's size both are next to nothing. In fp16 and bf16 the last rounding outweighs all luck,
+    model's size both are next to nothing. A row is what is normalised by itself, the last dim
+    unless `rows` says how many there are. In fp16 and bf16 the last rounding outweighs all luck,
     unless the op rounds `between` too: how that rounding falls is handed on to all that follows.
     """
     if result.dtype != yardstick.dtype or result.shape != yardstick.shape:
         got, wanted = (f"{x.dtype} {tuple(x.shape)}" for x in (result, yardstick))
         raise AssertionError(f"{name}: got {got}, wanted {wanted}")
     eps = torch.finfo(result.dtype).eps
-    samples = max(1, math.prod(result.shape if summed else result.shape[:-1]))
+    if summed:
+        rows = result.numel()
+    elif rows is None:
+        rows = math.prod(result.shape[:-1])
     lucky = between or result.dtype is torch.float32
-    chance = 1 + 4 / math.sqrt(samples) if lucky else 1.0
+    chance = 1 + 4 / math.sqrt(max(1, rows)) if lucky else 1.0
     result, yardstick, truth = (x.detach().double().cpu() for x in (result, yardstick, truth))
     finite = yardstick.isfinite()
     specials = [x[~finite].nan_to_num() for x in (result, yardstick)]
@@ -345,6 +350,7 @@ def compare(
         for factor in (REDRAWS if small and lucky else ())
     ]
     summed = {f"d{name}" for name in info.summed}
+    rows = info.rows(arguments) if info.rows else None
     return [
         judge(
             name,
@@ -354,6 +360,7 @@ def compare(
             info.products or name in summed,
             [(y[name], t[name]) for y, t in redraws if name in lucky],
             between,
+            rows,
         )
         for name in truth
     ]

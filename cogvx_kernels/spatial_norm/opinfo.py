@@ -230,6 +230,9 @@ SPATIAL_NORM_SILU = OpInfo(
     batched=("y", "b", "moments"),
     differentiable=("x", "weight", "bias", "y", "b", "offset", "moments"),
     summed=("weight", "bias", "y", "b", "offset", "moments"),
+    rows=lambda call: (
+        len(call["x"]) * call["num_groups"] * (call["x"].shape[2] if call["per_frame"] else 1)
+    ),
     resized=lambda batch, frames: _sample(
         "resized", batch, 2, 1, frames, 1, 2, latents=(1, 1, 1), layout="contiguous"
     ),
