@@ -23,6 +23,7 @@ from .frame_cache import (
     frame_cache_join_reference,
     frame_cache_push,
 )
+from .patching import UnsupportedModelError, explain, patch, patched, supported, unpatch
 from .rope3d import (
     QKNormRoPE3D,
     RoPE3D,
@@ -56,6 +57,7 @@ __all__ = [
     "RoPE3D",
     "SpatialNormSiLU",
     "TemporalConv",
+    "UnsupportedModelError",
     "__version__",
     "conv3d",
     "crop_positions",
@@ -63,6 +65,7 @@ __all__ = [
     "expert_adaln_reference",
     "expert_ffn",
     "expert_ffn_reference",
+    "explain",
     "frame_cache_append",
     "frame_cache_exchange",
     "frame_cache_join",
@@ -72,6 +75,8 @@ __all__ = [
     "gated_residual_adaln",
     "gated_residual_adaln_reference",
     "gated_residual_reference",
+    "patch",
+    "patched",
     "qk_norm_rope3d",
     "qk_norm_rope3d_reference",
     "residual_moments",
@@ -83,6 +88,8 @@ __all__ = [
     "spatial_norm_silu",
     "spatial_norm_silu_reference",
     "split_headdim",
+    "supported",
     "temporal_conv",
     "temporal_conv_reference",
+    "unpatch",
 ]

@@ -16,7 +16,7 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py
 MODEL_FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "cogvx").rglob("*.py"))
 
 # Floor 1 in order: each may import those before it.
-FOUNDATIONS = ("_checks", "_launch", "_opinfo", "modality", "_backend", "conv3d")
+FOUNDATIONS = ("_checks", "_launch", "_opinfo", "modality", "_backend", "conv3d", "resample")
 # What a file of a room may import of its own room.
 WITHIN_A_ROOM = {
     "reference": set(),
@@ -64,6 +64,13 @@ MODEL_OPTIONAL = {
 }
 # The imports that wait inside a function, because what they reach for may be missing.
 IMPORTS_IN_FUNCTIONS = {f"cogvx_kernels/{room}/op.py": "from . import kernel" for room in ROOMS}
+# Whoever patches a model of diffusers has it.
+IMPORTS_DIFFUSERS = {
+    "cogvx_kernels/patching/cogvideox_transformer.py": (
+        "from diffusers.models.attention_dispatch import dispatch_attention_fn"
+    )
+}
+IMPORTS_IN_FUNCTIONS |= IMPORTS_DIFFUSERS
 IMPORTS_IN_FUNCTIONS["cogvx_kernels/tools/verify.py"] = "from . import interpreter"
 
 
@@ -127,10 +134,12 @@ def test_imports_point_down(path):
         allowed |= {"_C"} if file == "kernel" else set()
     elif place == "tools":
         allowed |= {"", "testing", "tools.interpreter"}
+    elif place == "patching":
+        allowed |= {*ROOMS, *(name for name in own(path) if name.startswith("patching."))}
     elif file == "testing":
         allowed |= {f"{room}.opinfo" for room in ROOMS}
     elif file == "__init__":
-        allowed |= set(ROOMS)
+        allowed |= {*ROOMS, "patching"}
     elif file == "__main__":
         allowed = set()
     assert own(path) <= allowed
@@ -138,7 +147,8 @@ def test_imports_point_down(path):
 
 @pytest.mark.parametrize("path", FILES)
 def test_what_may_be_missing_stays_behind_one_line(path):
-    assert roots(path) <= ({"triton", "numpy"} if path in NAMES_TRITON else set())
+    may = {"triton", "numpy"} if path in NAMES_TRITON else set()
+    assert roots(path) <= may | ({"diffusers"} if path in IMPORTS_DIFFUSERS else set())
     assert not any(name.split(".")[0] == "cogvx" for name in imports(path))
 
 
@@ -162,7 +172,7 @@ def test_the_model_uses_public_names_of_the_kernels(path):
     for name in imports(path):
         package, *modules = name.split(".")
         if package == "cogvx_kernels":
-            public = {*importlib.import_module("cogvx_kernels").__all__, "modality"}
+            public = {*importlib.import_module("cogvx_kernels").__all__, "modality", "resample"}
             assert set(modules) <= public, f"{path} imports {name}"
 
 
@@ -251,7 +261,7 @@ assert main(["doctor"]) == 0
 def test_public_names_are_there_and_sorted():
     rooms = ("vae", "transformer", "schedulers", "video", "checkpoint", "pipeline")
     packages = ("cogvx", *(f"cogvx.{room}" for room in rooms), "cogvx_kernels")
-    for name in (*packages, *(f"cogvx_kernels.{room}" for room in ROOMS)):
+    for name in (*packages, *(f"cogvx_kernels.{room}" for room in (*ROOMS, "patching"))):
         module = importlib.import_module(name)
         assert module.__all__ == sorted(module.__all__)
         assert all(hasattr(module, public) for public in module.__all__)

@@ -6,12 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cogvx_kernels.resample import SAFE, doubled, halved, pictures, video
+
 from .norm import Flow, Modulation
 from .state import FrameCache
-
-# Elements that one call of a library's 2-D convolution is given or gives: more than 2**31 are not
-# safe everywhere.
-SAFE = 2**31 - 1
 
 
 class Downsample3D(nn.Module):
@@ -35,16 +33,9 @@ class Downsample3D(nn.Module):
 
 class Upsample3D(nn.Module):
     """Doubles height and width by nearest neighbour and a convolution, frame by frame; `time`: then
-    gives every frame twice, all but a leading first one.
+    gives every frame twice, all but a leading first one. Source: fact sheet, section 4.6.
 
-    Equal frames convolve to equal frames, so they are doubled after the convolution: half the work
-    of doubling before it, for the same bits. Source: fact sheet, section 4.6.
-
-    `fold`: a picture doubled by nearest neighbour has equal pixels two by two, so a 3x3 kernel
-    meets four different ones. Each of the four phases of the result is a convolution of the small
-    picture with a 2x2 kernel, the sums of those that meet the same pixel: 16 products in place of
-    36 for every four pixels, and the doubled picture never exists. In fp16 and bf16 the sums are
-    rounded to the dtype as weights are.
+    `fold`: as four phases of the small picture, see `cogvx_kernels.resample`.
     """
 
     fold = True
@@ -55,84 +46,7 @@ class Upsample3D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, flow: Flow, modulations: Sequence[Modulation], cache: FrameCache) -> Flow:
-        x = flow.x
-        batch, channels, frames, height, width = x.shape
-        single = cache.leads if self.time else frames  # so many stay so, and they come first
-        shape = (batch, channels, 2 * frames - single, 2 * height, 2 * width)
-        out = torch.empty(
-            shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d
-        )
-        kernels = folded(self.conv.weight) if self.fold else None
-        step = max(1, SAFE // max(1, 4 * batch * channels * (height + 1) * (width + 1)))
-        for start in (*range(0, single, step), *range(single, frames, step)):
-            end = min(start + step, single if start < single else frames)
-            to = slice(max(start, 2 * start - single), max(end, 2 * end - single))
-            self._convolve(x[:, :, start:end], kernels, out[:, :, to])
-        return Flow(out)
-
-    def _convolve(self, x: Tensor, kernels: Tensor | None, out: Tensor) -> None:
-        """The frames x into the ones of `out` that show them, one each or two."""
-        small, out = pictures(x), out.unflatten(2, (x.shape[2], -1))
-        if kernels is None:
-            doubled = F.interpolate(small, scale_factor=2.0)
-            self._put(F.conv2d(doubled, self.conv.weight, padding=1), out)
-        else:
-            whole = F.conv2d(small, kernels, padding=1)
-            # (batch, channels, pictures, 1 or 2, height, row, width, column)
-            self._put(phases(whole), out.unflatten(5, (-1, 2)).unflatten(4, (-1, 2)))
-
-    def _put(self, x: Tensor, out: Tensor) -> None:
-        """Pictures, and the bias, into (batch, channels, pictures, 1 or 2, ...)."""
-        x = video(x, len(out)).unsqueeze(3).expand_as(out)
-        assert self.conv.bias is not None
-        bias = self.conv.bias.view(-1, *(1 for _ in x.shape[2:]))
-        if torch.is_grad_enabled():
-            out.copy_(x + bias)
-        else:
-            torch.add(x, bias, out=out)
-
-
-def folded(weight: Tensor) -> Tensor:
-    """The kernels of the four phases one after the other, (4 · out, in, 2, 2), of (out, in, 3, 3).
-
-    In a row of taps a, b, c, even pixels meet a and b + c, odd ones a + b and c: with a zero on
-    either side these are the sums of neighbours, every other one.
-    """
-    sums = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)  # (out, in, 4, 4)
-    of_phases = sums.unflatten(3, (2, 2)).unflatten(2, (2, 2))  # (out, in, tap, row, tap, column)
-    channels_last = of_phases.permute(3, 5, 0, 2, 4, 1).flatten(0, 2)
-    return channels_last.movedim(-1, 1)
-
-
-def phases(x: Tensor) -> Tensor:
-    """The four phases out of one convolution with all their kernels.
-
-    x        (pictures, 4 · channels, height + 1, width + 1)
-    returns  (pictures, channels, height, 2, width, 2), a view: the pixel (2h + row, 2w + column) of
-             a result is at (h + row, w + column) of the phase (row, column)
-    """
-    pictures, channels, height, width = x.shape
-    each, (by_picture, by_channel, by_row, by_column) = channels // 4, x.stride()
-    return x.as_strided(
-        (pictures, each, height - 1, 2, width - 1, 2),
-        (by_picture, by_channel, by_row, 2 * each * by_channel + by_row,
-         by_column, each * by_channel + by_column),
-        x.storage_offset(),
-    )  # fmt: skip
-
-
-def halved(x: Tensor, leads: bool) -> Tensor:
-    """Half the frames, the means of pairs; a leading first one stays as it is."""
-    first, rest = x[:, :, :leads], x[:, :, leads:]
-    means = (rest[:, :, ::2] + rest[:, :, 1::2]) * 0.5
-    return torch.cat([first, means], dim=2) if leads else means
-
-
-def pictures(x: Tensor) -> Tensor:
-    """The frames of a video as pictures, (batch · frames, channels, height, width)."""
-    return x.transpose(1, 2).flatten(0, 1)
-
-
-def video(x: Tensor, batch: int) -> Tensor:
-    """Pictures as the frames of a video again."""
-    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+        x, conv = flow.x, self.conv
+        assert conv.bias is not None
+        single = cache.leads if self.time else x.shape[2]  # so many stay so, and they come first
+        return Flow(doubled(x, conv.weight, conv.bias, int(single), fold=self.fold))

@@ -1,0 +1,250 @@
+"""Forwards for diffusers' CogVideoX transformer: its blocks, and the attention in them.
+
+A block works on the joint sequence, text first, which is where its arguments already lie: the views
+that one block gives are those that the next one takes. Source: fact sheet, section 2.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..expert_adaln import expert_adaln, gated_residual, gated_residual_adaln
+from ..rope3d import qk_norm_rope3d, rope3d
+from . import forwards
+from .family import Family, Kind
+from .forwards import wrapped
+from .site import Patch, unusual
+
+Rows = tuple[Tensor, ...]  # six of (batch, dim), of one norm: see `_shifts` and `_gates`
+
+SEPARATE, FUSED = "CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"
+
+
+def block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Of CogVideoXBlock: both norms, gates and sums in three passes over the joint sequence."""
+    site = self._cogvx
+    reason = unusual(self.norm1.norm, nn.LayerNorm) or unusual(self.norm2.norm, nn.LayerNorm)
+    if reason:
+        site.miss("adaln", reason)
+        return forwards.own(self)(
+            self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, attention_kwargs
+        )
+    text_len = encoder_hidden_states.shape[1]
+    backend = site.patch.backend
+    x = joint(encoder_hidden_states, hidden_states)
+    first, second = (
+        n.linear(n.silu(temb)).to(x.dtype).chunk(6, dim=1) for n in (self.norm1, self.norm2)
+    )
+    h = expert_adaln(
+        x, *_shifts(first), *_affine(self.norm1.norm),
+        text_len=text_len, eps=self.norm1.norm.eps, backend=backend,
+    )  # fmt: skip
+    y = _attended(self.attn1, h, text_len, image_rotary_emb, attention_kwargs or {})
+    x, h = gated_residual_adaln(
+        x, y.to(x.dtype), *_gates(first), *_shifts(second), *_affine(self.norm2.norm),
+        text_len=text_len, eps=self.norm2.norm.eps, backend=backend,
+    )  # fmt: skip
+    y = self.ff(h)
+    x = gated_residual(x, y.to(x.dtype), *_gates(second), text_len=text_len, backend=backend)
+    site.hit("adaln", 2)
+    text, video = x.split([text_len, x.shape[1] - text_len], dim=1)
+    return video, text
+
+
+def attention(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    **cross_attention_kwargs: Any,
+) -> Any:
+    """Of Attention with CogVideoX's processors: norm and rotation of q and k in one pass, softmax
+    by whatever backend is set."""
+    kwargs = {"attention_mask": attention_mask, **cross_attention_kwargs}
+    tables = _tables(self, hidden_states, encoder_hidden_states, **kwargs)
+    if isinstance(tables, str):
+        self._cogvx.miss("rope", tables)
+        return forwards.own(self)(self, hidden_states, encoder_hidden_states, **kwargs)
+    assert encoder_hidden_states is not None
+    text_len = encoder_hidden_states.shape[1]
+    x = joint(encoder_hidden_states, hidden_states) if text_len else hidden_states
+    y = _attention(self, x, *tables)
+    self._cogvx.hit("rope")
+    text, video = y.split([text_len, y.shape[1] - text_len], dim=1)
+    return video, text
+
+
+def joint(text: Tensor, video: Tensor) -> Tensor:
+    """(batch, text_len + video_len, dim): the tensor that both are views of, if there is one, and
+    no gradient has to find its way through them; else a copy."""
+    recorded = torch.is_grad_enabled() and (text.requires_grad or video.requires_grad)
+    if recorded or torch.compiler.is_compiling() or not _adjacent(text, video):
+        return torch.cat([text, video], dim=1)
+    shape = (text.shape[0], text.shape[1] + video.shape[1], text.shape[2])
+    return text.as_strided(shape, text.stride(), text.storage_offset())
+
+
+def _adjacent(text: Tensor, video: Tensor) -> bool:
+    return (
+        text.dtype == video.dtype
+        and text.shape[0] == video.shape[0]
+        and text.shape[2] == video.shape[2]
+        and text.stride() == video.stride()
+        and text.untyped_storage()._cdata == video.untyped_storage()._cdata
+        and text.storage_offset() + text.shape[1] * text.stride(1) == video.storage_offset()
+    )
+
+
+def _affine(norm: nn.LayerNorm) -> tuple[Tensor | None, Tensor | None]:
+    return norm.weight, norm.bias
+
+
+def _shifts(rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """shift and scale of video, and of text, as diffusers orders the rows."""
+    return rows[0], rows[1], rows[3], rows[4]
+
+
+def _gates(rows: Rows) -> tuple[Tensor, Tensor]:
+    return rows[2], rows[5]
+
+
+def _attended(
+    attn: Any,
+    h: Tensor,
+    text_len: int,
+    rotary: tuple[Tensor, Tensor] | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """The attention of a block over its joint sequence, in and out.
+
+    Called as a module in either case, so that what hangs on it runs. Where it is ours it takes the
+    joint sequence as it is, as video without text, of which as many tokens turn as have angles.
+    """
+    text, video = h[:, :0], h
+    ours = attn.__dict__.get("_cogvx") is not None
+    if not ours or isinstance(_tables(attn, video, text, rotary, **kwargs), str):
+        text, video = h[:, :text_len], h[:, text_len:]
+    video, text = attn(
+        hidden_states=video, encoder_hidden_states=text, image_rotary_emb=rotary, **kwargs
+    )
+    return joint(text, video) if text.shape[1] else video
+
+
+def _attention(attn: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Over the joint sequence x (batch, seqlen, dim); the last tokens turn, one for each row."""
+    if type(attn.processor).__name__ == FUSED:
+        layers = [attn.to_qkv]
+        q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
+    else:
+        layers = [attn.to_q, attn.to_k]
+        q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
+    q, k, v = (z.unflatten(2, (attn.heads, -1)) for z in (q, k, v))
+    text_len = x.shape[1] - cos.shape[0]
+    backend = attn._cogvx.patch.backend
+    if attn.norm_q is None:
+        q, k = (rope3d(z, cos, sin, text_len=text_len, backend=backend) for z in (q, k))
+    else:
+        q, k = qk_norm_rope3d(
+            q, k, *_affine(attn.norm_q), *_affine(attn.norm_k), cos, sin,
+            text_len=text_len, eps=attn.norm_q.eps, backend=backend,
+            # A hook on a projection may have kept what it gave.
+            inplace=not torch.is_grad_enabled() and not any(wrapped(layer) for layer in layers),
+        )  # fmt: skip
+    return attn.to_out[1](attn.to_out[0](_attended_to(attn, q, k, v).flatten(2)))
+
+
+def _attended_to(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(batch, seqlen, nheads, headdim), all of them, by the backend that is set, where this
+    diffusers has a choice."""
+    softmax = attn._cogvx.patch.softmax
+    if softmax is not None:
+        return softmax(q, k, v, backend=getattr(attn.processor, "_attention_backend", None))
+    q, k, v = (z.transpose(1, 2) for z in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _tables(
+    attn: Any,
+    video: Tensor,
+    text: Tensor | None,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, Tensor] | str:
+    """cos and sin, (rows, headdim // 2) each, of the last tokens; or why this attention, or this
+    call of it, is not the one that is known here."""
+    processor = type(attn.processor).__name__
+    if processor not in (SEPARATE, FUSED):
+        return f"its processor is a {processor}"
+    if text is None or attention_mask is not None or others:
+        given = [*others, *(["attention_mask"] if attention_mask is not None else [])]
+        return f"it was called with {', '.join(given) or 'no text'}"
+    norms = (attn.norm_q, attn.norm_k)
+    if (norms[0] is None) != (norms[1] is None):
+        return "only one of q and k is normalised"
+    for norm in norms:
+        reason = None if norm is None else unusual(norm, nn.LayerNorm)
+        if reason:
+            return reason
+    if norms[0] is not None and norms[0].eps != norms[1].eps:
+        return "the norms of q and k have different eps"
+    if image_rotary_emb is None:
+        none = video.new_empty((0, attn.inner_dim // attn.heads // 2), dtype=torch.float32)
+        return none, none
+    cos, sin = image_rotary_emb
+    rows = {video.shape[1]} if text.shape[1] else range(video.shape[1] + 1)
+    if cos.dtype != torch.float32 or cos.ndim != 2 or cos.shape[0] not in rows:
+        return f"image_rotary_emb is {cos.dtype} of shape {tuple(cos.shape)}"
+    return attn._cogvx.patch.tables.halved(cos, sin)
+
+
+def _prepare(model: Any, patch: Patch) -> None:
+    """What diffusers has for its other transformers: `compile_repeated_blocks`, and a choice of
+    attention backends, which CogVideoX's own processor does not look at."""
+    if not getattr(model, "_repeated_blocks", None):
+        model._repeated_blocks = ["CogVideoXBlock"]
+    if "rope" not in patch.ops:
+        return
+    try:
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+    except ImportError:  # before diffusers 0.35 there is none
+        return
+    patch.softmax = dispatch_attention_fn
+    for processor in _processors(model):
+        processor.__dict__.setdefault("_attention_backend", None)
+
+
+def _undo(model: Any) -> None:
+    model.__dict__.pop("_repeated_blocks", None)
+    for processor in _processors(model):
+        processor.__dict__.pop("_attention_backend", None)
+
+
+def _processors(model: Any) -> list[Any]:
+    found = (getattr(module, "processor", None) for module in model.modules())
+    return [x for x in found if type(x).__name__ in (SEPARATE, FUSED)]
+
+
+FAMILY = Family(
+    group="transformer",
+    models=("CogVideoXTransformer3DModel",),
+    ops={
+        "adaln": "adaptive norms, gates and sums of a block in three passes over text and video",
+        "rope": "norm and rotation of q and k in one pass; any attention backend",
+    },
+    kinds=(
+        Kind("CogVideoXBlock", block, {"adaln": 2}),
+        Kind("Attention", attention, {"rope": 1}),
+    ),
+    prepare=_prepare,
+    undo=_undo,
+)

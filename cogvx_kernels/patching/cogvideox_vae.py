@@ -1,0 +1,257 @@
+"""Forwards for diffusers' CogVideoX VAE: residual blocks, causal convolutions, norms, resampling.
+
+What a causal convolution remembers is two frames, replaced in place; a convolution of one frame
+remembers nothing. Norms take their modulation at the size of the latents. Where a gradient is
+recorded nothing is written in place. Source: fact sheet, section 4.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..conv3d import LIMIT, conv3d, trouble
+from ..frame_cache import frame_cache_append, frame_cache_join
+from ..resample import doubled, halved, pictures, video
+from ..spatial_norm import spatial_norm_silu
+from . import forwards
+from .family import Family, Kind
+from .site import unusual
+
+
+class Frames:
+    """What one causal convolution remembers of a clip: a value for the next chunk to take, once.
+
+    The next chunk overwrites the frames in place, so that there are never two of them.
+    """
+
+    def __init__(self, frames: Tensor) -> None:
+        self._frames: Tensor | None = frames
+
+    def read(self) -> Tensor:
+        if self._frames is None:
+            raise RuntimeError(
+                "conv_cache: these frames were taken by a later chunk, which has replaced them; "
+                "copy.deepcopy a cache before it is used to decode from it twice"
+            )
+        return self._frames
+
+    def taken(self) -> Tensor:
+        """The frames, to be replaced in place; another chunk cannot have them."""
+        frames, self._frames = self.read(), None
+        if frames.is_inference() and not torch.is_inference_mode_enabled():
+            frames = frames.clone()  # which could not be written to outside of inference mode
+        return frames
+
+
+def causal_conv(self: Any, inputs: Tensor, conv_cache: Any = None) -> tuple[Tensor, Any]:
+    """Of CogVideoXCausalConv3d."""
+    site = self._cogvx
+    if self.pad_mode == "replicate":
+        site.miss("cache", "its padding in time is not causal")
+        return forwards.own(self)(self, inputs, conv_cache)
+    site.hit("cache")
+    kept = self.time_kernel_size - 1
+    if not kept:
+        return self.conv(inputs), None
+    backend = site.patch.backend
+    if _functional():
+        past = conv_cache.read() if isinstance(conv_cache, Frames) else conv_cache
+        start = "replicate" if past is None else None
+        joined, past = frame_cache_join(past, inputs, kept=kept, start=start, backend=backend)
+        return self.conv(joined), past
+    frames, start = _slot(conv_cache, inputs, kept, site.patch.fast)
+    joined = frame_cache_append(
+        frames, inputs, start=start, memory_format=_format(site.patch.fast), backend=backend
+    )
+    return self.conv(joined), Frames(frames)
+
+
+def residual_block(
+    self: Any,
+    inputs: Tensor,
+    temb: Tensor | None = None,
+    zq: Tensor | None = None,
+    conv_cache: dict[str, Any] | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Of CogVideoXResnetBlock3D: each norm, its SiLU and the cached frames in front in one pass."""
+    site = self._cogvx
+    reason = _unlike_block(self, inputs, temb, zq)
+    if reason:
+        site.miss("norm", reason)
+        return forwards.own(self)(self, inputs, temb, zq, conv_cache)
+    old = conv_cache or {}
+    new = {}
+    h, new["conv1"] = _norm_and_conv(site, self.norm1, self.conv1, inputs, zq, old.get("conv1"))
+    h, new["conv2"] = _norm_and_conv(site, self.norm2, self.conv2, h, zq, old.get("conv2"))
+    x = inputs
+    if self.in_channels != self.out_channels:
+        if self.use_conv_shortcut:
+            x, new["conv_shortcut"] = self.conv_shortcut(x, conv_cache=old.get("conv_shortcut"))
+        else:
+            x = self.conv_shortcut(x)
+    return h + x, new
+
+
+def spatial_norm(
+    self: Any, f: Tensor, zq: Tensor, conv_cache: dict[str, Any] | None = None
+) -> tuple[Tensor, dict[str, Any]]:
+    """Of CogVideoXSpatialNorm3D where it stands alone, without a SiLU."""
+    site = self._cogvx
+    reason = _unlike_norm(self, f, zq)
+    if reason:
+        site.miss("norm", reason)
+        return forwards.own(self)(self, f, zq, conv_cache)
+    site.hit("norm")
+    return _normalised(self, f, zq, site.patch.backend, silu=False), {}
+
+
+def safe_conv(self: Any, input: Tensor) -> Tensor:
+    """Of CogVideoXSafeConv3d, of any size: pieces are never shorter than the kernel."""
+    site = self._cogvx
+    plain = self.padding_mode == "zeros" and {*self.stride, *self.dilation, self.groups} == {1}
+    plain = plain and not isinstance(self.padding, str) and self.padding[0] == 0
+    if not plain:
+        site.miss("conv", "it has a stride, a dilation, groups or another padding")
+        return forwards.own(self)(self, input)
+    site.hit("conv")
+    small = input.nbytes <= LIMIT and trouble(input.device, input.dtype) is None
+    if small and not site.patch.fast:
+        return nn.Conv3d.forward(self, input)
+    return conv3d(input, self.weight, self.bias, self.padding)
+
+
+def upsample(self: Any, inputs: Tensor) -> Tensor:
+    """Of CogVideoXUpsample3D: frames that come in pairs are convolved once."""
+    site = self._cogvx
+    conv = self.conv
+    if conv.kernel_size != (3, 3) or conv.stride != (1, 1) or conv.padding != (1, 1):
+        site.miss("resample", "its convolution is not of 3x3 with a stride of 1")
+        return forwards.own(self)(self, inputs)
+    site.hit("resample")
+    frames = inputs.shape[2]
+    single = frames % 2 if self.compress_time else frames
+    if site.patch.fast and unusual(conv, nn.Conv2d) is None:
+        return doubled(inputs, conv.weight, conv.bias, single)
+    x = video(conv(F.interpolate(pictures(inputs), scale_factor=2.0)), len(inputs))
+    if single == frames:
+        return x
+    order = torch.arange(frames, device=x.device).repeat_interleave(2)
+    return x.index_select(2, order[single:])
+
+
+def downsample(self: Any, x: Tensor) -> Tensor:
+    """Of CogVideoXDownsample3D: means of pairs of frames where they lie."""
+    self._cogvx.hit("resample")
+    if self.compress_time:
+        x = halved(x, x.shape[2] % 2)
+    return video(self.conv(F.pad(pictures(x), (0, 1, 0, 1))), len(x))
+
+
+def _norm_and_conv(
+    site: Any, norm: nn.Module, causal: Any, x: Tensor, zq: Tensor | None, past: Any
+) -> tuple[Tensor, Any]:
+    """The convolution of what the norm makes of x, and what the convolution remembers."""
+    site.hit("norm")
+    backend = site.patch.backend
+    of_conv = causal.__dict__.get("_cogvx")
+    if (
+        of_conv is None
+        or causal.time_kernel_size == 1
+        or causal.pad_mode == "replicate"
+        or (_functional())
+    ):
+        return causal(_normalised(norm, x, zq, backend), conv_cache=past)
+    of_conv.hit("cache")
+    frames, start = _slot(past, x, causal.time_kernel_size - 1, site.patch.fast)
+    joined = _normalised(norm, x, zq, backend, cache=frames, start=start)
+    return causal.conv(joined), Frames(frames)
+
+
+def _normalised(norm: Any, x: Tensor, zq: Tensor | None, backend: str, **options: Any) -> Tensor:
+    """SiLU of the norm of x; modulated by zq, if that is given, as it is: y and b of its own size
+    are read by the nearest-neighbour rule, which commutes with a convolution of one pixel."""
+    layer, y, b = norm, None, None
+    if zq is not None:
+        layer, y, b = norm.norm_layer, norm.conv_y.conv(zq), norm.conv_b.conv(zq)
+    frames = x.shape[2]
+    return spatial_norm_silu(
+        x, layer.weight, layer.bias, y, b, num_groups=layer.num_groups, eps=layer.eps,
+        leads=zq is not None and frames > 1 and frames % 2 == 1, backend=backend, **options,
+    )  # fmt: skip
+
+
+def _slot(
+    past: Frames | Tensor | None, x: Tensor, kept: int, channels_last: bool
+) -> tuple[Tensor, str | None]:
+    """The frames before x, to be replaced in place by its last ones; and how a clip begins."""
+    if past is None:
+        shape = (*x.shape[:2], kept, *x.shape[3:])
+        form = _format(channels_last)
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form), "replicate"
+    return past.taken() if isinstance(past, Frames) else past.clone(), None
+
+
+def _format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last_3d if channels_last else torch.contiguous_format
+
+
+def _functional() -> bool:
+    """Whether the caches of chunks have to be values: for a gradient, or for a compiler."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
+def _unlike_norm(norm: Any, f: Tensor, zq: Tensor | None) -> str | None:
+    if zq is None:
+        return "there are no latents to modulate it"
+    if any(side % of for side, of in zip(f.shape[3:], zq.shape[3:], strict=True)):
+        return f"{tuple(f.shape[3:])} pixels are no multiple of {tuple(zq.shape[3:])} latents"
+    return unusual(norm.norm_layer, nn.GroupNorm)
+
+
+def _unlike_block(block: Any, x: Tensor, temb: Tensor | None, zq: Tensor | None) -> str | None:
+    if temb is not None:
+        return "it has a time embedding"
+    if not isinstance(block.nonlinearity, nn.SiLU):
+        return f"its nonlinearity is a {type(block.nonlinearity).__name__}"
+    if block.training and block.dropout.p:
+        return "it drops activations"
+    for norm in (block.norm1, block.norm2):
+        spatial = type(norm).__name__ == "CogVideoXSpatialNorm3D"
+        reason = _unlike_norm(norm, x, zq) if spatial else unusual(norm, nn.GroupNorm)
+        if reason:
+            return reason
+    return None
+
+
+def _remembers(name: str, conv: Any, ops: Collection[str]) -> bool:
+    """A convolution of one frame belongs to a norm, which calls what is in it."""
+    return conv.time_kernel_size > 1 or "norm" not in ops
+
+
+def _stands_alone(name: str, norm: Any, ops: Collection[str]) -> bool:
+    """Not in a residual block, which calls what is in it."""
+    return name.rpartition(".")[2] not in ("norm1", "norm2")
+
+
+FAMILY = Family(
+    group="vae",
+    models=("AutoencoderKLCogVideoX",),
+    ops={
+        "cache": "two frames for each causal convolution, replaced in place, and nothing else kept",
+        "norm": "norm, modulation, SiLU and cached frames in one pass; modulated at latent size",
+        "resample": "frames that are shown twice convolved once; pairs averaged where they lie",
+        "conv": "3-D convolutions of any size, led around bad versions of cuDNN",
+    },
+    exact=("cache", "resample", "conv"),
+    kinds=(
+        Kind("CogVideoXCausalConv3d", causal_conv, {"cache": 1}, _remembers),
+        Kind("CogVideoXResnetBlock3D", residual_block, {"norm": 2}),
+        Kind("CogVideoXSpatialNorm3D", spatial_norm, {"norm": 1}, _stands_alone),
+        Kind("CogVideoXUpsample3D", upsample, {"resample": 1}),
+        Kind("CogVideoXDownsample3D", downsample, {"resample": 1}),
+        Kind("CogVideoXSafeConv3d", safe_conv, {"conv": 1}),
+    ),
+)

@@ -1,0 +1,79 @@
+"""Where a module's own `forward` is held, beneath all that others have wrapped around it.
+
+accelerate and diffusers wrap the forward of an instance in their hooks (offloading, caching, casts)
+and keep the one they found. Ours takes the place of the innermost, so that hooks stay around it
+whether they came before or after, and taking it out leaves each of them where it was.
+"""
+
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+Forward = Callable[..., Any]
+
+
+def own(module: nn.Module) -> Forward:
+    """The `forward` of the module's class: what the model's authors wrote."""
+    return type(module).forward
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why the module's forward cannot be replaced, or None."""
+    found = _innermost(module)
+    return found if isinstance(found, str) else None
+
+
+def replace(module: nn.Module, forward: Forward) -> None:
+    """Makes the function `forward` the module's. There must be no obstacle."""
+    found = _innermost(module)
+    assert not isinstance(found, str), found
+    setattr(*found, MethodType(forward, module))
+
+
+def restore(module: nn.Module) -> None:
+    """Puts the class's own forward back, wherever ours has got to."""
+    found = _innermost(module)
+    if isinstance(found, str):
+        return
+    holder, name = found
+    if holder is module and name == "forward":
+        module.__dict__.pop("forward", None)
+    else:
+        setattr(holder, name, MethodType(own(module), module))
+
+
+def wrapped(module: nn.Module) -> bool:
+    """Whether something acts before or after the module's forward: its tensors may be elsewhere
+    until it is called."""
+    held = module.__dict__.get("forward")
+    return bool(
+        (held is not None and getattr(held, "__func__", None) is not own(module))
+        or module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _innermost(module: nn.Module) -> tuple[Any, str] | str:
+    """(holder, attribute) of the innermost forward; or why it cannot be told."""
+    if "forward" not in module.__dict__:
+        return module, "forward"
+    for holder, name in _places(module):
+        value = getattr(holder, name, None)
+        if isinstance(value, MethodType) and value.__self__ is module:
+            return holder, name
+    return f"its forward was replaced by {module.__dict__['forward']!r}, which is not a known hook"
+
+
+def _places(module: nn.Module) -> Iterator[tuple[Any, str]]:
+    """Wherever a forward may be held, the inner ones first."""
+    registry = module.__dict__.get("_diffusers_hook")
+    for reference in getattr(registry, "_fn_refs", ()):
+        yield reference, "original_forward"
+        yield reference, "forward"
+    if "_old_forward" in module.__dict__:
+        yield module, "_old_forward"
+    yield module, "forward"

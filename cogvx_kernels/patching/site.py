@@ -1,0 +1,133 @@
+"""What a patch remembers: its options, and of every place where it works, how often it did.
+
+Both hang on the modules themselves. A copy of a patched model is patched, with counts of its own; a
+pickle is of the model alone, and loads where this package is not installed.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .forwards import wrapped
+
+
+class Tables:
+    """cos and sin of a pipeline's run as the ops take them, made once for all blocks and steps."""
+
+    def __init__(self) -> None:
+        self._of: tuple[Any, ...] = ()
+        self._made: tuple[Tensor, Tensor] | str = ""
+
+    def halved(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor] | str:
+        """One column for each pair of (video_len, headdim) tables; or why that cannot be."""
+        if torch.compiler.is_compiling():
+            return _halved(cos, sin)
+        of = tuple((weakref.ref(x), x._version) for x in (cos, sin) if not x.is_inference())
+        if of == () or of != self._of:
+            self._of, self._made = of, _checked(cos, sin)
+        return self._made
+
+
+def _halved(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return cos[:, ::2].contiguous(), sin[:, ::2].contiguous()
+
+
+def _checked(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor] | str:
+    halves = _halved(cos, sin)
+    if cos.is_meta or all(
+        torch.equal(half, x[:, 1::2]) for half, x in zip(halves, (cos, sin), strict=True)
+    ):
+        return halves
+    return "image_rotary_emb turns the two dims of a pair by different angles"
+
+
+class Patch:
+    """The options that one model was patched with, and its sites."""
+
+    def __init__(self, model: str, ops: tuple[str, ...], mode: str, backend: str) -> None:
+        self.model = model
+        self.ops = ops
+        self.mode = mode
+        self.backend = backend
+        self.sites: list[Site] = []
+        self.refused: dict[str, str] = {}  # modules that were left as they are, and why
+        self.tables = Tables()
+        self.softmax: Callable[..., Tensor] | None = None  # diffusers' choice of one, if it has any
+
+    @property
+    def options(self) -> tuple[tuple[str, ...], str, str]:
+        return self.ops, self.mode, self.backend
+
+    @property
+    def fast(self) -> bool:
+        return self.mode == "fast"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Patch":
+        other = memo[id(self)] = Patch(self.model, *self.options)
+        other.sites = [deepcopy(site, memo) for site in self.sites]
+        other.refused = dict(self.refused)
+        other.softmax = self.softmax
+        return other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+class Site:
+    """One module whose forward was replaced.
+
+    Attributes:
+        patch: of the model that it is in.
+        name: the module's, within that model.
+        places: op -> how many calls of it one forward of the module makes.
+        hits: op -> how many it has made. Calls in compiled code are not counted.
+        misses: (op, reason) -> how many calls went the model's own way.
+    """
+
+    def __init__(self, patch: Patch, name: str, places: dict[str, int]) -> None:
+        self.patch = patch
+        self.name = name
+        self.places = dict(places)
+        self.hits: Counter[str] = Counter()
+        self.misses: Counter[tuple[str, str]] = Counter()
+
+    def does(self, op: str) -> bool:
+        return op in self.places
+
+    def hit(self, op: str, times: int = 1) -> None:
+        if op in self.places and not torch.compiler.is_compiling():
+            self.hits[op] += times
+
+    def miss(self, op: str, reason: str) -> None:
+        if op in self.places and not torch.compiler.is_compiling():
+            self.misses[op, reason] += 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Site":
+        other = memo[id(self)] = Site(self.patch, self.name, self.places)
+        other.patch = deepcopy(self.patch, memo)  # whose sites this one is of
+        return other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+def site_of(module: nn.Module) -> Site | None:
+    return module.__dict__.get("_cogvx")
+
+
+def unusual(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why the weights of a module may not be read past its forward, or None if they may.
+
+    Others put their own modules in the place of plain ones (adapters, few bits), or hang hooks on
+    them that fetch the weights only for the call.
+    """
+    if type(module) is not kind:
+        return f"a {kind.__name__} is a {type(module).__name__}"
+    if wrapped(module):
+        return f"a {kind.__name__} has hooks"
+    return None
