@@ -23,7 +23,16 @@ from .frame_cache import (
     frame_cache_join_reference,
     frame_cache_push,
 )
-from .patching import UnsupportedModelError, explain, patch, patched, supported, unpatch
+from .patching import (
+    DecodeState,
+    UnsupportedModelError,
+    explain,
+    patch,
+    patched,
+    stream_decode,
+    supported,
+    unpatch,
+)
 from .rope3d import (
     QKNormRoPE3D,
     RoPE3D,
@@ -49,6 +58,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BACKENDS",
+    "DecodeState",
     "ExpertAdaLayerNorm",
     "ExpertFFN",
     "FrameCacheJoin",
@@ -88,6 +98,7 @@ __all__ = [
     "spatial_norm_silu",
     "spatial_norm_silu_reference",
     "split_headdim",
+    "stream_decode",
     "supported",
     "temporal_conv",
     "temporal_conv_reference",

@@ -43,6 +43,11 @@ class Way:
     def config(self) -> VAEConfig:
         return self.coder.config
 
+    @property
+    def leads(self) -> bool:
+        """The first chunk is the first frame."""
+        return self.config.factorized
+
     def check(self, x: Any) -> Tensor:
         """x is a batch of clips, or pieces of clips, that the coder can take."""
         dims = "(batch, frames, channels, height, width)"

@@ -9,12 +9,11 @@ until their chunk is full.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-S = TypeVar("S", bound="StreamState")
+from cogvx_kernels.streaming import StreamState
 
 
 class FrameCache:
@@ -84,6 +83,17 @@ class FrameCache:
             del self.frames[name]
         return frames, None
 
+    def clear(self) -> None:
+        self.frames.clear()
+
+    def tensors(self) -> list[Tensor]:
+        return list(self.frames.values())
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "FrameCache":
+        other = self.fork()
+        other.frames = {name: function(x) for name, x in self.frames.items()}
+        return other
+
     def fork(self) -> "FrameCache":
         """Another cache that holds the same frames now, and goes its own way from here."""
         other = copy.copy(self)
@@ -91,66 +101,16 @@ class FrameCache:
         return other
 
 
-class StreamState:
-    """Where a clip stands between chunks. Make one per clip; it may be cloned and moved.
+class _State(StreamState):
+    cache: FrameCache
 
-    Attributes:
-        total: how many frames the clip will have, once that is known.
-        taken: how many have been through.
-        ended: the clip is complete.
-    """
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Back to the beginning of a new clip; frees what was held."""
-        self.cache = FrameCache()
-        self.pending: list[Tensor] = []
-        self.total: int | None = None
-        self.taken = 0
-        self.chunks = 0
-        self.like: tuple[object, ...] | None = None
-        self.ended = False
-
-    @property
-    def waiting(self) -> int:
-        """Frames that have come and wait until their chunk is full."""
-        return sum(piece.shape[1] for piece in self.pending)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held between chunks."""
-        held = [*self.cache.frames.values(), *self.pending]
-        return sum(x.numel() * x.element_size() for x in held)
-
-    def clone(self: S) -> S:
-        """A state of its own at the same point of the same clip."""
-        return self._mapped(torch.clone)
-
-    def to(self: S, device: torch.device | str) -> S:
-        """The same point of the same clip on another device, for the VAE that is there."""
-        state = self._mapped(lambda x: x.to(device, copy=True))
-        if self.like is not None:
-            state.like = (*self.like[:-1], torch.empty(0, device=device).device)
-        return state
-
-    def _mapped(self: S, function: Callable[[Tensor], Tensor]) -> S:
-        state = copy.copy(self)
-        state.cache = self.cache.fork()
-        state.cache.frames = {name: function(x) for name, x in self.cache.frames.items()}
-        state.pending = [function(x) for x in self.pending]
-        return state
-
-    def __repr__(self) -> str:
-        of = "" if self.total is None else f" of {self.total}"
-        end = " broken" if self.cache.broken else " ended" if self.ended else ""
-        return f"{type(self).__name__}({self.taken}{of} taken, {self.nbytes:,} bytes{end})"
+    def new_cache(self) -> FrameCache:
+        return FrameCache()
 
 
-class EncodeState(StreamState):
+class EncodeState(_State):
     """Between the chunks of a video that is being encoded; counts frames of video."""
 
 
-class DecodeState(StreamState):
+class DecodeState(_State):
     """Between the chunks of latents that are being decoded; counts latent frames."""

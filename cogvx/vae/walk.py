@@ -1,17 +1,21 @@
 """A clip of any length through an encoder or a decoder, chunk by chunk: whole, or as a stream."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from cogvx_kernels.streaming import stream
 
 from .decoder import Decoder
 from .distribution import DiagonalGaussian
 from .encoder import Encoder
 from .rules import Way, decoding, encoding
-from .state import DecodeState, EncodeState, FrameCache, StreamState
+from .state import DecodeState, EncodeState, FrameCache
 from .tiling import Tiling, tiled
+
+S = TypeVar("S", EncodeState, DecodeState)
 
 Progress = Callable[[int, int], None]
 
@@ -91,8 +95,8 @@ def stream_encode(
         RuntimeError: the state's clip has ended, or was lost to an exception in a chunk.
     """
     way = encoding(encoder, "stream_encode")
-    chunks = _stream(way, video, EncodeState() if state is None else state, total, last)
-    return map(DiagonalGaussian, chunks)
+    state = _checked(way, EncodeState() if state is None else state, EncodeState)
+    return map(DiagonalGaussian, stream(way, video, state, total, last))
 
 
 def stream_decode(
@@ -109,7 +113,16 @@ def stream_decode(
     frames, then 2 each.
     """
     way = decoding(decoder, "stream_decode")
-    return _stream(way, latents, DecodeState() if state is None else state, total, last)
+    state = _checked(way, DecodeState() if state is None else state, DecodeState)
+    return stream(way, latents, state, total, last)
+
+
+def _checked(way: Way, state: Any, wanted: type[S]) -> S:
+    if not isinstance(state, wanted):
+        raise TypeError(
+            f"{way.where}: state must be a {wanted.__name__}; got {type(state).__name__}"
+        )
+    return state
 
 
 # --- whole clips -----------------------------------------------------------------------------
@@ -175,168 +188,3 @@ def _ticker(total: int, progress: Progress | None) -> Callable[[], None]:
     """A function that counts its calls and reports them."""
     done = iter(range(1, total + 1))
     return (lambda: progress(next(done), total)) if progress is not None else (lambda: None)
-
-
-# --- streams ---------------------------------------------------------------------------------
-
-
-def _stream(
-    way: Way, source: Any, state: StreamState, total: int | None, last: bool
-) -> Iterator[Tensor]:
-    """Checks what can be checked now, and gives the iterator that does the work."""
-    wanted = EncodeState if way.name == "video" else DecodeState
-    if not isinstance(state, wanted):
-        raise TypeError(
-            f"{way.where}: state must be a {wanted.__name__}; got {type(state).__name__}"
-        )
-    _check_open(way, state)
-    if total is not None:
-        if isinstance(total, bool) or not isinstance(total, int):
-            raise TypeError(f"{way.where}: total must be an integer; got {total!r}")
-        if state.total not in (None, total) or (state.total is None and state.like is not None):
-            raise ValueError(
-                f"{way.where}: total must be given when the clip begins; got {total} "
-                f"after {state.taken + state.waiting} frames of {state.total or 'unknown'}"
-            )
-        way.check_frames(total, name="total")
-    if isinstance(source, Tensor):
-        way.check(source)
-        begins = state.like is None and state.total is None
-        if total is None and begins and last:
-            way.check_frames(source.shape[1])
-            total = source.shape[1]
-        _check_piece(way, state, source, state.total if total is None else total)
-        source = (source,)
-    elif not isinstance(source, Iterable):
-        raise TypeError(
-            f"{way.where}: {way.name} must be a tensor or an iterable of tensors; "
-            f"got {type(source).__name__}"
-        )
-    if total is not None:
-        state.total = total
-    return _run_stream(way, source, state, last)
-
-
-def _run_stream(
-    way: Way, source: Iterable[Tensor], state: StreamState, last: bool
-) -> Iterator[Tensor]:
-    for piece in source:
-        way.check(piece)
-        _check_piece(way, state, piece, state.total)
-        _check_open(way, state)
-        state.like = _likeness(piece)
-        state.pending.append(piece)
-        del piece
-        while (size := _next_chunk(way, state)) and state.waiting >= size:
-            yield _run_chunk(way, state, size)
-        # Whoever gave the piece may write the next one in its place.
-        state.pending = [rest.clone() for rest in state.pending]
-    if state.ended or not last:
-        return
-    _check_end(way, state)
-    if state.waiting:
-        yield _run_chunk(way, state, state.waiting)
-    _end(state)
-
-
-def _run_chunk(way: Way, state: StreamState, size: int) -> Tensor:
-    out: Tensor = way.coder(_taken(state, size), state.cache)
-    state.taken += size
-    state.chunks += 1
-    if state.taken == state.total:
-        _end(state)
-    return out
-
-
-def _taken(state: StreamState, size: int) -> Tensor:
-    """The next `size` frames, no longer waiting; a copy only if they came in several pieces."""
-    parts = []
-    while size:
-        piece = state.pending.pop(0)
-        parts.append(piece[:, :size])
-        if piece.shape[1] > size:
-            state.pending.insert(0, piece[:, size:])
-        size -= parts[-1].shape[1]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _next_chunk(way: Way, state: StreamState) -> int:
-    """Frames of the chunk that comes next; 0 if the clip is complete."""
-    if state.total is not None:
-        plan = way.plan(state.total)
-        return plan[state.chunks] if state.chunks < len(plan) else 0
-    if way.config.factorized:
-        return way.chunk if state.chunks else 1
-    return state.waiting  # the piece itself: `_check_piece` saw that it is a chunk
-
-
-def _end(state: StreamState) -> None:
-    state.ended = True
-    state.cache.frames.clear()
-
-
-def _likeness(x: Tensor) -> tuple[object, ...]:
-    """What all pieces of a clip share."""
-    return (x.shape[0], *x.shape[3:], x.dtype, x.device)
-
-
-def _check_open(way: Way, state: StreamState) -> None:
-    try:
-        state.cache.check()
-    except RuntimeError as error:
-        raise RuntimeError(f"{way.where}: {error}") from None
-    if state.ended:
-        raise RuntimeError(
-            f"{way.where}: the state's clip has ended after {state.taken} frames: reset() it to "
-            "begin another"
-        )
-
-
-def _check_piece(way: Way, state: StreamState, piece: Tensor, total: int | None) -> None:
-    """The piece continues the state's clip."""
-    if state.like not in (None, _likeness(piece)):
-        raise ValueError(
-            f"{way.where}: {way.name} must continue the clip of batch, height, width, dtype and "
-            f"device {state.like}; got {_likeness(piece)}"
-        )
-    came, before = piece.shape[1], state.taken + state.waiting
-    if total is not None:
-        if before + came > total:
-            raise ValueError(
-                f"{way.where}: {way.name} must end after total = {total} frames; "
-                f"got {before + came}"
-            )
-    elif not way.config.factorized:
-        wanted = _chunks_now(way, state)
-        if came not in wanted:
-            here = (
-                f"{' or '.join(map(str, wanted))} frames" if wanted else "nothing after a lone one"
-            )
-            raise ValueError(
-                f"{way.where}: {way.name} must come in the chunks that the VAE is defined by, here "
-                f"{here} frames, or in any pieces with total=, the frames of the whole clip; "
-                f"got {came} frames"
-            )
-
-
-def _chunks_now(way: Way, state: StreamState) -> tuple[int, ...]:
-    """How long the next chunk of the released VAE may be while the length of the clip is unknown.
-
-    What remains of a clip is in its first chunk, so a first chunk that is too short is the clip.
-    """
-    if state.chunks:
-        return (way.chunk,) if state.taken >= way.chunk else ()
-    if way.name == "video":
-        return (1, way.chunk, way.chunk + 1)
-    return tuple(range(1, 2 * way.chunk))
-
-
-def _check_end(way: Way, state: StreamState) -> None:
-    """The clip may end here."""
-    came = state.taken + state.waiting
-    if state.total is not None and came < state.total:
-        raise ValueError(
-            f"{way.where}: {way.name} must have total = {state.total} frames; the clip ended "
-            f"after {came}"
-        )
-    way.check_frames(came)

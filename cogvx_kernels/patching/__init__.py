@@ -1,14 +1,17 @@
 """`patch(pipe)`: the kernels in models of diffusers, in one line, and out again in another."""
 
+from .cogvideox_stream import DecodeState, stream_decode
 from .doors import UnsupportedModelError, explain, patch, patched, supported, unpatch
 from .report import Report
 
 __all__ = [
+    "DecodeState",
     "Report",
     "UnsupportedModelError",
     "explain",
     "patch",
     "patched",
+    "stream_decode",
     "supported",
     "unpatch",
 ]

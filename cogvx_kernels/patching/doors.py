@@ -146,7 +146,9 @@ def supported() -> SupportTable:
 
 
 @dataclass(frozen=True)
-class _Model:
+class Model:
+    """A model of diffusers, and what is known of its like."""
+
     module: Any
     family: Family
 
@@ -154,7 +156,7 @@ class _Model:
 class _Plan:
     """What is to be done to a model; nothing has been done."""
 
-    def __init__(self, model: _Model, ops: tuple[str, ...], mode: str, backend: str) -> None:
+    def __init__(self, model: Model, ops: tuple[str, ...], mode: str, backend: str) -> None:
         self.model = model
         self.patch = Patch(type(model.module).__name__, ops, mode, backend)
         self.sites: list[tuple[nn.Module, Kind, Site]] = []
@@ -179,7 +181,7 @@ class _Plan:
         self.model.family.prepare(self.model.module, self.patch)
 
 
-def _undo(model: _Model) -> None:
+def _undo(model: Model) -> None:
     if model.module.__dict__.pop("_cogvx_patch", None) is None:
         return
     model.family.undo(model.module)
@@ -188,7 +190,7 @@ def _undo(model: _Model) -> None:
             forwards.restore(module)
 
 
-def _models(obj: Any) -> tuple[dict[str, _Model], dict[str, str]]:
+def _models(obj: Any) -> tuple[dict[str, Model], dict[str, str]]:
     """The models in `obj` that are known, by name, and what else of diffusers is in it: why not."""
     obj = _unwrapped(obj)
     components = getattr(obj, "components", None)
@@ -201,9 +203,9 @@ def _models(obj: Any) -> tuple[dict[str, _Model], dict[str, str]]:
     models = {}
     skipped = {}
     for name, part in parts.items():
-        family = _family(part)
-        if family:
-            models[name] = _Model(part, family)
+        model = model_of(part)
+        if model:
+            models[name] = model
         elif not name or type(part).__module__.startswith("diffusers."):
             skipped[name or "it"] = f"{type(part).__name__} is not supported"
     if not models:
@@ -217,9 +219,12 @@ def _unwrapped(obj: Any) -> Any:
     return obj.__dict__["_modules"]["_orig_mod"] if hasattr(obj, "_orig_mod") else obj
 
 
-def _family(module: nn.Module) -> Family | None:
+def model_of(obj: Any) -> Model | None:
+    """A model that is known, under `torch.compile` too; None for all else."""
+    module = _unwrapped(obj)
     names = {b.__name__ for b in type(module).__mro__ if b.__module__.startswith("diffusers.")}
-    return next((family for family in FAMILIES if names & set(family.models)), None)
+    family = next((family for family in FAMILIES if names & set(family.models)), None)
+    return Model(module, family) if family else None
 
 
 def _wanted(family: Family, only: Sequence[str] | None) -> tuple[str, ...]:
@@ -228,7 +233,7 @@ def _wanted(family: Family, only: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(op for op in family.ops if op in only or family.group in only)
 
 
-def _check_only(only: Sequence[str] | None, models: Mapping[str, _Model]) -> None:
+def _check_only(only: Sequence[str] | None, models: Mapping[str, Model]) -> None:
     if only is None:
         return
     if isinstance(only, str):
@@ -247,7 +252,7 @@ def _options(module: Any) -> tuple[tuple[str, ...], str, str] | None:
     return patch.options if patch else None
 
 
-def _report(obj: Any, models: Mapping[str, _Model], skipped: Mapping[str, str]) -> Report:
+def _report(obj: Any, models: Mapping[str, Model], skipped: Mapping[str, str]) -> Report:
     patches = {
         name: model.module._cogvx_patch
         for name, model in models.items()

@@ -1,0 +1,104 @@
+"""diffusers' CogVideoX, small and random, and what it gives."""
+
+import contextlib
+import copy
+
+import torch
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+from tests.model.tiny_pipeline import CHANNELS, DIM, TEXT_LEN, embeds, picture, theirs, tiny
+
+HEADDIM = 16
+FRAMES, SIDE = 3, 4  # of latents
+
+
+def pipeline(kind="5b", mode="text", solver="ddim"):
+    return theirs(tiny(kind), mode, solver)
+
+
+def transformer(kind="5b"):
+    return pipeline(kind).transformer
+
+
+def vae():
+    return pipeline().vae
+
+
+def inputs(model, batch=2, frames=FRAMES, dtype=torch.float32, seed=0):
+    """Arguments of one call of a transformer."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    config = model.config
+    rows = config.patch_size_t or 1
+    frames += -frames % rows
+    arguments = {
+        "hidden_states": random(batch, frames, config.in_channels, SIDE, SIDE),
+        "encoder_hidden_states": random(batch, TEXT_LEN, DIM),
+        "timestep": torch.tensor([7, 500][:batch]),
+    }
+    if config.use_rotary_positional_embeddings:
+        grid = (SIDE // 2, SIDE // 2)
+        arguments["image_rotary_emb"] = get_3d_rotary_pos_embed(
+            HEADDIM, ((0, 0), grid), grid, frames // rows, grid_type="slice", max_size=grid
+        )
+    if config.ofs_embed_dim:
+        arguments["ofs"] = torch.full((1,), 2.0, dtype=dtype)
+    return arguments
+
+
+def latents(frames=5, batch=1, side=4, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(batch, CHANNELS, frames, side, side + 2, generator=generator).to(dtype)
+
+
+def clip(frames=9, batch=1, side=32):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(batch, 3, frames, side, side + 16, generator=generator)
+
+
+def generate(pipe, mode="text", **options):
+    """Two steps of a pipeline: the video."""
+    given = {"image": (picture(1) + 1) / 2} if mode == "image" else {}
+    given |= {"video": [(picture(9) + 1) / 2]} if mode == "video" else {"num_frames": 9}
+    arguments = {
+        "height": 32,
+        "width": 32,
+        "num_inference_steps": 2,
+        "guidance_scale": 3.0,
+        "generator": torch.Generator().manual_seed(4),
+        "output_type": "pt",
+        **embeds(),
+        **given,
+        **options,
+    }
+    return pipe(**arguments).frames
+
+
+def bits(model):
+    """All that a module is, apart from its weights: attributes of every module in it, by name."""
+    return {
+        name: {key: value for key, value in vars(module).items() if not key.startswith("_param")}
+        for name, module in model.named_modules()
+    }
+
+
+def double(model):
+    return copy.deepcopy(model).double()
+
+
+def relative(ours, truth):
+    return float((ours.double() - truth).norm() / truth.norm())
+
+
+@contextlib.contextmanager
+def assert_untouched(model):
+    """Afterwards every module has the attributes that it had, and the very same ones."""
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    yield
+    for name, module in model.named_modules():
+        now = vars(module)
+        assert now.keys() == before[name].keys(), name
+        assert all(now[key] is before[name][key] for key in now), name

@@ -1,0 +1,449 @@
+"""`patch`: the same model, in one line, and out again without a trace."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, CogVideoXPipeline
+from torch import nn
+
+import cogvx_kernels as ck
+from tests.model.tiny_pipeline import KINDS
+from tests.patching.small import (
+    assert_untouched,
+    clip,
+    double,
+    generate,
+    inputs,
+    latents,
+    pipeline,
+    relative,
+    transformer,
+    vae,
+)
+
+EXACT_VAE_OPS = (["cache"], ["resample"], ["conv"], ["cache", "resample", "conv"])
+VAE_OPS = (["norm"], ["vae"])
+TRANSFORMER_OPS = (["adaln"], ["rope"], ["transformer"])
+
+
+def assert_near(ours, theirs, truth):
+    """Within the rule of matrix products: twice the error of the model's own way."""
+    for mine, other, true in zip(ours, theirs, truth, strict=True):
+        assert relative(mine, true) <= 2 * relative(other, true) + 1e-7
+
+
+# --- the same results ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("only", EXACT_VAE_OPS, ids="+".join)
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 7])
+def test_data_movement_in_a_decode_changes_no_bit(only, frames):
+    model = vae()
+    with torch.no_grad():
+        wanted = model.decode(latents(frames)).sample
+        with ck.patched(model, only):
+            assert torch.equal(model.decode(latents(frames)).sample, wanted)
+
+
+@pytest.mark.parametrize("only", EXACT_VAE_OPS, ids="+".join)
+@pytest.mark.parametrize("frames", [1, 8, 9, 17])
+def test_data_movement_in_an_encode_changes_no_bit(only, frames):
+    model = vae()
+    with torch.no_grad():
+        wanted = model.encode(clip(frames)).latent_dist.parameters
+        with ck.patched(model, only):
+            assert torch.equal(model.encode(clip(frames)).latent_dist.parameters, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize("only", VAE_OPS, ids="+".join)
+def test_a_vae_is_within_the_rule(only, mode, dtype):
+    model = vae().to(dtype)
+    x, z = clip(9).to(dtype), latents(5).to(dtype)
+
+    def both(model, x, z):
+        return model.encode(x).latent_dist.parameters, model.decode(z).sample
+
+    with torch.no_grad():
+        truth = both(double(model), x.double(), z.double())
+        theirs = both(model, x, z)
+        with ck.patched(model, only, mode):
+            assert_near(both(model, x, z), theirs, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize("only", TRANSFORMER_OPS, ids="+".join)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_transformer_is_within_the_rule(kind, only, mode, dtype):
+    model = transformer(kind).to(dtype)
+    arguments = inputs(model, dtype=dtype)
+    wide = {
+        name: x.double() if name not in ("image_rotary_emb", "timestep") else x
+        for name, x in arguments.items()
+    }
+    with torch.no_grad():
+        truth = double(model)(**wide).sample
+        theirs = model(**arguments).sample
+        with ck.patched(model, only, mode):
+            assert_near([model(**arguments).sample], [theirs], [truth])
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("2b", "text"), ("5b", "video"), ("1.5-i2v", "image")])
+def test_a_pipeline_generates_the_same_video(kind, mode):
+    pipe = pipeline(kind, mode)
+    wanted = generate(pipe, mode)
+    with ck.patched(pipe) as report:
+        found = generate(pipe, mode)
+    assert (found - wanted).abs().max() < 2e-5
+    assert all(row.hit for row in report.rows)
+    assert torch.equal(generate(pipe, mode), wanted)
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_gradients_are_those_of_the_model(mode):
+    """Of a decode in chunks and of a transformer: to inputs and to every weight."""
+    for model, run in ((vae(), _decoded), (transformer(), _predicted)):
+        wide = double(model)
+        truth, theirs = run(wide), run(model)
+        with ck.patched(model, mode=mode) as report:
+            ours = run(model)
+        assert all(row.hit for row in report.rows)
+        norm = sum(float(x.double().square().sum()) for x in truth) ** 0.5
+        for mine, other, true in zip(ours, theirs, truth, strict=True):
+            error, limit = (float((x.double() - true).norm()) for x in (mine, other))
+            assert error <= 2 * limit + 1e-6 * norm
+
+
+def _decoded(model):
+    z = latents(5).to(model.dtype).requires_grad_()
+    model.decode(z).sample.square().mean().backward()
+    return _gradients(model.decoder, z)
+
+
+def _predicted(model):
+    arguments = inputs(model)
+    arguments = {
+        n: x.to(model.dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for n, x in arguments.items()
+    }
+    x = arguments["hidden_states"].requires_grad_()
+    model(**arguments).sample.square().mean().backward()
+    return _gradients(model, x)
+
+
+def _gradients(model, x):
+    found = [x.grad, *(p.grad for p in model.parameters())]
+    model.zero_grad()
+    assert all(g is not None for g in found)
+    return found
+
+
+# --- every site is hit -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_every_op_runs_at_every_site(mode):
+    pipe = pipeline()
+    report = ck.patch(pipe, mode=mode)
+    with torch.no_grad():
+        pipe.vae(clip(9))
+        pipe.transformer(**inputs(pipe.transformer))
+    assert {row.op for row in report.rows} == {"adaln", "rope", "cache", "norm", "resample", "conv"}
+    for row in report.rows:
+        assert row.hit == row.sites > 0, row
+        assert not row.fallbacks, row
+    layers, causal = 2, sum(type(m).__name__ == "CogVideoXCausalConv3d" for m in pipe.vae.modules())
+    assert (report["adaln"].sites, report["rope"].sites) == (2 * layers, layers)
+    of_norms = 2 * sum(type(m).__name__ == "CogVideoXSpatialNorm3D" for m in pipe.vae.modules())
+    assert report["cache"].sites == causal - of_norms
+    assert f"adaln         {2 * layers} of {2 * layers}" in str(report)
+    assert "mode" in str(report) and mode in str(report)
+
+
+def test_counts_go_on_and_calls_are_counted():
+    model = transformer()
+    report = ck.patch(model)
+    for calls in (1, 2, 3):
+        with torch.no_grad():
+            model(**inputs(model))
+        assert report["rope"].calls == ck.explain(model)["rope"].calls == 2 * calls
+
+
+def test_what_is_not_as_known_goes_the_models_own_way_and_says_so():
+    model = transformer()
+
+    class MyLayerNorm(nn.LayerNorm):
+        pass
+
+    block = model.transformer_blocks[1]
+    block.norm1.norm.__class__ = MyLayerNorm
+    block.attn1.norm_q.register_forward_hook(lambda *of: None)
+    with torch.no_grad():
+        wanted = model(**inputs(model)).sample
+        report = ck.patch(model)
+        found = model(**inputs(model)).sample
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert report["adaln"].fallbacks == {"a LayerNorm is a MyLayerNorm": 1}
+    assert report["rope"].fallbacks == {"a LayerNorm has hooks": 1}
+    assert (report["adaln"].hit, report["rope"].hit) == (2, 1)
+    assert "1 calls went the model's own way: a LayerNorm is a MyLayerNorm" in str(report)
+
+
+def test_another_processor_is_left_to_itself():
+    model = transformer()
+
+    class MyProcessor:
+        def __call__(
+            self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+        ):
+            return hidden_states * 2, encoder_hidden_states * 3
+
+    model.set_attn_processor(MyProcessor())
+    with torch.no_grad():
+        wanted = model(**inputs(model)).sample
+        report = ck.patch(model)
+        assert torch.allclose(model(**inputs(model)).sample, wanted, atol=1e-5)
+    assert report["rope"].fallbacks == {"its processor is a MyProcessor": 2}
+
+
+def test_angles_that_differ_within_a_pair_go_the_models_own_way():
+    model = transformer()
+    arguments = inputs(model)
+    cos, sin = arguments["image_rotary_emb"]
+    arguments["image_rotary_emb"] = (cos + torch.arange(cos.shape[1]) % 2, sin)
+    with torch.no_grad():
+        wanted = model(**arguments).sample
+        report = ck.patch(model)
+        assert torch.allclose(model(**arguments).sample, wanted, atol=1e-5)
+    assert list(report["rope"].fallbacks) == [
+        "image_rotary_emb turns the two dims of a pair by different angles"
+    ]
+
+
+def test_tables_written_anew_in_place_are_read_anew():
+    model = transformer()
+    arguments = inputs(model)
+    cos, sin = arguments["image_rotary_emb"]
+    with torch.no_grad(), ck.patched(model):
+        model(**arguments)
+        sin.neg_()
+        found = model(**arguments).sample
+    with torch.no_grad():
+        assert torch.allclose(found, model(**arguments).sample, atol=1e-5)
+
+
+# --- in and out ------------------------------------------------------------------------------
+
+
+def test_unpatched_is_as_never_patched():
+    pipe = pipeline()
+    wanted = generate(pipe)
+    with assert_untouched(pipe.vae), assert_untouched(pipe.transformer):
+        ck.patch(pipe)
+        generate(pipe)
+        ck.unpatch(pipe)
+    assert torch.equal(generate(pipe), wanted)
+    block = pipe.transformer.transformer_blocks[0]
+    assert block.forward.__func__ is type(block).forward
+    assert "not patched" in str(ck.explain(pipe))
+
+
+def test_patching_twice_is_patching_once():
+    model = transformer()
+    first = ck.patch(model)
+    with torch.no_grad():
+        model(**inputs(model))
+    again = ck.patch(model)
+    assert again["rope"].calls == first["rope"].calls == 2
+    ck.unpatch(model)
+    ck.unpatch(model)
+    assert not [k for m in model.modules() for k in vars(m) if "cogvx" in k or k == "forward"]
+
+
+def test_other_options_replace_those_before():
+    model = transformer()
+    ck.patch(model)
+    report = ck.patch(model, ["rope"], "fast")
+    assert [row.op for row in report.rows] == ["rope"] and report.mode == "fast"
+    block = model.transformer_blocks[0]
+    assert "forward" not in vars(block) and "forward" in vars(block.attn1)
+
+
+def test_patched_restores_what_was_before_whatever_happens():
+    model = transformer()
+    ck.patch(model, ["adaln"])
+    with pytest.raises(KeyboardInterrupt), ck.patched(model, ["rope"], mode="fast") as report:
+        assert [row.op for row in report.rows] == ["rope"]
+        raise KeyboardInterrupt
+    assert [row.op for row in ck.explain(model).rows] == ["adaln"]
+    with ck.patched(model), ck.patched(model, ["rope"]):
+        pass
+    assert [row.op for row in ck.explain(model).rows] == ["adaln"]
+    ck.unpatch(model)
+    with pytest.raises(RuntimeError, match="mine"), ck.patched(model):
+        raise RuntimeError("mine")
+    assert not ck.explain(model).rows
+
+
+def test_the_state_dict_and_what_is_printed_stay(tmp_path):
+    pipe = pipeline()
+    keys, text = list(pipe.vae.state_dict()), repr(pipe.vae)
+    with ck.patched(pipe):
+        assert list(pipe.vae.state_dict()) == keys and repr(pipe.vae) == text
+        pipe.vae.save_pretrained(tmp_path)
+    again = AutoencoderKLCogVideoX.from_pretrained(tmp_path)
+    assert all(map(torch.equal, again.state_dict().values(), pipe.vae.state_dict().values()))
+
+
+def test_a_copy_is_patched_and_counts_for_itself():
+    model = transformer()
+    ck.patch(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        assert torch.equal(other(**inputs(model)).sample, model(**inputs(model)).sample)
+        model(**inputs(model))
+    assert (ck.explain(model)["rope"].calls, ck.explain(other)["rope"].calls) == (4, 2)
+    ck.unpatch(other)
+    assert ck.explain(model).rows and not ck.explain(other).rows
+    block = other.transformer_blocks[0]
+    assert block.forward.__self__ is block
+
+
+def test_a_pickle_is_of_the_model_alone():
+    model = transformer()
+    with torch.no_grad():
+        wanted = model(**inputs(model)).sample
+        ck.patch(model)
+        pickled = pickle.dumps(model)
+        assert b"cogvx" not in pickled.replace(b"_cogvx", b"")
+        other = pickle.loads(pickled)
+        assert torch.equal(other(**inputs(model)).sample, wanted)
+    assert not ck.explain(other).rows
+    assert ck.patch(other)["rope"].sites == 2
+
+
+def test_nothing_stays_behind():
+    model = transformer()
+    ck.patch(model)
+    seen = weakref.ref(vars(model)["_cogvx_patch"])
+    before = len(gc.get_objects())
+    for _ in range(200):
+        ck.patch(model)
+        ck.unpatch(model)
+    gc.collect()
+    assert seen() is None
+    assert len(gc.get_objects()) - before < 200
+    model_ref = weakref.ref(transformer())
+    gc.collect()
+    assert model_ref() is None
+
+
+def test_pipelines_that_share_a_transformer_share_its_patch():
+    one = pipeline()
+    two = CogVideoXPipeline(None, None, one.vae, one.transformer, one.scheduler)
+    first, second = ck.patch(one), ck.patch(two)
+    generate(one)
+    assert [row.calls for row in first.rows] == [row.calls for row in second.rows]
+    ck.unpatch(two)
+    assert not ck.explain(one).rows
+
+
+# --- what cannot be done ---------------------------------------------------------------------
+
+
+def test_what_is_not_known_is_refused_by_name():
+    for thing, said in ((nn.Linear(2, 2), "Linear"), (object(), "object"), (None, "NoneType")):
+        with pytest.raises(ck.UnsupportedModelError, match=f"{said}.*AutoencoderKLCogVideoX"):
+            ck.patch(thing)
+        with pytest.raises(ck.UnsupportedModelError):
+            ck.unpatch(thing)
+
+
+def test_an_unknown_part_of_a_pipeline_is_refused_or_left_and_named():
+    pipe = pipeline()
+    pipe.register_modules(vae=AutoencoderKL(block_out_channels=(8,), norm_num_groups=2))
+    with pytest.raises(ck.UnsupportedModelError, match="vae: AutoencoderKL is not supported"):
+        ck.patch(pipe)
+    assert not ck.explain(pipe).rows
+    report = ck.patch(pipe, strict=False)
+    assert report.skipped == {"vae": "AutoencoderKL is not supported"}
+    assert "left as it is: vae: AutoencoderKL is not supported" in str(report)
+    assert {row.component for row in report.rows} == {"transformer"}
+
+
+def test_a_forward_of_another_shape_is_refused_and_nothing_is_changed(monkeypatch):
+    model = transformer()
+    kind = type(model.transformer_blocks[0])
+    stock = kind.forward
+
+    def forward(self, hidden_states, encoder_hidden_states, temb, rotary=None):
+        return stock(self, hidden_states, encoder_hidden_states, temb, rotary)
+
+    monkeypatch.setattr(kind, "forward", forward)
+    with (
+        assert_untouched(model),
+        pytest.raises(
+            ck.UnsupportedModelError,
+            match=r"transformer_blocks.0: its forward takes \(self, .*rotary",
+        ),
+    ):
+        ck.patch(model)
+    report = ck.patch(model, strict=False)
+    assert report["adaln"].sites == 0 and report["rope"].sites == 2
+    assert "transformer_blocks.0" in report.skipped
+
+
+def test_a_forward_that_somebody_replaced_is_refused():
+    model = transformer()
+    block = model.transformer_blocks[0]
+    block.forward = lambda *args, **kwargs: None
+    with pytest.raises(
+        ck.UnsupportedModelError, match="transformer_blocks.0: its forward was repl"
+    ):
+        ck.patch(model)
+    assert not ck.explain(model).rows
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"only": ["rop"]}, "only must name some of adaln, rope, transformer; got rop"),
+        ({"only": "rope"}, r'only must be a list of names, such as \["rope"\]; got "rope"'),
+        ({"only": []}, "only must name some of .* got none"),
+        ({"only": ["vae"]}, "only must name some of adaln, rope, transformer; got vae"),
+        ({"mode": "quick"}, "mode must be one of"),
+        ({"backend": "cuda"}, "backend must be one of"),
+    ],
+)
+def test_wrong_options_say_what_was_wanted(options, said):
+    model = transformer()
+    with assert_untouched(model), pytest.raises(ValueError, match=said):
+        ck.patch(model, **options)
+
+
+def test_what_is_supported_is_listed():
+    table = ck.supported()
+    assert {"AutoencoderKLCogVideoX", "CogVideoXTransformer3DModel"} <= {r.model for r in table}
+    assert {row.op for row in table if row.bits} >= {"cache", "resample", "conv"}
+    assert len(str(table).splitlines()) == len(table)
+
+
+def test_frames_of_a_cache_are_taken_once():
+    """Whoever calls the decoder himself cannot read frames that a later chunk has replaced."""
+    model = vae()
+    ck.patch(model)
+    z = latents(5)
+    with torch.no_grad():
+        _, cache = model.decoder(z[:, :, :3])
+        branch = copy.deepcopy(cache)
+        first, _ = model.decoder(z[:, :, 3:], conv_cache=cache)
+        with pytest.raises(RuntimeError, match="taken by a later chunk"):
+            model.decoder(z[:, :, 3:], conv_cache=cache)
+        second, _ = model.decoder(z[:, :, 3:], conv_cache=branch)
+    assert torch.equal(first, second)
