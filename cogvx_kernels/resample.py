@@ -53,7 +53,7 @@ def _put(x: Tensor, bias: Tensor, out: Tensor) -> None:
     """Pictures, and the bias, into (batch, channels, pictures, 1 or 2, ...)."""
     x = video(x, len(out)).unsqueeze(3).expand_as(out)
     bias = bias.view(-1, *(1 for _ in x.shape[2:]))
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         out.copy_(x + bias)
     else:
         torch.add(x, bias, out=out)
@@ -84,7 +84,6 @@ def phases(x: Tensor) -> Tensor:
         (pictures, each, height - 1, 2, width - 1, 2),
         (by_picture, by_channel, by_row, 2 * each * by_channel + by_row,
          by_column, each * by_channel + by_column),
-        x.storage_offset(),
     )  # fmt: skip
 
 

@@ -117,7 +117,9 @@ def safe_conv(self: Any, input: Tensor) -> Tensor:
         site.miss("conv", "it has a stride, a dilation, groups or another padding")
         return forwards.own(self)(self, input)
     site.hit("conv")
-    small = input.nbytes <= LIMIT and trouble(input.device, input.dtype) is None
+    small = (
+        input.numel() * input.element_size() <= LIMIT and trouble(input.device, input.dtype) is None
+    )
     if small and not site.patch.fast:
         return nn.Conv3d.forward(self, input)
     return conv3d(input, self.weight, self.bias, self.padding)
