@@ -23,7 +23,8 @@ ifdef TRITON
 SIDE := $(VENV)/triton-$(TRITON)
 test: $(SIDE)/.ready
 	PYTHONPATH=$(CURDIR)/$(SIDE) python -c 'import triton; print("triton", triton.__version__)'
-	PYTHONPATH=$(CURDIR)/$(SIDE) python -m pytest -n auto --fuzz 200 tests/kernels
+	PYTHONPATH=$(CURDIR)/$(SIDE) python -m pytest -n auto --fuzz 200 tests/kernels \
+	    --ignore tests/kernels/test_tracing.py -k 'not finite_differences and not every_subset'
 
 $(SIDE)/.ready: | $(READY)
 	python -m pip install -q --no-deps --upgrade --target $(SIDE) triton==$(TRITON)

@@ -16,7 +16,16 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py
 MODEL_FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "cogvx").rglob("*.py"))
 
 # Floor 1 in order: each may import those before it.
-FOUNDATIONS = ("_checks", "_launch", "_opinfo", "modality", "_backend", "conv3d", "resample", "streaming")
+FOUNDATIONS = (
+    "_checks",
+    "_launch",
+    "_opinfo",
+    "modality",
+    "_backend",
+    "conv3d",
+    "resample",
+    "streaming",
+)
 # What a file of a room may import of its own room.
 WITHIN_A_ROOM = {
     "reference": set(),
@@ -172,7 +181,12 @@ def test_the_model_uses_public_names_of_the_kernels(path):
     for name in imports(path):
         package, *modules = name.split(".")
         if package == "cogvx_kernels":
-            public = {*importlib.import_module("cogvx_kernels").__all__, "modality", "resample", "streaming"}
+            public = {
+                *importlib.import_module("cogvx_kernels").__all__,
+                "modality",
+                "resample",
+                "streaming",
+            }
             assert set(modules) <= public, f"{path} imports {name}"
 
 

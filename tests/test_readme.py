@@ -27,6 +27,10 @@ ASKED = {
         "print(tuple(latents.shape), tuple(video.shape), tuple(v.shape))",
         "(1, 5, 16, 8, 12) (1, 17, 3, 64, 96) (1, 5, 16, 8, 12)",
     ),
+    "import spatial_norm_silu": (
+        "print(tuple(x.shape), tuple(cache.shape), tuple(h.shape))",
+        "(1, 64, 8, 32, 48) (1, 64, 2, 32, 48) (1, 64, 8, 32, 48)",
+    ),
     "import qk_norm_rope3d": (
         "print(tuple(q.shape), q.dtype)",
         "(1, 442, 30, 64) torch.float32",

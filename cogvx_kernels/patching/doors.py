@@ -8,13 +8,28 @@ from typing import Any
 from torch import nn
 
 from .. import _backend, _checks
-from . import cogvideox_transformer, cogvideox_vae, forwards
+from . import (
+    cogvideox_transformer,
+    cogvideox_vae,
+    forwards,
+    hunyuan_video,
+    mochi,
+    wan_transformer,
+    wan_vae,
+)
 from .family import Family, Kind
 from .report import Report
 from .site import Patch, Site
 
 MODES = ("exact", "fast")
-FAMILIES: tuple[Family, ...] = (cogvideox_transformer.FAMILY, cogvideox_vae.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    cogvideox_transformer.FAMILY,
+    cogvideox_vae.FAMILY,
+    hunyuan_video.FAMILY,
+    mochi.FAMILY,
+    wan_transformer.FAMILY,
+    wan_vae.FAMILY,
+)
 
 
 class UnsupportedModelError(TypeError):

@@ -1,0 +1,432 @@
+"""Forwards for diffusers' HunyuanVideo transformers: both kinds of blocks, and their attention.
+
+Here video comes before text. In a double-stream block they are two tensors, and each op is called
+for one of them; a single-stream block works on both at once, where its arguments already lie. In
+the models that an image conditions, the tokens of the first frame have a modulation of their own:
+they are what the ops call text. Source: diffusers, transformer_hunyuan_video.py.
+"""
+
+import sys
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..expert_adaln import expert_adaln, gated_residual, gated_residual_adaln
+from ..rope3d import qk_norm_rope3d
+from . import forwards
+from .cogvideox_transformer import joint
+from .family import Family, Kind
+from .forwards import wrapped
+from .site import Patch, unusual
+
+PROCESSOR = "HunyuanVideoAttnProcessor2_0"
+
+Rotary = tuple[Tensor, Tensor]  # cos and sin
+
+# Places among the rows that an adaptive norm makes: shift, scale, gate, and again for the MLP.
+ATTENTION, MLP = 0, 3
+
+
+class Modulation(NamedTuple):
+    """Of one stream: rows (batch, dim) for its tokens, and others for the first `first_len`."""
+
+    rows: tuple[Tensor, ...]
+    first: tuple[Tensor | None, ...] = (None,) * 6
+    first_len: int = 0
+
+    def shifts(self, at: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Shift and scale, and those of the first tokens: as the ops take them."""
+        return self.rows[at], self.rows[at + 1], self.first[at], self.first[at + 1]
+
+    def gates(self, at: int) -> tuple[Tensor, Tensor | None]:
+        return self.rows[at + 2], self.first[at + 2]
+
+
+# --- blocks ----------------------------------------------------------------------------------
+
+
+def double_block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None = None,
+    freqs_cis: Rotary | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Of HunyuanVideoTransformerBlock."""
+    streams = hidden_states, encoder_hidden_states
+    reason = _unlike_double(self, streams, temb, "AdaLayerNormZero")
+    if reason:
+        self._cogvx.miss("adaln", reason)
+        return forwards.own(self)(self, *streams, temb, attention_mask, freqs_cis, *args, **kwargs)
+    modulation = Modulation(_rows(self.norm1, temb, hidden_states))
+    return _double(self, *streams, temb, modulation, attention_mask, freqs_cis)
+
+
+def token_replace_double_block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None = None,
+    freqs_cis: Rotary | None = None,
+    token_replace_emb: Tensor | None = None,
+    num_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Of HunyuanVideoTokenReplaceTransformerBlock."""
+    streams = hidden_states, encoder_hidden_states
+    of_first = token_replace_emb, num_tokens
+    reason = _unlike_first(hidden_states, *of_first) or _unlike_double(
+        self, streams, temb, "HunyuanVideoTokenReplaceAdaLayerNormZero"
+    )
+    if reason:
+        self._cogvx.miss("adaln", reason)
+        return forwards.own(self)(self, *streams, temb, attention_mask, freqs_cis, *of_first)
+    assert token_replace_emb is not None and num_tokens is not None
+    modulation = Modulation(
+        _rows(self.norm1, temb, hidden_states),
+        _rows(self.norm1, token_replace_emb, hidden_states),
+        num_tokens,
+    )
+    return _double(self, *streams, temb, modulation, attention_mask, freqs_cis)
+
+
+def _double(
+    block: Any,
+    video: Tensor,
+    text: Tensor,
+    temb: Tensor,
+    of_video: Modulation,
+    attention_mask: Tensor | None,
+    rotary: Rotary | None,
+) -> tuple[Tensor, Tensor]:
+    """The norms, gates and sums of a stream in three passes over it."""
+    site = block._cogvx
+    of_text = Modulation(_rows(block.norm1_context, temb, text))
+    y, y_text = block.attn(
+        hidden_states=_normed(block.norm1.norm, site.patch, video, of_video),
+        encoder_hidden_states=_normed(block.norm1_context.norm, site.patch, text, of_text),
+        attention_mask=attention_mask,
+        image_rotary_emb=rotary,
+    )
+    video, h = _gated_and_normed(block.norm2, site.patch, video, y, of_video)
+    text, h_text = _gated_and_normed(block.norm2_context, site.patch, text, y_text, of_text)
+    y, y_text = block.ff(h), block.ff_context(h_text)
+    video = _gated(site.patch, video, y, of_video, MLP)
+    text = _gated(site.patch, text, y_text, of_text, MLP)
+    site.hit("adaln", 2)
+    return video, text
+
+
+def single_block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None = None,
+    image_rotary_emb: Rotary | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Of HunyuanVideoSingleTransformerBlock."""
+    streams = hidden_states, encoder_hidden_states
+    reason = _unlike_single(self, streams, temb, "AdaLayerNormZeroSingle")
+    if reason:
+        self._cogvx.miss("adaln", reason)
+        return forwards.own(self)(
+            self, *streams, temb, attention_mask, image_rotary_emb, *args, **kwargs
+        )
+    modulation = Modulation(_rows(self.norm, temb, hidden_states))
+    return _single(self, *streams, modulation, attention_mask, image_rotary_emb)
+
+
+def token_replace_single_block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None = None,
+    image_rotary_emb: Rotary | None = None,
+    token_replace_emb: Tensor | None = None,
+    num_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Of HunyuanVideoTokenReplaceSingleTransformerBlock."""
+    streams = hidden_states, encoder_hidden_states
+    of_first = token_replace_emb, num_tokens
+    reason = _unlike_first(hidden_states, *of_first) or _unlike_single(
+        self, streams, temb, "HunyuanVideoTokenReplaceAdaLayerNormZeroSingle"
+    )
+    if reason:
+        self._cogvx.miss("adaln", reason)
+        return forwards.own(self)(self, *streams, temb, attention_mask, image_rotary_emb, *of_first)
+    assert token_replace_emb is not None and num_tokens is not None
+    modulation = Modulation(
+        _rows(self.norm, temb, hidden_states),
+        _rows(self.norm, token_replace_emb, hidden_states),
+        num_tokens,
+    )
+    return _single(self, *streams, modulation, attention_mask, image_rotary_emb)
+
+
+def _single(
+    block: Any,
+    video: Tensor,
+    text: Tensor,
+    modulation: Modulation,
+    attention_mask: Tensor | None,
+    rotary: Rotary | None,
+) -> tuple[Tensor, Tensor]:
+    """Norm, gate and sum in two passes over video and text."""
+    site = block._cogvx
+    lengths = [video.shape[1], text.shape[1]]
+    x = joint(video, text)
+    h = _normed(block.norm.norm, site.patch, x, modulation)
+    hidden = block.act_mlp(block.proj_mlp(h))
+    video, text = h.split(lengths, dim=1)
+    y, y_text = block.attn(
+        hidden_states=video,
+        encoder_hidden_states=text,
+        attention_mask=attention_mask,
+        image_rotary_emb=rotary,
+    )
+    y = block.proj_out(torch.cat([joint(y, y_text), hidden], dim=2))
+    x = _gated(site.patch, x, y, modulation, ATTENTION)
+    site.hit("adaln")
+    video, text = x.split(lengths, dim=1)
+    return video, text
+
+
+def _rows(norm: Any, emb: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    rows = norm.linear(norm.silu(emb)).to(x.dtype)
+    return tuple(rows.unflatten(1, (-1, x.shape[2])).unbind(1))
+
+
+def _normed(norm: nn.LayerNorm, patch: Patch, x: Tensor, m: Modulation) -> Tensor:
+    return expert_adaln(
+        x, *m.shifts(ATTENTION), norm.weight, norm.bias,
+        text_len=m.first_len, eps=norm.eps, backend=patch.backend,
+    )  # fmt: skip
+
+
+def _gated_and_normed(
+    norm: nn.LayerNorm, patch: Patch, x: Tensor, y: Tensor, m: Modulation
+) -> tuple[Tensor, Tensor]:
+    return gated_residual_adaln(
+        x, y.to(x.dtype), *m.gates(ATTENTION), *m.shifts(MLP), norm.weight, norm.bias,
+        text_len=m.first_len, eps=norm.eps, backend=patch.backend,
+    )  # fmt: skip
+
+
+def _gated(patch: Patch, x: Tensor, y: Tensor, m: Modulation, at: int) -> Tensor:
+    return gated_residual(
+        x, y.to(x.dtype), *m.gates(at), text_len=m.first_len, backend=patch.backend
+    )
+
+
+def _unlike_double(
+    block: Any, streams: tuple[Tensor, Tensor], temb: Tensor, norm: str
+) -> str | None:
+    return (
+        strange(block.norm1, norm, "LayerNorm")
+        or strange(block.norm1_context, "AdaLayerNormZero", "LayerNorm")
+        or strange(block.norm2, "LayerNorm")
+        or strange(block.norm2_context, "LayerNorm")
+        or unfit(temb, *streams)
+    )
+
+
+def _unlike_single(
+    block: Any, streams: tuple[Tensor, Tensor], temb: Tensor, norm: str
+) -> str | None:
+    if not streams[1].shape[1]:
+        return "there is no text"
+    return strange(block.norm, norm, "LayerNorm") or unfit(temb, *streams)
+
+
+def _unlike_first(video: Tensor, emb: Tensor | None, first_len: int | None) -> str | None:
+    if emb is None or first_len is None:
+        return "it was called without token_replace_emb and num_tokens"
+    if not 0 <= first_len <= video.shape[1]:
+        return f"num_tokens is {first_len}"
+    return unfit(emb, video)
+
+
+def strange(norm: Any, *names: str) -> str | None:
+    """Why a norm, and the one within it, are not of these classes with nothing around them; None if
+    they are."""
+    for name in names:
+        cls = type(norm)
+        if cls.__name__ != name or not cls.__module__.startswith(("diffusers.", "torch.nn.")):
+            return f"a {name} is a {cls.__name__}"
+        reason = unusual(norm, cls)
+        if reason:
+            return reason
+        norm = getattr(norm, "norm", None)
+    return None
+
+
+def unfit(emb: Tensor, *streams: Tensor) -> str | None:
+    """Why rows of an embedding would be broadcast to tokens, or widen them; None if not."""
+    for x in streams:
+        if emb.ndim != 2 or x.ndim != 3 or emb.shape[0] != x.shape[0]:
+            return f"temb is {tuple(emb.shape)} and tokens are {tuple(x.shape)}"
+        if torch.promote_types(emb.dtype, x.dtype) != x.dtype:
+            return f"temb is {emb.dtype} and tokens are {x.dtype}"
+    return None
+
+
+# --- attention -------------------------------------------------------------------------------
+
+
+def attention(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    **cross_attention_kwargs: Any,
+) -> Any:
+    """Of Attention with HunyuanVideo's processor: norm and rotation of q and k in one pass; softmax
+    by the processor's own call."""
+    tables = _tables(self, hidden_states, encoder_hidden_states, **cross_attention_kwargs)
+    if isinstance(tables, str):
+        self._cogvx.miss("rope", tables)
+        return forwards.own(self)(
+            self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs
+        )
+    assert encoder_hidden_states is not None
+    lengths = [hidden_states.shape[1], encoder_hidden_states.shape[1]]
+    if self.add_q_proj is None:
+        # Text is turned by no angle: the same bits.
+        cos, sin = (
+            F.pad(table, (0, 0, 0, lengths[1]), value=value)
+            for table, value in zip(tables, (1.0, 0.0), strict=True)
+        )
+        x = joint(hidden_states, encoder_hidden_states)
+        layers = self.to_q, self.to_k, self.to_v
+        q, k, v = _qkv(self, layers, (self.norm_q, self.norm_k), x, (cos, sin))
+    else:
+        own = self.to_q, self.to_k, self.to_v
+        added = self.add_q_proj, self.add_k_proj, self.add_v_proj
+        unturned = tables[0][:0], tables[1][:0]
+        of_video = _qkv(self, own, (self.norm_q, self.norm_k), hidden_states, tables)
+        of_text = _qkv(
+            self, added, (self.norm_added_q, self.norm_added_k), encoder_hidden_states, unturned
+        )
+        q, k, v = (torch.cat(both, dim=1) for both in zip(of_video, of_text, strict=True))
+    y = _attended(self, q, k, v, attention_mask).flatten(2).to(q.dtype)
+    video, text = y.split(lengths, dim=1)
+    if getattr(self, "to_out", None) is not None:
+        video = self.to_out[1](self.to_out[0](video))
+    if getattr(self, "to_add_out", None) is not None:
+        text = self.to_add_out(text)
+    self._cogvx.hit("rope")
+    return video, text
+
+
+def _qkv(
+    attn: Any, layers: tuple[Any, ...], norms: tuple[Any, Any], x: Tensor, tables: Rotary
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(batch, seqlen, nheads, headdim) each; the last tokens turn, one for each row of tables."""
+    q, k, v = (layer(x).unflatten(2, (attn.heads, -1)) for layer in layers)
+    of_q, of_k = norms
+    q, k = qk_norm_rope3d(
+        q, k, of_q.weight, None, of_k.weight, None, *tables,
+        text_len=x.shape[1] - tables[0].shape[0], norm="rms", eps=of_q.eps,
+        # A hook on a projection may have kept what it gave.
+        inplace=not torch.is_grad_enabled() and not any(wrapped(layer) for layer in layers[:2]),
+        backend=attn._cogvx.patch.backend,
+    )  # fmt: skip
+    return q, k, v
+
+
+def _attended(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """(batch, seqlen, nheads, headdim), all of them, as the processor would."""
+    softmax = attn._cogvx.patch.softmax
+    if softmax is None:
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    options = {"backend": getattr(attn.processor, "_attention_backend", None)}
+    parallel = getattr(attn.processor, "_parallel_config", None)
+    if parallel is not None:
+        options["parallel_config"] = parallel
+    return softmax(q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=False, **options)
+
+
+def _tables(
+    attn: Any,
+    video: Tensor,
+    text: Tensor | None,
+    image_rotary_emb: Rotary | None = None,
+    **others: Any,
+) -> Rotary | str:
+    """cos and sin, (video_len, headdim // 2) each; or why this attention, or this call of it, is
+    not the one that is known here."""
+    processor = type(attn.processor).__name__
+    if processor != PROCESSOR:
+        return f"its processor is a {processor}"
+    if text is None or not text.shape[1] or image_rotary_emb is None or others:
+        return f"it was called with {', '.join(others) or 'no text or no image_rotary_emb'}"
+    norms = [attn.norm_q, attn.norm_k]
+    if attn.add_q_proj is not None:
+        norms += [attn.norm_added_q, attn.norm_added_k]
+    for norm in norms:
+        reason = strange(norm, "RMSNorm") or _unlike_norm(norm, attn.norm_q, video)
+        if reason:
+            return reason
+    cos, sin = image_rotary_emb
+    wanted = (video.shape[1], attn.inner_dim // attn.heads)
+    if cos.dtype != torch.float32 or cos.shape != wanted or cos.device != video.device:
+        return f"image_rotary_emb is {cos.dtype} of shape {tuple(cos.shape)} on {cos.device}"
+    return attn._cogvx.patch.tables.halved(cos, sin)
+
+
+def _unlike_norm(norm: Any, other: Any, x: Tensor) -> str | None:
+    if norm.eps != other.eps:
+        return "the norms of q and k have different eps"
+    if getattr(norm, "bias", None) is not None:
+        return "an RMSNorm has a bias"
+    if norm.weight is not None and norm.weight.dtype != x.dtype:
+        return f"an RMSNorm's weight is {norm.weight.dtype} and tokens are {x.dtype}"
+    return None
+
+
+def _is_joint(name: str, module: Any, ops: Collection[str]) -> bool:
+    """Not of those that refine the text alone, which turn nothing."""
+    return not name.startswith("context_embedder.")
+
+
+def _prepare(model: Any, patch: Patch) -> None:
+    """The softmax that the processors call by this name, where this diffusers has a choice."""
+    for module in model.modules():
+        processor = getattr(module, "processor", None)
+        if type(processor).__name__ == PROCESSOR:
+            named = vars(sys.modules[type(processor).__module__])
+            patch.softmax = named.get("dispatch_attention_fn")
+            return
+
+
+FAMILY = Family(
+    group="transformer",
+    models=("HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"),
+    ops={
+        "adaln": "adaptive norms, gates and sums of a block, three passes over each stream",
+        "rope": "norm and rotation of q and k in one pass",
+    },
+    kinds=(
+        Kind("HunyuanVideoTransformerBlock", double_block, {"adaln": 2}),
+        Kind("HunyuanVideoSingleTransformerBlock", single_block, {"adaln": 1}),
+        Kind("HunyuanVideoTokenReplaceTransformerBlock", token_replace_double_block, {"adaln": 2}),
+        Kind(
+            "HunyuanVideoTokenReplaceSingleTransformerBlock",
+            token_replace_single_block,
+            {"adaln": 1},
+        ),
+        Kind("Attention", attention, {"rope": 1}, counts=_is_joint),
+    ),
+    prepare=_prepare,
+)

@@ -1,0 +1,202 @@
+"""Forwards for diffusers' Wan transformer, 2.1 and 2.2: its blocks, and the self-attention in them.
+
+A block has no text among its tokens: all are video. Its modulation is fp32, of each sample, or of
+each token where those have timesteps of their own (Wan 2.2, TI2V). Norms of q and k are over all
+heads together, and stay the model's own. Source: Wan (arXiv 2503.20314), section 4.2.
+"""
+
+import sys
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..expert_adaln import expert_adaln, gated_residual, gated_residual_adaln
+from ..rope3d import rope3d
+from . import forwards
+from .family import Family, Kind
+from .site import Patch, Tables, unusual
+
+PROCESSOR = "WanAttnProcessor"
+
+
+def block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    rotary_emb: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Of WanTransformerBlock: each sum and the norm after it in one pass."""
+    site = self._cogvx
+    x = hidden_states
+    reason = _unlike_block(self, x, temb)
+    if reason:
+        site.miss("adaln", reason)
+        return forwards.own(self)(self, x, encoder_hidden_states, temb, rotary_emb)
+    backend = site.patch.backend
+    rows = (self.scale_shift_table + temb.float()).unbind(-2)
+    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows
+    h = expert_adaln(
+        x, shift, scale, None, None, *_affine(self.norm1), eps=self.norm1.eps, backend=backend
+    )
+    y = self.attn1(h, None, None, rotary_emb).to(x.dtype)
+    if _unlike_norm(self.norm2, x) is None:
+        # A norm without a modulation: one by nothing.
+        none = gate.new_zeros(gate.shape[-1]).expand_as(gate)
+        x, h = gated_residual_adaln(
+            x, y, gate, None, none, none, None, None, *_affine(self.norm2),
+            eps=self.norm2.eps, backend=backend,
+        )  # fmt: skip
+    else:
+        x = gated_residual(x, y, gate, None, backend=backend)
+        h = self.norm2(x.float()).type_as(x)
+    y = self.attn2(h, encoder_hidden_states, None, None).to(x.dtype)
+    whole = gate.new_ones(gate.shape[-1]).expand_as(gate)  # the sum after attn2 has no gate
+    x, h = gated_residual_adaln(
+        x, y, whole, None, ffn_shift, ffn_scale, None, None, *_affine(self.norm3),
+        eps=self.norm3.eps, backend=backend,
+    )  # fmt: skip
+    y = self.ffn(h).to(x.dtype)
+    site.hit("adaln", 2)
+    return gated_residual(x, y, ffn_gate, None, backend=backend)
+
+
+def attention(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    rotary_emb: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Of WanAttention with its own processor: rotation of q and k, each in one pass."""
+    reason = _unlike_attention(self, hidden_states, encoder_hidden_states, rotary_emb, kwargs)
+    if reason:
+        self._cogvx.miss("rope", reason)
+        return forwards.own(self)(
+            self, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs
+        )
+    assert rotary_emb is not None
+    patch = self._cogvx.patch
+    if self.fused_projections:
+        q, k, v = self.to_qkv(hidden_states).chunk(3, dim=-1)
+    else:
+        q, k, v = (to(hidden_states) for to in (self.to_q, self.to_k, self.to_v))
+    cos, sin = _halves(patch).halved(*rotary_emb)
+    q, k, v = (x.unflatten(2, (self.heads, -1)) for x in (self.norm_q(q), self.norm_k(k), v))
+    q, k = (rope3d(x, cos, sin, backend=patch.backend) for x in (q, k))
+    self._cogvx.hit("rope")
+    y = patch.softmax(q, k, v, attn_mask=attention_mask, **_choices(self.processor))
+    return self.to_out[1](self.to_out[0](y.flatten(2, 3).type_as(q)))
+
+
+class _Halves(Tables):
+    """cos and sin of one forward of the model, one column for each pair: the ones it reads."""
+
+    def halved(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """(seqlen, headdim // 2) each, of two (1, seqlen, 1, headdim)."""
+        if torch.compiler.is_compiling():
+            return _halved(cos, sin)
+        of = tuple((weakref.ref(x), x._version) for x in (cos, sin) if not x.is_inference())
+        if of == () or of != self._of:
+            self._of, self._made = of, _halved(cos, sin)
+        assert not isinstance(self._made, str)
+        return self._made
+
+
+def _halved(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return (
+        cos[0, :, 0, ::2].to(torch.float32, memory_format=torch.contiguous_format),
+        sin[0, :, 0, 1::2].to(torch.float32, memory_format=torch.contiguous_format),
+    )
+
+
+def _halves(patch: Patch) -> _Halves:
+    """The patch's, of this kind. A copy of a patched model has a patch with new ones."""
+    tables = patch.tables
+    if not isinstance(tables, _Halves):
+        tables = patch.tables = _Halves()
+    return tables
+
+
+def _choices(processor: Any) -> dict[str, Any]:
+    """What the model's own processor asks of the softmax: a backend, and several devices."""
+    choices = {"backend": getattr(processor, "_attention_backend", None)}
+    parallel = getattr(processor, "_parallel_config", None)
+    return choices if parallel is None else {**choices, "parallel_config": parallel}
+
+
+def _affine(norm: nn.LayerNorm) -> tuple[Tensor | None, Tensor | None]:
+    return norm.weight, norm.bias
+
+
+def _unlike_norm(norm: Any, x: Tensor) -> str | None:
+    if type(norm).__name__ != "FP32LayerNorm":
+        return f"a FP32LayerNorm is a {type(norm).__name__}"
+    if norm.weight is not None and norm.weight.dtype not in (x.dtype, torch.float32):
+        return f"the weights of a FP32LayerNorm are {norm.weight.dtype}"
+    return unusual(norm, type(norm))
+
+
+def _unlike_block(block: Any, x: Tensor, temb: Tensor) -> str | None:
+    """Why this block, or this call of it, is not the one that is known here, or None."""
+    batch, seqlen, dim = x.shape
+    groups = {1, seqlen} if temb.ndim == 4 else {6}
+    if temb.shape[0] != batch or temb.shape[1] not in groups or temb.shape[-2:] != (6, dim):
+        return f"temb is of shape {tuple(temb.shape)} for tokens of {tuple(x.shape)}"
+    return _unlike_norm(block.norm1, x) or _unlike_norm(block.norm3, x)
+
+
+def _unlike_attention(
+    attn: Any,
+    x: Tensor,
+    text: Tensor | None,
+    rotary: tuple[Tensor, Tensor] | None,
+    others: dict[str, Any],
+) -> str | None:
+    """Why this attention, or this call of it, is not the one that is known here, or None."""
+    processor = type(attn.processor).__name__
+    if processor != PROCESSOR:
+        return f"its processor is a {processor}"
+    if attn._cogvx.patch.softmax is None:
+        return "this version of diffusers has no choice of attention backends"
+    if text is not None or rotary is None or attn.add_k_proj is not None or others:
+        return "it is no attention of a video's tokens to themselves"
+    headdim = attn.inner_dim // attn.heads
+    for table in rotary:
+        known = table.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if not known or table.shape != (1, x.shape[1], 1, headdim) or table.requires_grad:
+            return f"rotary_emb is {table.dtype} of shape {tuple(table.shape)}"
+    return None
+
+
+def _prepare(model: Any, patch: Patch) -> None:
+    """The softmax is the one that the model's own processor calls."""
+    for module in model.modules():
+        processor = getattr(module, "processor", None)
+        if type(processor).__name__ == PROCESSOR:
+            calls = sys.modules[type(processor).__module__]
+            patch.softmax = getattr(calls, "dispatch_attention_fn", None)
+            return
+
+
+FAMILY = Family(
+    group="transformer",
+    models=("WanTransformer3DModel", "WanVACETransformer3DModel"),
+    ops={
+        "adaln": "norms, modulations, gates and sums of a block in four passes over its tokens",
+        "rope": "rotation of q and of k in one pass each",
+    },
+    kinds=(
+        Kind("WanTransformerBlock", block, {"adaln": 2}),
+        Kind(
+            "WanAttention",
+            attention,
+            {"rope": 1},
+            lambda name, module, ops: name.rpartition(".")[2] == "attn1",
+        ),  # fmt: skip
+    ),
+    prepare=_prepare,
+)

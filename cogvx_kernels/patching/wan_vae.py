@@ -1,0 +1,89 @@
+"""Forwards for diffusers' Wan VAE, 2.1 and 2.2: causal convolutions, and pictures made larger.
+
+What lies before a chunk is kept by the blocks around a convolution, one or two frames that are
+theirs: nothing is written to them. Source: Wan (arXiv 2503.20314), section 4.1.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..frame_cache import frame_cache_append
+from . import forwards
+from .family import Family, Kind
+
+
+def causal_conv(self: Any, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+    """Of WanCausalConv3d: what it reads is made in one pass, and where that is x, in none."""
+    site = self._cogvx
+    reason = _unlike_conv(self, x, cache_x)
+    if reason:
+        site.miss("cache", reason)
+        return forwards.own(self)(self, x, cache_x)
+    site.hit("cache")
+    sides, _, _, _, before, _ = self._padding
+    if not before:
+        return nn.Conv3d.forward(self, x)
+    if cache_x is None:
+        past, start = x.new_empty((*x.shape[:2], before, *x.shape[3:])), "zeros"
+    else:
+        # A copy, for the op to write to; zeros before it where the clip is not that long yet.
+        missing = before - cache_x.shape[2]
+        past, start = F.pad(cache_x.to(x.device), (0, 0, 0, 0, missing, 0)), None
+    joined = frame_cache_append(past, x, start=start, padding=sides, backend=site.patch.backend)
+    return nn.Conv3d.forward(self, joined)
+
+
+def upsample(self: Any, x: Tensor) -> Tensor:
+    """Of WanUpsample: pixels are copied, in the dtype that they have."""
+    site = self._cogvx
+    reason = None
+    if self.mode not in ("nearest", "nearest-exact"):
+        reason = f"its mode is {self.mode!r}"
+    elif _recorded(x):
+        reason = RECORDED
+    if reason:
+        site.miss("resample", reason)
+        return forwards.own(self)(self, x)
+    site.hit("resample")
+    return nn.Upsample.forward(self, x)
+
+
+RECORDED = "a gradient is recorded"
+
+
+def _recorded(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _unlike_conv(conv: Any, x: Tensor, past: Tensor | None) -> str | None:
+    """Why this convolution, or this call of it, is not the one that is known here, or None."""
+    left, right, top, bottom, before, after = conv._padding
+    if not left == right == top == bottom or after or conv.padding_mode != "zeros":
+        return f"its padding is {conv._padding}, {conv.padding_mode}"
+    if not before:
+        return f"its padding is {conv._padding}" if left else None
+    if x.ndim != 5:
+        return f"it was called with a tensor of shape {tuple(x.shape)}"
+    if past is not None and (past.dtype != x.dtype or past.shape[2] > before):
+        return f"it was called with {past.shape[2]} frames before it, of {past.dtype}"
+    if torch.compiler.is_compiling():
+        return "a compiler makes one pass of it by itself"
+    return RECORDED if _recorded(x, past) else None
+
+
+FAMILY = Family(
+    group="vae",
+    models=("AutoencoderKLWan",),
+    ops={
+        "cache": "cached frames, zeros before and around them, and the chunk put together at once",
+        "resample": "pictures made larger in their own dtype",
+    },
+    exact=("cache", "resample"),
+    kinds=(
+        Kind("WanCausalConv3d", causal_conv, {"cache": 1}),
+        Kind("WanUpsample", upsample, {"resample": 1}),
+    ),
+)
