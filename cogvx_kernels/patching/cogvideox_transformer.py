@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..expert_adaln import expert_adaln, gated_residual, gated_residual_adaln
 from ..rope3d import qk_norm_rope3d, rope3d
 from . import forwards
+from .angles import Angles, of_pairs
 from .family import Family, Kind
 from .forwards import wrapped
 from .site import Patch, unusual
@@ -27,7 +28,7 @@ def block(
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
     temb: Tensor,
-    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    image_rotary_emb: Angles | None = None,
     attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Of CogVideoXBlock: both norms, gates and sums in three passes over the joint sequence."""
@@ -121,7 +122,7 @@ def _attended(
     attn: Any,
     h: Tensor,
     text_len: int,
-    rotary: tuple[Tensor, Tensor] | None,
+    rotary: Angles | None,
     kwargs: dict[str, Any],
 ) -> Tensor:
     """The attention of a block over its joint sequence, in and out.
@@ -176,10 +177,10 @@ def _tables(
     attn: Any,
     video: Tensor,
     text: Tensor | None,
-    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    image_rotary_emb: Angles | None = None,
     attention_mask: Tensor | None = None,
     **others: Any,
-) -> tuple[Tensor, Tensor] | str:
+) -> Angles | str:
     """cos and sin, (rows, headdim // 2) each, of the last tokens; or why this attention, or this
     call of it, is not the one that is known here."""
     processor = type(attn.processor).__name__
@@ -204,7 +205,8 @@ def _tables(
     rows = {video.shape[1]} if text.shape[1] else range(video.shape[1] + 1)
     if cos.dtype != torch.float32 or cos.ndim != 2 or cos.shape[0] not in rows:
         return f"image_rotary_emb is {cos.dtype} of shape {tuple(cos.shape)}"
-    return attn._cogvx.patch.tables.halved(cos, sin)
+    angles: Angles | str = attn._cogvx.patch.angles(of_pairs, cos, sin)
+    return angles
 
 
 def _prepare(model: Any, patch: Patch) -> None:

@@ -17,14 +17,13 @@ from torch.nn import functional as F
 from ..expert_adaln import expert_adaln, gated_residual, gated_residual_adaln
 from ..rope3d import qk_norm_rope3d
 from . import forwards
+from .angles import Angles, of_pairs
 from .cogvideox_transformer import joint
 from .family import Family, Kind
 from .forwards import wrapped
 from .site import Patch, unusual
 
 PROCESSOR = "HunyuanVideoAttnProcessor2_0"
-
-Rotary = tuple[Tensor, Tensor]  # cos and sin
 
 # Places among the rows that an adaptive norm makes: shift, scale, gate, and again for the MLP.
 ATTENTION, MLP = 0, 3
@@ -54,7 +53,7 @@ def double_block(
     encoder_hidden_states: Tensor,
     temb: Tensor,
     attention_mask: Tensor | None = None,
-    freqs_cis: Rotary | None = None,
+    freqs_cis: Angles | None = None,
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -74,7 +73,7 @@ def token_replace_double_block(
     encoder_hidden_states: Tensor,
     temb: Tensor,
     attention_mask: Tensor | None = None,
-    freqs_cis: Rotary | None = None,
+    freqs_cis: Angles | None = None,
     token_replace_emb: Tensor | None = None,
     num_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -103,7 +102,7 @@ def _double(
     temb: Tensor,
     of_video: Modulation,
     attention_mask: Tensor | None,
-    rotary: Rotary | None,
+    rotary: Angles | None,
 ) -> tuple[Tensor, Tensor]:
     """The norms, gates and sums of a stream in three passes over it."""
     site = block._cogvx
@@ -129,7 +128,7 @@ def single_block(
     encoder_hidden_states: Tensor,
     temb: Tensor,
     attention_mask: Tensor | None = None,
-    image_rotary_emb: Rotary | None = None,
+    image_rotary_emb: Angles | None = None,
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -151,7 +150,7 @@ def token_replace_single_block(
     encoder_hidden_states: Tensor,
     temb: Tensor,
     attention_mask: Tensor | None = None,
-    image_rotary_emb: Rotary | None = None,
+    image_rotary_emb: Angles | None = None,
     token_replace_emb: Tensor | None = None,
     num_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -179,7 +178,7 @@ def _single(
     text: Tensor,
     modulation: Modulation,
     attention_mask: Tensor | None,
-    rotary: Rotary | None,
+    rotary: Angles | None,
 ) -> tuple[Tensor, Tensor]:
     """Norm, gate and sum in two passes over video and text."""
     site = block._cogvx
@@ -329,7 +328,7 @@ def attention(
 
 
 def _qkv(
-    attn: Any, layers: tuple[Any, ...], norms: tuple[Any, Any], x: Tensor, tables: Rotary
+    attn: Any, layers: tuple[Any, ...], norms: tuple[Any, Any], x: Tensor, tables: Angles
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(batch, seqlen, nheads, headdim) each; the last tokens turn, one for each row of tables."""
     q, k, v = (layer(x).unflatten(2, (attn.heads, -1)) for layer in layers)
@@ -361,9 +360,9 @@ def _tables(
     attn: Any,
     video: Tensor,
     text: Tensor | None,
-    image_rotary_emb: Rotary | None = None,
+    image_rotary_emb: Angles | None = None,
     **others: Any,
-) -> Rotary | str:
+) -> Angles | str:
     """cos and sin, (video_len, headdim // 2) each; or why this attention, or this call of it, is
     not the one that is known here."""
     processor = type(attn.processor).__name__
@@ -382,7 +381,8 @@ def _tables(
     wanted = (video.shape[1], attn.inner_dim // attn.heads)
     if cos.dtype != torch.float32 or cos.shape != wanted or cos.device != video.device:
         return f"image_rotary_emb is {cos.dtype} of shape {tuple(cos.shape)} on {cos.device}"
-    return attn._cogvx.patch.tables.halved(cos, sin)
+    angles: Angles | str = attn._cogvx.patch.angles(of_pairs, cos, sin)
+    return angles
 
 
 def _unlike_norm(norm: Any, other: Any, x: Tensor) -> str | None:

@@ -4,7 +4,6 @@ Both hang on the modules themselves. A copy of a patched model is patched, with 
 pickle is of the model alone, and loads where this package is not installed.
 """
 
-import weakref
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
@@ -13,37 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .angles import Memo
 from .forwards import wrapped
-
-
-class Tables:
-    """cos and sin of a pipeline's run as the ops take them, made once for all blocks and steps."""
-
-    def __init__(self) -> None:
-        self._of: tuple[Any, ...] = ()
-        self._made: tuple[Tensor, Tensor] | str = ""
-
-    def halved(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor] | str:
-        """One column for each pair of (video_len, headdim) tables; or why that cannot be."""
-        if torch.compiler.is_compiling():
-            return _halved(cos, sin)
-        of = tuple((weakref.ref(x), x._version) for x in (cos, sin) if not x.is_inference())
-        if of == () or of != self._of:
-            self._of, self._made = of, _checked(cos, sin)
-        return self._made
-
-
-def _halved(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return cos[:, ::2].contiguous(), sin[:, ::2].contiguous()
-
-
-def _checked(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor] | str:
-    halves = _halved(cos, sin)
-    if cos.is_meta or all(
-        torch.equal(half, x[:, 1::2]) for half, x in zip(halves, (cos, sin), strict=True)
-    ):
-        return halves
-    return "image_rotary_emb turns the two dims of a pair by different angles"
 
 
 class Patch:
@@ -56,7 +26,7 @@ class Patch:
         self.backend = backend
         self.sites: list[Site] = []
         self.refused: dict[str, str] = {}  # modules that were left as they are, and why
-        self.tables = Tables()
+        self.angles = Memo()
         self.softmax: Callable[..., Tensor] | None = None  # diffusers' choice of one, if it has any
 
     @property

@@ -6,7 +6,7 @@ heads together, and stay the model's own. Source: Wan (arXiv 2503.20314), sectio
 """
 
 import sys
-import weakref
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ..expert_adaln import expert_adaln, gated_residual, gated_residual_adaln
 from ..rope3d import rope3d
 from . import forwards
+from .angles import Angles
 from .family import Family, Kind
-from .site import Patch, Tables, unusual
+from .site import Patch, unusual
 
 PROCESSOR = "WanAttnProcessor"
 
@@ -26,7 +27,7 @@ def block(
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
     temb: Tensor,
-    rotary_emb: tuple[Tensor, Tensor],
+    rotary_emb: Angles,
 ) -> Tensor:
     """Of WanTransformerBlock: each sum and the norm after it in one pass."""
     site = self._cogvx
@@ -68,7 +69,7 @@ def attention(
     hidden_states: Tensor,
     encoder_hidden_states: Tensor | None = None,
     attention_mask: Tensor | None = None,
-    rotary_emb: tuple[Tensor, Tensor] | None = None,
+    rotary_emb: Angles | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """Of WanAttention with its own processor: rotation of q and k, each in one pass."""
@@ -84,7 +85,7 @@ def attention(
         q, k, v = self.to_qkv(hidden_states).chunk(3, dim=-1)
     else:
         q, k, v = (to(hidden_states) for to in (self.to_q, self.to_k, self.to_v))
-    cos, sin = _halves(patch).halved(*rotary_emb)
+    cos, sin = patch.angles(_halved, *rotary_emb)
     q, k, v = (x.unflatten(2, (self.heads, -1)) for x in (self.norm_q(q), self.norm_k(k), v))
     q, k = (rope3d(x, cos, sin, backend=patch.backend) for x in (q, k))
     self._cogvx.hit("rope")
@@ -92,33 +93,12 @@ def attention(
     return self.to_out[1](self.to_out[0](y.flatten(2, 3).type_as(q)))
 
 
-class _Halves(Tables):
-    """cos and sin of one forward of the model, one column for each pair: the ones it reads."""
-
-    def halved(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """(seqlen, headdim // 2) each, of two (1, seqlen, 1, headdim)."""
-        if torch.compiler.is_compiling():
-            return _halved(cos, sin)
-        of = tuple((weakref.ref(x), x._version) for x in (cos, sin) if not x.is_inference())
-        if of == () or of != self._of:
-            self._of, self._made = of, _halved(cos, sin)
-        assert not isinstance(self._made, str)
-        return self._made
-
-
-def _halved(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def _halved(cos: Tensor, sin: Tensor) -> Angles:
+    """(seqlen, headdim // 2) each, of two (1, seqlen, 1, headdim): the columns that Wan reads."""
     return (
         cos[0, :, 0, ::2].to(torch.float32, memory_format=torch.contiguous_format),
         sin[0, :, 0, 1::2].to(torch.float32, memory_format=torch.contiguous_format),
     )
-
-
-def _halves(patch: Patch) -> _Halves:
-    """The patch's, of this kind. A copy of a patched model has a patch with new ones."""
-    tables = patch.tables
-    if not isinstance(tables, _Halves):
-        tables = patch.tables = _Halves()
-    return tables
 
 
 def _choices(processor: Any) -> dict[str, Any]:
@@ -153,7 +133,7 @@ def _unlike_attention(
     attn: Any,
     x: Tensor,
     text: Tensor | None,
-    rotary: tuple[Tensor, Tensor] | None,
+    rotary: Angles | None,
     others: dict[str, Any],
 ) -> str | None:
     """Why this attention, or this call of it, is not the one that is known here, or None."""
@@ -182,6 +162,11 @@ def _prepare(model: Any, patch: Patch) -> None:
             return
 
 
+def _is_of_video(name: str, attn: Any, ops: Collection[str]) -> bool:
+    """Not the attention to the text, which turns nothing."""
+    return name.rpartition(".")[2] == "attn1"
+
+
 FAMILY = Family(
     group="transformer",
     models=("WanTransformer3DModel", "WanVACETransformer3DModel"),
@@ -191,12 +176,7 @@ FAMILY = Family(
     },
     kinds=(
         Kind("WanTransformerBlock", block, {"adaln": 2}),
-        Kind(
-            "WanAttention",
-            attention,
-            {"rope": 1},
-            lambda name, module, ops: name.rpartition(".")[2] == "attn1",
-        ),  # fmt: skip
+        Kind("WanAttention", attention, {"rope": 1}, _is_of_video),
     ),
     prepare=_prepare,
 )

@@ -223,7 +223,7 @@ def test_a_copy_of_a_patched_transformer_is_patched_with_tables_of_its_own():
     other = copy.deepcopy(model)
     assert torch.equal(run(other, inputs), first)
     assert_all_hit(explain(other), "adaln", "rope")
-    assert other._cogvx_patch.tables is not model._cogvx_patch.tables
+    assert other._cogvx_patch.angles is not model._cogvx_patch.angles
 
 
 @torch.no_grad()
