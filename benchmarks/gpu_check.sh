@@ -15,8 +15,8 @@
 #     qk_norm_rope3d 15, gated_residual_adaln 15, expert_ffn 30                          60
 #     spatial_norm_silu 35, residual_moments 20, temporal_conv 25, frame_cache_join 12   92
 #     convolutions at four shapes of the decoder                                         22
-#     block 30, transformer of 4 blocks 40, vae-decode of 17 frames 40                  110
-#                                                                                       504
+#     block 35, transformer of 4 blocks 45, vae-decode of 17 frames 45                  125
+#                                                                                       519
 # A size of the card's and a sweep come if time is left. Other conventions and sizes, vae-encode, a whole
 # clip, all 42 blocks and the compiled VAE, which takes minutes, are left to calls of their own.
 
@@ -206,7 +206,8 @@ step conv 45 "$PYTHON" -m benchmarks.conv --budget 0.1 --case 0 --case 2 --case 
     --out "$OUT/bench"
 part block 50
 part transformer 70 --layers 4
-part vae-decode 60 --frames 17 --laps 2 --providers diffusers-channels-last cogvx cogvx-reference
+part vae-decode 60 --frames 17 --laps 2 \
+    --providers diffusers-channels-last diffusers-patched diffusers-patched-fast cogvx
 spare bench-qk_norm_rope3d-card 25 "$PYTHON" -m benchmarks --op qk_norm_rope3d \
     --size card-480x720-49f --device cuda --quick --out "$OUT/bench"
 spare tune 45 "$PYTHON" -m benchmarks.tune --op expert_adaln --quick --out "$OUT/bench"

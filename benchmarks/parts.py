@@ -18,12 +18,16 @@ from cogvx.checkpoint.folder import transformer_values, vae_values
 from cogvx.config import PRESETS, TransformerConfig, VAEConfig
 from cogvx.transformer import ExpertTransformer
 from cogvx.vae import CausalVAE
+from cogvx_kernels import patch
 
 THEIRS, OURS = "diffusers", "cogvx"
 COMPILED, CUDNN, AHEAD = "diffusers-compile", "diffusers-compile-cudnn", "cogvx-ahead"
 NEAR, COMPILED_NEAR = "diffusers-channels-last", "diffusers-compile-channels-last"
+PATCHED, PATCHED_FAST = "diffusers-patched", "diffusers-patched-fast"
 REFERENCE = "cogvx-reference"
-SIDES = (NEAR, COMPILED, COMPILED_NEAR, CUDNN, OURS, AHEAD, REFERENCE)
+SIDES = (
+    NEAR, COMPILED, COMPILED_NEAR, CUDNN, PATCHED, PATCHED_FAST, OURS, AHEAD, REFERENCE
+)  # fmt: skip
 CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -150,6 +154,8 @@ def _vae_scene(
         scene.sides[COMPILED_NEAR] = partial(theirs, half_compiled(near, half), near_flat)
     else:
         scene.left_out[COMPILED] = "every kind of chunk takes a CPU minutes to compile"
+    scene.sides[PATCHED] = partial(theirs, patched(their_vae), flat)
+    scene.sides[PATCHED_FAST] = partial(theirs, patched(their_vae, "fast"), flat)
     scene.sides[OURS] = partial(ours, our_vae)
     reference = _with_weights_of(their_vae, lambda: CausalVAE(size.vae, backend="reference"))
     scene.sides[REFERENCE] = partial(ours, reference)
@@ -200,6 +206,7 @@ def _transformer(size: Size, dtype: torch.dtype, device: torch.device) -> Iterab
         {
             THEIRS: partial(step, theirs),
             COMPILED: partial(step, compiled(theirs)),
+            PATCHED: partial(step, patched(theirs)),
             OURS: lambda: {"v": ours(latents, text, timestep, ofs)},
             AHEAD: lambda: {"v": ours(latents, **ahead)},
         },
@@ -212,6 +219,7 @@ def _block(size: Size, dtype: torch.dtype, device: torch.device) -> Iterable[Sce
     config = dataclasses.replace(size.transformer, num_layers=1)
     their_model, our_model = _transformers(config, dtype, device)
     theirs, ours = their_model.transformer_blocks[0], our_model.transformer_blocks[0]
+    with_kernels = patched(their_model).transformer_blocks[0]
     frames, _, height, width = _padded(size)
     patch = config.patch_size_t or 1, config.patch_size, config.patch_size
     video_len = frames // patch[0] * (height // patch[1]) * (width // patch[2])
@@ -235,6 +243,7 @@ def _block(size: Size, dtype: torch.dtype, device: torch.device) -> Iterable[Sce
     ways = {
         THEIRS: _Way(partial(their_way, theirs), apart, theirs, text_len),
         COMPILED: _Way(partial(their_way, compiled(theirs)), apart, theirs, text_len),
+        PATCHED: _Way(partial(their_way, with_kernels), apart, with_kernels, text_len),
         OURS: _Way(our_way, (x,), ours, text_len),
     }
     cudnn = _Way(partial(their_way, compiled(theirs)), apart, theirs, text_len)
@@ -308,6 +317,14 @@ def compiled(module: nn.Module) -> Callable[..., Any]:
         return compile_fx(graph, inputs)
 
     return torch.compile(module, backend=inductor, fullgraph=True, dynamic=False)
+
+
+def patched(model: Any, mode: str = "exact") -> Any:
+    """diffusers' model with the kernels in it, on the same weights."""
+    own = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    other = copy.deepcopy(model, own)
+    patch(other, mode=mode)
+    return other
 
 
 def _with_cudnn(scene: Scene, call: Call, device: torch.device) -> Scene:

@@ -19,6 +19,10 @@ COMMANDS = re.findall(r"`(cogvx [^`]+)`", README)
 
 # What an example, told from the others by its import, prints if it is asked.
 ASKED = {
+    "from diffusers import": (
+        "print(tuple(video.shape))",
+        "(1, 9, 3, 32, 32)",
+    ),
     "from cogvx import CogVideoX": (
         "print(tuple(video.shape))",
         "(1, 9, 3, 32, 32)",

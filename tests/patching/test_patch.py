@@ -144,6 +144,21 @@ def _gradients(model, x):
     return found
 
 
+def test_on_the_kernels_too():
+    """In Triton's interpreter, where there is no GPU: a step, and a decode with its cache."""
+    pipe = pipeline()
+    arguments, z = inputs(pipe.transformer, batch=1), latents(3, side=2)
+    with torch.no_grad():
+        truth = double(pipe.vae).decode(z.double()).sample
+        theirs = pipe.vae.decode(z).sample
+        predicted = pipe.transformer(**arguments).sample
+        report = ck.patch(pipe, backend="kernel")
+        assert_near([pipe.vae.decode(z).sample], [theirs], [truth])
+        assert relative(pipe.transformer(**arguments).sample, predicted.double()) < 1e-5
+    assert report["rope"].hit == report["rope"].sites
+    assert not any(row.fallbacks for row in report.rows)
+
+
 # --- every site is hit -----------------------------------------------------------------------
 
 
