@@ -62,7 +62,11 @@ def clip(frames=9, batch=1, side=32):
 def generate(pipe, mode="text", **options):
     """Two steps of a pipeline: the video."""
     given = {"image": (picture(1) + 1) / 2} if mode == "image" else {}
-    given |= {"video": [(picture(9) + 1) / 2]} if mode == "video" else {"num_frames": 9}
+    clip = [(picture(9) + 1) / 2]
+    if mode in ("video", "control"):
+        given = {"video" if mode == "video" else "control_video": clip}
+    else:
+        given |= {"num_frames": 9}
     arguments = {
         "height": 32,
         "width": 32,

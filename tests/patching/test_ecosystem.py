@@ -13,7 +13,7 @@ from diffusers import FirstBlockCacheConfig
 from diffusers.hooks import HookRegistry, apply_group_offloading
 from diffusers.hooks import ModelHook as DiffusersHook
 from peft import LoraConfig
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
 import cogvx_kernels as ck
 from tests.patching.small import (
@@ -58,11 +58,21 @@ def in_eight_bits(model):
     quantize_(model.transformer_blocks, Int8WeightOnlyConfig())
 
 
+def in_eight_bits_of_float(model):
+    quantize_(model.transformer_blocks, Float8WeightOnlyConfig())
+
+
 def with_casts(model):
     model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
 
 
-CHANGES = {"LoRA": with_lora, "fused qkv": fused, "int8": in_eight_bits, "fp8 storage": with_casts}
+CHANGES = {
+    "LoRA": with_lora,
+    "fused qkv": fused,
+    "int8": in_eight_bits,
+    "fp8": in_eight_bits_of_float,
+    "fp8 storage": with_casts,
+}
 
 
 @pytest.mark.parametrize("first", ["patch", "change"])

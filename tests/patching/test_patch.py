@@ -7,7 +7,12 @@ import weakref
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, CogVideoXPipeline
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    CogVideoXFunControlPipeline,
+    CogVideoXPipeline,
+)
 from torch import nn
 
 import cogvx_kernels as ck
@@ -103,6 +108,15 @@ def test_a_pipeline_generates_the_same_video(kind, mode):
     assert (found - wanted).abs().max() < 2e-5
     assert all(row.hit for row in report.rows)
     assert torch.equal(generate(pipe, mode), wanted)
+
+
+def test_a_controlled_pipeline_generates_the_same_video():
+    image = pipeline("5b-i2v", "image")
+    pipe = CogVideoXFunControlPipeline(None, None, image.vae, image.transformer, image.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    wanted = generate(pipe, "control")
+    ck.patch(pipe)
+    assert (generate(pipe, "control") - wanted).abs().max() < 2e-5
 
 
 @pytest.mark.parametrize("mode", ["exact", "fast"])
