@@ -75,7 +75,7 @@ MODEL_OPTIONAL = {
 IMPORTS_IN_FUNCTIONS = {f"cogvx_kernels/{room}/op.py": "from . import kernel" for room in ROOMS}
 # Whoever patches a model of diffusers has it.
 IMPORTS_DIFFUSERS = {
-    "cogvx_kernels/patching/cogvideox_transformer.py": (
+    "cogvx_kernels/patching/attention.py": (
         "from diffusers.models.attention_dispatch import dispatch_attention_fn"
     )
 }

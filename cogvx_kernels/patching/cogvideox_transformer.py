@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..expert_adaln import expert_adaln, gated_residual, gated_residual_adaln
 from ..rope3d import qk_norm_rope3d, rope3d
 from . import forwards
 from .angles import Angles, of_pairs
+from .attention import attended, choose_as_diffusers
 from .family import Family, Kind
 from .forwards import wrapped
 from .site import Patch, unusual
@@ -160,17 +160,7 @@ def _attention(attn: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             # A hook on a projection may have kept what it gave.
             inplace=not torch.is_grad_enabled() and not any(wrapped(layer) for layer in layers),
         )  # fmt: skip
-    return attn.to_out[1](attn.to_out[0](_attended_to(attn, q, k, v).flatten(2)))
-
-
-def _attended_to(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(batch, seqlen, nheads, headdim), all of them, by the backend that is set, where this
-    diffusers has a choice."""
-    softmax = attn._cogvx.patch.softmax
-    if softmax is not None:
-        return softmax(q, k, v, backend=getattr(attn.processor, "_attention_backend", None))
-    q, k, v = (z.transpose(1, 2) for z in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return attn.to_out[1](attn.to_out[0](attended(attn, q, k, v).flatten(2)))
 
 
 def _tables(
@@ -214,13 +204,7 @@ def _prepare(model: Any, patch: Patch) -> None:
     attention backends, which CogVideoX's own processor does not look at."""
     if not getattr(model, "_repeated_blocks", None):
         model._repeated_blocks = ["CogVideoXBlock"]
-    if "rope" not in patch.ops:
-        return
-    try:
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-    except ImportError:  # before diffusers 0.35 there is none
-        return
-    patch.softmax = dispatch_attention_fn
+    choose_as_diffusers(model, patch)
     for processor in _processors(model):
         processor.__dict__.setdefault("_attention_backend", None)
 

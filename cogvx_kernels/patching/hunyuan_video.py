@@ -6,7 +6,6 @@ the models that an image conditions, the tokens of the first frame have a modula
 they are what the ops call text. Source: diffusers, transformer_hunyuan_video.py.
 """
 
-import sys
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from ..expert_adaln import expert_adaln, gated_residual, gated_residual_adaln
 from ..rope3d import qk_norm_rope3d
 from . import forwards
 from .angles import Angles, of_pairs
+from .attention import attended, choose_as_diffusers
 from .cogvideox_transformer import joint
 from .family import Family, Kind
 from .forwards import wrapped
@@ -317,7 +317,7 @@ def attention(
             self, added, (self.norm_added_q, self.norm_added_k), encoder_hidden_states, unturned
         )
         q, k, v = (torch.cat(both, dim=1) for both in zip(of_video, of_text, strict=True))
-    y = _attended(self, q, k, v, attention_mask).flatten(2).to(q.dtype)
+    y = attended(self, q, k, v, attention_mask).flatten(2).to(q.dtype)
     video, text = y.split(lengths, dim=1)
     if getattr(self, "to_out", None) is not None:
         video = self.to_out[1](self.to_out[0](video))
@@ -341,19 +341,6 @@ def _qkv(
         backend=attn._cogvx.patch.backend,
     )  # fmt: skip
     return q, k, v
-
-
-def _attended(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """(batch, seqlen, nheads, headdim), all of them, as the processor would."""
-    softmax = attn._cogvx.patch.softmax
-    if softmax is None:
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-    options = {"backend": getattr(attn.processor, "_attention_backend", None)}
-    parallel = getattr(attn.processor, "_parallel_config", None)
-    if parallel is not None:
-        options["parallel_config"] = parallel
-    return softmax(q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=False, **options)
 
 
 def _tables(
@@ -400,16 +387,6 @@ def _is_joint(name: str, module: Any, ops: Collection[str]) -> bool:
     return not name.startswith("context_embedder.")
 
 
-def _prepare(model: Any, patch: Patch) -> None:
-    """The softmax that the processors call by this name, where this diffusers has a choice."""
-    for module in model.modules():
-        processor = getattr(module, "processor", None)
-        if type(processor).__name__ == PROCESSOR:
-            named = vars(sys.modules[type(processor).__module__])
-            patch.softmax = named.get("dispatch_attention_fn")
-            return
-
-
 FAMILY = Family(
     group="transformer",
     models=("HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel"),
@@ -428,5 +405,5 @@ FAMILY = Family(
         ),
         Kind("Attention", attention, {"rope": 1}, counts=_is_joint),
     ),
-    prepare=_prepare,
+    prepare=choose_as_diffusers,
 )

@@ -5,7 +5,6 @@ each token where those have timesteps of their own (Wan 2.2, TI2V). Norms of q a
 heads together, and stay the model's own. Source: Wan (arXiv 2503.20314), section 4.2.
 """
 
-import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -16,8 +15,9 @@ from ..expert_adaln import expert_adaln, gated_residual, gated_residual_adaln
 from ..rope3d import rope3d
 from . import forwards
 from .angles import Angles
+from .attention import attended, choose_as_diffusers
 from .family import Family, Kind
-from .site import Patch, unusual
+from .site import unusual
 
 PROCESSOR = "WanAttnProcessor"
 
@@ -89,8 +89,8 @@ def attention(
     q, k, v = (x.unflatten(2, (self.heads, -1)) for x in (self.norm_q(q), self.norm_k(k), v))
     q, k = (rope3d(x, cos, sin, backend=patch.backend) for x in (q, k))
     self._cogvx.hit("rope")
-    y = patch.softmax(q, k, v, attn_mask=attention_mask, **_choices(self.processor))
-    return self.to_out[1](self.to_out[0](y.flatten(2, 3).type_as(q)))
+    y = attended(self, q, k, v, attention_mask).flatten(2).type_as(q)
+    return self.to_out[1](self.to_out[0](y))
 
 
 def _halved(cos: Tensor, sin: Tensor) -> Angles:
@@ -99,13 +99,6 @@ def _halved(cos: Tensor, sin: Tensor) -> Angles:
         cos[0, :, 0, ::2].to(torch.float32, memory_format=torch.contiguous_format),
         sin[0, :, 0, 1::2].to(torch.float32, memory_format=torch.contiguous_format),
     )
-
-
-def _choices(processor: Any) -> dict[str, Any]:
-    """What the model's own processor asks of the softmax: a backend, and several devices."""
-    choices = {"backend": getattr(processor, "_attention_backend", None)}
-    parallel = getattr(processor, "_parallel_config", None)
-    return choices if parallel is None else {**choices, "parallel_config": parallel}
 
 
 def _affine(norm: nn.LayerNorm) -> tuple[Tensor | None, Tensor | None]:
@@ -140,8 +133,6 @@ def _unlike_attention(
     processor = type(attn.processor).__name__
     if processor != PROCESSOR:
         return f"its processor is a {processor}"
-    if attn._cogvx.patch.softmax is None:
-        return "this version of diffusers has no choice of attention backends"
     if text is not None or rotary is None or attn.add_k_proj is not None or others:
         return "it is no attention of a video's tokens to themselves"
     headdim = attn.inner_dim // attn.heads
@@ -150,16 +141,6 @@ def _unlike_attention(
         if not known or table.shape != (1, x.shape[1], 1, headdim) or table.requires_grad:
             return f"rotary_emb is {table.dtype} of shape {tuple(table.shape)}"
     return None
-
-
-def _prepare(model: Any, patch: Patch) -> None:
-    """The softmax is the one that the model's own processor calls."""
-    for module in model.modules():
-        processor = getattr(module, "processor", None)
-        if type(processor).__name__ == PROCESSOR:
-            calls = sys.modules[type(processor).__module__]
-            patch.softmax = getattr(calls, "dispatch_attention_fn", None)
-            return
 
 
 def _is_of_video(name: str, attn: Any, ops: Collection[str]) -> bool:
@@ -178,5 +159,5 @@ FAMILY = Family(
         Kind("WanTransformerBlock", block, {"adaln": 2}),
         Kind("WanAttention", attention, {"rope": 1}, _is_of_video),
     ),
-    prepare=_prepare,
+    prepare=choose_as_diffusers,
 )

@@ -389,11 +389,12 @@ def test_tables_for_each_sample_are_left_to_the_model():
 
 @torch.no_grad()
 def test_the_softmax_is_the_one_that_is_set():
+    from diffusers.models import attention_dispatch
     from diffusers.models.transformers import transformer_wan
 
     model, inputs = transformer(), tokens()
     asked = []
-    dispatch = transformer_wan.dispatch_attention_fn
+    dispatch = attention_dispatch.dispatch_attention_fn
 
     def watched(*args, backend=None, **kwargs):
         asked.append(backend)
@@ -402,7 +403,8 @@ def test_the_softmax_is_the_one_that_is_set():
     model.set_attention_backend("_native_math")
     theirs = run(model, inputs)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(transformer_wan, "dispatch_attention_fn", watched)
+        for module in (attention_dispatch, transformer_wan):  # ours, and that of attn2
+            monkeypatch.setattr(module, "dispatch_attention_fn", watched)
         patch(model, ["rope"], backend="reference")
         assert torch.equal(run(model, inputs), theirs)
     assert len(asked) == 2 * LAYERS and {str(x.value) for x in asked} == {"_native_math"}

@@ -1,0 +1,105 @@
+"""The examples: run as a reader runs them, and their laws on other shapes than their own."""
+
+import os
+import re
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+
+from cogvx_kernels import _backend, rope3d_tables, slice_positions
+from examples import conv_vae, mmdit_block
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
+README = (ROOT / "examples/README.md").read_text()
+
+SAME_WEIGHTS = "the same weights: <All keys matched successfully>"
+# What an example prints whatever the machine: lines, as patterns.
+LINES = {
+    "conv_vae": [
+        "AfterDecoder: error against fp64 .*",
+        "  peak of live bytes: [0-9,]+ whole, [0-9,]+ in chunks",
+        "  chunks equal the whole bit for bit: True",
+        "largest difference: .*",
+    ],
+    "mmdit_block": ["AfterBlock: error against fp64 .*; of 27 gradients at most .*, .*"],
+}
+
+
+@pytest.fixture(autouse=True)
+def as_without_the_interpreter(monkeypatch):
+    """On a CPU an example shows the references; the kernels' own tests have the interpreter."""
+    monkeypatch.setattr(_backend, "INTERPRETED", False)
+
+
+def shape_of(text: str) -> list[str]:
+    """The lines of an output, without the numbers, names and answers that a machine may change."""
+    return re.sub(r"[\d.,e-]+\d|True|False|(text|video)\.\w+\.\w+", "…", text).splitlines()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_runs_and_keeps_its_claims(name):
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", f"examples.{name}"],
+        cwd=ROOT, capture_output=True, text=True, env={**kept, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.splitlines()
+    assert printed[0] == SAME_WEIGHTS
+    end = printed[-len(LINES[name]) :]
+    assert all(map(re.fullmatch, LINES[name], end)), done.stdout
+    [shown] = re.findall(rf"`python -m examples\.{name}`.*?```\n(.*?)```", README, re.DOTALL)
+    assert shape_of(shown) == shape_of(done.stdout), "examples/README.md shows what is printed"
+
+
+@pytest.mark.parametrize("chunks", [[1, 1, 1, 1], [3, 1], [2, 2]])
+def test_chunks_of_the_decoder_are_the_whole_bit_for_bit(chunks):
+    decoder = conv_vae.AfterDecoder()
+    latents = torch.randn(2, 8, 4, 3, 5)
+    whole, _ = conv_vae.decode(decoder, latents, [4])
+    joined, _ = conv_vae.decode(decoder, latents, chunks)
+    assert whole.shape == (2, 3, 13, 12, 20)
+    assert torch.equal(joined, whole)
+
+
+def test_a_clip_is_nothing_to_the_next_one():
+    decoder, latents = conv_vae.AfterDecoder(), torch.randn(2, 8, 3, 3, 4)
+    cache_of_each = [{}, {}]
+    with torch.no_grad():
+        pieces = [
+            [decoder(latents[i : i + 1, :, at : at + 1], cache_of_each[i]) for i in (0, 1)]
+            for at in range(3)
+        ]
+    for i in (0, 1):
+        alone, _ = conv_vae.decode(decoder, latents[i : i + 1], [3])
+        assert torch.equal(torch.cat([piece[i] for piece in pieces], 2), alone)
+
+
+@pytest.mark.parametrize("grid, text_len", [((2, 3, 5), 11), ((1, 2, 3), 1)])
+def test_the_block_and_all_its_gradients_err_as_plain_torch_does(grid, text_len):
+    before, after = mmdit_block.BeforeBlock(48, 2, 80), mmdit_block.AfterBlock(48, 2, 80)
+    for parameter in before.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    after.load_state_dict(before.state_dict())
+    cos, sin = rope3d_tables(slice_positions(grid), split=(8, 8, 8))
+    text, video = torch.randn(2, text_len, 48), torch.randn(2, len(cos), 48)
+    dout = torch.randn(2, text_len + len(cos), 48)
+    arguments = text, video, torch.randn(2, 48), cos, sin, dout
+    exact = mmdit_block.results(deepcopy(before).double(), *(x.double() for x in arguments))
+    theirs, ours = (mmdit_block.results(block, *arguments) for block in (before, after))
+    assert set(ours) == {"output", "text", "video", "temb", *before.state_dict()}
+    for name, x in exact.items():
+        off_by = [((found[name] - x).norm() / x.norm()).item() for found in (theirs, ours)]
+        assert off_by[1] <= 2 * off_by[0] + 3e-7, f"{name}: {off_by[1]:.1e}, not {off_by[0]:.1e}"
+
+
+def test_a_new_block_passes_what_it_gets():
+    block = mmdit_block.AfterBlock(48, 2, 80)  # adaLN-zero: its gates are zero
+    cos, sin = rope3d_tables(slice_positions((1, 2, 3)), split=(8, 8, 8))
+    x = torch.randn(2, 5 + 6, 48)
+    assert torch.equal(block(x, torch.randn(2, 48), cos, sin, text_len=5), x)
