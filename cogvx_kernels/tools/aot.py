@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,15 +121,19 @@ def compile_launches(
 
 
 Usage = tuple[int, int, int, dict[int, int], dict[int, int]]  # registers … stores of a Report
-_read: dict[str, tuple[Usage, list[str]]] = {}  # by hash: sizes of one width share their kernels
+Key = tuple[str, bool]
+_read: dict[Key, tuple[Usage, list[str]]] = {}  # by hash: sizes of one width share their kernels
 
 
-def inspect(info: OpInfo, size: str, target: str, compiled: Any) -> Report:
-    """Read a compiled kernel, once."""
-    if compiled.hash not in _read:
-        read = _read_cubin if "cubin" in compiled.asm else _read_amdgcn
-        _read[compiled.hash] = read(compiled), lint(compiled.asm["ttir"])
-    usage, complaints = _read[compiled.hash]
+def inspect(
+    info: OpInfo, size: str, target: str, compiled: Any, *, accesses: bool = True
+) -> Report:
+    """Read a compiled kernel, once; its loads and stores too, for which it is disassembled."""
+    key = compiled.hash, accesses
+    if key not in _read:
+        read = partial(_read_cubin, accesses) if "cubin" in compiled.asm else _read_amdgcn
+        _read[key] = read(compiled), lint(compiled.asm["ttir"])
+    usage, complaints = _read[key]
     return Report(info.name, compiled.metadata.name, size, target, *usage, lint=complaints)
 
 
@@ -166,11 +171,12 @@ def reports(name: str, target: str) -> list[tuple[Report, Budget | None]]:
 
 
 def small_reports(name: str, target: str, which: int) -> list[tuple[Report, Budget | None]]:
-    """A sample, dtypes by turns: options that no budget covers compile too, unspilled."""
+    """A sample, dtypes by turns: options that no budget covers compile too, unspilled. How wide
+    their accesses are is not asked: to disassemble takes longer than to compile."""
     info = OPS[name]
     sample, dtype = info.samples[which], info.dtypes[which % len(info.dtypes)]
     compiled = compile_launches(info, sample, dtype, TARGETS[target])
-    return [(inspect(info, sample.reason, target, one), None) for one in compiled]
+    return [(inspect(info, sample.reason, target, x, accesses=False), None) for x in compiled]
 
 
 def in_parallel(
@@ -188,16 +194,18 @@ def in_parallel(
             yield from found
 
 
-def _read_cubin(compiled: Any) -> Usage:
-    """Registers and stack from the resource table, widths from the disassembly."""
+def _read_cubin(accesses: bool, compiled: Any) -> Usage:
+    """Registers and stack from the resource table, widths from the disassembly, if asked for."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(compiled.asm["cubin"])
-        usage, sass = (
-            subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
+
+        def dump(flag: str) -> str:
+            done = subprocess.run([tool, flag, path], capture_output=True, text=True, check=True)
+            return done.stdout
+
+        usage, sass = dump("-res-usage"), dump("-sass") if accesses else ""
     found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage!r}")
