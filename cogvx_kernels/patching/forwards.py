@@ -63,9 +63,15 @@ def _innermost(module: nn.Module) -> tuple[Any, str] | str:
         return module, "forward"
     for holder, name in _places(module):
         value = getattr(holder, name, None)
-        if isinstance(value, MethodType) and value.__self__ is module:
+        if isinstance(value, MethodType) and value.__self__ is module and _known(value, module):
             return holder, name
     return f"its forward was replaced by {module.__dict__['forward']!r}, which is not a known hook"
+
+
+def _known(method: MethodType, module: nn.Module) -> bool:
+    """The class's own, or one of ours; not what somebody else has put there."""
+    function: Any = method.__func__
+    return function is own(module) or function.__module__.startswith(f"{__package__}.")
 
 
 def _places(module: nn.Module) -> Iterator[tuple[Any, str]]:

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import types
 import weakref
 
 import pytest
@@ -428,10 +429,15 @@ def test_a_forward_of_another_shape_is_refused_and_nothing_is_changed(monkeypatc
     assert "transformer_blocks.0" in report.skipped
 
 
-def test_a_forward_that_somebody_replaced_is_refused():
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_forward_that_somebody_replaced_is_refused(bound):
     model = transformer()
     block = model.transformer_blocks[0]
-    block.forward = lambda *args, **kwargs: None
+
+    def mine(*args, **kwargs):
+        return None
+
+    block.forward = types.MethodType(mine, block) if bound else mine
     with pytest.raises(
         ck.UnsupportedModelError, match="transformer_blocks.0: its forward was repl"
     ):
