@@ -1,6 +1,6 @@
 """pytest where a package is as if it were not installed: python -m tests.patching.without NAME ...
 
-diffusers 0.33 does not import beside a torchao of today.
+diffusers 0.33 does not import beside a torchao of today. In one process: workers would not know.
 """
 
 import importlib.util
