@@ -55,7 +55,7 @@ NAMES_TRITON = {
 } - {"cogvx_kernels/frame_cache/kernel.py"}
 # The model's floors, from the ground up: a file or folder may import those of lower floors only.
 MODEL_FLOORS = (
-    {"config", "memory", "files"},
+    {"config", "data", "memory", "files"},
     {"frames"},
     {"vae", "transformer", "schedulers", "text", "video"},
     {"checkpoint", "plan"},
@@ -273,7 +273,7 @@ assert main(["doctor"]) == 0
 
 
 def test_public_names_are_there_and_sorted():
-    rooms = ("vae", "transformer", "schedulers", "video", "checkpoint", "pipeline")
+    rooms = ("data", "vae", "transformer", "schedulers", "video", "checkpoint", "pipeline")
     packages = ("cogvx", *(f"cogvx.{room}" for room in rooms), "cogvx_kernels")
     for name in (*packages, *(f"cogvx_kernels.{room}" for room in (*ROOMS, "patching"))):
         module = importlib.import_module(name)

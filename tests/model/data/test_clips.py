@@ -1,0 +1,165 @@
+"""Clips of shapes: the same for ever, as they are told, and read back as they were drawn."""
+
+import itertools
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cogvx.data import ProceduralClips, Scene, Thing, describe, parse, score, vocabulary
+from cogvx.data.drawing import draw, place
+from cogvx.data.procedural import held_out, random_scene
+from cogvx.data.reading import read
+from cogvx.data.scenes import COLORS, GROUNDS, SHAPES, SIZES, WAYS
+
+CLIPS = 120
+EVERY_THING = [Thing(*words) for words in itertools.product(COLORS, SHAPES, SIZES, WAYS)]
+
+
+def clips(split="test", count=CLIPS, **options):
+    return [ProceduralClips(split, **options)[i] for i in range(count)]
+
+
+def test_what_is_drawn_is_read():
+    for clip in clips():
+        assert score(clip.video, clip.scene).all, clip.caption
+        seen = read(clip.video)
+        assert seen.ground == clip.scene.ground
+        assert sorted(t.size for t in seen.things) == sorted(t.size for t in clip.scene.things)
+
+
+@pytest.mark.parametrize("size", [(9, 64, 96), (33, 96, 64), (17, 128, 128)], ids=str)
+def test_of_any_size(size):
+    frames, height, width = size
+    for clip in clips(count=40, frames=frames, height=height, width=width):
+        assert clip.video.shape == (frames, 3, height, width)
+        assert score(clip.video, clip.scene).all, clip.caption
+
+
+def test_read_through_noise_and_blur():
+    """As a model's clips are not quite clean."""
+    generator = torch.Generator().manual_seed(0)
+    right = []
+    for clip in clips():
+        soft = F.avg_pool2d(F.pad(clip.video, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        noise = 0.06 * torch.randn(soft.shape, generator=generator)
+        right.append(score(soft + noise, clip.scene).all)
+    assert sum(right) >= 0.98 * len(right)
+
+
+def test_another_clip_is_not_right():
+    """Beside the sentence of another clip hardly anything holds: the scores can fail."""
+    all_of_them = clips()
+    others = [score(a.video, b.scene) for a, b in itertools.pairwise(all_of_them)]
+    assert sum(s.all for s in others) <= 0.05 * len(others)
+    assert sum(s.color for s in others) <= 0.35 * len(others)
+    blank = torch.zeros(17, 3, 64, 64)
+    assert not any(vars(score(blank, all_of_them[0].scene)).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("color", "blue"), ("shape", "square"), ("motion", "left"), ("count", None)]
+)
+def test_each_score_sees_its_own_mistake(name, other):
+    thing = Thing("red", "circle", "", "right")
+    scene = Scene((thing, Thing("green", "cross")))
+    words = {"color": thing.color, "shape": thing.shape, "size": "", "way": thing.way}
+    if other is None:
+        wrong = Scene((thing,))
+    else:
+        words["way" if name == "motion" else name] = other
+        wrong = Scene((Thing(**words), scene.things[1]))
+    generator = torch.Generator().manual_seed(3)
+    found = vars(score(draw(place(wrong, generator), wrong.ground, 17, 64, 64), scene))
+    assert not found[name]
+    assert all(right for key, right in found.items() if key != name) or name == "count"
+
+
+def test_things_stay_within_the_picture_and_apart():
+    numbers = random.Random(0)
+    drawn = 0
+    while drawn < 60:
+        scene = random_scene(numbers)
+        try:
+            placed = place(scene, torch.Generator().manual_seed(drawn))
+        except ValueError:
+            continue
+        drawn += 1
+        video = draw(placed, scene.ground, 17, 64, 64)
+        ground = draw((), scene.ground, 1, 64, 64)[0, :, 0, 0]
+        border = torch.cat([video[:, :, 0], video[:, :, -1], video[..., 0], video[..., -1]], -1)
+        assert (border == ground[:, None]).all(), describe(scene)
+        assert len(read(video).things) == len(scene.things), describe(scene)
+
+
+def test_a_scene_without_room_says_so():
+    large = Thing("red", "square", "large", "right"), Thing("blue", "square", "large", "down")
+    with pytest.raises(ValueError, match="'a large red square moves right and a large blue squ"):
+        for seed in range(50):
+            place(Scene(large), torch.Generator().manual_seed(seed))
+
+
+# --- sentences -------------------------------------------------------------------------------
+
+
+def test_every_sentence_is_understood():
+    numbers = random.Random(1)
+    pairs = [Scene((numbers.choice(EVERY_THING), numbers.choice(EVERY_THING))) for _ in range(500)]
+    alike = [random_scene(numbers) for _ in range(500)]
+    for scene in [*(Scene((t,), g) for t in EVERY_THING for g in GROUNDS), *pairs, *alike]:
+        said = describe(scene)
+        assert parse(said) == scene, said
+        assert set(said.replace(",", " ,").split()) <= set(vocabulary()), said
+    assert parse("  A red circle  moves right. ") == Scene((Thing("red", "circle", "", "right"),))
+    assert parse("two small blue squares on white, one moving up") == Scene(
+        (Thing("blue", "square", "small", "up"), Thing("blue", "square", "small")), "white"
+    )
+
+
+@pytest.mark.parametrize("said", ["", "a red dog moves right", "red circle", "a circle moves up"])
+def test_what_is_not_understood_is_answered_with_the_words_that_are(said):
+    with pytest.raises(ValueError, match=r"parse: no scene is told like .*red, green.*circle, squ"):
+        parse(said)
+
+
+def test_words_that_are_not_known_are_named():
+    with pytest.raises(ValueError, match="color must be one of red, .*; got 'pink'"):
+        Thing("pink", "circle")
+    with pytest.raises(ValueError, match="ground must be one of black, gray, white; got 'sea'"):
+        Scene((Thing("red", "circle"),), "sea")
+    with pytest.raises(ValueError, match="things must be one or two; got 0"):
+        Scene(())
+
+
+# --- the set ---------------------------------------------------------------------------------
+
+
+def test_a_clip_is_the_same_one_for_ever():
+    one, again, other = (ProceduralClips(seed=s)[7] for s in (5, 5, 6))
+    assert torch.equal(one.video, again.video) and one.caption == again.caption
+    assert not torch.equal(one.video, other.video)
+    golden = [ProceduralClips("test")[i].caption for i in range(2)]
+    assert golden == [
+        "a small purple circle stands still and a large yellow square moves right",
+        "a large green circle stands still and a green cross moves down on gray",
+    ]
+    clip = ProceduralClips("test")[0].video
+    assert clip.min() >= -1 and clip.max() <= 1 and clip.dtype == torch.float32
+
+
+def test_no_sentence_is_in_both_splits():
+    train = {clip.caption for clip in clips("train")}
+    test = {clip.caption for clip in clips("test")}
+    assert not train & test
+    assert all(map(held_out, test)) and not any(map(held_out, train))
+    assert len(train) > 0.8 * CLIPS
+
+
+def test_there_are_as_many_as_were_asked_for():
+    few = ProceduralClips(length=3)
+    assert len(few) == len(list(few)) == 3
+    with pytest.raises(IndexError, match=r"index must be in \[0, 3\); got 3"):
+        few[3]
+    with pytest.raises(ValueError, match="split must be train or test; got 'dev'"):
+        ProceduralClips("dev")
