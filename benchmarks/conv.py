@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cogvx.vae.resample import folded, phases
 from cogvx_kernels import conv3d
+from cogvx_kernels.resample import folded, phases
 
 from . import conditions, report
 from .__main__ import DTYPES

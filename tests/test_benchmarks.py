@@ -197,7 +197,8 @@ def test_a_wrong_part_is_not_timed(tmp_path):
 
 
 def test_both_halves_of_the_vae_have_rows(tmp_path):
-    """Of both layouts of diffusers' and both backends of ours; of what is compiled a reason."""
+    """Of both layouts of diffusers', patched too, both backends of ours; of what is compiled a
+    reason."""
     pytest.importorskip("diffusers")
     parts = ("--part", "vae-decode", "--part", "vae-encode")
     words = (*parts, "--size", "tiny", "--laps", "2", "--budget", "0.01", "--device", "cpu")
@@ -205,7 +206,8 @@ def test_both_halves_of_the_vae_have_rows(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     with (tmp_path / "model.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    sides = ("diffusers", "diffusers-channels-last", "cogvx", "cogvx-reference")
+    sides = ("diffusers", "diffusers-channels-last", "diffusers-patched", "diffusers-patched-fast")
+    sides = (*sides, "cogvx", "cogvx-reference")
     assert [(row["part"], row["provider"]) for row in rows] == [
         (part, side) for part in ("vae-decode", "vae-encode") for side in sides
     ]

@@ -25,6 +25,7 @@ def _sample(
     top_k: int = 0,
     below: int = 0,
     share: bool = True,
+    shares: str = "few",
     biases: str = "ud",
     activation: str = "gelu_tanh",
     layout: str = "contiguous",
@@ -33,6 +34,7 @@ def _sample(
 ) -> Sample:
     """top_k 0 is no index; an index is `below` a number, the number of experts unless it is given.
 
+    shares  values of the choices' weights
     biases  letters of "u" for up and "d" for down
     wide    weights of the choices in fp32
     """
@@ -40,7 +42,7 @@ def _sample(
     rows = 2 * ffn_dim if activation == "swiglu" else ffn_dim
     chosen = (batch, seqlen, top_k)
     index = TensorSpec(chosen, "index", below=below or experts) if top_k else None
-    much = TensorSpec(chosen, "few", dtype="wide" if wide else None) if top_k and share else None
+    much = TensorSpec(chosen, shares, dtype="wide" if wide else None) if top_k and share else None
     arguments: dict[str, Any] = {
         "x": TensorSpec((batch, seqlen, dim), "few", layout),
         "up": TensorSpec((experts, rows, dim), "lifted", weights),
@@ -110,6 +112,8 @@ def _random(rng: random.Random) -> dict[str, Any]:
         "top_k": top_k,
         "below": rng.choice((0, 0, 1, experts + 2)),
         "share": rng.random() < 0.7,
+        # Above zero, as a router's: of an expert chosen twice nothing takes itself away.
+        "shares": "weight",
         "biases": "".join(letter for letter in "ud" if rng.random() < 0.7),
         "activation": rng.choice(("gelu_tanh", "gelu_tanh", "gelu", "swiglu")),
         "layout": rng.choice(LAYOUTS),

@@ -128,9 +128,11 @@ def _random(rng: random.Random) -> dict[str, Any]:
     latent_frames = rng.choice((2, 3, frames + 1, 2 * frames + 1))
     # Two elements are normalised to 1 and -1, whatever they are: the gradient is all roundings.
     few = rows * down * cols * across < 8
+    batch = rng.choice((1, 1, 2))
+    each = 24 if few else rng.choice((1, 2, 4, 5, 24))
     return {
-        "batch": rng.choice((1, 1, 2)),
-        "channels": num_groups * (24 if few else rng.choice((1, 2, 4, 5, 24))),
+        "batch": batch,
+        "channels": num_groups * each,
         "num_groups": num_groups,
         "frames": frames,
         "height": rows * down,
@@ -138,7 +140,8 @@ def _random(rng: random.Random) -> dict[str, Any]:
         "latents": rng.choice((None, *[(latent_frames, rows, cols)] * 3)),
         "affine": "".join(letter for letter in "wb" if rng.random() < 0.7),
         "modulation": rng.choice(("yb", "yb", "y", "b")),
-        "offset": rng.random() < 0.4,
+        # A group of one channel takes its offset away again: of that gradient too.
+        "offset": rng.random() < 0.4 and each > 1,
         "per_frame": rng.random() < 0.3,
         "leads": leads,
         "silu": rng.random() < 0.8,

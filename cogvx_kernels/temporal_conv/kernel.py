@@ -187,19 +187,19 @@ def _multiplied(
 
 def temporal_conv_fwd(
     out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor | None, stride: int,
-    start: str, silu: bool, dout: Tensor | None = None,
+    start: str, silu: bool, dout: Tensor | None = None, last: bool | None = None,
 ) -> None:  # fmt: skip
     """Fills out, of (batch, out_channels, …), with the result; given dout, with the gradient of the
     pre-activation. weight (out_channels, in_channels or 1, kernel).
     """
     if out.numel() == 0:
         return
-    last = channels_last(x)
+    last = channels_last(x) if last is None else last
     x, cache, dout = (evenly_laid(t, last) for t in (x, cache, dout))
     depthwise = _depthwise(x, weight)
     bias = None if bias is None else bias.contiguous()
     channels = weight.shape[0], x.shape[1]
-    plan = _plan(x, weight, cache, stride, start, silu, *channels, [x, cache, out, dout])
+    plan = _plan(x, weight, cache, stride, start, silu, *channels, [x, cache, out, dout], last)
     sizes = _sizes(x, out.shape[2], plan)
     videos = [video_of(t, plan) for t in (out, x, cache)]
     grad = video_of(dout, plan)
@@ -242,21 +242,21 @@ def temporal_conv_bwd(
     if silu:
         wide = torch.promote_types(x.dtype, torch.float32)  # what is summed is rounded once
         dpre = new_like(dout, last, wide)
-        temporal_conv_fwd(dpre, x, weight, bias, cache, stride, start, silu, dout)
+        temporal_conv_fwd(dpre, x, weight, bias, cache, stride, start, silu, dout, last)
         dout = dpre
     if dx.numel():
-        _frames_grad(dx, dcache, dout, weight, cache, stride, start)
+        _frames_grad(dx, dcache, dout, weight, cache, stride, start, last)
     if dweight.numel():
-        _weight_grad(dweight, dbias, dout, x, weight, cache, stride, start)
+        _weight_grad(dweight, dbias, dout, x, weight, cache, stride, start, last)
 
 
 def _frames_grad(
     dx: Tensor, dcache: Tensor, dout: Tensor, weight: Tensor, cache: Tensor | None, stride: int,
-    start: str,
+    start: str, last: bool,
 ) -> None:  # fmt: skip
     past = dcache if dcache.numel() else None
     channels = dx.shape[1], weight.shape[0]
-    plan = _plan(dx, weight, cache, stride, start, False, *channels, [dx, past, dout])
+    plan = _plan(dx, weight, cache, stride, start, False, *channels, [dx, past, dout], last)
     sizes = _sizes(dx, dout.shape[2], plan)
     frames = dx.shape[2] + (0 if past is None else past.shape[2])
     cols = triton.cdiv(dx.shape[1], plan.BLOCK_COLS)
@@ -272,11 +272,11 @@ def _frames_grad(
 
 def _weight_grad(
     dweight: Tensor, dbias: Tensor, dout: Tensor, x: Tensor, weight: Tensor, cache: Tensor | None,
-    stride: int, start: str,
+    stride: int, start: str, last: bool,
 ) -> None:  # fmt: skip
     out, inner, taps = weight.shape
     pixels = x.shape[3] * x.shape[4]
-    plan = _plan(x, weight, cache, stride, start, False, inner, pixels, [x, cache, dout])
+    plan = _plan(x, weight, cache, stride, start, False, inner, pixels, [x, cache, dout], last)
     depthwise = _depthwise(x, weight)
     tiles, rows = triton.cdiv(x.shape[1], plan.BLOCK_COLS), plan.BLOCK_ROWS
     if not depthwise:
@@ -304,15 +304,15 @@ def _weight_grad(
 
 def _plan(
     x: Tensor, weight: Tensor, cache: Tensor | None, stride: int, start: str, silu: bool,
-    made: int, summed: int, videos: list[Tensor | None],
+    made: int, summed: int, videos: list[Tensor | None], last: bool,
 ) -> Plan:  # fmt: skip
-    """For a launch over these videos, which all have their channels side by side, or none has.
+    """For a launch over these videos, which all have their channels side by side (`last`), or none
+    has. Of one pixel and one frame a tensor alone does not say which.
 
     It makes so many channels, and sums over so many for each.
     """
     out, _, taps = weight.shape
     inner = x.shape[1]
-    last = channels_last(x)
     pixels = x.shape[3] * x.shape[4]
     block = _halved(x)
     rows, cols = BLOCK_ROWS // block, BLOCK_COLS // block
