@@ -232,7 +232,8 @@ SPATIAL_NORM_SILU = OpInfo(
     videos=("x",),
     batched=("y", "b", "moments"),
     differentiable=("x", "weight", "bias", "y", "b", "offset", "moments"),
-    summed=("weight", "bias", "y", "b", "offset", "moments"),
+    # Of x's gradient two terms are sums over its group.
+    summed=("x", "weight", "bias", "y", "b", "offset", "moments"),
     rows=lambda call: (
         len(call["x"]) * call["num_groups"] * (call["x"].shape[2] if call["per_frame"] else 1)
     ),
