@@ -91,6 +91,10 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("samples without pixels", _FLAT | {"batch": 5}),
     ("samples without pixels, a first frame", _FLAT | {"batch": 3, "past": "replicate", "out": 7}),
     ("samples without pixels, depthwise", _FLAT | {"batch": 19, "depthwise": True, "frames": 9}),
+    ("one number of a channel, in strides", _FLAT | {"frames": 1, "layout": "strided"}),
+    ("one number of a channel, depthwise", _FLAT | {
+        "frames": 1, "layout": "strided", "depthwise": True, "activation": "silu",
+    }),
     ("channels before frames", _FLAT | {"batch": 2, "layout": "transposed", "stride": 2}),
     ("frames of a longer buffer", {"layout": "behind", "cache_layout": "contiguous"}),
     ("pixels of a wider buffer", {"layout": "inset"}),
