@@ -86,7 +86,7 @@ def test_within_the_rule(dtype, way, device, seed):
 
 
 def sum_of_planes(x, weight, bias, padding):
-    """What planes are said to be, in torch's 2-D convolutions of one sample's frames, one by one."""
+    """What planes are said to be, frame by frame, in torch's 2-D convolutions."""
     frames = range(x.shape[2] - weight.shape[2] + 1)
     planes = range(weight.shape[2])
     made = [
