@@ -32,7 +32,8 @@ SIDE := $(VENV)/diffusers-$(DIFFUSERS)
 OTHERS := diffusers==$(DIFFUSERS) transformers==4.57.1 tokenizers==0.22.1 huggingface_hub==0.36.0
 test: $(SIDE)/.ready
 	PYTHONPATH=$(CURDIR)/$(SIDE) python -m tests.patching.without torchao \
-	    tests/patching/test_patch.py tests/patching/test_memory_and_streams.py
+	    tests/patching/test_patch.py tests/patching/test_refusals.py \
+	    tests/patching/test_memory_and_streams.py
 else
 test: $(READY)  ## all tests; TRITON=3.6.0: the kernels' on that Triton; DIFFUSERS=0.33.0: patch's on that
 	python -m pytest -n auto

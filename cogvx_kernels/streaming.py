@@ -11,26 +11,33 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+C = TypeVar("C", bound="Cache")
 S = TypeVar("S", bound="StreamState")
 
 
-class Cache(Protocol):
+class Cache:
     """What a network remembers of a clip; `broken` once an exception has cost a part of it."""
 
-    broken: bool
+    def __init__(self) -> None:
+        self.broken = False
 
     def check(self) -> None:
         """Raises RuntimeError if it is broken."""
+        if self.broken:
+            raise RuntimeError(
+                "the state was left in the middle of a chunk by an exception, and part of the clip "
+                "is lost: reset() it and begin the clip again"
+            )
 
-    def clear(self) -> None: ...
+    def clear(self) -> None:
+        raise NotImplementedError
 
-    def tensors(self) -> list[Tensor]: ...
+    def tensors(self) -> list[Tensor]:
+        raise NotImplementedError
 
-    def mapped(self: "C", function: Callable[[Tensor], Tensor]) -> "C":
+    def mapped(self: C, function: Callable[[Tensor], Tensor]) -> C:
         """Another, of what the function makes of each tensor."""
-
-
-C = TypeVar("C", bound=Cache)
+        raise NotImplementedError
 
 
 class Way(Protocol):
@@ -131,18 +138,32 @@ class StreamState:
 
 
 def stream(
-    way: Way, source: Any, state: StreamState, total: int | None, last: bool
+    way: Way,
+    source: Any,
+    state: StreamState | None,
+    total: int | None,
+    last: bool,
+    *,
+    kind: type[StreamState],
+    whose: str = "",
 ) -> Iterator[Tensor]:
     """What comes out of each chunk, as soon as it can; what can be checked is checked now.
 
     source  a clip (batch, frames, channels, height, width), or an iterable of pieces of it
-    state   where the clip stands; it is left where the last chunk left it
+    state   where the clip stands, to be left where the last chunk leaves it; None begins a clip
     total   frames of the whole clip, if they are known
     last    whether the clip ends with this source
+    kind    what the state must be
+    whose   the package of that kind, to be named where another has one of the same name
 
     Raises TypeError or ValueError for an argument, or for a piece when it comes: the state is then
     as it was before that piece; RuntimeError if the state's clip has ended or was lost.
     """
+    if state is None:
+        state = kind()
+    elif not isinstance(state, kind):
+        wanted = f"{kind.__name__} of {whose}" if whose else kind.__name__
+        raise TypeError(f"{way.where}: state must be a {wanted}; got {type(state).__name__}")
     _check_open(way, state)
     if total is not None:
         if isinstance(total, bool) or not isinstance(total, int):

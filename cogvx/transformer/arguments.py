@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
+from ..autocast import autocast_dtype
 from ..config import TransformerConfig
 from ..frames import nearest_multiples
 from .embedding import ProjectedText
 from .experts import Routing
 from .modulation import Modulations
-from .plain import autocast_dtype
 
 WHERE = "ExpertTransformer"
 TEXT = ("batch", "text_len", "text_embed_dim")

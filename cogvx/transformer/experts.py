@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cogvx_kernels import expert_ffn, modality
+from cogvx_kernels.untouched import is_untouched
 
-from .plain import autocast_dtype, is_plain_linear, is_untouched
+from ..autocast import autocast_dtype
+from .plain import is_plain_linear
 
 ROUTER_STD = 0.02
 

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from cogvx_kernels.streaming import StreamState
+from cogvx_kernels.streaming import Cache, StreamState
 
 
-class FrameCache:
+class FrameCache(Cache):
     """The last frames that each causal convolution has seen of a clip, by the convolution's name.
 
     Attributes:
@@ -27,11 +27,11 @@ class FrameCache:
     """
 
     def __init__(self, keep: bool = True) -> None:
+        super().__init__()
         self.keep = keep
         self.frames: dict[str, Tensor] = {}
         self.leads = False
         self.started = False
-        self.broken = False
 
     @contextmanager
     def chunk(self, leads: bool) -> Iterator[None]:
@@ -49,13 +49,6 @@ class FrameCache:
             self.broken = True
             raise
         self.started = True
-
-    def check(self) -> None:
-        if self.broken:
-            raise RuntimeError(
-                "the state was left in the middle of a chunk by an exception, and part of the clip "
-                "is lost: reset() it and begin the clip again"
-            )
 
     def take(self, name: str) -> Tensor | None:
         """The frames before this chunk, no longer held here; None where the clip begins."""

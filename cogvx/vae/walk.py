@@ -1,7 +1,6 @@
 """A clip of any length through an encoder or a decoder, chunk by chunk: whole, or as a stream."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +13,6 @@ from .encoder import Encoder
 from .rules import Way, decoding, encoding
 from .state import DecodeState, EncodeState, FrameCache
 from .tiling import Tiling, tiled
-
-S = TypeVar("S", EncodeState, DecodeState)
 
 Progress = Callable[[int, int], None]
 
@@ -95,8 +92,7 @@ def stream_encode(
         RuntimeError: the state's clip has ended, or was lost to an exception in a chunk.
     """
     way = encoding(encoder, "stream_encode")
-    state = _checked(way, EncodeState() if state is None else state, EncodeState)
-    return map(DiagonalGaussian, stream(way, video, state, total, last))
+    return map(DiagonalGaussian, stream(way, video, state, total, last, kind=EncodeState))
 
 
 def stream_decode(
@@ -113,16 +109,7 @@ def stream_decode(
     frames, then 2 each.
     """
     way = decoding(decoder, "stream_decode")
-    state = _checked(way, DecodeState() if state is None else state, DecodeState)
-    return stream(way, latents, state, total, last)
-
-
-def _checked(way: Way, state: Any, wanted: type[S]) -> S:
-    if not isinstance(state, wanted):
-        raise TypeError(
-            f"{way.where}: state must be a {wanted.__name__}; got {type(state).__name__}"
-        )
-    return state
+    return stream(way, latents, state, total, last, kind=DecodeState)
 
 
 # --- whole clips -----------------------------------------------------------------------------

@@ -10,24 +10,17 @@ from typing import Any
 
 from torch import Tensor
 
-from ..streaming import StreamState, stream
+from ..streaming import Cache, StreamState, stream
 from .cogvideox_vae import FAMILY, Frames
 from .doors import UnsupportedModelError, model_of
 
 
-class ConvCache:
+class ConvCache(Cache):
     """What the decoder's convolutions remember: None, or a dict of dicts as the decoder gave it."""
 
     def __init__(self, of_convs: Any = None) -> None:
+        super().__init__()
         self.of_convs = of_convs
-        self.broken = False
-
-    def check(self) -> None:
-        if self.broken:
-            raise RuntimeError(
-                "the state was left in the middle of a chunk by an exception, and part of the clip "
-                "is lost: reset() it and begin the clip again"
-            )
 
     def clear(self) -> None:
         self.of_convs = None
@@ -95,14 +88,7 @@ def stream_decode(
         RuntimeError: the state's clip has ended, or was lost to an exception in a chunk.
     """
     way = _Decoding(vae)
-    if state is None:
-        state = DecodeState()
-    elif not isinstance(state, DecodeState):
-        raise TypeError(
-            f"stream_decode: state must be a DecodeState of cogvx_kernels; "
-            f"got {type(state).__name__}"
-        )
-    return stream(way, latents, state, total, last)
+    return stream(way, latents, state, total, last, kind=DecodeState, whose="cogvx_kernels")
 
 
 class _Decoding:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..expert_adaln import expert_adaln, gated_residual, gated_residual_adaln
 from ..rope3d import qk_norm_rope3d, rope3d
+from ..untouched import wrapped
 from . import forwards
 from .angles import Angles, of_pairs
 from .attention import attended, choose_as_diffusers
 from .family import Family, Kind
-from .forwards import wrapped
 from .site import Patch, unusual
 
 Rows = tuple[Tensor, ...]  # six of (batch, dim), of one norm: see `_shifts` and `_gates`

@@ -163,7 +163,7 @@ def _norm_and_conv(
         of_conv is None
         or causal.time_kernel_size == 1
         or causal.pad_mode == "replicate"
-        or (_functional())
+        or _functional()
     ):
         return causal(_normalised(norm, x, zq, backend), conv_cache=past)
     of_conv.hit("cache")

@@ -18,7 +18,7 @@ from . import (
     wan_vae,
 )
 from .family import Family, Kind
-from .report import Report
+from .report import Report, path
 from .site import Patch, Site
 
 MODES = ("exact", "fast")
@@ -80,7 +80,7 @@ def patch(
         if wanted[name]
     }
     refused = {
-        f"{name}.{of}".strip("."): reason
+        path(name, of): reason
         for name, plan in plans.items()
         for of, reason in plan.patch.refused.items()
     }

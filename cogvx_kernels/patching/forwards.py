@@ -44,19 +44,6 @@ def restore(module: nn.Module) -> None:
         setattr(holder, name, MethodType(own(module), module))
 
 
-def wrapped(module: nn.Module) -> bool:
-    """Whether something acts before or after the module's forward: its tensors may be elsewhere
-    until it is called."""
-    held = module.__dict__.get("forward")
-    return bool(
-        (held is not None and getattr(held, "__func__", None) is not own(module))
-        or module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
 def _innermost(module: nn.Module) -> tuple[Any, str] | str:
     """(holder, attribute) of the innermost forward; or why it cannot be told."""
     if "forward" not in module.__dict__:

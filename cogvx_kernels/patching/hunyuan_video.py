@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from ..expert_adaln import expert_adaln, gated_residual, gated_residual_adaln
 from ..rope3d import qk_norm_rope3d
+from ..untouched import wrapped
 from . import forwards
 from .angles import Angles, of_pairs
 from .attention import attended, choose_as_diffusers
 from .cogvideox_transformer import joint
 from .family import Family, Kind
-from .forwards import wrapped
 from .site import Patch, unusual
 
 PROCESSOR = "HunyuanVideoAttnProcessor2_0"

@@ -45,7 +45,7 @@ class Report:
         self._patches = dict(patches)
         for component, patch in patches.items():
             for name, reason in patch.refused.items():
-                self.skipped[".".join(filter(None, (component, name)))] = reason
+                self.skipped[path(component, name)] = reason
 
     @property
     def rows(self) -> list[Row]:
@@ -82,6 +82,11 @@ class Report:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def path(component: str, name: str) -> str:
+    """A module's name, beneath that of its model in the pipeline; both may be ""."""
+    return ".".join(filter(None, (component, name)))
 
 
 def _row(component: str, patch: Patch, op: str) -> Row:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..untouched import wrapped
 from .angles import Memo
-from .forwards import wrapped
 
 
 class Patch:

@@ -10,6 +10,7 @@ from tests.model.tiny_pipeline import CHANNELS, DIM, TEXT_LEN, embeds, picture, 
 
 HEADDIM = 16
 FRAMES, SIDE = 3, 4  # of latents
+NEAR = 1e-5  # relative, in fp32, of two orders of the same sums through a whole model
 
 
 def pipeline(kind="5b", mode="text", solver="ddim"):
@@ -49,6 +50,11 @@ def inputs(model, batch=2, frames=FRAMES, dtype=torch.float32, seed=0):
     return arguments
 
 
+def predicted(model, **options):
+    with torch.no_grad():
+        return model(**inputs(model), **options).sample
+
+
 def latents(frames=5, batch=1, side=4, dtype=torch.float32):
     generator = torch.Generator().manual_seed(2)
     return torch.randn(batch, CHANNELS, frames, side, side + 2, generator=generator).to(dtype)
@@ -79,14 +85,6 @@ def generate(pipe, mode="text", **options):
         **options,
     }
     return pipe(**arguments).frames
-
-
-def bits(model):
-    """All that a module is, apart from its weights: attributes of every module in it, by name."""
-    return {
-        name: {key: value for key, value in vars(module).items() if not key.startswith("_param")}
-        for name, module in model.named_modules()
-    }
 
 
 def double(model):

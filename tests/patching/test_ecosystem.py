@@ -17,22 +17,17 @@ from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, q
 
 import cogvx_kernels as ck
 from tests.patching.small import (
+    NEAR,
     clip,
     generate,
     inputs,
     latents,
     pipeline,
+    predicted,
     relative,
     transformer,
     vae,
 )
-
-NEAR = 1e-5  # relative, in fp32, of two orders of the same sums through a whole model
-
-
-def predicted(model, **options):
-    with torch.no_grad():
-        return model(**inputs(model), **options).sample
 
 
 def assert_every_site_was_hit(model, *ops):
@@ -414,81 +409,3 @@ def test_mixed_precision_training():
     assert relative(found, wanted.double()) < 2e-2
     assert ours.keys() == theirs.keys()
     assert_every_site_was_hit(model)
-
-
-# --- the compiler ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def recompiles():
-    """How often anything has been compiled since."""
-    torch._dynamo.reset()
-    seen = []
-
-    def backend(graph, arguments):
-        seen.append(graph)
-        return graph.forward
-
-    yield backend, seen
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("first", ["patch", "compile"])
-def test_a_compiled_transformer(first, recompiles):
-    backend, seen = recompiles
-    model = transformer()
-    wanted = predicted(model)
-    if first == "patch":
-        ck.patch(model)
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    if first == "compile":
-        ck.patch(compiled)
-    for _ in range(3):
-        with torch.no_grad():
-            found = compiled(**inputs(model)).sample
-    assert relative(found, wanted.double()) < NEAR
-    assert len(seen) == 1
-
-
-def test_blocks_compiled_one_for_all(recompiles):
-    """`compile_repeated_blocks`, which diffusers refuses for this model."""
-    backend, seen = recompiles
-    model = transformer()
-    wanted = predicted(model)
-    with pytest.raises(ValueError, match="_repeated_blocks"):
-        model.compile_repeated_blocks()
-    ck.patch(model)
-    model.compile_repeated_blocks(backend=backend, fullgraph=True)
-    for _ in range(2):
-        assert relative(predicted(model), wanted.double()) < NEAR
-    assert len(seen) == 1
-
-
-def test_patched_after_it_was_compiled_and_has_run(recompiles):
-    """The graph of before is not used, and after unpatching that of the patch is not."""
-    backend, seen = recompiles
-    model = transformer()
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    graphs = []
-    for change in (lambda: None, lambda: ck.patch(model), lambda: ck.unpatch(model)):
-        change()
-        before = len(seen)
-        with torch.no_grad():
-            found = compiled(**inputs(model)).sample
-        graphs.append(len(seen) - before)
-    assert graphs[1] == 1
-    assert torch.equal(found, predicted(model))
-
-
-@pytest.mark.parametrize("mode", ["exact", "fast"])
-def test_a_compiled_decoder(mode, recompiles):
-    backend, seen = recompiles
-    model = vae()
-    with torch.no_grad():
-        wanted = model.decode(latents(7)).sample
-        ck.patch(model, mode=mode)
-        model.decoder = torch.compile(model.decoder, backend=backend, fullgraph=True)
-        for _ in range(2):
-            assert relative(model.decode(latents(7)).sample, wanted.double()) < NEAR
-    stock = 2  # a first chunk, and a later one
-    assert len(seen) == stock

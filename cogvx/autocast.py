@@ -1,0 +1,11 @@
+"""What autocast makes of a tensor, for ops that torch does not cast for."""
+
+import torch
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What a layer computes in there under autocast; None outside it."""
+    # Of the meta device torch has no autocast to ask about.
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)

@@ -1,0 +1,109 @@
+"""What `patch` refuses, by name and before anything is changed; and what it says it can do."""
+
+import copy
+import types
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+import cogvx_kernels as ck
+from tests.patching.small import assert_untouched, latents, pipeline, transformer, vae
+
+
+def test_what_is_not_known_is_refused_by_name():
+    for thing, said in ((nn.Linear(2, 2), "Linear"), (object(), "object"), (None, "NoneType")):
+        with pytest.raises(ck.UnsupportedModelError, match=f"{said}.*AutoencoderKLCogVideoX"):
+            ck.patch(thing)
+        with pytest.raises(ck.UnsupportedModelError):
+            ck.unpatch(thing)
+
+
+def test_an_unknown_part_of_a_pipeline_is_refused_or_left_and_named():
+    pipe = pipeline()
+    pipe.register_modules(vae=AutoencoderKL(block_out_channels=(8,), norm_num_groups=2))
+    with pytest.raises(ck.UnsupportedModelError, match="vae: AutoencoderKL is not supported"):
+        ck.patch(pipe)
+    assert not ck.explain(pipe).rows
+    report = ck.patch(pipe, strict=False)
+    assert report.skipped == {"vae": "AutoencoderKL is not supported"}
+    assert "left as it is: vae: AutoencoderKL is not supported" in str(report)
+    assert {row.component for row in report.rows} == {"transformer"}
+
+
+def test_a_forward_of_another_shape_is_refused_and_nothing_is_changed(monkeypatch):
+    model = transformer()
+    kind = type(model.transformer_blocks[0])
+    stock = kind.forward
+
+    def forward(self, hidden_states, encoder_hidden_states, temb, rotary=None):
+        return stock(self, hidden_states, encoder_hidden_states, temb, rotary)
+
+    monkeypatch.setattr(kind, "forward", forward)
+    with (
+        assert_untouched(model),
+        pytest.raises(
+            ck.UnsupportedModelError,
+            match=r"transformer_blocks.0: its forward takes \(self, .*rotary",
+        ),
+    ):
+        ck.patch(model)
+    report = ck.patch(model, strict=False)
+    assert report["adaln"].sites == 0 and report["rope"].sites == 2
+    assert "transformer_blocks.0" in report.skipped
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_forward_that_somebody_replaced_is_refused(bound):
+    model = transformer()
+    block = model.transformer_blocks[0]
+
+    def mine(*args, **kwargs):
+        return None
+
+    block.forward = types.MethodType(mine, block) if bound else mine
+    with pytest.raises(
+        ck.UnsupportedModelError, match="transformer_blocks.0: its forward was repl"
+    ):
+        ck.patch(model)
+    assert not ck.explain(model).rows
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"only": ["rop"]}, "only must name some of adaln, rope, transformer; got rop"),
+        ({"only": "rope"}, r'only must be a list of names, such as \["rope"\]; got "rope"'),
+        ({"only": []}, "only must name some of .* got none"),
+        ({"only": ["vae"]}, "only must name some of adaln, rope, transformer; got vae"),
+        ({"mode": "quick"}, "mode must be one of"),
+        ({"backend": "cuda"}, "backend must be one of"),
+    ],
+)
+def test_wrong_options_say_what_was_wanted(options, said):
+    model = transformer()
+    with assert_untouched(model), pytest.raises(ValueError, match=said):
+        ck.patch(model, **options)
+
+
+def test_what_is_supported_is_listed():
+    table = ck.supported()
+    assert {"AutoencoderKLCogVideoX", "CogVideoXTransformer3DModel"} <= {r.model for r in table}
+    assert {row.op for row in table if row.bits} >= {"cache", "resample", "conv"}
+    assert len(str(table).splitlines()) == len(table)
+
+
+def test_frames_of_a_cache_are_taken_once():
+    """Whoever calls the decoder himself cannot read frames that a later chunk has replaced."""
+    model = vae()
+    ck.patch(model)
+    z = latents(5)
+    with torch.no_grad():
+        _, cache = model.decoder(z[:, :, :3])
+        branch = copy.deepcopy(cache)
+        first, _ = model.decoder(z[:, :, 3:], conv_cache=cache)
+        with pytest.raises(RuntimeError, match="taken by a later chunk"):
+            model.decoder(z[:, :, 3:], conv_cache=cache)
+        second, _ = model.decoder(z[:, :, 3:], conv_cache=branch)
+    assert torch.equal(first, second)
