@@ -36,6 +36,7 @@ class Config:
     FIXED: ClassVar[Mapping[str, Any]] = {}
     IGNORED: ClassVar[frozenset[str]] = frozenset()
     LIMITS: ClassVar[Mapping[str, tuple[int, int]]] = {}
+    RANGES: ClassVar[Mapping[str, tuple[float, float]]] = {}  # of floats; others are positive
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -58,7 +59,11 @@ class Config:
         if hint is float:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise self._wrong(TypeError, name, "a number", value)
-            if not 0 < value < 1e6:
+            if name in self.RANGES:
+                low, high = self.RANGES[name]
+                if not low <= value <= high:
+                    raise self._wrong(ValueError, name, f"a number in [{low}, {high}]", value)
+            elif not 0 < value < 1e6:
                 raise self._wrong(ValueError, name, "a positive number below 1e6", value)
             return float(value)
         if not isinstance(value, hint):

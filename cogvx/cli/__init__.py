@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from . import clips, generate, models
+from . import clips, generate, models, train
 from .console import Console
 
-DESCRIPTION = "Generate, encode, decode and reconstruct video with CogVideoX."
+DESCRIPTION = "Generate, encode, decode and reconstruct video with CogVideoX, and train it."
 # What a user can cause. Anything else is a fault of the program, and keeps its traceback.
 ERRORS = (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError, ImportError)
 
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     says.add_argument("--quiet", action="store_true", help="no progress bars, no summary")
     says.add_argument("--json", action="store_true", help="print the facts as one JSON object")
     says.add_argument("--traceback", action="store_true", help="with an error, say where it arose")
-    for module in (generate, clips, models):
+    for module in (generate, clips, models, train):
         module.add(commands, shared)
     return parser
 

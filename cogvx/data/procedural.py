@@ -16,11 +16,11 @@ HELD_OUT = 0.1  # of all sentences
 
 @dataclass(frozen=True)
 class Clip:
-    """video: (frames, 3, height, width) in [-1, 1]."""
+    """video: (frames, 3, height, width) in [-1, 1]; scene: of a drawn one."""
 
     video: Tensor
     caption: str
-    scene: Scene
+    scene: Scene | None = None
 
 
 class ProceduralClips(torch.utils.data.Dataset[Clip]):

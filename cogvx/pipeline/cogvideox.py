@@ -25,9 +25,11 @@ from ..config import SchedulerConfig
 from ..files import CONFIG_BYTES, read_json
 from ..plan import Plan, forecast
 from ..schedulers import SOLVERS, Solver, Trajectory, draw
+from ..shipped import located
 from ..text import T5TextEncoder, TextEncoder
 from ..transformer import ExpertTransformer
 from ..vae import CausalVAE, Tiling
+from ..words import WordTextEncoder, is_words
 from . import saved
 from .conditioning import Progress, decode, embeddings, encoded, image_condition, noisy_video
 from .denoise import Callback, Conditions, State, denoise, generator_of
@@ -97,6 +99,7 @@ class CogVideoX:
         """The model in a folder of the hub's layout: transformer/, vae/, scheduler/ and, if the
         model has one, text_encoder/ with tokenizer/. Nothing is downloaded.
 
+        path          the folder; or "tiny", the model inside this package
         dtype         of all weights: bfloat16 for 5B and 1.5, float16 for 2B; None keeps the files'
         backend       of the kernels, and attention: see `ExpertTransformer`
         text_encoder  False leaves it out (4.8 billion parameters), for when embeddings are given;
@@ -104,9 +107,13 @@ class CogVideoX:
 
         Raises CheckpointError or FileNotFoundError for what is missing or not as it should be.
         """
+        path = located(path)
         solver, scheduler = load_scheduler(path)
-        if text_encoder is True and _has_text_encoder(Path(path)):
-            text_encoder = T5TextEncoder.from_pretrained(path, dtype, device)
+        if text_encoder is True and _has_text_encoder(path):
+            if is_words(path):
+                text_encoder = WordTextEncoder.from_pretrained(path)
+            else:
+                text_encoder = T5TextEncoder.from_pretrained(path, dtype, device)
         return cls(
             load_transformer(path, dtype, device, backend, attention),
             load_vae(path, dtype, device, backend),
@@ -118,18 +125,17 @@ class CogVideoX:
     def save_pretrained(self, path: PathLike) -> None:
         """Writes the folder that `from_pretrained` reads; a released model's diffusers reads too.
 
-        A text encoder is written if it can write itself (`T5TextEncoder`), else left out.
+        A text encoder is written if it is one of the library's, else left out.
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         save_transformer(self.transformer, folder / "transformer")
         save_vae(self.vae, folder / "vae")
         save_scheduler(self.scheduler, folder / "scheduler", self.solver)
-        has_text = isinstance(self.text_encoder, T5TextEncoder)
-        if isinstance(self.text_encoder, T5TextEncoder):
+        if isinstance(self.text_encoder, (T5TextEncoder, WordTextEncoder)):
             self.text_encoder.save_pretrained(folder)
         with atomic_path(folder / "model_index.json") as part:
-            index = json.dumps(self._model_index(has_text), indent=2, sort_keys=True) + "\n"
+            index = json.dumps(self._model_index(), indent=2, sort_keys=True) + "\n"
             part.write_text(index, encoding="utf-8")
 
     @torch.no_grad()
@@ -350,15 +356,19 @@ class CogVideoX:
             generator.set_state(has.random)
         return has.to(next(self.transformer.parameters()).device)
 
-    def _model_index(self, has_text: bool) -> dict[str, Any]:
+    def _model_index(self) -> dict[str, Any]:
         """What tells diffusers which of its classes read the folders."""
         image = self.transformer.config.in_channels > self.transformer.config.out_channels
+        text, tokenizer = {
+            T5TextEncoder: (["transformers", "T5EncoderModel"], ["transformers", "T5Tokenizer"]),
+            WordTextEncoder: (["cogvx", "WordTextEncoder"], [None, None]),
+        }.get(type(self.text_encoder), ([None, None], [None, None]))
         return {
             "_class_name": f"CogVideoX{'ImageToVideo' if image else ''}Pipeline",
             "_diffusers_version": DIFFUSERS_VERSION,
             "scheduler": ["diffusers", SOLVER_CLASSES[self.solver]],
-            "text_encoder": ["transformers", "T5EncoderModel"] if has_text else [None, None],
-            "tokenizer": ["transformers", "T5Tokenizer"] if has_text else [None, None],
+            "text_encoder": text,
+            "tokenizer": tokenizer,
             "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
             "vae": ["diffusers", "AutoencoderKLCogVideoX"],
         }

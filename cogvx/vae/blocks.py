@@ -53,7 +53,8 @@ class ResnetBlock3D(nn.Module):
         if not hasattr(self, "conv_shortcut"):
             return x
         conv = cast(nn.Conv3d, self.conv_shortcut)
-        return conv3d(x, conv.weight, conv.bias, (0, 0, 0))
+        weight, bias = (cast(Tensor, t).to(x.dtype) for t in (conv.weight, conv.bias))
+        return conv3d(x, weight, bias, (0, 0, 0))
 
     def _sum(self, x: Tensor, h: Tensor, offset: Tensor | None) -> Flow:
         if torch.is_grad_enabled() or (offset is None and not self.feeds_norm):

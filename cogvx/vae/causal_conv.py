@@ -4,7 +4,8 @@ Before the first frame of a clip lie copies of it; before every later chunk, the
 chunk before, from the cache. Space is padded with zeros. Fact sheet, section 4.1.
 
 Where no gradient is recorded a cache is one buffer for each convolution, replaced in place, and
-what a norm makes is written straight behind it.
+what a norm makes is written straight behind it. Under autocast the chunk is of its dtype, and
+weights are cast to that of the chunk.
 """
 
 import torch
@@ -122,7 +123,8 @@ class CausalConv3d(CausalConv):
         return self.conv.bias if x.is_cuda and not torch.is_grad_enabled() else None
 
     def _convolved(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return conv3d(x, self.conv.weight, bias, self.padding, way=self.way)
+        bias = None if bias is None else bias.to(x.dtype)
+        return conv3d(x, self.conv.weight.to(x.dtype), bias, self.padding, way=self.way)
 
 
 class FactorizedConv3d(CausalConv):
@@ -140,8 +142,9 @@ class FactorizedConv3d(CausalConv):
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         cache = FrameCache(keep=False) if cache is None else cache
         pad = self.time_kernel // 2
+        weight, bias = _cast(self.spatial, x.dtype)
         # (out, in, 1, kernel, kernel): a 3-D kernel of one frame
-        x = conv3d(x, self.spatial.weight[:, :, None], self.spatial.bias, (0, pad, pad))
+        x = conv3d(x, weight[:, :, None], bias, (0, pad, pad))
         if self.kept == 0:
             return self._in_time(x, None, "replicate")
         if torch.is_grad_enabled():
@@ -161,8 +164,14 @@ class FactorizedConv3d(CausalConv):
         return out
 
     def _in_time(self, x: Tensor, past: Tensor | None, start: str) -> Tensor:
-        weight, bias = self.temporal.weight, self.temporal.bias
+        weight, bias = _cast(self.temporal, x.dtype)
         return temporal_conv(x, weight, bias, cache=past, start=start, backend=self.backend)
+
+
+def _cast(conv: nn.Conv2d | nn.Conv1d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Its weight and bias, which under autocast are of another dtype than the chunk."""
+    assert conv.bias is not None
+    return conv.weight.to(dtype), conv.bias.to(dtype)
 
 
 def name_convs(module: nn.Module) -> None:

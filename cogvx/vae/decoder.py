@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from ..autocast import autocast_dtype
 from ..config import VAEConfig
 from .blocks import Level, MakeConv, MakeNorm, resnets, walked
 from .causal_conv import CausalConv3d, FactorizedConv3d, name_convs
@@ -59,6 +60,7 @@ class Decoder(nn.Module):
         `decode` walks a clip of any length in the chunks that the VAE is defined by.
         """
         cache = FrameCache(keep=False) if cache is None else cache
+        latents = latents.to(autocast_dtype(latents.device) or latents.dtype)
         with cache.chunk(leads=self.config.factorized or latents.shape[1] % 2 == 1):
             zq = latents.transpose(1, 2).contiguous(memory_format=torch.channels_last_3d)
             levels = (self.mid_block, *self.up_blocks)

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from ..autocast import autocast_dtype
 from ..config import VAEConfig
 from .blocks import Level, MakeConv, MakeNorm, resnets, walked
 from .causal_conv import CausalConv3d, FactorizedConv3d, name_convs
@@ -56,6 +57,7 @@ class Encoder(nn.Module):
         `encode` walks a clip of any length in the chunks that the VAE is defined by.
         """
         cache = FrameCache(keep=False) if cache is None else cache
+        video = video.to(autocast_dtype(video.device) or video.dtype)
         with cache.chunk(leads=self.config.factorized or video.shape[1] % 2 == 1):
             levels = (*self.down_blocks, self.mid_block)
             # Not named here, so that what comes out of conv_in is freed when it has been used.

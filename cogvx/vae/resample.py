@@ -49,4 +49,5 @@ class Upsample3D(nn.Module):
         x, conv = flow.x, self.conv
         assert conv.bias is not None
         single = cache.leads if self.time else x.shape[2]  # so many stay so, and they come first
-        return Flow(doubled(x, conv.weight, conv.bias, int(single), fold=self.fold))
+        weight, bias = conv.weight.to(x.dtype), conv.bias.to(x.dtype)
+        return Flow(doubled(x, weight, bias, int(single), fold=self.fold))

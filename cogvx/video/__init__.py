@@ -7,7 +7,7 @@ A file is refused from its header, before a frame is decoded, when it is beyond 
 from .container import VideoError
 from .quality import PSNR, psnr
 from .reading import Clip, VideoInfo, open_video, probe, read_image, read_video, stream_video
-from .writing import WRITTEN, write_contact_sheet, write_video
+from .writing import WRITTEN, write_contact_sheet, write_sheet, write_video
 
 __all__ = [
     "Clip",
@@ -22,5 +22,6 @@ __all__ = [
     "read_video",
     "stream_video",
     "write_contact_sheet",
+    "write_sheet",
     "write_video",
 ]

@@ -68,11 +68,15 @@ def write_video(
 
 def write_contact_sheet(path: PathLike, video: Tensor, most: int = 12) -> None:
     """A PNG of up to `most` frames of a clip, evenly spaced, row by row."""
-    av = pyav()
     frames = video[0, torch.linspace(0, video.shape[1] - 1, min(most, video.shape[1])).long()]
     columns = math.ceil(math.sqrt(len(frames) * video.shape[-2] / video.shape[-1]))
     blank = frames.new_ones(-len(frames) % columns, *frames.shape[1:])
-    rows = torch.cat([frames, blank]).view(-1, columns, *frames.shape[1:])
+    write_sheet(path, torch.cat([frames, blank]).unflatten(0, (-1, columns)))
+
+
+def write_sheet(path: PathLike, rows: Tensor) -> None:
+    """A PNG of pictures in rows and columns: (rows, columns, 3, height, width) in [-1, 1]."""
+    av = pyav()
     sheet = rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # (3, height, width)
     picture = _to_picture(os.fspath(path), sheet)
     codec = av.CodecContext.create("png", "w")

@@ -1,0 +1,152 @@
+"""Clips as a VAE has them, in files: encoded once, before a transformer is trained on them.
+
+A folder of `latents-00000.safetensors`, …, each with a few hundred clips: for each the moments that
+the encoder gave, (frames, 2 · channels, height, width) in float16, and where a text encoder was
+given the embeddings of its caption, and of the empty one. The metadata has the captions, and a
+record of the VAE: latents of another are refused.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ..checkpoint.tensors import TensorFile, write_tensors
+from ..files import CheckpointError, parse_json
+from ..pipeline import saved
+from ..text import TextEncoder
+from ..vae import CausalVAE
+from .procedural import Clip
+
+PathLike = str | os.PathLike[str]
+FORMAT = "cogvx latents of clips 1"
+IN_A_FILE = 500
+AT_ONCE = 8
+
+
+class LatentClip(NamedTuple):
+    """moments: (frames, 2 · channels, height, width) float16; text: (text_len, dim), if encoded."""
+
+    moments: Tensor
+    caption: str
+    text: Tensor | None
+
+
+def encode_clips(
+    clips: Dataset[Clip],
+    vae: CausalVAE,
+    folder: PathLike,
+    *,
+    text_encoder: TextEncoder | None = None,
+    text_length: int = 226,
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> "LatentClips":
+    """Encodes the clips that the folder does not have yet, and opens it.
+
+    clips         of one size
+    text_encoder  also keeps embeddings of the captions, for one too large to be there in training
+    progress      called with how many clips are done, and how many there are
+
+    It may be stopped and called again. Raises CheckpointError if the folder has latents of another
+    VAE, or of another number of clips.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    total = len(clips)  # type: ignore[arg-type]
+    record = {**saved.record_of_model("vae", vae), "clips": total}
+    for first in range(0, total, IN_A_FILE):
+        path = folder / f"latents-{first // IN_A_FILE:05}.safetensors"
+        last = min(first + IN_A_FILE, total)
+        if path.exists():
+            with TensorFile(path) as file:
+                _metadata(file, record)
+            continue
+        tensors: dict[str, Tensor] = {}
+        captions: list[str] = []
+        if text_encoder is not None:
+            tensors["empty.text"] = text_encoder.encode([""], text_length)[0].half()
+        part = Subset(clips, range(first, last))
+        for batch in DataLoader(part, AT_ONCE, collate_fn=list, num_workers=workers):
+            moments = _encoded(vae, [clip.video for clip in batch])
+            said = [clip.caption for clip in batch]
+            for number, one in enumerate(moments, first + len(captions)):
+                tensors[f"{number}.moments"] = one
+            if text_encoder is not None:
+                texts = text_encoder.encode(said, text_length).half()
+                for number, one in enumerate(texts, first + len(captions)):
+                    tensors[f"{number}.text"] = one
+            captions += said
+            if progress is not None:
+                progress(first + len(captions), total)
+        spelled = {"captions": json.dumps(captions), "record": json.dumps(record)}
+        write_tensors(path, tensors, {"format": FORMAT, "first": str(first), **spelled})
+    return LatentClips(folder, vae)
+
+
+class LatentClips(Dataset[LatentClip]):
+    """The clips of a folder that `encode_clips` wrote.
+
+    folder  all of it: a number that is missing is an error
+    vae     that the latents must be of
+    """
+
+    def __init__(self, folder: PathLike, vae: CausalVAE) -> None:
+        self.folder = Path(folder)
+        record = saved.record_of_model("vae", vae)
+        paths = sorted(self.folder.glob("latents-*.safetensors"))
+        if not paths:
+            raise CheckpointError(
+                f"{self.folder}: must hold latents-00000.safetensors and so on, as cogvx encode "
+                "writes them for a folder of videos; got none"
+            )
+        self.files = [TensorFile(path) for path in paths]
+        self.captions: list[str] = []
+        self.places: list[TensorFile] = []
+        wanted = 0
+        for file in self.files:
+            values = _metadata(file, record)
+            captions = json.loads(file.metadata["captions"])
+            if int(file.metadata["first"]) != len(self.captions):
+                raise CheckpointError(
+                    f"{file.path}: must begin with clip {len(self.captions)}; got "
+                    f"{file.metadata['first']}: a file before it is missing"
+                )
+            self.captions += captions
+            self.places += [file] * len(captions)
+            wanted = values["clips"]
+        if len(self.captions) != wanted:
+            raise CheckpointError(
+                f"{self.folder}: must hold {wanted} clips; got {len(self.captions)}: go on with "
+                "cogvx encode"
+            )
+        first = self.files[0]
+        self.empty = first.read("empty.text") if "empty.text" in first.entries else None
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> LatentClip:
+        file = self.places[index]
+        text = file.read(f"{index}.text") if self.empty is not None else None
+        return LatentClip(file.read(f"{index}.moments"), self.captions[index], text)
+
+
+@torch.no_grad()
+def _encoded(vae: CausalVAE, videos: Sequence[Tensor]) -> Sequence[Tensor]:
+    weight = next(vae.parameters())
+    return vae.encode(torch.stack(list(videos)).to(weight)).moments.cpu().half().unbind(0)
+
+
+def _metadata(file: TensorFile, record: dict[str, Any]) -> dict[str, Any]:
+    """The record of a file, if it is the wanted one."""
+    if file.metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{file.path}: must be latents of clips, as cogvx encode writes them")
+    values = parse_json(file.metadata["record"].encode(), f"{file.path}: its record")
+    saved.check_record(file.path, values, record)
+    return values

@@ -1,0 +1,40 @@
+"""Adapters of low rank on a transformer, by peft, in files that diffusers loads."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..checkpoint.tensors import write_tensors
+from ..transformer import ExpertTransformer
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # those of CogVideoX's own training
+FILE = "pytorch_lora_weights.safetensors"
+
+
+def add_adapters(transformer: ExpertTransformer, rank: int) -> None:
+    """Freezes the transformer and puts adapters of scale 1 on the projections of its attention.
+
+    They begin as nothing: what the model computes is unchanged. Raises ModuleNotFoundError if peft
+    is not installed.
+    """
+    peft = _peft()
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS))
+    transformer.requires_grad_(False)
+    peft.inject_adapter_in_model(config, transformer)
+
+
+def save_adapters(transformer: nn.Module, folder: Path) -> None:
+    """Writes what `pipe.load_lora_weights(folder)` of diffusers reads."""
+    state: dict[str, Tensor] = _peft().get_peft_model_state_dict(transformer)
+    write_tensors(folder / FILE, {f"transformer.{name}": t for name, t in state.items()})
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "train: peft is not installed; pip install cogvx[train]", name="peft"
+        ) from error
+    return peft

@@ -1,0 +1,86 @@
+"""What the two models are trained to make small: modules, so that they can be wrapped."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..schedulers import NoiseSchedule
+from ..transformer import ExpertTransformer, load_balancing_loss
+from ..transformer.experts import Routing
+from ..vae import CausalVAE, DiagonalGaussian
+
+Losses = dict[str, Tensor]
+
+
+class ReconstructionLoss(nn.Module):
+    """Of a VAE: |error| + 2 · error², averaged over pixel values, and kl_weight times the
+    divergence from the standard normal in nats, averaged over latent values.
+
+    The clips are whole chunks here: of the released VAE they must be no longer than one.
+    """
+
+    def __init__(self, vae: CausalVAE, kl_weight: float) -> None:
+        super().__init__()
+        self.encoder, self.decoder = vae.encoder, vae.decoder
+        self.kl_weight = kl_weight
+
+    def forward(self, video: Tensor) -> Losses:
+        """video: (batch, frames, channels, height, width) in [-1, 1]. "loss", and its parts."""
+        known = DiagonalGaussian(self.encoder(video))
+        error = self.decoder(known.sample()).float() - video
+        reconstruction = error.abs().mean() + 2 * error.square().mean()
+        kl = known.kl().sum() / known.mean.numel()
+        loss = reconstruction + self.kl_weight * kl
+        return {"loss": loss, "reconstruction": reconstruction.detach(), "kl": kl.detach()}
+
+
+class VelocityLoss(nn.Module):
+    """Of a transformer: the squared error of v at a uniform time, averaged over latent values.
+
+    Where routers choose, `balance_weight` times `load_balancing_loss` is added. Source: fact sheet,
+    section 5, where it is shown to be SAT's loss.
+    """
+
+    def __init__(
+        self, transformer: ExpertTransformer, schedule: NoiseSchedule, balance_weight: float
+    ) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.schedule = schedule
+        self.balance_weight = balance_weight
+
+    def forward(self, latents: Tensor, text: Tensor) -> Losses:
+        """latents: (batch, frames, channels, height, width), scaled; text: (batch, text_len, dim).
+
+        Frames that are no multiple of `patch_size_t` get copies of the first before them, as in the
+        training of CogVideoX 1.5.
+        """
+        config = self.transformer.config
+        missing = -latents.shape[1] % (config.patch_size_t or 1)
+        latents = torch.cat([latents[:, :1].expand(-1, missing, -1, -1, -1), latents], 1)
+        times = self.schedule.config.num_train_timesteps
+        timestep = torch.randint(times, (len(latents),), device=latents.device)
+        noise = torch.randn_like(latents)
+        routing: list[Routing] = []
+        v = self.transformer(
+            self.schedule.add_noise(latents, noise, timestep), text, timestep, routing=routing
+        )
+        error = F.mse_loss(v.float(), self.schedule.velocity(latents, noise, timestep))
+        if not routing:
+            return {"loss": error}
+        balance = load_balancing_loss(routing)
+        loss = error + self.balance_weight * balance
+        return {"loss": loss, "velocity": error.detach(), "balance": balance.detach()}
+
+
+def dropped(text: Tensor, empty: Tensor, part: float) -> Tensor:
+    """The texts, each of them replaced by the empty one with a chance of `part`."""
+    keep = torch.rand(len(text), 1, 1, device=text.device) >= part
+    return torch.where(keep, text, empty)
+
+
+def mean(losses: Sequence[Losses]) -> Losses:
+    """Of several batches."""
+    return {name: torch.stack([one[name] for one in losses]).mean() for name in losses[0]}

@@ -1,0 +1,267 @@
+"""What a training is, in a TOML file: data, models, and how each of the two is trained.
+
+    seed = 0
+    [data]                  # without a folder: the procedural clips of `cogvx.data`
+    [vae]                   # a `VAEConfig`, for one that is made anew
+    [vae_training]
+    [transformer]           # a `TransformerConfig`, likewise
+    [transformer_training]
+    [scheduler]             # a `SchedulerConfig`
+
+`model = "folder"` begins with the models of a folder instead. A table that is left out is a stage
+that is not trained. `cogvx/assets/tiny/recipe.toml` is a whole one.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..config import Config, SchedulerConfig, TransformerConfig, VAEConfig, check_choice
+from ..files import CONFIG_BYTES
+from ..shipped import ASSETS, NAMES
+
+PathLike = str | os.PathLike[str]
+STEPS_LIMIT = 10**8
+LOWEST = 0.01  # of the learning rate, at the end of a cosine
+SCHEDULES = ("cosine", "constant")
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Config):
+    """The clips.
+
+    folder   of videos with captions, or of latents that `cogvx encode` wrote; None: procedural
+    clips    how many of the procedural ones the transformer is trained on; the VAE sees new ones
+    frames, height, width  of a clip; videos of a folder are cut and scaled to them
+    places   words of a caption, for the word encoder of the procedural clips
+    workers  processes that read and draw clips
+    """
+
+    LIMITS: ClassVar[Mapping[str, tuple[int, int]]] = {
+        "clips": (1, STEPS_LIMIT),
+        "workers": (0, 256),
+    }
+
+    folder: str | None = None
+    clips: int = 10_000
+    frames: int = 17
+    height: int = 64
+    width: int = 64
+    places: int = 16
+    workers: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Config):
+    """How one model is trained, with AdamW.
+
+    steps        of the optimizer
+    batch_size   clips of a step, over all processes; `accumulate` times fewer are held at once
+    learning_rate, warmup, schedule  it rises for `warmup` steps, then falls as a cosine to a
+                 hundredth, or stays
+    ema_decay    of the moving average of the weights, which is what is kept in the end; early on
+                 less, (1 + step) / (10 + step)
+    precision    of the products: "bfloat16" is autocast, the weights stay float32
+    compile      the model by torch.compile
+    save_every   steps between checkpoints, log_every between points of the curve,
+                 sample_every between sheets of samples; the first two divide the third or likewise
+    """
+
+    LIMITS: ClassVar[Mapping[str, tuple[int, int]]] = {
+        "steps": (1, STEPS_LIMIT),
+        "warmup": (0, STEPS_LIMIT),
+        "save_every": (1, STEPS_LIMIT),
+        "log_every": (1, STEPS_LIMIT),
+        "sample_every": (1, STEPS_LIMIT),
+        "lora_rank": (0, 4096),
+    }
+    RANGES: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "beta1": (0.0, 1.0),
+        "beta2": (0.0, 1.0),
+        "weight_decay": (0.0, 10.0),
+        "ema_decay": (0.0, 1.0),
+        "kl_weight": (0.0, 1e3),
+        "text_dropout": (0.0, 1.0),
+        "balance_weight": (0.0, 1e3),
+    }
+
+    steps: int = 1000
+    batch_size: int = 8
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    warmup: int = 100
+    schedule: str = "cosine"
+    beta1: float = 0.9
+    beta2: float = 0.99
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    precision: str = "float32"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    save_every: int = 500
+    log_every: int = 50
+    sample_every: int = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(type(self).__name__, "schedule", self.schedule, SCHEDULES)
+        check_choice(type(self).__name__, "precision", self.precision, PRECISIONS)
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"{type(self).__name__}: accumulate must divide batch_size {self.batch_size}; got "
+                f"{self.accumulate}"
+            )
+        for name in ("save_every", "sample_every"):
+            if getattr(self, name) % self.log_every:
+                raise ValueError(
+                    f"{type(self).__name__}: {name} must be a multiple of log_every "
+                    f"{self.log_every}; got {getattr(self, name)}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAETraining(Training):
+    """frames     of a training clip: fewer than the data's are cut from it at random
+    kl_weight  of the divergence in nats a latent value, beside |error| + 2 · error² a pixel value
+    """
+
+    frames: int = 17
+    kl_weight: float = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerTraining(Training):
+    """text_dropout    part of the captions replaced by the empty one, for guidance
+    balance_weight  of `load_balancing_loss`, where a modality has several experts
+    lora_rank       trains adapters of that rank on q, k, v and the output of attention, and
+                    nothing else; 0: all weights
+    """
+
+    text_dropout: float = 0.1
+    balance_weight: float = 0.01
+    lora_rank: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A training. Every field is a table of the file; see the module.
+
+    Raises TypeError or ValueError, naming table and key, for what cannot be.
+    """
+
+    seed: int = 0
+    model: str | None = None
+    data: Data = Data()
+    vae: VAEConfig | None = None
+    vae_training: VAETraining | None = None
+    transformer: TransformerConfig | None = None
+    transformer_training: TransformerTraining | None = None
+    scheduler: SchedulerConfig | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"Recipe: seed must be a whole number, not negative; got {self.seed}")
+        if self.vae_training is None and self.transformer_training is None:
+            raise ValueError(
+                "Recipe: vae_training or transformer_training must be there; got neither"
+            )
+        training = self.transformer_training
+        if training is not None and training.lora_rank and self.model is None:
+            raise ValueError(
+                "Recipe: model must be the folder of a model for lora_rank, which adapts one; got "
+                "none"
+            )
+        if self.model is None and (self.vae is None or self.transformer is None):
+            raise ValueError(
+                "Recipe: model must be the folder of a model, unless vae and transformer are both "
+                "there; got none"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
+        """The recipe that a file spells."""
+        taken: dict[str, Any] = {}
+        for key, value in values.items():
+            if key in TABLES:
+                if not isinstance(value, Mapping):
+                    raise TypeError(f"Recipe: {key} must be a table; got {value!r}")
+                taken[key] = TABLES[key].from_dict(value)
+            elif key in ("seed", "model"):
+                taken[key] = value
+            else:
+                raise ValueError(f"Recipe: unknown key {key[:60]!r}")
+        return cls(**taken)
+
+    @classmethod
+    def read(cls, path: PathLike, settings: Sequence[str] = ()) -> "Recipe":
+        """The recipe in a TOML file; or, for the bare name of a shipped model, that model's.
+
+        settings  such as "transformer_training.steps=100", over what the file says
+        """
+        if path in NAMES:
+            path = ASSETS / path / "recipe.toml"
+        with open(path, "rb") as file:
+            data = file.read(CONFIG_BYTES + 1)
+        if len(data) > CONFIG_BYTES:
+            raise ValueError(f"{path}: must be at most {CONFIG_BYTES:,} bytes")
+        values = _toml(data.decode())
+        for setting in settings:
+            _set(values, setting)
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every number, those of the defaults too, as JSON has it."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain = {k: v.to_dict() if isinstance(v, Config) else v for k, v in fields.items()}
+        return {key: value for key, value in plain.items() if value is not None}
+
+
+def learning_rate(options: Training, step: int) -> float:
+    """Of a step, counted from 0."""
+    rate = options.learning_rate * min(1.0, (step + 1) / max(options.warmup, 1))
+    if options.schedule == "constant" or step < options.warmup:
+        return rate
+    part = (step - options.warmup) / max(options.steps - options.warmup, 1)
+    return rate * (LOWEST + (1 - LOWEST) * (0.5 + 0.5 * math.cos(math.pi * part)))
+
+
+TABLES: Mapping[str, type[Config]] = {
+    "data": Data,
+    "vae": VAEConfig,
+    "vae_training": VAETraining,
+    "transformer": TransformerConfig,
+    "transformer_training": TransformerTraining,
+    "scheduler": SchedulerConfig,
+}
+
+
+def _set(values: dict[str, Any], setting: str) -> None:
+    """`table.key=value` into the values; the value as JSON, else as a word."""
+    name, equals, said = setting.partition("=")
+    *tables, key = name.strip().split(".")
+    if not equals or not key or len(tables) > 1:
+        raise ValueError(
+            f"Recipe: a setting must be like transformer_training.steps=100; got {setting!r}"
+        )
+    try:
+        value = json.loads(said)
+    except ValueError:
+        value = said
+    for table in tables:
+        values = values.setdefault(table, {})
+    values[key] = value
+
+
+def _toml(text: str) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(text)
