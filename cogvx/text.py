@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .extras import extra
+
 PathLike = str | os.PathLike[str]
 
 
@@ -57,7 +59,7 @@ class T5TextEncoder:
         Raises ModuleNotFoundError if transformers is not installed, and FileNotFoundError if a
         folder is missing.
         """
-        transformers = _transformers()
+        transformers = extra("transformers", "T5TextEncoder", "cogvx[text]")
         folders = [Path(folder) / name for name in ("text_encoder", "tokenizer")]
         for path in folders:
             if not path.is_dir():
@@ -123,14 +125,3 @@ def _bars_on_a_terminal_only(transformers: Any) -> Iterator[None]:
     finally:
         if hide:
             logging.enable_progress_bar()
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "T5TextEncoder: transformers is not installed; pip install cogvx[text]",
-            name="transformers",
-        ) from error
-    return transformers

@@ -56,21 +56,28 @@ NAMES_TRITON = {
 } - {"cogvx_kernels/frame_cache/kernel.py"}
 # The model's floors, from the ground up: a file or folder may import those of lower floors only.
 MODEL_FLOORS = (
-    {"config", "data", "memory", "files"},
+    {"autocast", "config", "extras", "files", "memory", "shipped"},
     {"frames"},
-    {"vae", "transformer", "schedulers", "text", "video"},
+    {"vae", "transformer", "schedulers", "text", "video", "words"},
     {"checkpoint", "plan"},
     {"sat", "pipeline"},
-    {"factorized"},
+    {"data", "factorized"},
+    {"training"},
     {"__init__"},
     {"cli"},
     {"__main__"},
 )
 # What may be missing, and the one file that reaches for it, inside a function.
 MODEL_OPTIONAL = {
-    "cogvx/text.py": "transformers",
     "cogvx/video/container.py": "av",
     "cogvx/transformer/attention.py": "flash_attn",
+}
+# Likewise, by `cogvx.extras.extra`.
+MODEL_EXTRAS = {
+    "cogvx/text.py": {"transformers"},
+    "cogvx/training/curves.py": {"matplotlib", "matplotlib.pyplot", "torch.utils.tensorboard"},
+    "cogvx/training/lora.py": {"peft"},
+    "cogvx/training/loop.py": {"accelerate"},
 }
 # The imports that wait inside a function, because what they reach for may be missing.
 IMPORTS_IN_FUNCTIONS = {f"cogvx_kernels/{room}/op.py": "from . import kernel" for room in ROOMS}
@@ -130,6 +137,13 @@ def in_functions(path: str) -> set[str]:
         for node in ast.walk(function)
         if isinstance(node, (ast.Import, ast.ImportFrom))
     }
+
+
+def extras(path: str) -> set[str]:
+    """What a file asks `cogvx.extras.extra` for."""
+    calls = [n for n in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(n, ast.Call)]
+    named = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "extra"]
+    return {ast.literal_eval(call.args[0]) for call in named}
 
 
 @pytest.mark.parametrize("path", FILES)
@@ -194,7 +208,7 @@ def test_the_model_uses_public_names_of_the_kernels(path):
 
 @pytest.mark.parametrize("path", MODEL_FILES)
 def test_the_model_runs_without_its_extras(path):
-    always = {"safetensors", "tqdm"}
+    always = {"safetensors", "tqdm", "tomli"}
     optional = MODEL_OPTIONAL.get(path)
     assert roots(path) <= always | {optional}
     for statement in in_functions(path):
@@ -202,6 +216,7 @@ def test_the_model_runs_without_its_extras(path):
     top = ast.parse((ROOT / path).read_text()).body
     eager = {ast.unparse(node) for node in top if isinstance(node, (ast.Import, ast.ImportFrom))}
     assert optional is None or not any(optional in statement for statement in eager)
+    assert extras(path) == MODEL_EXTRAS.get(path, set())
 
 
 def test_tests_and_benchmarks_do_not_know_each_other():

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import clips, generate, models, train
+from . import clips, demo, generate, models, score, train
 from .console import Console
 
 DESCRIPTION = "Generate, encode, decode and reconstruct video with CogVideoX, and train it."
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     says.add_argument("--quiet", action="store_true", help="no progress bars, no summary")
     says.add_argument("--json", action="store_true", help="print the facts as one JSON object")
     says.add_argument("--traceback", action="store_true", help="with an error, say where it arose")
-    for module in (generate, clips, models, train):
+    for module in (demo, generate, clips, models, train, score):
         module.add(commands, shared)
     return parser
 

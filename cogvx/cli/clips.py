@@ -14,12 +14,24 @@ from torch import Tensor
 
 from .. import frames as frame_rule
 from ..checkpoint import CheckpointError
+from ..data import FolderClips, encode_clips
 from ..memory import LiveBytes
-from ..pipeline import saved
+from ..pipeline import default_size, saved
 from ..pipeline.denoise import State
+from ..text import T5TextEncoder
 from ..vae import CausalVAE, DiagonalGaussian, Tiling
 from ..video import PSNR, WRITTEN, Clip, open_video, write_video
-from .arguments import add_machine, add_output, add_size, add_vae, check_output, open_vae
+from .arguments import (
+    add_machine,
+    add_output,
+    add_size,
+    add_vae,
+    check_output,
+    device_of,
+    dtype_of,
+    open_vae,
+    read_configs,
+)
 from .console import Console
 
 if sys.platform != "win32":
@@ -30,9 +42,13 @@ DEFAULT_FPS = 8.0
 
 
 def add(commands: Any, shared: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser("encode", parents=[shared], help="a video to a file of latents")
-    parser.add_argument("video", type=Path)
-    add_output(parser, "the latents, .safetensors")
+    parser = commands.add_parser(
+        "encode",
+        parents=[shared],
+        help="a video to a file of latents; or a folder of them",
+    )
+    parser.add_argument("video", type=Path, help="a file; or a folder, with captions")
+    add_output(parser, "the latents, .safetensors; of a folder another one")
     add_vae(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--mode", action="store_true", help="the most likely latents (the default)")
@@ -64,6 +80,8 @@ def add(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 
 def encode(options: argparse.Namespace, console: Console) -> None:
+    if options.video.is_dir():
+        return _encode_folder(options, console)
     check_output(options.out, options.force, (".safetensors",))
     vae = open_vae(options)
     clip = _clip(options, vae)
@@ -87,6 +105,33 @@ def encode(options: argparse.Namespace, console: Console) -> None:
     scaled = State(vae.config.scaling_factor * latents)
     saved.write(options.out, saved.Saved(record, 0, scaled))
     facts = {**_facts(clip), "latents": list(latents.shape), "out": str(options.out)}
+    console.say({**facts, "seconds": console.seconds})
+
+
+def _encode_folder(options: argparse.Namespace, console: Console) -> None:
+    """Latents of every video, with embeddings of its caption if the model has a T5."""
+    vae, text_encoder, length = open_vae(options), None, 0
+    size: tuple[Any, ...] = (options.frames, options.height, options.width)
+    if options.model is not None:
+        transformer, _ = read_configs(options.model)
+        if transformer is not None:
+            usual = transformer.sample_frames, *default_size(transformer, vae.config)
+            size = tuple(given or other for given, other in zip(size, usual, strict=True))
+            length = transformer.max_text_seq_length
+        if (options.model / "tokenizer").is_dir():
+            text_encoder = T5TextEncoder.from_pretrained(
+                options.model, dtype_of(options), device_of(options)
+            )
+    if None in size:
+        raise ValueError("encode: --frames, --height and --width must be given for a VAE alone")
+    frames, height, width = size
+    frame_rule.check("cogvx", "--frames", frames, vae.config)
+    clips = FolderClips(options.video, frames, height, width, vae.config)
+    done = partial(console.progress, "encode")
+    made = encode_clips(
+        clips, vae, options.out, text_encoder=text_encoder, text_length=length, progress=done
+    )
+    facts = {"clips": len(made), "latents": list(made[0].moments.shape), "out": str(options.out)}
     console.say({**facts, "seconds": console.seconds})
 
 

@@ -19,7 +19,7 @@ from .console import Console
 
 def add(commands: Any, shared: argparse.ArgumentParser) -> None:
     parser = commands.add_parser("generate", parents=[shared], help="a prompt to a video")
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR")
+    arguments.add_model(parser)
     parser.add_argument("--prompt", required=True)
     arguments.add_output(parser, "the video, .mp4, .mov, .mkv or .gif")
     parser.add_argument("--negative", default="", help="what to stay away from")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..extras import extra
 from ..files import atomic_path
 from .run import Point
 
@@ -17,7 +18,8 @@ def draw_curve(path: Path, name: str, points: Sequence[Point]) -> None:
     """
     if not points:
         return
-    pyplot = _pyplot()
+    extra("matplotlib", "train", "cogvx[train]").use("agg")
+    pyplot = extra("matplotlib.pyplot", "train", "cogvx[train]")
     numbers = [number for number in points[-1] if number not in NOT_DRAWN]
     figure, axes = pyplot.subplots(
         1, len(numbers), figsize=(4 * len(numbers), 3), layout="constrained", squeeze=False
@@ -38,23 +40,4 @@ def draw_curve(path: Path, name: str, points: Sequence[Point]) -> None:
 
 def board(folder: Path) -> Any:
     """A writer of TensorBoard's files. Raises ModuleNotFoundError if it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "train: tensorboard is not installed; pip install tensorboard", name="tensorboard"
-        ) from error
-    return SummaryWriter(str(folder))
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "train: matplotlib is not installed; pip install cogvx[train]", name="matplotlib"
-        ) from error
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    return extra("torch.utils.tensorboard", "train", "tensorboard").SummaryWriter(str(folder))

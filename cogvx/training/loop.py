@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..checkpoint.tensors import read_tensors, write_tensors
+from ..extras import extra
 from .averages import MovingAverage
 from .batches import Batches, mixed
 from .curves import board, draw_curve
@@ -30,12 +31,7 @@ def make_accelerator(device: torch.device) -> Any:
 
     Raises ModuleNotFoundError if accelerate is not installed.
     """
-    try:
-        import accelerate
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "train: accelerate is not installed; pip install cogvx[train]", name="accelerate"
-        ) from error
+    accelerate = extra("accelerate", "train", "cogvx[train]")
     return accelerate.Accelerator(cpu=device.type == "cpu", mixed_precision="no")
 
 

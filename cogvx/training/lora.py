@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checkpoint.tensors import write_tensors
+from ..extras import extra
 from ..transformer import ExpertTransformer
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # those of CogVideoX's own training
@@ -31,10 +32,4 @@ def save_adapters(transformer: nn.Module, folder: Path) -> None:
 
 
 def _peft() -> Any:
-    try:
-        import peft
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "train: peft is not installed; pip install cogvx[train]", name="peft"
-        ) from error
-    return peft
+    return extra("peft", "train", "cogvx[train]")

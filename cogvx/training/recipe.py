@@ -25,6 +25,11 @@ from ..config import Config, SchedulerConfig, TransformerConfig, VAEConfig, chec
 from ..files import CONFIG_BYTES
 from ..shipped import ASSETS, NAMES
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 PathLike = str | os.PathLike[str]
 STEPS_LIMIT = 10**8
 LOWEST = 0.01  # of the learning rate, at the end of a cosine
@@ -211,7 +216,7 @@ class Recipe:
             data = file.read(CONFIG_BYTES + 1)
         if len(data) > CONFIG_BYTES:
             raise ValueError(f"{path}: must be at most {CONFIG_BYTES:,} bytes")
-        values = _toml(data.decode())
+        values = tomllib.loads(data.decode())
         for setting in settings:
             _set(values, setting)
         return cls.from_dict(values)
@@ -257,11 +262,3 @@ def _set(values: dict[str, Any], setting: str) -> None:
     for table in tables:
         values = values.setdefault(table, {})
     values[key] = value
-
-
-def _toml(text: str) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    return tomllib.loads(text)

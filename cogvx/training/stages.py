@@ -30,7 +30,7 @@ from .run import Point, Run
 
 PathLike = str | os.PathLike[str]
 STAGES = ("vae", "transformer")
-SEEN = 10**9  # procedural clips that a VAE may see: more than any training takes
+SEEN = 10**6  # procedural clips that a VAE may see before it sees one again
 SHOWN = 4  # clips of a sheet
 COLUMNS = 6  # frames of each
 MEASURED = 64  # clips that tell how wide latents are spread

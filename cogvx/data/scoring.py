@@ -1,0 +1,94 @@
+"""How often a model's clips show what their sentences say, over sentences it was not trained on."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+from ..pipeline import CogVideoX
+from ..vae import CausalVAE
+from ..video import PSNR
+from .procedural import ProceduralClips
+from .reading import Score, score
+from .scenes import Scene
+
+NAMES = ("color", "shape", "motion", "count", "all")
+AT_ONCE = 10
+CLIPS_OF_PSNR = 50
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Parts of the clips, in [0, 1], that show the right colors, shapes, motions, number of things,
+    and all of it; `prompts` is how many clips there were."""
+
+    prompts: int
+    color: float
+    shape: float
+    motion: float
+    count: float
+    all: float
+
+    @classmethod
+    def of(cls, scores: Sequence[Score]) -> "Scores":
+        parts = {name: sum(getattr(s, name) for s in scores) / len(scores) for name in NAMES}
+        return cls(prompts=len(scores), **parts)
+
+    def to_dict(self) -> dict[str, float]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def held_out_prompts(count: int) -> dict[str, Scene]:
+    """So many sentences of the test split, all different, each with its scene."""
+    clips = ProceduralClips("test", 100 * count)
+    found: dict[str, Scene] = {}
+    for index in range(len(clips)):
+        clip = clips[index]
+        assert clip.scene is not None  # it was drawn
+        found[clip.caption] = clip.scene
+        if len(found) == count:
+            return found
+    raise ValueError(f"held_out_prompts: count must be at most {len(found)}; got {count}")
+
+
+def score_model(
+    pipe: CogVideoX,
+    prompts: int = 200,
+    *,
+    steps: int = 50,
+    guidance: float = 6.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Scores, Scores]:
+    """(scores, control): a clip for each of so many held-out sentences, read by `score`.
+
+    The control reads the same clips against the sentences of others, and so says what chance gives.
+    Seeds are `seed` and those after it, one for every ten clips.
+    """
+    scenes = held_out_prompts(prompts)
+    said, wanted = list(scenes), list(scenes.values())
+    own, others = [], []
+    for first in range(0, prompts, AT_ONCE):
+        batch = said[first : first + AT_ONCE]
+        number = seed + first // AT_ONCE
+        videos = pipe.generate(batch, steps=steps, guidance=guidance, seed=number)
+        for index, video in enumerate(videos, first):
+            own.append(score(video, wanted[index]))
+            others.append(score(video, wanted[(index + prompts // 2) % prompts]))
+        if progress is not None:
+            progress(len(own), prompts)
+    return Scores.of(own), Scores.of(others)
+
+
+@torch.no_grad()
+def score_vae(vae: CausalVAE, clips: int = CLIPS_OF_PSNR) -> float:
+    """Decibels of the peak signal over the noise of held-out clips, encoded and decoded: over all
+    their values together."""
+    measure, weight = PSNR(), next(vae.parameters())
+    data = ProceduralClips("test", clips)
+    for index in range(clips):
+        video = data[index].video[None]
+        measure.add(video, vae.decode(vae.encode(video.to(weight)).mode()).float().cpu())
+    return measure.decibels
