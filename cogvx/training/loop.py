@@ -100,14 +100,12 @@ class Loop:
                 window.clear()
             if (step + 1) % options.save_every == 0 or end:
                 self.stage.save(step + 1, self._save, self.main, self.accelerator.wait_for_everyone)
-                self._draw(points)
             if (step + 1) % options.sample_every == 0 and not end:
                 with self.average.applied():
-                    self._sample()
+                    self._show(points)
         tell(self.stage.name, options.steps, options.steps)
         self.average.put()
-        self._draw(points)
-        self._sample()
+        self._show(points)
         return points
 
     def _step(self, step: int, clips: list[Any]) -> Losses:
@@ -120,9 +118,10 @@ class Loop:
         found = []
         for start in range(0, len(clips), size):
             last = start + size >= len(clips)
+            arguments = self.prepare(clips[start : start + size])
             with nullcontext() if last else accelerator.no_sync(self.loss):
                 with self._precision():
-                    losses = self.loss(*self.prepare(clips[start : start + size]))
+                    losses = self.loss(*arguments)
                 accelerator.backward(losses["loss"] / options.accumulate)
             found.append({name: value.detach() for name, value in losses.items()})
         norm = accelerator.clip_grad_norm_(self.trained, options.max_grad_norm)
@@ -185,12 +184,10 @@ class Loop:
                 self.board.add_scalar(f"{self.stage.name}/{name}", point[name], step)
         return point
 
-    def _draw(self, points: list[Point]) -> None:
+    def _show(self, points: list[Point]) -> None:
+        """Draws the curve, and what the model can do with the weights that are in it."""
         if self.main:
             draw_curve(self.stage.folder / "losses.png", self.stage.name, points)
-
-    def _sample(self) -> None:
-        if self.main:
             self.loss.eval()
             with torch.no_grad(), torch.random.fork_rng():
                 self.sample()

@@ -1,0 +1,152 @@
+"""Folders of videos with captions, and the latents that are made of them."""
+
+import json
+
+import pytest
+import torch
+
+from cogvx.checkpoint import CheckpointError
+from cogvx.data import FolderClips, LatentClips, ProceduralClips, encode_clips, read_captions
+from cogvx.data import latents as latents_module
+from cogvx.factorized import build_vae
+from cogvx.vae import CausalVAE
+from cogvx.video import VideoError, psnr, write_video
+
+SIZE = (5, 16, 16)
+CAPTIONS = {"a.mp4": "a red circle moves right", "b.mp4": "two of them", "c.mp4": ""}
+
+
+@pytest.fixture
+def videos(tmp_path):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    clips = ProceduralClips(frames=9, height=32, width=32)
+    for number, (name, caption) in enumerate(CAPTIONS.items()):
+        write_video(folder / name, clips[number].video[None], 8)
+        (folder / name).with_suffix(".txt").write_text(f"{caption}\n")
+    return folder
+
+
+@pytest.fixture
+def vae():
+    torch.manual_seed(0)
+    return CausalVAE.of(*build_vae(latent_channels=4, base_channels=4)).eval()
+
+
+class Letters:
+    """A text encoder: every token is the number of letters."""
+
+    dim = 3
+
+    def encode(self, prompts, max_length):
+        return (
+            torch.tensor([len(p) for p in prompts]).view(-1, 1, 1).expand(-1, max_length, 3) * 1.0
+        )
+
+
+def test_videos_with_their_captions(videos):
+    clips = FolderClips(videos, 9, 32, 32)
+    assert [clips[i].caption for i in range(len(clips))] == list(CAPTIONS.values())
+    drawn = ProceduralClips(frames=9, height=32, width=32)
+    assert clips[1].video.shape == (9, 3, 32, 32)
+    assert psnr(clips[1].video[None], drawn[1].video[None]) > 25  # 4:2:0 halves the colours
+    assert FolderClips(videos, *SIZE)[0].video.shape == (5, 3, 16, 16)
+
+
+def test_captions_in_one_file(videos):
+    for text in videos.glob("*.txt"):
+        text.unlink()
+    lines = [json.dumps({"file_name": n, "text": t}) for n, t in CAPTIONS.items()]
+    (videos / "metadata.jsonl").write_text("\n".join(lines) + "\n\n")
+    assert read_captions(videos) == CAPTIONS
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda folder: (folder / "b.txt").unlink(), r"b\.mp4: no caption"),
+        (lambda folder: [p.unlink() for p in folder.glob("*")], "got 0 videos"),
+        (lambda folder: (folder / "metadata.jsonl").write_text('{"text": "x"}\n'), "line 1: must"),
+        (lambda folder: (folder / "metadata.jsonl").write_text("{\n"), "line 1"),
+        (
+            lambda folder: (folder / "metadata.jsonl").write_text(
+                '{"file_name": "../a.mp4", "text": "x"}\n'
+            ),
+            "plain name",
+        ),
+        (
+            lambda folder: (folder / "metadata.jsonl").write_text(
+                '{"file_name": "a.txt", "text": "x"}\n'
+            ),
+            r"a\.txt: no video",
+        ),
+    ],
+    ids=["silent", "empty", "nameless", "torn", "outside", "no video"],
+)
+def test_folders_that_are_refused(videos, change, said):
+    change(videos)
+    with pytest.raises(ValueError, match=said):
+        read_captions(videos)
+
+
+def test_a_video_that_is_too_short(videos):
+    with pytest.raises(VideoError, match=r"a\.mp4"):
+        FolderClips(videos, 49, 16, 16)[0]
+
+
+@pytest.mark.parametrize("texts", [None, Letters()], ids=["no text", "text"])
+def test_latents_are_those_of_the_vae(videos, vae, tmp_path, monkeypatch, texts):
+    """Two files of them, so that the numbers go on from one to the next."""
+    monkeypatch.setattr(latents_module, "IN_A_FILE", 2)
+    clips, told = FolderClips(videos, *SIZE), []
+    made = encode_clips(
+        clips, vae, tmp_path / "latents", text_encoder=texts, text_length=4,
+        progress=lambda *now: told.append(now),
+    )  # fmt: skip
+    assert told == [(2, 3), (3, 3)] and len(made) == 3
+    assert sorted(p.name for p in (tmp_path / "latents").iterdir()) == [
+        "latents-00000.safetensors",
+        "latents-00001.safetensors",
+    ]
+    for index in range(3):
+        clip, latent = clips[index], made[index]
+        with torch.no_grad():
+            expected = vae.encode(clip.video[None]).moments[0].half()
+        torch.testing.assert_close(latent.moments, expected, rtol=1e-2, atol=1e-3)
+        assert latent.caption == clip.caption
+        assert (latent.text is None) == (texts is None)
+        if texts is not None:
+            assert latent.text.unique().tolist() == [len(clip.caption)]
+    assert (made.empty is None) == (texts is None)
+
+
+def test_encoding_goes_on_where_it_stopped(videos, vae, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents_module, "IN_A_FILE", 1)
+    clips = FolderClips(videos, *SIZE)
+
+    def stop(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_clips(clips, vae, tmp_path / "latents", progress=stop)
+    with pytest.raises(CheckpointError, match="must hold 3 clips; got 1: go on"):
+        LatentClips(tmp_path / "latents", vae)
+    told = []
+    made = encode_clips(clips, vae, tmp_path / "latents", progress=lambda *now: told.append(now))
+    assert told == [(2, 3), (3, 3)] and [made[i].caption for i in range(3)] == made.captions
+    (tmp_path / "latents" / "latents-00001.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="a file before it is missing"):
+        LatentClips(tmp_path / "latents", vae)
+
+
+def test_latents_of_another_vae_are_refused(videos, vae, tmp_path):
+    clips = FolderClips(videos, *SIZE)
+    encode_clips(clips, vae, tmp_path / "latents")
+    other = CausalVAE.of(*build_vae(latent_channels=4, base_channels=4))
+    with pytest.raises(CheckpointError, match=r"vae\.weights"):
+        LatentClips(tmp_path / "latents", other)
+    with pytest.raises(CheckpointError, match=r"vae\.weights"):
+        encode_clips(clips, other, tmp_path / "latents")
+    with pytest.raises(CheckpointError, match="must hold latents-00000"):
+        LatentClips(videos, vae)

@@ -1,0 +1,65 @@
+"""Scores of a model: all right for one that draws what it is told, chance for the control."""
+
+import pytest
+import torch
+
+from cogvx.data import ProceduralClips, parse
+from cogvx.data.drawing import draw, place
+from cogvx.data.scoring import Scores, held_out_prompts, score_model, score_vae
+from cogvx.factorized import build_vae
+from cogvx.vae import CausalVAE
+from cogvx.video import psnr
+
+
+class Drawer:
+    """In the place of a pipeline: draws the sentences, some of them wrong."""
+
+    def __init__(self, wrong=()):
+        self.wrong = wrong
+        self.asked = []
+
+    def generate(self, prompts, *, steps, guidance, seed):
+        self.asked.append((len(prompts), steps, guidance, seed))
+        generator, videos = torch.Generator().manual_seed(seed), []
+        for prompt in prompts:
+            scene = parse("a red circle stands still" if prompt in self.wrong else prompt)
+            while True:
+                try:
+                    placed = place(scene, generator)
+                    break
+                except ValueError:
+                    continue
+            videos.append(draw(placed, scene.ground, 17, 64, 64))
+        return torch.stack(videos)
+
+
+def test_held_out_sentences_are_in_no_training_clip():
+    scenes = held_out_prompts(50)
+    clips = ProceduralClips("train", 1000)
+    assert len(scenes) == 50 and all(parse(said) == scene for said, scene in scenes.items())
+    assert not scenes.keys() & {clips[i].caption for i in range(1000)}
+
+
+def test_a_perfect_model_and_its_control():
+    told, pipe = [], Drawer()
+    scores, control = score_model(
+        pipe, 60, steps=3, guidance=2.0, seed=5, progress=lambda *now: told.append(now)
+    )
+    assert scores == Scores(60, 1.0, 1.0, 1.0, 1.0, 1.0)
+    assert control.all < 0.1 and control.count < 0.8 and control.color < 0.5
+    assert pipe.asked == [(10, 3, 2.0, seed) for seed in range(5, 11)] and told[-1] == (60, 60)
+
+
+def test_what_is_wrong_is_counted():
+    wrong = [p for p, scene in held_out_prompts(40).items() if len(scene.things) == 2][:10]
+    scores, _ = score_model(Drawer(wrong), 40)
+    assert scores.count == scores.all == scores.shape == 0.75
+
+
+def test_psnr_is_over_all_values():
+    torch.manual_seed(0)
+    vae = CausalVAE.of(*build_vae(latent_channels=4, base_channels=4)).eval()
+    clips = ProceduralClips("test", 3)
+    videos = torch.stack([clips[i].video for i in range(3)])
+    with torch.no_grad():
+        assert score_vae(vae, 3) == pytest.approx(psnr(videos, vae(videos)), abs=0.01)

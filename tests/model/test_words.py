@@ -1,0 +1,91 @@
+"""Words as a text encoder: what a vector says, what is refused, and a folder and back."""
+
+import json
+
+import pytest
+import torch
+
+from cogvx.checkpoint import CheckpointError
+from cogvx.data import ProceduralClips, vocabulary
+from cogvx.words import WordTextEncoder, is_words
+
+WORDS = ("a", "red", "circle", ",")
+
+
+@pytest.fixture
+def words():
+    return WordTextEncoder(WORDS, places=6)
+
+
+def test_one_vector_says_word_and_place(words):
+    states = words.encode(["A red\ncircle, a.", ""], 6)
+    assert states.shape == (2, 6, words.dim) == (2, 6, 1 + 4 + 6)
+    marked = [state.nonzero().flatten().tolist() for state in states[0]]
+    numbers = [1, 2, 3, 4, 1, 0]  # the last is padding
+    assert marked == [[number, 5 + place] for place, number in enumerate(numbers)]
+    assert [s.nonzero().flatten().tolist() for s in states[1]] == [[0, 5 + p] for p in range(6)]
+    assert states.unique().tolist() == [0, 1]
+
+
+def test_a_shorter_length_is_the_beginning(words):
+    assert torch.equal(words.encode(["a red"], 3), words.encode(["a red"], 6)[:, :3])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "length", "said"),
+    [
+        ("a green circle", 6, "words a red circle ,; got 'green'"),
+        ("a circle on the moon", 6, "got 'on', 'the', 'moon'"),
+        ("a a a a a a a", 6, "at most 6 words, commas included; got 7"),
+        ("a red", 1, "at most 1 words"),
+        ("a", 7, r"max_length must be in \[1, 6\]"),
+        ("a", 0, "max_length must be"),
+    ],
+)
+def test_prompts_that_cannot_be(words, prompt, length, said):
+    with pytest.raises(ValueError, match=said):
+        words.encode([prompt], length)
+
+
+@pytest.mark.parametrize("bad", [[], ["a", "a"], ["A"], ["two words"], [""], [3]])
+def test_words_that_are_none(bad):
+    with pytest.raises(ValueError, match="words must be"):
+        WordTextEncoder(bad, 4)
+
+
+@pytest.mark.parametrize("places", [0, -1, 513, 2.0, "4"])
+def test_places_that_cannot_be(places):
+    with pytest.raises(ValueError, match="places must be"):
+        WordTextEncoder(WORDS, places)
+
+
+def test_to_a_folder_and_back(words, tmp_path):
+    assert not is_words(tmp_path)
+    words.save_pretrained(tmp_path)
+    again = WordTextEncoder.from_pretrained(tmp_path)
+    assert is_words(tmp_path) and (again.words, again.places) == (words.words, words.places)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"_class_name": "T5EncoderModel"},
+        {"_class_name": "WordTextEncoder"},
+        {"_class_name": "WordTextEncoder", "words": ["a"]},
+        {"_class_name": "WordTextEncoder", "words": ["a", "a"], "places": 4},
+        {"_class_name": "WordTextEncoder", "words": "a", "places": 4},
+    ],
+)
+def test_other_folders_are_refused(values, tmp_path):
+    (tmp_path / "text_encoder").mkdir()
+    (tmp_path / "text_encoder" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        WordTextEncoder.from_pretrained(tmp_path)
+
+
+def test_every_caption_of_the_clips_has_its_words():
+    words = WordTextEncoder(vocabulary(), 16)
+    clips = ProceduralClips(length=300)
+    captions = [clips[index].caption for index in range(300)]
+    assert words.encode(captions, 16).shape == (300, 16, words.dim)
+    assert max(len(caption.replace(",", " ,").split()) for caption in captions) >= 14

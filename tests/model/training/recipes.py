@@ -1,0 +1,54 @@
+"""A recipe small enough to be trained in a second."""
+
+from cogvx.training import Recipe
+
+STEPS = 6
+
+
+def small(**changes):
+    """The recipe; changes such as `vae_training={"steps": 2}` are merged into its tables."""
+    often = {"steps": STEPS, "batch_size": 4, "warmup": 2, "log_every": 2, "save_every": 2,
+             "sample_every": 4, "learning_rate": 2e-3}  # fmt: skip
+    tables = {
+        "data": {"clips": 12, "frames": 5, "height": 16, "width": 16, "workers": 0},
+        "vae": {
+            "factorized": True,
+            "latent_channels": 4,
+            "block_out_channels": [4, 8],
+            "layers_per_block": 1,
+            "norm_num_groups": 2,
+            "temporal_compression_ratio": 2,
+            "num_sample_frames_batch_size": 2,
+            "num_latent_frames_batch_size": 1,
+            "sample_height": 16,
+            "sample_width": 16,
+        },
+        "vae_training": {**often, "frames": 3},
+        "transformer": {
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 1,
+            "time_embed_dim": 8,
+            "text_embed_dim": 50,
+            "max_text_seq_length": 16,
+            "sample_height": 8,
+            "sample_width": 8,
+            "sample_frames": 5,
+            "temporal_compression_ratio": 2,
+            "patch_size_t": 1,
+            "use_rotary_positional_embeddings": True,
+            "num_text_experts": 1,
+            "num_video_experts": 2,
+        },
+        "transformer_training": dict(often),
+    }
+    for name, change in changes.items():
+        if isinstance(change, dict):
+            tables[name] = {**tables.get(name, {}), **change}
+        elif change is None:
+            tables.pop(name)
+        else:
+            tables[name] = change
+    return Recipe.from_dict(tables)

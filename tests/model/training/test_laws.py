@@ -1,0 +1,101 @@
+"""Laws of the parts of a training: which clips, which average, which loss."""
+
+import torch
+from torch import nn
+
+from cogvx.schedulers import NoiseSchedule
+from cogvx.training.averages import MovingAverage
+from cogvx.training.batches import Batches, mixed
+from cogvx.training.losses import ReconstructionLoss, VelocityLoss, dropped, mean
+from cogvx.training.stages import new_transformer, new_vae, scheduler_of
+
+from .recipes import small
+
+
+def test_every_clip_comes_once_before_any_comes_again():
+    taken = [i for batch in Batches(10, 4, 0, 0, 5) for i in batch]
+    assert sorted(taken[:10]) == sorted(taken[10:]) == list(range(10))
+    assert taken[:10] != taken[10:] != sorted(taken[10:])
+    assert taken != [i for batch in Batches(10, 4, 1, 0, 5) for i in batch]
+
+
+def test_a_resumed_order_is_the_rest_of_it():
+    whole = list(Batches(7, 4, 3, 0, 9))
+    for start in range(9):
+        assert list(Batches(7, 4, 3, start, 9)) == whole[start:]
+
+
+def test_processes_share_a_batch():
+    whole = list(Batches(7, 6, 3, 0, 5))
+    shares = [list(Batches(7, 6, 3, 0, 5, process, 3)) for process in range(3)]
+    assert [sum(parts, []) for parts in zip(*shares, strict=True)] == whole
+
+
+def test_seeds_of_neighbours_are_no_neighbours():
+    seeds = {mixed(a, b, c) for a in range(20) for b in range(20) for c in range(5)}
+    assert len(seeds) == 2000 and all(0 <= seed < 2**63 for seed in seeds)
+    assert all(bin(mixed(0, n) ^ mixed(0, n + 1)).count("1") > 12 for n in range(100))
+
+
+def test_the_average_is_what_it_is_said_to_be():
+    parameter = nn.Parameter(torch.zeros(3))
+    average, expected = MovingAverage([parameter], 0.5), torch.zeros(3)
+    for step in range(1, 9):
+        with torch.no_grad():
+            parameter += step
+        average.update()
+        expected = torch.lerp(expected, parameter.detach(), 1 - min(0.5, (1 + step) / (10 + step)))
+    torch.testing.assert_close(average.averages[0], expected)
+    own = parameter.detach().clone()
+    with average.applied():
+        torch.testing.assert_close(parameter.detach(), expected)
+    assert torch.equal(parameter, own)
+    other = MovingAverage([parameter], 0.5)
+    other.load(average.state())
+    assert other.steps == 8 and torch.equal(other.averages[0], average.averages[0])
+
+
+def test_the_reconstruction_loss_is_its_formula():
+    vae, video = new_vae(small()), torch.rand(2, 3, 3, 16, 16) * 2 - 1
+    torch.manual_seed(1)
+    losses = ReconstructionLoss(vae, 0.25)(video)
+    torch.manual_seed(1)
+    known = vae.encode(video)
+    error = vae.decode(known.sample()) - video
+    reconstruction = error.abs().mean() + 2 * error.square().mean()
+    kl = known.kl().mean() / known.mean[0].numel()
+    torch.testing.assert_close(losses["reconstruction"], reconstruction.detach())
+    torch.testing.assert_close(losses["loss"], reconstruction + 0.25 * kl)
+
+
+def test_the_velocity_loss_is_its_formula():
+    recipe = small()
+    transformer, latents = new_transformer(recipe), torch.randn(3, 3, 4, 8, 8)
+    nn.init.normal_(transformer.proj_out.weight)
+    schedule, text = NoiseSchedule(scheduler_of(recipe)[1]), torch.randn(3, 16, 50)
+    torch.manual_seed(1)
+    losses = VelocityLoss(transformer, schedule, 0.5)(latents, text)
+    torch.manual_seed(1)
+    timestep = torch.randint(1000, (3,))
+    noise = torch.randn_like(latents)
+    alpha = schedule.alphas_cumprod[timestep].view(3, 1, 1, 1, 1)
+    noisy = (alpha.sqrt() * latents + (1 - alpha).sqrt() * noise).float()
+    wanted = (alpha.sqrt() * noise - (1 - alpha).sqrt() * latents).float()
+    error = (transformer(noisy, text, timestep) - wanted).square().mean()
+    torch.testing.assert_close(losses["velocity"], error.detach())
+    torch.testing.assert_close(losses["loss"], error + 0.5 * losses["balance"])
+    assert losses["balance"] >= 1 - 1e-6 and losses["loss"].requires_grad
+
+
+def test_dropped_texts_are_the_empty_one():
+    text, empty = torch.ones(1000, 2, 3), torch.zeros(1, 2, 3)
+    kept = dropped(text, empty, 0.25)
+    rows = kept.flatten(1).mean(1)
+    assert set(rows.tolist()) == {0.0, 1.0} and 0.18 < 1 - rows.mean() < 0.32
+    assert torch.equal(dropped(text, empty, 0.0), text)
+    assert torch.equal(dropped(text, empty, 1.0), empty.expand_as(text))
+
+
+def test_the_mean_of_losses():
+    both = mean([{"a": torch.tensor(1.0)}, {"a": torch.tensor(3.0)}])
+    assert both == {"a": torch.tensor(2.0)}

@@ -1,0 +1,69 @@
+"""Recipes: what a file may say, what it may not, and how a setting goes over it."""
+
+import pytest
+
+from cogvx.training import Recipe
+from cogvx.training.recipe import learning_rate
+
+from .recipes import small
+
+
+def test_the_shipped_recipe_is_read_and_told_again():
+    recipe = Recipe.read("tiny")
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert recipe.vae_training is not None and recipe.transformer_training is not None
+    assert recipe.vae.factorized and recipe.transformer.num_video_experts >= 1
+
+
+def test_settings_go_over_the_file():
+    settings = ["transformer_training.steps=7", "seed=3", "transformer_training.schedule=constant"]
+    recipe = Recipe.read("tiny", settings)
+    training = recipe.transformer_training
+    assert (training.steps, recipe.seed, training.schedule) == (7, 3, "constant")
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("steps", "a setting must be like"),
+        ("a.b.c=1", "a setting must be like"),
+        ("vae_training.step=1", "unknown key 'step'"),
+        ("training.steps=1", "unknown key 'training'"),
+        ("vae_training.steps=0", r"VAETraining: steps must be an integer in \[1"),
+        ("vae_training.steps=many", "VAETraining: steps must be an integer"),
+        ("vae_training.schedule=linear", "schedule must be one of"),
+        ("vae_training.accumulate=3", "accumulate must divide batch_size"),
+        ("vae_training.save_every=7", "save_every must be a multiple of log_every"),
+        ("transformer_training.text_dropout=1.5", r"text_dropout must be a number in \[0.0, 1.0\]"),
+        ("transformer_training.lora_rank=4", "model must be the folder of a model for lora_rank"),
+        ("seed=-1", "seed must be a whole number"),
+        ("data=3", "data must be a table"),
+    ],
+)
+def test_what_cannot_be(setting, said):
+    with pytest.raises((TypeError, ValueError), match=said):
+        Recipe.read("tiny", [setting])
+
+
+def test_something_must_be_trained_and_there():
+    with pytest.raises(ValueError, match="got neither"):
+        small(vae_training=None, transformer_training=None)
+    with pytest.raises(ValueError, match="unless vae and transformer are both there"):
+        small(vae=None)
+
+
+def test_a_file_that_is_none(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Recipe.read(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("[data\n")
+    with pytest.raises(ValueError, match="bracket|Expected"):
+        Recipe.read(tmp_path / "bad.toml")
+
+
+def test_the_learning_rate_rises_and_falls():
+    options = small(vae_training={"steps": 100, "warmup": 10, "learning_rate": 1.0}).vae_training
+    rates = [learning_rate(options, step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert rates[9:] == sorted(rates[9:], reverse=True) and 0.01 < rates[-1] < 0.012
+    options = small(vae_training={"schedule": "constant", "learning_rate": 1.0}).vae_training
+    assert [learning_rate(options, step) for step in (0, 1, 5)] == [0.5, 1.0, 1.0]

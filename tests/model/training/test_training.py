@@ -1,0 +1,187 @@
+"""A training from beginning to end: what it leaves, and that a killed one goes on with its bits."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cogvx import CogVideoX
+from cogvx.data import ProceduralClips
+from cogvx.training import train
+from cogvx.training.run import Run
+
+from .recipes import STEPS, small
+
+
+def weights(folder):
+    """Every tensor of the model in a folder."""
+    files = sorted(folder.glob("*/diffusion_pytorch_model.safetensors"))
+    return {f"{f.parent.name}.{k}": t for f in files for k, t in load_file(f).items()}
+
+
+def curve(folder, stage):
+    lines = (folder / "training" / stage / "losses.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def assert_same(one, two):
+    assert one.keys() == two.keys() and one
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+WHOLE = []
+
+
+@pytest.fixture
+def whole(tmp_path_factory):
+    """The folder of a training that nobody interrupted; made once, but in a test, where "auto" is
+    what a CPU has."""
+    if not WHOLE:
+        folder = tmp_path_factory.mktemp("whole")
+        train(small(), folder)
+        WHOLE.append(folder)
+    return WHOLE[0]
+
+
+def test_what_it_leaves(whole):
+    pipe = CogVideoX.from_pretrained(whole)
+    video = pipe.generate("a red circle moves right", steps=2, seed=0, height=16, width=16)
+    assert video.shape == (1, 5, 3, 16, 16)
+    assert pipe.vae.config.scaling_factor != small().vae.scaling_factor
+    for stage in ("vae", "transformer"):
+        points = curve(whole, stage)
+        assert [point["step"] for point in points] == [2, 4, 6]
+        assert all(point["loss"] > 0 and point["gradient"] > 0 for point in points)
+        kept = sorted(p.name for p in (whole / "training" / stage / "checkpoints").iterdir())
+        assert kept == ["00000004", "00000006"]
+        for name in ("losses.png", "samples.png"):
+            assert (whole / "training" / stage / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_latents_have_the_scale_that_the_transformer_wants(whole):
+    pipe = CogVideoX.from_pretrained(whole)
+    clips = ProceduralClips("train", 64, 5, 16, 16)
+    video = torch.stack([clips[i].video for i in range(64)])
+    with torch.no_grad():
+        latents = pipe.vae.config.scaling_factor * pipe.vae.encode(video).mean
+    assert latents.square().mean().sqrt() == pytest.approx(1, abs=1e-3)
+
+
+def test_the_same_recipe_gives_the_same_bits(whole, tmp_path):
+    train(small(), tmp_path)
+    assert_same(weights(whole), weights(tmp_path))
+    assert [curve(whole, s) for s in ("vae", "transformer")] == [
+        curve(tmp_path, s) for s in ("vae", "transformer")
+    ]
+
+
+def test_another_seed_gives_others(whole, tmp_path):
+    train(small(seed=1), tmp_path, stages=["vae"])
+    vae = {name: t for name, t in weights(whole).items() if name.startswith("vae.")}
+    assert any(not torch.equal(t, vae[name]) for name, t in weights(tmp_path).items())
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage", ["vae", "transformer"])
+def test_an_exception_at_any_step_costs_no_bit(whole, tmp_path, stage):
+    """One training, stopped before each of its steps."""
+    if stage == "transformer":
+        for name in ("recipe.json", "vae", "latents"):
+            copy = shutil.copy if name.endswith(".json") else shutil.copytree
+            copy(whole / name, tmp_path / name)
+    for at in range(STEPS):
+
+        def stop(name, done, total, at=at):
+            if name == stage and done == at:
+                raise Stopped
+
+        with pytest.raises(Stopped):
+            train(small(), tmp_path, stages=[stage], tell=stop)
+        assert Run(tmp_path, small()).stage(stage).newest()[0] == at // 2 * 2
+    train(small(), tmp_path, stages=[stage])
+    ours, theirs = (
+        {name: t for name, t in weights(folder).items() if name.startswith(f"{stage}.")}
+        for folder in (tmp_path, whole)
+    )
+    assert_same(ours, theirs)
+    assert curve(whole, stage) == curve(tmp_path, stage)
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_with_its_bits(whole, tmp_path):
+    """SIGKILL, wherever it falls: while steps run, a checkpoint is written, a picture is drawn."""
+    program = (
+        "import sys; sys.path[:0] = sys.argv[2:]\n"
+        "from cogvx.training import train\n"
+        "from tests.model.training.recipes import small\n"
+        "train(small(), sys.argv[1])\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path), *sys.path]
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    newest = tmp_path / "training" / "vae" / "checkpoints" / "00000002"
+    for wait in (0.0, 0.2, 0.8):
+        process = subprocess.Popen(command, env=plain)
+        while process.poll() is None and not newest.exists():
+            time.sleep(0.01)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert subprocess.run(command, env=plain, check=False).returncode == 0
+    assert_same(weights(whole), weights(tmp_path))
+    assert curve(whole, "vae") == curve(tmp_path, "vae")
+
+
+def test_a_folder_belongs_to_its_recipe(whole, tmp_path):
+    with pytest.raises(ValueError, match=r"another recipe: seed 0 there, 1 here"):
+        train(small(seed=1), whole)
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="must be an empty folder"):
+        train(small(), tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_transformer_wants_a_vae(tmp_path):
+    with pytest.raises(ValueError, match="train the stage vae first"):
+        train(small(), tmp_path, stages=["transformer"])
+
+
+def test_gradients_that_are_not_finite_stop_it(tmp_path):
+    recipe = small(vae_training={"learning_rate": 1e5, "max_grad_norm": 1e5, "warmup": 0})
+    with pytest.raises(FloatingPointError, match=r"vae: step \d has a gradient that is not finite"):
+        train(recipe, tmp_path, stages=["vae"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"accumulate": 2}, {"gradient_checkpointing": True}, {"precision": "bfloat16"}],
+    ids=str,
+)
+def test_other_ways_to_the_same_end(whole, tmp_path, options):
+    """Half a batch at a time, activations made again, and products in 16 bits: other bits, or
+    other random numbers, and about the same losses."""
+    points = train(small(vae_training=options, transformer_training=options), tmp_path)
+    for stage, came in points.items():
+        losses = [(a["loss"], b["loss"]) for a, b in zip(came, curve(whole, stage), strict=True)]
+        assert all(abs(a - b) < 0.3 * b for a, b in losses), losses
+    if "gradient_checkpointing" in options:
+        for name, tensor in weights(whole).items():
+            torch.testing.assert_close(weights(tmp_path)[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_more_steps_make_it_better(tmp_path):
+    often = {"steps": 60, "log_every": 10, "save_every": 60, "sample_every": 60,
+             "learning_rate": 1e-2}  # fmt: skip
+    curves = train(small(vae_training=often, transformer_training=often), tmp_path)
+    for points in curves.values():
+        assert points[-1]["loss"] < 0.8 * points[0]["loss"]
