@@ -12,7 +12,6 @@ from torch import nn
 
 from ..config import Config, SchedulerConfig, TransformerConfig, VAEConfig
 from ..files import CONFIG_BYTES, CheckpointError, atomic_path, member, read_json, shown
-from ..shipped import located
 from ..transformer import ExpertTransformer
 from ..vae import CausalVAE
 from .weights import Weights, save
@@ -189,7 +188,7 @@ def _default(config: Config, name: str) -> Any:
 
 def _component(path: PathLike, name: str, config: str) -> Path:
     """The component's folder: `path`, or the folder in it that has the component's name."""
-    folder = located(path)
+    folder = Path(path)
     try:
         inner = folder / name
         if inner.is_dir():

@@ -13,7 +13,6 @@ from ..checkpoint import load_vae
 from ..config import TransformerConfig, VAEConfig
 from ..factorized import build_vae
 from ..files import CONFIG_BYTES, read_json
-from ..shipped import located
 from ..vae import CausalVAE, Tiling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,12 +53,8 @@ def tiling(text: str) -> Tiling:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def add_model(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    parser.add_argument(
-        "--model", required=default is None, type=located,
-        default=None if default is None else located(default), metavar="DIR|tiny",
-        help="a model's folder; tiny: the one inside the package",
-    )  # fmt: skip
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="a model's folder")
 
 
 def add_size(parser: argparse.ArgumentParser, fps: str | None = None) -> None:
@@ -90,7 +85,7 @@ def add_tiling(parser: Any) -> None:
 def add_vae(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the VAE")
     which = group.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", metavar="DIR|tiny", type=located, help="a model's folder")
+    which.add_argument("--model", metavar="DIR", type=Path, help="a model's folder")
     which.add_argument(
         "--vae", metavar="DIR|random", help="a VAE's folder; random: a factorised one, untrained"
     )

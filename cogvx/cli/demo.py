@@ -1,4 +1,4 @@
-"""`cogvx demo`: the model inside the package, from sentences to pictures that move."""
+"""`cogvx demo`: a model of the procedural clips, from sentences to pictures that move."""
 
 import argparse
 import re
@@ -28,8 +28,9 @@ T = TypeVar("T")
 
 def add(commands: Any, shared: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
-        "demo", parents=[shared], help="watch the model inside the package"
+        "demo", parents=[shared], help="watch a model of the procedural clips"
     )
+    arguments.add_model(parser)
     parser.add_argument("--prompt", action="append", help="a sentence of yours; may be repeated")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR")
     parser.add_argument("--clip", type=Path, help="a real video, to be taken through the VAE")
@@ -42,9 +43,10 @@ def add(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> None:
     device, dtype = arguments.device_of(options), arguments.dtype_of(options)
-    pipe = CogVideoX.from_pretrained("tiny", dtype, device)
+    pipe = CogVideoX.from_pretrained(options.model, dtype, device)
     prompts = options.prompt or list(PROMPTS)
-    assert pipe.text_encoder is not None  # it has one
+    if pipe.text_encoder is None:
+        raise ValueError(f"{options.model}: must have a text encoder to be shown sentences")
     pipe.text_encoder.encode(prompts, pipe.transformer.config.max_text_seq_length)  # or says why
     options.out.mkdir(parents=True, exist_ok=True)
     done = []

@@ -12,7 +12,6 @@ from ..config import PRESETS, TransformerConfig, VAEConfig
 from ..factorized import build_transformer, build_vae
 from ..pipeline import default_size
 from ..plan import forecast
-from ..shipped import located
 from ..transformer import ExpertTransformer
 from ..vae import CausalVAE
 from . import arguments
@@ -124,7 +123,7 @@ def convert(options: argparse.Namespace, console: Console) -> None:
 def _add_which(parser: argparse.ArgumentParser, required: bool = True) -> None:
     which = parser.add_mutually_exclusive_group(required=required)
     which.add_argument("--preset", choices=sorted(PRESETS), help="a released model")
-    which.add_argument("--model", metavar="DIR|tiny", type=located, help="a model's folder")
+    which.add_argument("--model", metavar="DIR", type=Path, help="a model's folder")
 
 
 def _configs(options: argparse.Namespace) -> tuple[TransformerConfig | None, VAEConfig | None]:

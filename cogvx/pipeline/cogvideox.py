@@ -25,7 +25,6 @@ from ..config import SchedulerConfig
 from ..files import CONFIG_BYTES, read_json
 from ..plan import Plan, forecast
 from ..schedulers import SOLVERS, Solver, Trajectory, draw
-from ..shipped import located
 from ..text import T5TextEncoder, TextEncoder
 from ..transformer import ExpertTransformer
 from ..vae import CausalVAE, Tiling
@@ -99,7 +98,6 @@ class CogVideoX:
         """The model in a folder of the hub's layout: transformer/, vae/, scheduler/ and, if the
         model has one, text_encoder/ with tokenizer/. Nothing is downloaded.
 
-        path          the folder; or "tiny", the model inside this package
         dtype         of all weights: bfloat16 for 5B and 1.5, float16 for 2B; None keeps the files'
         backend       of the kernels, and attention: see `ExpertTransformer`
         text_encoder  False leaves it out (4.8 billion parameters), for when embeddings are given;
@@ -107,9 +105,8 @@ class CogVideoX:
 
         Raises CheckpointError or FileNotFoundError for what is missing or not as it should be.
         """
-        path = located(path)
         solver, scheduler = load_scheduler(path)
-        if text_encoder is True and _has_text_encoder(path):
+        if text_encoder is True and _has_text_encoder(Path(path)):
             if is_words(path):
                 text_encoder = WordTextEncoder.from_pretrained(path)
             else:

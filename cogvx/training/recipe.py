@@ -19,11 +19,11 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from ..config import Config, SchedulerConfig, TransformerConfig, VAEConfig, check_choice
 from ..files import CONFIG_BYTES
-from ..shipped import ASSETS, NAMES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,6 +31,7 @@ else:
     import tomli as tomllib
 
 PathLike = str | os.PathLike[str]
+RECIPES = ("tiny",)
 STEPS_LIMIT = 10**8
 LOWEST = 0.01  # of the learning rate, at the end of a cosine
 SCHEDULES = ("cosine", "constant")
@@ -206,12 +207,12 @@ class Recipe:
 
     @classmethod
     def read(cls, path: PathLike, settings: Sequence[str] = ()) -> "Recipe":
-        """The recipe in a TOML file; or, for the bare name of a shipped model, that model's.
+        """The recipe in a TOML file; or, by the bare name "tiny", the one inside the package.
 
         settings  such as "transformer_training.steps=100", over what the file says
         """
-        if path in NAMES:
-            path = ASSETS / path / "recipe.toml"
+        if path in RECIPES:
+            path = Path(__file__).parents[1] / "assets" / path / "recipe.toml"
         with open(path, "rb") as file:
             data = file.read(CONFIG_BYTES + 1)
         if len(data) > CONFIG_BYTES:

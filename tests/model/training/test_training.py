@@ -13,10 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from cogvx import CogVideoX
+from cogvx.cli import main
 from cogvx.data import ProceduralClips
 from cogvx.training import train
 from cogvx.training.run import Run
+from cogvx.video import probe
 
+from ..clips import BIKES
 from .recipes import STEPS, small
 
 
@@ -185,3 +188,30 @@ def test_more_steps_make_it_better(tmp_path):
     curves = train(small(vae_training=often, transformer_training=often), tmp_path)
     for points in curves.values():
         assert points[-1]["loss"] < 0.8 * points[0]["loss"]
+
+
+def test_it_is_scored_and_shown(whole, tmp_path, capsys):
+    model = ["--model", str(whole), "--steps", "2"]
+    assert main(["score", *model, "--prompts", "4", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["prompts"] == 4 and 0 <= said["all"] <= said["count"] <= 1 and said["psnr_db"] > 0
+    assert main(["score", *model, "--prompts", "4"]) == 0
+    assert "held-out clips through the VAE" in capsys.readouterr().out
+
+    out = tmp_path / "out"
+    demo = ["demo", *model, "--out", str(out), "--prompt"]
+    assert main([*demo, "a red ball moves right"]) == 1
+    error = capsys.readouterr().err
+    assert "got 'ball'" in error and "circle" in error and not out.exists()
+    assert main([*demo, "A red circle moves right.", "--clip", str(BIKES), "--json"]) == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert [run["what"] for run in runs][0] == "A red circle moves right."
+    assert runs[1]["psnr_db"] > 0 and all(run["peak_bytes"] > 0 for run in runs)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "a-red-circle-moves-right.gif",
+        "a-red-circle-moves-right.mp4",
+        "a-red-circle-moves-right.png",
+        "reconstruction.mp4",
+    ]
+    info = probe(out / "a-red-circle-moves-right.mp4")
+    assert (info.frames, info.height, info.width) == (5, 64, 64)
