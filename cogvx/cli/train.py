@@ -1,6 +1,7 @@
 """`cogvx train`: a recipe to a model."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ def add(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> None:
     recipe = Recipe.read(options.recipe, options.settings)
+    main = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher started
+    console.quiet |= not main
     with torch.enable_grad():
         curves = train(
             recipe,
@@ -41,4 +44,5 @@ def run(options: argparse.Namespace, console: Console) -> None:
     if not curves:
         raise ValueError(f"{options.recipe}: has no {options.stage}_training")
     last = {f"{stage}_{k}": v for stage, points in curves.items() for k, v in points[-1].items()}
-    console.say({**last, "seconds": console.seconds, "out": str(options.out)})
+    if main:
+        console.say({**last, "seconds": console.seconds, "out": str(options.out)})

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..checkpoint.tensors import read_tensors, write_tensors
@@ -80,6 +81,11 @@ class Loop:
         """Whether this process is the one that writes and tells."""
         return bool(self.accelerator.is_main_process)
 
+    @property
+    def sharded(self) -> bool:
+        """Whether no process has the whole model, so that none can run it alone."""
+        return any(isinstance(p, DTensor) for p in self.trained)
+
     def run(self, tell: Tell) -> list[Point]:
         """Trains what is left, puts the averages in the place of the weights, returns the curve.
 
@@ -107,6 +113,10 @@ class Loop:
         self.average.put()
         self._show(points)
         return points
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state of the loss, whole: on the process that is `main`, though all must ask."""
+        return dict(self.accelerator.get_state_dict(self.loss))
 
     def _step(self, step: int, clips: list[Any]) -> Losses:
         """One step of the optimizer, over `accumulate` parts of a batch."""
@@ -188,6 +198,7 @@ class Loop:
         """Draws the curve, and what the model can do with the weights that are in it."""
         if self.main:
             draw_curve(self.stage.folder / "losses.png", self.stage.name, points)
+        if self.main and not self.sharded:
             self.loss.eval()
             with torch.no_grad(), torch.random.fork_rng():
                 self.sample()

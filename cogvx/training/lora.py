@@ -25,9 +25,12 @@ def add_adapters(transformer: ExpertTransformer, rank: int) -> None:
     peft.inject_adapter_in_model(config, transformer)
 
 
-def save_adapters(transformer: nn.Module, folder: Path) -> None:
-    """Writes what `pipe.load_lora_weights(folder)` of diffusers reads."""
-    state: dict[str, Tensor] = _peft().get_peft_model_state_dict(transformer)
+def save_adapters(transformer: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
+    """Writes what `pipe.load_lora_weights(folder)` of diffusers reads.
+
+    transformer  with adapters; weights: its state
+    """
+    state: dict[str, Tensor] = _peft().get_peft_model_state_dict(transformer, weights)
     write_tensors(folder / FILE, {f"transformer.{name}": t for name, t in state.items()})
 
 

@@ -54,7 +54,7 @@ def train(
 
     stages  which; one that the recipe does not train is passed over
     device  "cpu", or "cuda" for the GPU that accelerate gives the process
-    tell    called with a stage's name, steps done and steps in all
+    tell    called with a stage's name, steps done and steps in all; in every process
 
     Returns the points of each stage's curve. Raises ValueError if the folder was begun with another
     recipe, FloatingPointError for gradients that are not finite, ModuleNotFoundError for what the
@@ -62,7 +62,8 @@ def train(
     """
     for stage in stages:
         check_choice("train", "stages", stage, STAGES)
-    run = Run(folder, recipe)
+    with make_accelerator(torch.device(device)).main_process_first():
+        run = Run(folder, recipe)
     told = tell or (lambda stage, done, total: None)
     work = {"vae": train_vae, "transformer": train_transformer}
     curves = {}
@@ -112,10 +113,11 @@ def train_vae(run: Run, device: torch.device, tensorboard: bool, tell: Tell) -> 
         recipe.data.workers,
         tensorboard,
     )
-    points = loop.run(tell)
+    points, weights = loop.run(tell), loop.weights()
     if loop.main:
-        scaled = _scaled(vae, clips)
-        save_vae(scaled, run.folder / "vae")
+        trained = CausalVAE(vae.config)
+        trained.load_state_dict(weights)
+        save_vae(_scaled(trained, clips), run.folder / "vae")
     accelerator.wait_for_everyone()
     return points
 
@@ -180,12 +182,14 @@ def train_transformer(run: Run, device: torch.device, tensorboard: bool, tell: T
         sample,
         tensorboard=tensorboard,
     )
-    points = loop.run(tell)
-    if loop.main:
-        if options.lora_rank:
-            save_adapters(transformer, run.folder)
-        else:
-            pipe.save_pretrained(run.folder)
+    points, weights = loop.run(tell), loop.weights()
+    weights = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    if loop.main and options.lora_rank:
+        save_adapters(transformer, weights, run.folder)
+    elif loop.main:
+        pipe.transformer = ExpertTransformer(transformer.config)
+        pipe.transformer.load_state_dict(weights)
+        pipe.save_pretrained(run.folder)
     accelerator.wait_for_everyone()
     return points
 
