@@ -12,6 +12,8 @@ import pytest
 
 from cogvx_kernels.testing import OPS, SIZES
 
+from .model.training.recipes import small
+
 ROOT = Path(__file__).resolve().parent.parent
 
 ABSOLUTE = ("median_ms", "p25_ms", "p75_ms", "gb_per_s", "tflop_per_s", "copy_gb_per_s")
@@ -388,3 +390,32 @@ def test_gpu_check_names_what_there_is():
     assert words and all(re.search(rf"(?<![\w-]){word}(?![\w-])", known) for word in words)
     parts = re.findall(r"^part ([a-z-]+)", script, re.MULTILINE)
     assert parts and all(part in known for part in parts)
+
+
+# --- experts -----------------------------------------------------------------------------------
+
+
+def test_experts_are_trained_side_by_side(tmp_path):
+    """Every kind with every seed, from one VAE and its latents; again, nothing is trained again."""
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(small().to_dict()))
+    code = (
+        "import json, sys; from pathlib import Path; from cogvx.training import Recipe, train;"
+        "train(Recipe.from_dict(json.loads(Path(sys.argv[1]).read_text())), sys.argv[2])"
+    )
+    done = run("-c", code, str(recipe), str(tmp_path / "run"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    words = ("--run", str(tmp_path / "run"), "--steps", "4", "--seeds", "2", "--prompts", "2")
+    words = (*words, "--kinds", "shared", "routed", "--device", "cpu", "--out", str(tmp_path))
+    for _ in range(2):
+        done = run("-m", "benchmarks.experts", *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "experts.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["kind"], row["seed"]) for row in rows] == [
+        ("shared", "0"), ("shared", "1"), ("routed", "0"), ("routed", "1")
+    ]  # fmt: skip
+    assert all(row["steps"] == "4" and row["prompts"] == "2" and row["commit"] for row in rows)
+    assert len({row["loss"] for row in rows}) == 4
+    assert int(rows[2]["parameters"]) > int(rows[0]["parameters"])
+    assert len(re.findall("2 seeds .* ± ", done.stdout)) == 2

@@ -16,13 +16,16 @@ FILE = "pytorch_lora_weights.safetensors"
 def add_adapters(transformer: ExpertTransformer, rank: int) -> None:
     """Freezes the transformer and puts adapters of scale 1 on the projections of its attention.
 
-    They begin as nothing: what the model computes is unchanged. Raises ModuleNotFoundError if peft
-    is not installed.
+    They begin as nothing, in float32: what the model computes is unchanged. Raises
+    ModuleNotFoundError if peft is not installed.
     """
     peft = _peft()
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS))
     transformer.requires_grad_(False)
     peft.inject_adapter_in_model(config, transformer)
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def save_adapters(transformer: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:

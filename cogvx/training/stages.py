@@ -140,8 +140,6 @@ def train_transformer(run: Run, device: torch.device, tensorboard: bool, tell: T
     latents = latents_of(run, vae, accelerator, tell)
     solver, scheduler = scheduler_of(recipe)
     transformer = new_transformer(recipe)
-    if options.lora_rank:
-        add_adapters(transformer, options.lora_rank)
     transformer.gradient_checkpointing = options.gradient_checkpointing
     words = words_of(recipe) if drawn(recipe) else None
     scale = vae.config.scaling_factor
@@ -247,7 +245,14 @@ def new_vae(recipe: Recipe) -> CausalVAE:
 
 
 def new_transformer(recipe: Recipe) -> ExpertTransformer:
-    """The transformer as it begins, likewise."""
+    """The transformer as it begins, likewise. One that only gets adapters is in the dtype of the
+    products, and they are in float32."""
+    training = recipe.transformer_training
+    if recipe.model is not None and training is not None and training.lora_rank:
+        dtype = getattr(torch, training.precision)
+        transformer = load_transformer(recipe.model, dtype)
+        add_adapters(transformer, training.lora_rank)
+        return transformer
     if recipe.model is not None:
         return load_transformer(recipe.model, torch.float32)
     assert recipe.transformer is not None

@@ -12,6 +12,7 @@ from cogvx.cli import main
 from cogvx.data import ProceduralClips
 from cogvx.training import Recipe, train
 from cogvx.training.lora import FILE, TARGETS, add_adapters
+from cogvx.training.stages import new_transformer
 from cogvx.video import write_video
 
 from ..tiny_pipeline import DIM, TEXT_LEN, save, theirs
@@ -91,6 +92,23 @@ def test_new_adapters_change_nothing_and_are_all_that_is_trained(here):
     assert torch.equal(transformer(x, text, torch.tensor([500])), before)
     trained = {name for name, p in transformer.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
+
+
+def test_a_frozen_model_is_in_16_bits(here):
+    """Beside adapters in float32, whose training goes about as that of a model in 32."""
+    assert main(["encode", "videos", "--model", "model", "--out", "latents", "--quiet"]) == 0
+    recipes = [
+        Recipe.read("lora.toml", [f"transformer_training.precision={precision}"])
+        for precision in ("bfloat16", "float32")
+    ]
+    transformer = new_transformer(recipes[0])
+    kinds = {p.requires_grad: p.dtype for p in transformer.parameters()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+    (short,), (long,) = (
+        train(recipe, here / name).values() for recipe, name in zip(recipes, "ab", strict=True)
+    )
+    for one, other in zip(short, long, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.05)
 
 
 def test_videos_without_embeddings_are_refused(here):

@@ -1,0 +1,120 @@
+"""`python -m benchmarks.experts --run runs/tiny`: do the experts of text and video earn their keep?
+
+The transformer of a finished training is trained again with the same steps, clips and seeds: with
+one feed-forward for both modalities (shared), with one for each (modality), and with several for
+video and a router (routed). Each has losses and scores of every seed, and their mean and spread.
+What a step costs is not said here: it is `python -m benchmarks --op expert_ffn` that times.
+"""
+
+import argparse
+import csv
+import dataclasses
+import json
+import shutil
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cogvx import CogVideoX
+from cogvx.data.scoring import NAMES, score_model
+from cogvx.training import Recipe, train
+
+from .conditions import conditions
+
+KINDS = {
+    "shared": {"num_text_experts": 0, "num_video_experts": 0},
+    "modality": {"num_text_experts": 1, "num_video_experts": 1},
+    "routed": {"num_text_experts": 1, "num_video_experts": 4},
+}
+NUMBERS = ("loss", *NAMES)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.experts", description=__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="a training of procedural clips")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="by default the recipe's")
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    options = parser.parse_args(arguments)
+    found = conditions(
+        torch.device(options.device), " ".join(["benchmarks.experts", *sys.argv[1:]])
+    )
+    rows = []
+    for kind in options.kinds:
+        for seed in range(options.seeds):
+            rows.append(one(options, kind, seed))
+            print(line(f"{kind} {seed}", rows[-1]), flush=True)
+    for kind in options.kinds:
+        print(summary(kind, [row for row in rows if row["kind"] == kind]))
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / "experts.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *found])
+        writer.writeheader()
+        writer.writerows({**row, **found} for row in rows)
+    return 0
+
+
+def one(options: argparse.Namespace, kind: str, seed: int) -> dict[str, Any]:
+    """A training of that kind, goes on where it was stopped; its row."""
+    folder = options.out / f"experts-{kind}-{seed}"
+    recipe = changed(options.run, kind, seed, options.steps)
+    if not folder.exists():
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for name in ("vae", "latents"):
+            shutil.copytree(options.run / name, part / name)
+        (part / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+        part.rename(folder)
+    points = train(recipe, folder, stages=["transformer"], device=options.device)["transformer"]
+    pipe = CogVideoX.from_pretrained(folder, torch.float32, options.device)
+    scores, _ = score_model(pipe, options.prompts)
+    tail = points[-max(1, len(points) // 10) :]
+    return {
+        "kind": kind,
+        "seed": seed,
+        "steps": recipe.transformer_training.steps if recipe.transformer_training else 0,
+        "parameters": sum(p.numel() for p in pipe.transformer.parameters()),
+        "loss": statistics.mean(point.get("velocity", point["loss"]) for point in tail),
+        **scores.to_dict(),
+    }
+
+
+def changed(run: Path, kind: str, seed: int, steps: int | None) -> Recipe:
+    """The recipe of a run, of another kind and seed."""
+    recipe = Recipe.from_dict(json.loads((run / "recipe.json").read_text()))
+    training = recipe.transformer_training
+    if recipe.transformer is None or training is None:
+        raise ValueError(f"{run}: must be a training with a transformer of its own")
+    if steps is not None:
+        training = dataclasses.replace(training, steps=steps)
+    transformer = dataclasses.replace(recipe.transformer, **KINDS[kind])
+    return dataclasses.replace(
+        recipe, seed=seed, transformer=transformer, transformer_training=training
+    )
+
+
+def line(name: str, row: dict[str, Any]) -> str:
+    numbers = "  ".join(f"{number} {row[number]:.4f}" for number in NUMBERS)
+    return f"{name:12} {row['parameters']:>12,} parameters  {numbers}"
+
+
+def summary(kind: str, rows: list[dict[str, Any]]) -> str:
+    """Mean and standard deviation over the seeds."""
+    told = []
+    for number in NUMBERS:
+        values = [row[number] for row in rows]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        told.append(f"{number} {statistics.mean(values):.4f} ± {spread:.4f}")
+    return f"{kind:12} {len(rows)} seeds  {'  '.join(told)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
