@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from .. import frames
 from ..config import Config, SchedulerConfig, TransformerConfig, VAEConfig, check_choice
 from ..files import CONFIG_BYTES
 
@@ -184,6 +185,15 @@ class Recipe:
                 "Recipe: model must be the folder of a model for lora_rank, which adapts one; got "
                 "none"
             )
+        if self.vae is not None:
+            frames.check("Recipe", "data.frames", self.data.frames, self.vae)
+            if self.vae_training is not None:
+                frames.check("Recipe", "vae_training.frames", self.vae_training.frames, self.vae)
+        if self.vae_training is not None and self.vae_training.frames > self.data.frames:
+            raise ValueError(
+                f"Recipe: vae_training.frames must be at most data.frames {self.data.frames}; got "
+                f"{self.vae_training.frames}"
+            )
         if self.model is None and (self.vae is None or self.transformer is None):
             raise ValueError(
                 "Recipe: model must be the folder of a model, unless vae and transformer are both "
@@ -210,6 +220,8 @@ class Recipe:
         """The recipe in a TOML file; or, by the bare name "tiny", the one inside the package.
 
         settings  such as "transformer_training.steps=100", over what the file says
+
+        Raises ValueError, with the path, for what cannot be; OSError if there is no such file.
         """
         if path in RECIPES:
             path = Path(__file__).parents[1] / "assets" / path / "recipe.toml"
@@ -217,10 +229,13 @@ class Recipe:
             data = file.read(CONFIG_BYTES + 1)
         if len(data) > CONFIG_BYTES:
             raise ValueError(f"{path}: must be at most {CONFIG_BYTES:,} bytes")
-        values = tomllib.loads(data.decode())
-        for setting in settings:
-            _set(values, setting)
-        return cls.from_dict(values)
+        try:
+            values = tomllib.loads(data.decode())
+            for setting in settings:
+                _set(values, setting)
+            return cls.from_dict(values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Every number, those of the defaults too, as JSON has it."""
