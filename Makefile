@@ -18,6 +18,9 @@ demo: $(READY)  ## environment, every kernel against its reference, a short benc
 	cogvx-kernels verify
 	python -m benchmarks --op qk_norm_rope3d --size tiny --out out
 
+# one seed for all that is random in the tests; by default a new one each time
+SEEDED := $(if $(SEED),--seed $(SEED))
+
 ifdef TRITON
 # every sample in bf16, and random calls, of every kernel on another Triton, put before the
 # environment's own
@@ -25,19 +28,19 @@ SIDE := $(VENV)/triton-$(TRITON)
 OTHERS := triton==$(TRITON)
 test: $(SIDE)/.ready
 	PYTHONPATH=$(CURDIR)/$(SIDE) python -c 'import triton; print("triton", triton.__version__)'
-	PYTHONPATH=$(CURDIR)/$(SIDE) python -m pytest -n auto --fuzz 200 \
+	PYTHONPATH=$(CURDIR)/$(SIDE) python -m pytest -n auto $(SEEDED) --fuzz 200 \
 	    tests/kernels/test_contract.py -k 'random_cases or (samples and bf16)'
 else ifdef DIFFUSERS
 # patch and its tests on an older diffusers, with what that asked for
 SIDE := $(VENV)/diffusers-$(DIFFUSERS)
 OTHERS := diffusers==$(DIFFUSERS) transformers==4.57.1 tokenizers==0.22.1 huggingface_hub==0.36.0
 test: $(SIDE)/.ready
-	PYTHONPATH=$(CURDIR)/$(SIDE) python -m tests.patching.without torchao \
+	PYTHONPATH=$(CURDIR)/$(SIDE) python -m tests.patching.without torchao $(SEEDED) \
 	    tests/patching/test_patch.py tests/patching/test_refusals.py \
 	    tests/patching/test_memory_and_streams.py
 else
 test: $(READY)  ## all tests; TRITON=3.6.0: the kernels' on that Triton; DIFFUSERS=0.33.0: patch's on that
-	python -m pytest -n auto
+	python -m pytest -n auto $(SEEDED)
 endif
 
 ifdef SIDE

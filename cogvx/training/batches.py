@@ -1,6 +1,6 @@
 """Which clips a step takes: a function of the seed and the step's number, and of nothing else."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.utils.data import Sampler
@@ -12,15 +12,15 @@ class Batches(Sampler[list[int]]):
     All clips come once before any comes again, each time in another order. Where a training stands
     is the number of its step, and a resumed one takes the very clips that it would have taken.
 
-    size        of the data set
-    batch_size  of a step, over all processes; `processes` divide it
-    process     the number of this one
+    size      of the data set
+    batch_of  how many clips a step takes, over all processes; `processes` divide it
+    process   the number of this one
     """
 
     def __init__(
         self,
         size: int,
-        batch_size: int,
+        batch_of: Callable[[int], int],
         seed: int,
         start: int,
         stop: int,
@@ -29,30 +29,32 @@ class Batches(Sampler[list[int]]):
     ) -> None:
         if size < 1:
             raise ValueError("Batches: size must be at least 1; got a data set without clips")
-        if batch_size % processes:
-            raise ValueError(
-                f"Batches: batch_size must be a multiple of the {processes} processes; got "
-                f"{batch_size}"
-            )
-        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.size, self.batch_of, self.seed = size, batch_of, seed
         self.start, self.stop = start, stop
-        share = batch_size // processes
-        self.mine = range(process * share, (process + 1) * share)
+        self.process, self.processes = process, processes
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, order = -1, torch.empty(0, dtype=torch.long)
+        begin = sum(map(self.batch_of, range(self.start)))
         for step in range(self.start, self.stop):
+            share, rest = divmod(self.batch_of(step), self.processes)
+            if rest:
+                raise ValueError(
+                    f"Batches: batch_size must be a multiple of the {self.processes} processes; "
+                    f"got {share * self.processes + rest}"
+                )
             taken = []
-            for i in self.mine:
-                now, place = divmod(step * self.batch_size + i, self.size)
+            for i in range(self.process * share, (self.process + 1) * share):
+                now, place = divmod(begin + i, self.size)
                 if now != epoch:
                     generator = torch.Generator().manual_seed(mixed(self.seed, now))
                     epoch, order = now, torch.randperm(self.size, generator=generator)
                 taken.append(int(order[place]))
             yield taken
+            begin += share * self.processes
 
 
 def mixed(*numbers: int) -> int:

@@ -43,7 +43,8 @@ class Loop:
     loss     a module; called with what `prepare` makes of some clips it gives "loss" and its parts.
              Those of its parameters that require gradients are trained
     data     the clips
-    prepare  a list of them -> the arguments of `loss`, on the accelerator's device
+    prepare  a list of them, and the number of the step -> the arguments of `loss`, on the
+             accelerator's device
     sample   draws what the model can do, now and then, and in the end, when the averages are in it
     """
 
@@ -55,7 +56,7 @@ class Loop:
         accelerator: Any,
         loss: nn.Module,
         data: Dataset[Any],
-        prepare: Callable[[list[Any]], tuple[Any, ...]],
+        prepare: Callable[[list[Any], int], tuple[Any, ...]],
         sample: Callable[[], None],
         workers: int = 0,
         tensorboard: bool = False,
@@ -128,7 +129,7 @@ class Loop:
         found = []
         for start in range(0, len(clips), size):
             last = start + size >= len(clips)
-            arguments = self.prepare(clips[start : start + size])
+            arguments = self.prepare(clips[start : start + size], step)
             with nullcontext() if last else accelerator.no_sync(self.loss):
                 with self._precision():
                     losses = self.loss(*arguments)
@@ -168,7 +169,7 @@ class Loop:
             self.data,
             batch_sampler=Batches(
                 len(self.data),  # type: ignore[arg-type]
-                self.options.batch_size,
+                self.options.batch_at,
                 self.seed,
                 done,
                 self.options.steps,

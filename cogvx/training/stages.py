@@ -88,10 +88,11 @@ def train_vae(run: Run, device: torch.device, tensorboard: bool, tell: Tell) -> 
     clips = clips_of(recipe, vae)
     shown = ProceduralClips("test", SHOWN, *sizes(recipe)) if drawn(recipe) else clips
 
-    def prepare(batch: list[Clip]) -> tuple[Tensor]:
-        video = torch.stack([clip.video for clip in batch])
-        first = int(torch.randint(video.shape[1] - options.frames + 1, ()))
-        return (video[:, first : first + options.frames].to(accelerator.device),)
+    def prepare(batch: list[Clip], step: int) -> tuple[Tensor]:
+        count = options.frames_at(step)
+        firsts = torch.randint(recipe.data.frames - count + 1, (len(batch),)).tolist()
+        cut = [clip.video[n : n + count] for clip, n in zip(batch, firsts, strict=True)]
+        return (torch.stack(cut).to(accelerator.device),)
 
     def sample() -> None:
         video = torch.stack([shown[i].video for i in range(min(SHOWN, _len(shown)))])
@@ -144,7 +145,7 @@ def train_transformer(run: Run, device: torch.device, tensorboard: bool, tell: T
     words = words_of(recipe) if drawn(recipe) else None
     scale = vae.config.scaling_factor
 
-    def prepare(batch: list[LatentClip]) -> tuple[Tensor, Tensor]:
+    def prepare(batch: list[LatentClip], step: int) -> tuple[Tensor, Tensor]:
         moments = torch.stack([clip.moments for clip in batch]).float().to(accelerator.device)
         text, empty = _texts(batch, latents, words)
         text, empty = text.to(moments), empty.to(moments)

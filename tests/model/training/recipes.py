@@ -23,7 +23,7 @@ def small(**changes):
             "sample_height": 16,
             "sample_width": 16,
         },
-        "vae_training": {**often, "frames": 3},
+        "vae_training": {**often, "frames": 3, "image_steps": 2},
         "transformer": {
             "num_attention_heads": 2,
             "attention_head_dim": 8,

@@ -1,5 +1,6 @@
 """Laws of the parts of a training: which clips, which average, which loss."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -12,23 +13,31 @@ from cogvx.training.stages import new_transformer, new_vae, scheduler_of
 from .recipes import small
 
 
+def always(count):
+    return lambda step: count
+
+
 def test_every_clip_comes_once_before_any_comes_again():
-    taken = [i for batch in Batches(10, 4, 0, 0, 5) for i in batch]
+    taken = [i for batch in Batches(10, always(4), 0, 0, 5) for i in batch]
     assert sorted(taken[:10]) == sorted(taken[10:]) == list(range(10))
     assert taken[:10] != taken[10:] != sorted(taken[10:])
-    assert taken != [i for batch in Batches(10, 4, 1, 0, 5) for i in batch]
+    assert taken != [i for batch in Batches(10, always(4), 1, 0, 5) for i in batch]
 
 
-def test_a_resumed_order_is_the_rest_of_it():
-    whole = list(Batches(7, 4, 3, 0, 9))
+@pytest.mark.parametrize("batch_of", [always(4), lambda step: 6 if step < 3 else 2])
+def test_a_resumed_order_is_the_rest_of_it(batch_of):
+    whole = list(Batches(7, batch_of, 3, 0, 9))
+    assert [len(batch) for batch in whole] == [batch_of(step) for step in range(9)]
     for start in range(9):
-        assert list(Batches(7, 4, 3, start, 9)) == whole[start:]
+        assert list(Batches(7, batch_of, 3, start, 9)) == whole[start:]
 
 
 def test_processes_share_a_batch():
-    whole = list(Batches(7, 6, 3, 0, 5))
-    shares = [list(Batches(7, 6, 3, 0, 5, process, 3)) for process in range(3)]
+    whole = list(Batches(7, always(6), 3, 0, 5))
+    shares = [list(Batches(7, always(6), 3, 0, 5, process, 3)) for process in range(3)]
     assert [sum(parts, []) for parts in zip(*shares, strict=True)] == whole
+    with pytest.raises(ValueError, match="multiple of the 4 processes; got 6"):
+        list(Batches(7, always(6), 3, 0, 5, 0, 4))
 
 
 def test_seeds_of_neighbours_are_no_neighbours():
