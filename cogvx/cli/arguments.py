@@ -57,6 +57,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="a model's folder")
 
 
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Of commands that make the same clips each time."""
+    parser.add_argument("--steps", type=count, default=50)
+    parser.add_argument("--guidance", type=float, default=6.0, help="how much the text weighs")
+    parser.add_argument("--seed", type=seed, default=0)
+
+
 def add_size(parser: argparse.ArgumentParser, fps: str | None = None) -> None:
     group = parser.add_argument_group("the clip")
     for name in ("frames", "height", "width"):

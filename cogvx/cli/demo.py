@@ -34,9 +34,7 @@ def add(commands: Any, shared: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", help="a sentence of yours; may be repeated")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR")
     parser.add_argument("--clip", type=Path, help="a real video, to be taken through the VAE")
-    parser.add_argument("--steps", type=arguments.count, default=50)
-    parser.add_argument("--guidance", type=float, default=6.0)
-    parser.add_argument("--seed", type=arguments.seed, default=0)
+    arguments.add_sampling(parser)
     arguments.add_machine(parser, tiles=False)
     parser.set_defaults(run=run)
 

@@ -16,9 +16,7 @@ def add(commands: Any, shared: argparse.ArgumentParser) -> None:
     )
     arguments.add_model(parser)
     parser.add_argument("--prompts", type=arguments.count, default=200)
-    parser.add_argument("--steps", type=arguments.count, default=50)
-    parser.add_argument("--guidance", type=float, default=6.0)
-    parser.add_argument("--seed", type=arguments.seed, default=0)
+    arguments.add_sampling(parser)
     arguments.add_machine(parser, tiles=False)
     parser.set_defaults(run=run)
 
