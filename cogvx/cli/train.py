@@ -1,7 +1,6 @@
 """`cogvx train`: a recipe to a model."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,8 @@ def add(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> None:
     recipe = Recipe.read(options.recipe, options.settings)
-    main = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher started
-    console.quiet |= not main
+    if options.stage is not None and getattr(recipe, f"{options.stage}_training") is None:
+        raise ValueError(f"{options.recipe}: has no {options.stage}_training")
     with torch.enable_grad():
         curves = train(
             recipe,
@@ -41,8 +40,6 @@ def run(options: argparse.Namespace, console: Console) -> None:
             tensorboard=options.tensorboard,
             tell=console.progress,
         )
-    if not curves:
-        raise ValueError(f"{options.recipe}: has no {options.stage}_training")
     last = {f"{stage}_{k}": v for stage, points in curves.items() for k, v in points[-1].items()}
-    if main:
+    if curves:  # else this process is one beside the main one
         console.say({**last, "seconds": console.seconds, "out": str(options.out)})

@@ -54,24 +54,27 @@ def train(
 
     stages  which; one that the recipe does not train is passed over
     device  "cpu", or "cuda" for the GPU that accelerate gives the process
-    tell    called with a stage's name, steps done and steps in all; in every process
+    tell    called with a stage's name, steps done and steps in all
 
-    Returns the points of each stage's curve. Raises ValueError if the folder was begun with another
+    Of several processes the main one tells, and returns the points of each stage's curve; the
+    others return nothing. Raises ValueError if the folder was begun with another
     recipe, FloatingPointError for gradients that are not finite, ModuleNotFoundError for what the
     extra `train` would have brought.
     """
     for stage in stages:
         check_choice("train", "stages", stage, STAGES)
-    with make_accelerator(torch.device(device)).main_process_first():
+    accelerator = make_accelerator(torch.device(device))
+    with accelerator.main_process_first():
         run = Run(folder, recipe)
-    told = tell or (lambda stage, done, total: None)
+    main = accelerator.is_main_process
+    told = tell if tell is not None and main else lambda stage, done, total: None
     work = {"vae": train_vae, "transformer": train_transformer}
     curves = {}
     for stage in STAGES:
         wanted = getattr(recipe, f"{stage}_training") is not None
         if stage in stages and wanted:
             curves[stage] = work[stage](run, torch.device(device), tensorboard, told)
-    return curves
+    return curves if main else {}
 
 
 def train_vae(run: Run, device: torch.device, tensorboard: bool, tell: Tell) -> list[Point]:
