@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 
 class MovingAverage:
@@ -52,5 +52,10 @@ class MovingAverage:
             _local(average).copy_(state[str(number)])
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor; told without that class, which takes most of a second to import."""
+    return hasattr(tensor, "to_local")
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local() if is_sharded(tensor) else tensor

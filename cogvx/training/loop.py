@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..checkpoint.tensors import read_tensors, write_tensors
 from ..extras import extra
-from .averages import MovingAverage
+from .averages import MovingAverage, is_sharded
 from .batches import Batches, mixed
 from .curves import board, draw_curve
 from .losses import Losses, mean
@@ -85,7 +84,7 @@ class Loop:
     @property
     def sharded(self) -> bool:
         """Whether no process has the whole model, so that none can run it alone."""
-        return any(isinstance(p, DTensor) for p in self.trained)
+        return any(map(is_sharded, self.trained))
 
     def run(self, tell: Tell) -> list[Point]:
         """Trains what is left, puts the averages in the place of the weights, returns the curve.
