@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from ..memory import LiveBytes
 from ..pipeline import CogVideoX
@@ -59,7 +60,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
             progress=console.progress,
         )
         video, row = _measured(prompt, device, made)
-        large = video.cpu().repeat_interleave(SCALE, 3).repeat_interleave(SCALE, 4)
+        large = _large(video.cpu())
         for suffix in (".mp4", ".gif"):
             write_video(options.out / f"{name}{suffix}", large, FPS)
         write_contact_sheet(options.out / f"{name}.png", large)
@@ -79,32 +80,35 @@ def _reconstruct(pipe: CogVideoX, path: Path, out: Path, device: torch.device) -
     video = clip.read()
     weight = next(pipe.vae.parameters())
 
-    def again() -> torch.Tensor:
+    def again() -> Tensor:
         return pipe.vae.decode(pipe.vae.encode(video.to(weight)).mode())
 
     made, row = _measured(f"{path.name}, reconstructed", device, again)
     made, measure = made.float().cpu(), PSNR()
     measure.add(video, made)
-    both = torch.cat([video, made], 4).repeat_interleave(SCALE, 3).repeat_interleave(SCALE, 4)
-    write_video(out / "reconstruction.mp4", both, clip.fps)
+    write_video(out / "reconstruction.mp4", _large(torch.cat([video, made], 4)), clip.fps)
     files = f"{out / 'reconstruction'}.mp4"
     return {**row, "psnr_db": round(measure.decibels, 2), "files": files}
 
 
 def _measured(what: str, device: torch.device, work: Callable[[], T]) -> tuple[T, dict[str, Any]]:
     """What it makes; how long it took, and how many bytes were alive at most."""
-    live = LiveBytes()
-    if device.type == "cuda":
+    live, on_gpu = LiveBytes(), device.type == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     with live:
         made = work()
-    if device.type == "cuda":
+    if on_gpu:
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - start
-    on_gpu = device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else live.peak
     return made, {"what": what, "seconds": round(seconds, 2), "peak_bytes": peak}
+
+
+def _large(video: Tensor) -> Tensor:
+    """Each pixel as a square of `SCALE`."""
+    return video.repeat_interleave(SCALE, 3).repeat_interleave(SCALE, 4)
 
 
 def _table(rows: list[dict[str, Any]], device: torch.device) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .drawing import draw, place
+from .drawing import Placed, draw, place
 from .scenes import COLORS, GROUNDS, SHAPES, SIZES, WAYS, Scene, Thing, describe
 
 HELD_OUT = 0.1  # of all sentences
@@ -55,6 +55,14 @@ class ProceduralClips(torch.utils.data.Dataset[Clip]):
         return self.length
 
     def __getitem__(self, index: int) -> Clip:
+        scene, placed = self._placed(index)
+        return Clip(draw(placed, scene.ground, *self.size), describe(scene), scene)
+
+    def scene(self, index: int) -> Scene:
+        """What a clip shows; it is not drawn."""
+        return self._placed(index)[0]
+
+    def _placed(self, index: int) -> tuple[Scene, tuple[Placed, ...]]:
         if not 0 <= index < self.length:
             raise IndexError(f"ProceduralClips: index must be in [0, {self.length}); got {index}")
         numbers = random.Random(f"{self.seed} {self.split} {index}")
@@ -63,9 +71,7 @@ class ProceduralClips(torch.utils.data.Dataset[Clip]):
             generator = torch.Generator().manual_seed(numbers.getrandbits(48))
             if held_out(describe(scene)) == (self.split == "test"):
                 with contextlib.suppress(ValueError):  # no room: another scene
-                    placed = place(scene, generator)
-                    break
-        return Clip(draw(placed, scene.ground, *self.size), describe(scene), scene)
+                    return scene, place(scene, generator)
 
 
 def held_out(caption: str) -> bool:

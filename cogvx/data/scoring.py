@@ -10,7 +10,7 @@ from ..vae import CausalVAE
 from ..video import PSNR
 from .procedural import ProceduralClips
 from .reading import Score, score
-from .scenes import Scene
+from .scenes import Scene, describe
 
 NAMES = ("color", "shape", "motion", "count", "all")
 AT_ONCE = 10
@@ -45,9 +45,8 @@ def held_out_prompts(count: int) -> dict[str, Scene]:
     clips = ProceduralClips("test", 100 * count)
     found: dict[str, Scene] = {}
     for index in range(len(clips)):
-        clip = clips[index]
-        assert clip.scene is not None  # it was drawn
-        found[clip.caption] = clip.scene
+        scene = clips.scene(index)
+        found[describe(scene)] = scene
         if len(found) == count:
             return found
     raise ValueError(f"held_out_prompts: count must be at most {len(found)}; got {count}")

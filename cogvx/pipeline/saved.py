@@ -147,15 +147,17 @@ def check_saving(save_latents: PathLike | None, checkpoint_every: int | None) ->
 
 def check_record(path: PathLike, has: Record, wanted: Record) -> None:
     """Raises CheckpointError, with every difference, unless `has` holds what `wanted` does."""
-    differences = [
+    if told := differences(has, wanted):
+        raise CheckpointError(f"{Path(path)}: was made with other models or options: {told}")
+
+
+def differences(has: Record, wanted: Record) -> str:
+    """Where a record does not hold what is wanted, in words; "" if nowhere."""
+    return "; ".join(
         f"{name} {_short(has.get(name))} there, {_short(value)} here"
         for name, value in wanted.items()
         if has.get(name) != value
-    ]
-    if differences:
-        raise CheckpointError(
-            f"{Path(path)}: was made with other models or options: {'; '.join(differences)}"
-        )
+    )
 
 
 def record_of(request: Request, inputs: Inputs) -> Record:

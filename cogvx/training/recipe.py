@@ -76,8 +76,8 @@ class Training(Config):
                  less, (1 + step) / (10 + step)
     precision    of the products: "bfloat16" is autocast, the weights stay float32
     compile      the model by torch.compile
-    save_every   steps between checkpoints, log_every between points of the curve,
-                 sample_every between sheets of samples; the first two divide the third or likewise
+    save_every   steps between checkpoints, sample_every between sheets of samples: multiples of
+                 log_every, those between points of the curve
     """
 
     LIMITS: ClassVar[Mapping[str, tuple[int, int]]] = {

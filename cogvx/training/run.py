@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import CONFIG_BYTES, atomic_path, read_json, sync
+from ..pipeline.saved import differences
 from .recipe import Recipe
 
 PathLike = str | os.PathLike[str]
@@ -108,18 +109,15 @@ class Stage:
 
 
 def _check_same(path: Path, has: dict[str, Any], wanted: dict[str, Any]) -> None:
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in values.items():
-            inner = isinstance(value, dict)
-            found |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-        return found
+    was, now = _flat(has), _flat(json.loads(json.dumps(wanted)))
+    if told := differences(was, {**dict.fromkeys(was), **now}):
+        raise ValueError(f"{path}: is of another recipe: {told}")
 
-    was, now = flat(has), flat(json.loads(json.dumps(wanted)))
-    differences = [
-        f"{name} {was.get(name)!r} there, {now.get(name)!r} here"
-        for name in sorted(was.keys() | now.keys())
-        if was.get(name) != now.get(name)
-    ]
-    if differences:
-        raise ValueError(f"{path}: is of another recipe: {'; '.join(differences)}")
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The keys of tables as table.key."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, dict)
+        found |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return found

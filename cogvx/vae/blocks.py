@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cogvx_kernels import conv3d, residual_moments
 
+from ..autocast import weights_in
 from .causal_conv import AnyNorm, CausalConv
 from .checkpointing import checkpointed
 from .norm import Flow, Modulation, SpatialNorm
@@ -52,8 +53,7 @@ class ResnetBlock3D(nn.Module):
     def _shortcut(self, x: Tensor) -> Tensor:
         if not hasattr(self, "conv_shortcut"):
             return x
-        conv = cast(nn.Conv3d, self.conv_shortcut)
-        weight, bias = (cast(Tensor, t).to(x.dtype) for t in (conv.weight, conv.bias))
+        weight, bias = weights_in(self.conv_shortcut, x.dtype)
         return conv3d(x, weight, bias, (0, 0, 0))
 
     def _sum(self, x: Tensor, h: Tensor, offset: Tensor | None) -> Flow:

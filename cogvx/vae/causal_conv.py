@@ -19,6 +19,7 @@ from cogvx_kernels import (
     temporal_conv,
 )
 
+from ..autocast import weights_in
 from .norm import Flow, Modulation, Norm, SpatialNorm
 from .state import FrameCache
 
@@ -142,7 +143,7 @@ class FactorizedConv3d(CausalConv):
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         cache = FrameCache(keep=False) if cache is None else cache
         pad = self.time_kernel // 2
-        weight, bias = _cast(self.spatial, x.dtype)
+        weight, bias = weights_in(self.spatial, x.dtype)
         # (out, in, 1, kernel, kernel): a 3-D kernel of one frame
         x = conv3d(x, weight[:, :, None], bias, (0, pad, pad))
         if self.kept == 0:
@@ -164,14 +165,8 @@ class FactorizedConv3d(CausalConv):
         return out
 
     def _in_time(self, x: Tensor, past: Tensor | None, start: str) -> Tensor:
-        weight, bias = _cast(self.temporal, x.dtype)
+        weight, bias = weights_in(self.temporal, x.dtype)
         return temporal_conv(x, weight, bias, cache=past, start=start, backend=self.backend)
-
-
-def _cast(conv: nn.Conv2d | nn.Conv1d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Its weight and bias, which under autocast are of another dtype than the chunk."""
-    assert conv.bias is not None
-    return conv.weight.to(dtype), conv.bias.to(dtype)
 
 
 def name_convs(module: nn.Module) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from cogvx_kernels.resample import SAFE, doubled, halved, pictures, video
 
+from ..autocast import weights_in
 from .norm import Flow, Modulation
 from .state import FrameCache
 
@@ -47,7 +48,6 @@ class Upsample3D(nn.Module):
 
     def forward(self, flow: Flow, modulations: Sequence[Modulation], cache: FrameCache) -> Flow:
         x, conv = flow.x, self.conv
-        assert conv.bias is not None
         single = cache.leads if self.time else x.shape[2]  # so many stay so, and they come first
-        weight, bias = conv.weight.to(x.dtype), conv.bias.to(x.dtype)
+        weight, bias = weights_in(conv, x.dtype)
         return Flow(doubled(x, weight, bias, int(single), fold=self.fold))
