@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..assets import located
 from ..config import Config, SchedulerConfig, TransformerConfig, VAEConfig
 from ..files import CONFIG_BYTES, CheckpointError, atomic_path, member, read_json, shown
 from ..transformer import ExpertTransformer
@@ -188,7 +189,7 @@ def _default(config: Config, name: str) -> Any:
 
 def _component(path: PathLike, name: str, config: str) -> Path:
     """The component's folder: `path`, or the folder in it that has the component's name."""
-    folder = Path(path)
+    folder = located(path)
     try:
         inner = folder / name
         if inner.is_dir():

@@ -9,6 +9,7 @@ import torch
 
 from cogvx_kernels import BACKENDS
 
+from ..assets import located
 from ..checkpoint import load_vae
 from ..config import TransformerConfig, VAEConfig
 from ..factorized import build_vae
@@ -53,8 +54,12 @@ def tiling(text: str) -> Tiling:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="a model's folder")
+def add_model(parser: Any, default: str | None = None, required: bool = True) -> None:
+    parser.add_argument(
+        "--model", type=located, metavar="DIR|tiny", default=default,
+        required=required and default is None,
+        help="a model's folder, or the model that comes with the package",
+    )  # fmt: skip
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +97,7 @@ def add_tiling(parser: Any) -> None:
 def add_vae(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the VAE")
     which = group.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", metavar="DIR", type=Path, help="a model's folder")
+    add_model(which, required=False)
     which.add_argument(
         "--vae", metavar="DIR|random", help="a VAE's folder; random: a factorised one, untrained"
     )

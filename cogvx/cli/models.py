@@ -123,7 +123,7 @@ def convert(options: argparse.Namespace, console: Console) -> None:
 def _add_which(parser: argparse.ArgumentParser, required: bool = True) -> None:
     which = parser.add_mutually_exclusive_group(required=required)
     which.add_argument("--preset", choices=sorted(PRESETS), help="a released model")
-    which.add_argument("--model", metavar="DIR", type=Path, help="a model's folder")
+    arguments.add_model(which, required=False)
 
 
 def _configs(options: argparse.Namespace) -> tuple[TransformerConfig | None, VAEConfig | None]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..assets import located
 from ..checkpoint import (
     atomic_path,
     load_scheduler,
@@ -96,7 +97,8 @@ class CogVideoX:
         text_encoder: bool | TextEncoder = True,
     ) -> "CogVideoX":
         """The model in a folder of the hub's layout: transformer/, vae/, scheduler/ and, if the
-        model has one, text_encoder/ with tokenizer/. Nothing is downloaded.
+        model has one, text_encoder/ with tokenizer/. Nothing is downloaded; "tiny" is the model
+        inside the package (`cogvx/assets/tiny/README.md`).
 
         dtype         of all weights: bfloat16 for 5B and 1.5, float16 for 2B; None keeps the files'
         backend       of the kernels, and attention: see `ExpertTransformer`
@@ -105,8 +107,9 @@ class CogVideoX:
 
         Raises CheckpointError or FileNotFoundError for what is missing or not as it should be.
         """
+        path = located(path)
         solver, scheduler = load_scheduler(path)
-        if text_encoder is True and _has_text_encoder(Path(path)):
+        if text_encoder is True and _has_text_encoder(path):
             if is_words(path):
                 text_encoder = WordTextEncoder.from_pretrained(path)
             else:

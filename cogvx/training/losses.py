@@ -81,6 +81,19 @@ def dropped(text: Tensor, empty: Tensor, part: float) -> Tensor:
     return torch.where(keep, text, empty)
 
 
+def recolored(video: Tensor, part: float) -> Tensor:
+    """(batch, frames, 3, height, width) in [-1, 1]; clips, each with a chance of `part`, in other
+    colours: those of a random affine map, the same for all frames, cut to [-1, 1]."""
+    if part == 0:
+        return video
+    batch = len(video)
+    changed = torch.rand(batch, 1, 1, 1, 1, device=video.device) < part
+    turned = 0.6 * torch.randn(batch, 1, 3, 3, device=video.device)
+    moved = 0.35 * torch.randn(batch, 1, 3, 1, device=video.device)
+    other = (turned @ video.flatten(3) + moved).view_as(video).clamp(-1, 1)
+    return torch.where(changed, other, video)
+
+
 def mean(losses: Sequence[Losses]) -> Losses:
     """Of several batches."""
     return {name: torch.stack([one[name] for one in losses]).mean() for name in losses[0]}

@@ -19,10 +19,10 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from .. import frames
+from ..assets import SHIPPED, located
 from ..config import Config, SchedulerConfig, TransformerConfig, VAEConfig, check_choice
 from ..files import CONFIG_BYTES
 
@@ -32,7 +32,6 @@ else:
     import tomli as tomllib
 
 PathLike = str | os.PathLike[str]
-RECIPES = ("tiny",)
 STEPS_LIMIT = 10**8
 LOWEST = 0.01  # of the learning rate, at the end of a cosine
 SCHEDULES = ("cosine", "constant")
@@ -94,6 +93,7 @@ class Training(Config):
         "beta2": (0.0, 1.0),
         "weight_decay": (0.0, 10.0),
         "ema_decay": (0.0, 1.0),
+        "recolored": (0.0, 1.0),
         "kl_weight": (0.0, 1e3),
         "text_dropout": (0.0, 1.0),
         "balance_weight": (0.0, 1e3),
@@ -143,11 +143,14 @@ class VAETraining(Training):
     """frames       of a training clip: fewer than the data's are cut from it at random
     image_steps  so many of the steps, the first, see one frame of each of `frames` times as many
                  clips: space is learned soonest from pictures that differ
+    recolored    part of the clips that get other colours at random, grounds included: where colours
+                 are few, and those of small things weigh little, they are learned late without
     kl_weight    of the divergence in nats a latent value, beside |error| + 2 · error² a pixel value
     """
 
     frames: int = 17
     image_steps: int = 0
+    recolored: float = 0.0
     kl_weight: float = 1e-4
 
     def frames_at(self, step: int) -> int:
@@ -238,8 +241,8 @@ class Recipe:
 
         Raises ValueError, with the path, for what cannot be; OSError if there is no such file.
         """
-        if path in RECIPES:
-            path = Path(__file__).parents[1] / "assets" / path / "recipe.toml"
+        if path in SHIPPED:
+            path = located(path) / "recipe.toml"
         with open(path, "rb") as file:
             data = file.read(CONFIG_BYTES + 1)
         if len(data) > CONFIG_BYTES:

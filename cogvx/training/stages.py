@@ -22,9 +22,10 @@ from ..vae import CausalVAE, DiagonalGaussian
 from ..video import write_sheet
 from ..words import WordTextEncoder
 from .batches import mixed
+from .beginnings import begin_vae
 from .loop import Loop, Tell, make_accelerator
 from .lora import add_adapters, save_adapters
-from .losses import ReconstructionLoss, VelocityLoss, dropped
+from .losses import ReconstructionLoss, VelocityLoss, dropped, recolored
 from .recipe import Recipe
 from .run import Point, Run
 
@@ -34,7 +35,6 @@ SEEN = 10**6  # procedural clips that a VAE may see before it sees one again
 SHOWN = 4  # clips of a sheet
 COLUMNS = 6  # frames of each
 MEASURED = 64  # clips that tell how wide latents are spread
-FIRST_LOGVAR = -6.0  # of the latents of a new VAE
 
 
 def train(
@@ -95,7 +95,8 @@ def train_vae(run: Run, device: torch.device, tensorboard: bool, tell: Tell) -> 
         count = options.frames_at(step)
         firsts = torch.randint(recipe.data.frames - count + 1, (len(batch),)).tolist()
         cut = [clip.video[n : n + count] for clip, n in zip(batch, firsts, strict=True)]
-        return (torch.stack(cut).to(accelerator.device),)
+        video = torch.stack(cut).to(accelerator.device)
+        return (recolored(video, options.recolored),)
 
     def sample() -> None:
         video = torch.stack([shown[i].video for i in range(min(SHOWN, _len(shown)))])
@@ -243,8 +244,7 @@ def new_vae(recipe: Recipe) -> CausalVAE:
     assert recipe.vae is not None  # or Recipe would have said so
     torch.manual_seed(mixed(recipe.seed, 2))
     vae = CausalVAE(recipe.vae)
-    with torch.no_grad():  # latents that begin as little noise are soon worth being read
-        list(vae.encoder.conv_out.parameters())[-1][recipe.vae.latent_channels :] += FIRST_LOGVAR
+    begin_vae(vae)
     return vae
 
 

@@ -4,11 +4,16 @@ import pytest
 import torch
 from torch import nn
 
+from cogvx.config import VAEConfig
+from cogvx.data import ProceduralClips
 from cogvx.schedulers import NoiseSchedule
 from cogvx.training.averages import MovingAverage
 from cogvx.training.batches import Batches, mixed
-from cogvx.training.losses import ReconstructionLoss, VelocityLoss, dropped, mean
+from cogvx.training.beginnings import begin_vae
+from cogvx.training.losses import ReconstructionLoss, VelocityLoss, dropped, mean, recolored
 from cogvx.training.stages import new_transformer, new_vae, scheduler_of
+from cogvx.vae import CausalVAE
+from cogvx.vae.causal_conv import CausalConv
 
 from .recipes import small
 
@@ -108,3 +113,47 @@ def test_dropped_texts_are_the_empty_one():
 def test_the_mean_of_losses():
     both = mean([{"a": torch.tensor(1.0)}, {"a": torch.tensor(3.0)}])
     assert both == {"a": torch.tensor(2.0)}
+
+
+@pytest.mark.parametrize("factorized", [True, False])
+def test_a_new_vae_begins_as_one_of_pictures(factorized):
+    torch.manual_seed(0)
+    vae = CausalVAE(
+        VAEConfig(block_out_channels=(8, 16, 16), norm_num_groups=4, factorized=factorized)
+    )
+    begin_vae(vae)
+    convs = [m for m in vae.modules() if isinstance(m, CausalConv)]
+    for conv in convs:
+        x = torch.randn(1, conv.weight.shape[1], 3, 4, 4)
+        alone = torch.cat([conv(frame) for frame in x.split(1, 2)], 2)
+        torch.testing.assert_close(conv(x), alone)
+    assert len(convs) > 10
+
+
+def test_signals_of_a_new_vae_keep_their_size():
+    recipe = small(vae={"block_out_channels": [16, 32, 32, 32]}, seed=1)
+    clips = torch.stack([ProceduralClips("train", 8, 5, 32, 32)[i].video for i in range(8)])
+
+    def varied(vae):
+        """How much what is decoded differs from clip to clip, of what the clips do."""
+        with torch.no_grad():
+            again = vae.decode(vae.encode(clips).mode())
+        return float(again.std(0).mean() / clips.std(0).mean())
+
+    torch.manual_seed(1)
+    assert varied(CausalVAE(recipe.vae)) < 0.1  # by torch's own weights hardly at all
+    assert 0.3 < varied(new_vae(recipe)) < 3
+
+
+def test_other_colours_are_one_map_of_a_clip():
+    torch.manual_seed(0)
+    video = torch.stack([ProceduralClips("train", 300, 2, 16, 16)[i].video for i in range(300)])
+    assert recolored(video, 0.0) is video
+    other = recolored(video, 0.5)
+    kept = (other == video).flatten(1).all(1)
+    assert 110 < kept.sum() < 190
+    assert other.min() == -1 and other.max() == 1
+    for clip, new in zip(video[~kept], other[~kept], strict=True):
+        pixels = torch.cat([clip.movedim(1, -1).flatten(0, 2), new.movedim(1, -1).flatten(0, 2)], 1)
+        colours = pixels.unique(dim=0)  # of what was alike, before and after, all is alike
+        assert len(colours) == len(colours[:, :3].unique(dim=0))
