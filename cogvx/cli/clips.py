@@ -39,6 +39,7 @@ if sys.platform != "win32":
 
 VIDEOS = tuple(WRITTEN)
 DEFAULT_FPS = 8.0
+OF_A_FILE = ("mode", "sample", "fps", "tiling", "force")  # of `encode`
 
 
 def add(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -110,6 +111,12 @@ def encode(options: argparse.Namespace, console: Console) -> None:
 
 def _encode_folder(options: argparse.Namespace, console: Console) -> None:
     """Latents of every video, with embeddings of its caption if the model has a T5."""
+    given = [name for name in OF_A_FILE if getattr(options, name) not in (None, False)]
+    if given:
+        raise ValueError(
+            f"{options.video}: must be a file for {', '.join(f'--{name}' for name in given)}; it "
+            "is a folder, which is encoded without"
+        )
     vae, text_encoder, length = open_vae(options), None, 0
     size: tuple[Any, ...] = (options.frames, options.height, options.width)
     if options.model is not None:

@@ -292,6 +292,7 @@ def test_nothing_is_overwritten_unasked(capsys, here):
         (["plan", "--model", "nowhere"], "nowhere"),
         (["encode", BIKES, *RANDOM, "--device", "cuda:7", "--out", "a.safetensors"], "--device"),
         (["encode", BIKES, *RANDOM, "--device", "moon", "--out", "a.safetensors"], "moon"),
+        (["encode", ".", *RANDOM, "--sample", "--fps", 8, "--out", "a"], "for --sample, --fps;"),
     ],
 )
 def test_what_goes_wrong_is_one_line(capsys, here, words, message):
