@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..assets import located
+from ..assets import SHIPPED, located
 from ..checkpoint import (
     atomic_path,
     load_scheduler,
@@ -100,13 +100,16 @@ class CogVideoX:
         model has one, text_encoder/ with tokenizer/. Nothing is downloaded; "tiny" is the model
         inside the package (`cogvx/assets/tiny/README.md`).
 
-        dtype         of all weights: bfloat16 for 5B and 1.5, float16 for 2B; None keeps the files'
+        dtype         of all weights: bfloat16 for 5B and 1.5, float16 for 2B. None keeps the dtype
+                      of the files, but float32 for "tiny" on a CPU
         backend       of the kernels, and attention: see `ExpertTransformer`
         text_encoder  False leaves it out (4.8 billion parameters), for when embeddings are given;
                       or one of your own
 
         Raises CheckpointError or FileNotFoundError for what is missing or not as it should be.
         """
+        if dtype is None and path in SHIPPED and torch.device(device).type == "cpu":
+            dtype = torch.float32
         path = located(path)
         solver, scheduler = load_scheduler(path)
         if text_encoder is True and _has_text_encoder(path):

@@ -15,7 +15,7 @@ Losses = dict[str, Tensor]
 
 
 class ReconstructionLoss(nn.Module):
-    """Of a VAE: |error| + 2 · error², averaged over pixel values, and kl_weight times the
+    """Of a VAE: |error| + 8 · error², averaged over pixel values, and kl_weight times the
     divergence from the standard normal in nats, averaged over latent values.
 
     The clips are whole chunks here: of the released VAE they must be no longer than one.
@@ -30,7 +30,7 @@ class ReconstructionLoss(nn.Module):
         """video: (batch, frames, channels, height, width) in [-1, 1]. "loss", and its parts."""
         known = DiagonalGaussian(self.encoder(video))
         error = self.decoder(known.sample()).float() - video
-        reconstruction = error.abs().mean() + 2 * error.square().mean()
+        reconstruction = error.abs().mean() + 8 * error.square().mean()
         kl = known.kl().sum() / known.mean.numel()
         loss = reconstruction + self.kl_weight * kl
         return {"loss": loss, "reconstruction": reconstruction.detach(), "kl": kl.detach()}

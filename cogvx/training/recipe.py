@@ -145,7 +145,7 @@ class VAETraining(Training):
                  clips: space is learned soonest from pictures that differ
     recolored    part of the clips that get other colours at random, grounds included: where colours
                  are few, and those of small things weigh little, they are learned late without
-    kl_weight    of the divergence in nats a latent value, beside |error| + 2 · error² a pixel value
+    kl_weight    of the divergence in nats a latent value, beside |error| + 8 · error² a pixel value
     """
 
     frames: int = 17
