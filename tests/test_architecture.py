@@ -56,7 +56,7 @@ NAMES_TRITON = {
 } - {"cogvx_kernels/frame_cache/kernel.py"}
 # The model's floors, from the ground up: a file or folder may import those of lower floors only.
 MODEL_FLOORS = (
-    {"autocast", "config", "extras", "files", "memory"},
+    {"assets", "autocast", "config", "extras", "files", "memory"},
     {"frames"},
     {"vae", "transformer", "schedulers", "text", "video", "words"},
     {"checkpoint", "plan"},
