@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .drawing import SQUARE
 from .scenes import COLORS, GROUNDS, SIZES, WAYS, Scene, Thing
 
 OFF_GROUND = 0.22  # of colors in [0, 1]: further than this from the ground's is a thing
@@ -15,9 +16,9 @@ REACH = 0.28  # around the middle of a thing, of a picture's smaller side: no th
 MOVED = 0.12  # of its smaller side: less is no motion
 
 # A shape's part of the box around it, and how far below the box's middle its own is, as a part of
-# the height.
+# the height: between what sharp and soft edges make of it.
 FORMS = {
-    "circle": (0.785, 0.0), "square": (1.0, 0.0), "triangle": (0.5, 0.167), "cross": (0.59, 0.0)
+    "circle": (0.77, 0.0), "square": (0.97, 0.0), "triangle": (0.56, 0.13), "cross": (0.585, 0.0)
 }  # fmt: skip
 
 
@@ -153,8 +154,9 @@ def _thing(track: list[Patch], side: int) -> Thing:
     height, width = (int(z.max() - z.min()) + 1 if len(z) else 1 for z in (rows, columns))
     fill = len(rows) / (height * width)
     below = float(rows.float().mean() - (rows.max() + rows.min()) / 2) / height if len(rows) else 0
-    shape = min(FORMS, key=lambda s: (FORMS[s][0] - fill) ** 2 + 4 * (FORMS[s][1] - below) ** 2)
-    size = min(SIZES, key=lambda s: abs(SIZES[s] - max(height, width) / 2 / side))
+    shape = min(FORMS, key=lambda s: (FORMS[s][0] - fill) ** 2 + 16 * (FORMS[s][1] - below) ** 2)
+    radius = max(height, width) / 2 / side / (SQUARE if shape == "square" else 1)
+    size = min(SIZES, key=lambda s: abs(SIZES[s] - radius))
     few = max(1, len(track) // 4)
     dx, dy = (
         sum(getattr(p, axis) for p in track[-few:]) / few

@@ -20,7 +20,8 @@ from .averages import MovingAverage, is_sharded
 from .batches import Batches, mixed
 from .curves import board, draw_curve
 from .losses import Losses, mean
-from .recipe import Training, learning_rate
+from .optimizers import make_optimizers
+from .recipe import Training, learning_rate, part_of_rate
 from .run import Point, Stage
 
 Tell = Callable[[str, int, int], None]
@@ -63,16 +64,17 @@ class Loop:
         self.stage, self.options, self.seed = stage, options, seed
         self.accelerator, self.workers = accelerator, workers
         self.data, self.prepare, self.sample = data, prepare, sample
-        optimizer = torch.optim.AdamW(
-            (p for p in loss.parameters() if p.requires_grad),
-            lr=options.learning_rate,
-            betas=(options.beta1, options.beta2),
-            weight_decay=options.weight_decay,
-        )
+        made = make_optimizers(loss, options)
         if options.compile:
             loss.compile(dynamic=False)
-        self.loss, self.optimizer = accelerator.prepare(loss, optimizer)
+        self.loss, *optimizers = accelerator.prepare(loss, *made)
+        self.optimizers = list(zip(optimizers, made.values(), strict=True))
         self.trained = [p for p in self.loss.parameters() if p.requires_grad]
+        if self.sharded and options.optimizer == "muon":
+            raise ValueError(
+                f"{stage.name}_training: optimizer must be adamw where no process has whole "
+                "matrices, as with FSDP; got muon"
+            )
         self.average = MovingAverage(self.trained, options.ema_decay)
         self.board = board(stage.folder) if tensorboard and self.main else None
 
@@ -122,8 +124,9 @@ class Loop:
         """One step of the optimizer, over `accumulate` parts of a batch."""
         options, accelerator = self.options, self.accelerator
         torch.manual_seed(mixed(self.seed, step, accelerator.process_index))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(options, step)
+        for optimizer, rate in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * part_of_rate(options, step)
         size = len(clips) // options.accumulate
         found = []
         for start in range(0, len(clips), size):
@@ -140,8 +143,9 @@ class Loop:
                 f"{self.stage.name}: step {step} has a gradient that is not finite; a lower "
                 "learning_rate, or precision float32, may help"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer, _ in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         self.average.update()
         return {**mean(found), "gradient": norm.detach()}
 

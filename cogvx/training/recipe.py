@@ -34,6 +34,7 @@ else:
 PathLike = str | os.PathLike[str]
 STEPS_LIMIT = 10**8
 LOWEST = 0.01  # of the learning rate, at the end of a cosine
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("float32", "bfloat16")
 
@@ -65,10 +66,13 @@ class Data(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Config):
-    """How one model is trained, with AdamW.
+    """How one model is trained.
 
     steps        of the optimizer
     batch_size   clips of a step, over all processes; `accumulate` times fewer are held at once
+    optimizer    "adamw"; or "muon": Muon for the matrices of a transformer's attention and
+                 feed-forwards, AdamW for the rest of it. Neither for a VAE nor for adapters
+    muon_learning_rate  of those matrices; it rises and falls with learning_rate
     learning_rate, warmup, schedule  it rises for `warmup` steps, then falls as a cosine to a
                  hundredth, or stays
     ema_decay    of the moving average of the weights, which is what is kept in the end; early on
@@ -102,7 +106,9 @@ class Training(Config):
     steps: int = 1000
     batch_size: int = 8
     accumulate: int = 1
+    optimizer: str = "adamw"
     learning_rate: float = 1e-4
+    muon_learning_rate: float = 0.02
     warmup: int = 100
     schedule: str = "cosine"
     beta1: float = 0.9
@@ -123,6 +129,7 @@ class Training(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice(type(self).__name__, "optimizer", self.optimizer, OPTIMIZERS)
         check_choice(type(self).__name__, "schedule", self.schedule, SCHEDULES)
         check_choice(type(self).__name__, "precision", self.precision, PRECISIONS)
         if self.batch_size % self.accumulate:
@@ -153,6 +160,14 @@ class VAETraining(Training):
     recolored: float = 0.0
     kl_weight: float = 1e-4
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.optimizer == "muon":
+            raise ValueError(
+                "VAETraining: optimizer must be adamw, for a VAE has convolutions, no matrices; "
+                "got muon"
+            )
+
     def frames_at(self, step: int) -> int:
         """Frames of a clip in a step."""
         return 1 if step < self.image_steps else self.frames
@@ -172,6 +187,14 @@ class TransformerTraining(Training):
     text_dropout: float = 0.1
     balance_weight: float = 0.01
     lora_rank: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_rank and self.optimizer == "muon":
+            raise ValueError(
+                "TransformerTraining: optimizer must be adamw for the adapters of lora_rank "
+                f"{self.lora_rank}; got muon"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,11 +287,16 @@ class Recipe:
 
 def learning_rate(options: Training, step: int) -> float:
     """Of a step, counted from 0."""
-    rate = options.learning_rate * min(1.0, (step + 1) / max(options.warmup, 1))
+    return options.learning_rate * part_of_rate(options, step)
+
+
+def part_of_rate(options: Training, step: int) -> float:
+    """Of every learning rate, in that step."""
+    rise = min(1.0, (step + 1) / max(options.warmup, 1))
     if options.schedule == "constant" or step < options.warmup:
-        return rate
+        return rise
     part = (step - options.warmup) / max(options.steps - options.warmup, 1)
-    return rate * (LOWEST + (1 - LOWEST) * (0.5 + 0.5 * math.cos(math.pi * part)))
+    return rise * (LOWEST + (1 - LOWEST) * (0.5 + 0.5 * math.cos(math.pi * part)))
 
 
 TABLES: Mapping[str, type[Config]] = {

@@ -42,7 +42,7 @@ def small(**changes):
             "num_text_experts": 1,
             "num_video_experts": 2,
         },
-        "transformer_training": dict(often),
+        "transformer_training": {**often, "optimizer": "muon"},
     }
     for name, change in changes.items():
         if isinstance(change, dict):

@@ -11,6 +11,7 @@ from cogvx.training.averages import MovingAverage
 from cogvx.training.batches import Batches, mixed
 from cogvx.training.beginnings import begin_vae
 from cogvx.training.losses import ReconstructionLoss, VelocityLoss, dropped, mean, recolored
+from cogvx.training.optimizers import make_optimizers
 from cogvx.training.stages import new_transformer, new_vae, scheduler_of
 from cogvx.vae import CausalVAE
 from cogvx.vae.causal_conv import CausalConv
@@ -157,3 +158,30 @@ def test_other_colours_are_one_map_of_a_clip():
         pixels = torch.cat([clip.movedim(1, -1).flatten(0, 2), new.movedim(1, -1).flatten(0, 2)], 1)
         colours = pixels.unique(dim=0)  # of what was alike, before and after, all is alike
         assert len(colours) == len(colours[:, :3].unique(dim=0))
+
+
+def test_muon_is_for_hidden_matrices_and_adamw_for_the_rest():
+    """Every weight has one optimizer; a step of Muon goes about as far in every direction."""
+    recipe = small()
+    model = new_transformer(recipe)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    made = make_optimizers(model, recipe.transformer_training)
+    rest, hidden = (
+        [p for group in optimizer.param_groups for p in group["params"]] for optimizer in made
+    )
+    assert len({*rest, *hidden}) == len(rest) + len(hidden) == len(names)
+    # q, k, v and the output; two matrices of one expert for text and of two for video
+    assert len(hidden) == 4 + 2 + 4
+    assert all(p.ndim == 2 and (".attn1.to_" in names[p] or ".ff." in names[p]) for p in hidden)
+    (plain,) = make_optimizers(model, recipe.vae_training)
+    assert len(plain.param_groups[0]["params"]) == len(names)
+    before = {p: p.detach().clone() for p in hidden}
+    for parameter in hidden:
+        parameter.grad = torch.randn_like(parameter)
+    muon = list(made)[1]
+    for group in muon.param_groups:
+        group["lr"] = made[muon]
+    muon.step()
+    for parameter in hidden:
+        lengths = torch.linalg.svdvals(before[parameter] - parameter.detach())
+        assert 0 < lengths.max() < 3 * lengths.min(), names[parameter]

@@ -32,10 +32,12 @@ def test_settings_go_over_the_file():
         ("vae_training.steps=0", r"VAETraining: steps must be an integer in \[1"),
         ("vae_training.steps=many", "VAETraining: steps must be an integer"),
         ("vae_training.schedule=linear", "schedule must be one of"),
+        ("transformer_training.optimizer=sgd", "optimizer must be one of"),
+        ("vae_training.optimizer=muon", "VAETraining: optimizer must be adamw"),
         ("vae_training.accumulate=3", "accumulate must divide batch_size"),
         ("vae_training.save_every=7", "save_every must be a multiple of log_every"),
         ("transformer_training.text_dropout=1.5", r"text_dropout must be a number in \[0.0, 1.0\]"),
-        ("transformer_training.lora_rank=4", "model must be the folder of a model for lora_rank"),
+        ("transformer_training.lora_rank=4", "adamw for the adapters of lora_rank 4; got muon"),
         ("data.frames=18", "data.frames must have 1 . 4k frames, nearest 17 or 21"),
         ("vae_training.frames=12", "vae_training.frames must have"),
         ("vae_training.frames=21", "vae_training.frames must be at most data.frames 17; got 21"),
@@ -51,6 +53,8 @@ def test_what_cannot_be(setting, said):
 def test_something_must_be_trained_and_there():
     with pytest.raises(ValueError, match="got neither"):
         small(vae_training=None, transformer_training=None)
+    with pytest.raises(ValueError, match="model must be the folder of a model for lora_rank"):
+        small(transformer_training={"optimizer": "adamw", "lora_rank": 4})
     with pytest.raises(ValueError, match="unless vae and transformer are both there"):
         small(vae=None)
 
