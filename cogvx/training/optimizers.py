@@ -7,8 +7,8 @@ from torch import nn
 
 from .recipe import Training
 
-# The matrices inside a transformer's blocks, but not those that make scales and shifts of the time.
-HIDDEN = re.compile(r"(^|\.)transformer_blocks\.\d+\.(attn1\.to_|ff\.).*weight$")
+# A transformer's hidden matrices: not a router, nor what makes scales and shifts of the time.
+HIDDEN = re.compile(r"(^|\.)transformer_blocks\.\d+\.(attn1\.to_|ff\..*\.net\.).*weight$")
 
 
 def make_optimizers(loss: nn.Module, options: Training) -> dict[torch.optim.Optimizer, float]:

@@ -170,7 +170,7 @@ def test_muon_is_for_hidden_matrices_and_adamw_for_the_rest():
         [p for group in optimizer.param_groups for p in group["params"]] for optimizer in made
     )
     assert len({*rest, *hidden}) == len(rest) + len(hidden) == len(names)
-    # q, k, v and the output; two matrices of one expert for text and of two for video
+    # q, k, v, the output; two matrices of one expert for text, of two for video; no router
     assert len(hidden) == 4 + 2 + 4
     assert all(p.ndim == 2 and (".attn1.to_" in names[p] or ".ff." in names[p]) for p in hidden)
     (plain,) = make_optimizers(model, recipe.vae_training)
