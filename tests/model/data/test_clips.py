@@ -93,6 +93,17 @@ def test_things_stay_within_the_picture_and_apart():
         assert len(read(video).things) == len(scene.things), describe(scene)
 
 
+def test_things_begin_on_a_grid_and_go_a_pixel_a_frame():
+    """All frames of a moving thing are the first one, shifted: so that latents are, too."""
+    scene = Scene((Thing("red", "triangle", "small", "left"),), "white")
+    for seed in range(20):
+        (placed,) = place(scene, torch.Generator().manual_seed(seed))
+        assert (placed.x * 8).is_integer() and (placed.y * 8).is_integer()
+        video = draw((placed,), "white", 17, 64, 64)
+        for frame in range(17):
+            torch.testing.assert_close(video[frame].roll(frame, -1), video[0], atol=1e-5, rtol=0)
+
+
 def test_a_scene_without_room_says_so():
     large = Thing("red", "square", "large", "right"), Thing("blue", "square", "large", "down")
     with pytest.raises(ValueError, match="'a large red square moves right and a large blue squ"):
