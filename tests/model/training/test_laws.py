@@ -11,7 +11,7 @@ from cogvx.training.averages import MovingAverage
 from cogvx.training.batches import Batches, mixed
 from cogvx.training.beginnings import begin_vae
 from cogvx.training.losses import ReconstructionLoss, VelocityLoss, dropped, mean, recolored
-from cogvx.training.optimizers import make_optimizers
+from cogvx.training.optimizers import Muon, make_optimizers
 from cogvx.training.stages import new_transformer, new_vae, scheduler_of
 from cogvx.vae import CausalVAE
 from cogvx.vae.causal_conv import CausalConv
@@ -185,3 +185,17 @@ def test_muon_is_for_hidden_matrices_and_adamw_for_the_rest():
     for parameter in hidden:
         lengths = torch.linalg.svdvals(before[parameter] - parameter.detach())
         assert 0 < lengths.max() < 3 * lengths.min(), names[parameter]
+
+
+def test_muon_on_a_cpu_is_torchs_without_its_rounding():
+    start, gradient = torch.randn(2, 24, 40, generator=torch.Generator().manual_seed(0))
+    steps = []
+    for kind in (Muon, torch.optim.Muon):
+        parameter = nn.Parameter(start.clone())
+        parameter.grad = gradient.clone()
+        kind([parameter], lr=1.0, weight_decay=0.0).step()
+        steps.append(start - parameter.detach())
+        assert parameter.dtype == torch.float32 and parameter.grad.equal(gradient)
+    ours, rounded = steps
+    assert torch.linalg.norm(ours - rounded) < 0.03 * torch.linalg.norm(rounded)
+    assert not torch.allclose(ours, rounded, rtol=1e-4, atol=1e-4)
