@@ -5,6 +5,7 @@ So where a training stands is the number of its step, and one that was killed go
 bits. accelerate brings what several processes and GPUs need, and saves and loads their parts.
 """
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -36,6 +37,17 @@ def make_accelerator(device: torch.device) -> Any:
     return accelerate.Accelerator(cpu=device.type == "cpu", mixed_precision="no")
 
 
+def warn_of_emulation(precision: str, device: torch.device) -> None:
+    """Warns of bfloat16 on a CPU that has no instructions for it."""
+    if precision == "bfloat16" and device.type == "cpu":
+        if torch.backends.cpu.get_cpu_capability() == "AVX2":
+            warnings.warn(
+                "train: this CPU has no instructions for bfloat16 and may take a hundred times as "
+                "long with it; precision float32 is faster here",
+                stacklevel=2,
+            )
+
+
 class Loop:
     """One model's training, from its newest checkpoint on.
 
@@ -64,6 +76,7 @@ class Loop:
         self.stage, self.options, self.seed = stage, options, seed
         self.accelerator, self.workers = accelerator, workers
         self.data, self.prepare, self.sample = data, prepare, sample
+        warn_of_emulation(options.precision, accelerator.device)
         made = make_optimizers(loss, options)
         if options.compile:
             loss.compile(dynamic=False)

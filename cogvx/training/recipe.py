@@ -77,7 +77,8 @@ class Training(Config):
                  hundredth, or stays
     ema_decay    of the moving average of the weights, which is what is kept in the end; early on
                  less, (1 + step) / (10 + step)
-    precision    of the products: "bfloat16" is autocast, the weights stay float32
+    precision    of the products: "bfloat16" is autocast, the weights stay float32. On a CPU that
+                 only has AVX2 it takes many times as long, and a warning says so
     compile      the model by torch.compile
     save_every   steps between checkpoints, sample_every between sheets of samples: multiples of
                  log_every, those between points of the curve

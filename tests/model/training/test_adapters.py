@@ -94,6 +94,7 @@ def test_new_adapters_change_nothing_and_are_all_that_is_trained(here):
     assert trained and all("lora_" in name for name in trained)
 
 
+@pytest.mark.filterwarnings("ignore:train. this CPU has no instructions for bfloat16")
 def test_a_frozen_model_is_in_16_bits(here):
     """Beside adapters in float32, whose training goes about as that of a model in 32."""
     assert main(["encode", "videos", "--model", "model", "--out", "latents", "--quiet"]) == 0

@@ -10,6 +10,7 @@ from cogvx.schedulers import NoiseSchedule
 from cogvx.training.averages import MovingAverage
 from cogvx.training.batches import Batches, mixed
 from cogvx.training.beginnings import begin_vae
+from cogvx.training.loop import warn_of_emulation
 from cogvx.training.losses import ReconstructionLoss, VelocityLoss, dropped, mean, recolored
 from cogvx.training.optimizers import Muon, make_optimizers
 from cogvx.training.stages import new_transformer, new_vae, scheduler_of
@@ -199,3 +200,14 @@ def test_muon_on_a_cpu_is_torchs_without_its_rounding():
     ours, rounded = steps
     assert torch.linalg.norm(ours - rounded) < 0.03 * torch.linalg.norm(rounded)
     assert not torch.allclose(ours, rounded, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_on_a_cpu_without_it_is_warned_of(monkeypatch):
+    capability = {"name": "AVX2"}
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability["name"])
+    with pytest.warns(UserWarning, match="no instructions for bfloat16.*float32 is faster"):
+        warn_of_emulation("bfloat16", torch.device("cpu"))
+    warn_of_emulation("float32", torch.device("cpu"))
+    warn_of_emulation("bfloat16", torch.device("cuda"))
+    capability["name"] = "AVX512"
+    warn_of_emulation("bfloat16", torch.device("cpu"))

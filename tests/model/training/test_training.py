@@ -166,6 +166,7 @@ def test_gradients_that_are_not_finite_stop_it(tmp_path):
         train(recipe, tmp_path, stages=["vae"])
 
 
+@pytest.mark.filterwarnings("ignore:train. this CPU has no instructions for bfloat16")
 @pytest.mark.parametrize(
     "options",
     [{"accumulate": 2}, {"gradient_checkpointing": True}, {"precision": "bfloat16"}],
