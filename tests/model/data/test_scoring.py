@@ -23,13 +23,7 @@ class Drawer:
         generator, videos = torch.Generator().manual_seed(seed), []
         for prompt in prompts:
             scene = parse("a red circle stands still" if prompt in self.wrong else prompt)
-            while True:
-                try:
-                    placed = place(scene, generator)
-                    break
-                except ValueError:
-                    continue
-            videos.append(draw(placed, scene.ground, 17, 64, 64))
+            videos.append(draw(place(scene, generator), scene.ground, 17, 64, 64))
         return torch.stack(videos)
 
 
