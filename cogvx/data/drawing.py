@@ -1,9 +1,8 @@
 """Scenes as clips: shapes with smooth edges, on straight ways that nothing else is on.
 
-Things begin in the middle of a cell of a coarse grid and go half of the picture: in 17 frames of
-64x64 two pixels a frame. To a transformer with tokens of 16x16 pixels and 4 frames every second
-token frame of a moving thing is the same, a token further, so that a small one has few things to
-learn.
+Things begin in the middle of a cell of a coarse grid and go to the next one: in 17 frames of 64x64
+one pixel a frame. To a transformer with tokens of 16x16 pixels all of them look alike at their
+places, so that a small one has few things to learn.
 """
 
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor
 from .scenes import COLORS, GROUNDS, SIZES, WAYS, Scene, Thing
 
 GRID = 4  # cells in the picture's width and in its height, in whose middles things begin
-TRAVEL = 0.5  # of the picture's smaller side, from the first frame to the last
+TRAVEL = 0.25  # of the picture's smaller side, from the first frame to the last
 SQUARE = 0.9  # of its size, that it looks no larger than a circle
 STEPS = 16  # in which two ways are compared
 APART = 0.04  # between two things at the least, likewise
