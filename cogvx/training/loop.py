@@ -39,13 +39,13 @@ def make_accelerator(device: torch.device) -> Any:
 
 def warn_of_emulation(precision: str, device: torch.device) -> None:
     """Warns of bfloat16 on a CPU that has no instructions for it."""
-    if precision == "bfloat16" and device.type == "cpu":
-        if torch.backends.cpu.get_cpu_capability() == "AVX2":
-            warnings.warn(
-                "train: this CPU has no instructions for bfloat16 and may take a hundred times as "
-                "long with it; precision float32 is faster here",
-                stacklevel=2,
-            )
+    emulated = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    if precision == "bfloat16" and emulated:
+        warnings.warn(
+            "train: this CPU has no instructions for bfloat16 and may take a hundred times as "
+            "long with it; precision float32 is faster here",
+            stacklevel=2,
+        )
 
 
 class Loop:

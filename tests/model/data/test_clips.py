@@ -79,8 +79,8 @@ def test_each_score_sees_its_own_mistake(name, other):
 @pytest.mark.parametrize("sizes", [*itertools.combinations_with_replacement(SIZES, 2)], ids=str)
 def test_things_of_all_sizes_and_ways_have_room_and_stay_in_the_picture(sizes):
     for seed, ways in enumerate(itertools.product(WAYS, WAYS)):
-        one, other = zip(sizes, ways, strict=True)
-        scene = Scene((Thing("red", "square", *one), Thing("blue", "cross", *other)))
+        red, blue = zip(sizes, ways, strict=True)
+        scene = Scene((Thing("red", "square", *red), Thing("blue", "cross", *blue)))
         placed = place(scene, torch.Generator().manual_seed(seed))
         for one in placed:
             dx, dy = WAYS[one.thing.way]
