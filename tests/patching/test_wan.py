@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from cogvx_kernels.patching import explain, patch, patched, unpatch
 from tests.patching.wan import (
     LAYERS,
+    assert_all_err_no_more,
     assert_all_hit,
     assert_errs_no_more,
     clip,
@@ -86,10 +87,7 @@ def test_kernels_in_the_transformer_err_no_more_than_its_own_way(per_token):
     with wide():
         truth = gradients_and_sample(copy.deepcopy(model).double(), in_fp64(inputs))
     patch(model, backend="kernel")
-    ours = gradients_and_sample(model, inputs)
-    assert ours.keys() == theirs.keys()
-    for name, x in ours.items():
-        assert_errs_no_more(x, theirs[name], truth[name])
+    assert_all_err_no_more(gradients_and_sample(model, inputs), theirs, truth)
 
 
 @torch.no_grad()

@@ -140,6 +140,21 @@ def assert_errs_no_more(ours, theirs, truth):
     assert distance(ours, truth) <= 2 * distance(theirs, truth) + tiny
 
 
+def assert_all_err_no_more(ours, theirs, truth):
+    """Likewise, of all tensors by name together, each in units in its own last place: how much one
+    alone errs is chance, above all of a sum whose terms cancel."""
+    assert ours.keys() == theirs.keys() <= truth.keys()
+
+    def units(found):
+        far = [
+            distance(x, truth[name]) / (torch.finfo(x.dtype).eps * truth[name].norm().item())
+            for name, x in found.items()
+        ]
+        return torch.tensor(far).norm().item()
+
+    assert units(ours) <= 2 * units(theirs) + 1
+
+
 def assert_all_hit(report, *ops):
     assert {row.op for row in report.rows} == set(ops)
     for row in report.rows:
