@@ -51,9 +51,14 @@ def draw(placed: tuple[Placed, ...], ground: str, frames: int, height: int, widt
         dx, dy = WAYS[one.thing.way]
         x = columns - (one.x * width + dx * TRAVEL * side * time)
         y = rows - (one.y * height + dy * TRAVEL * side * time)
-        inside = (0.5 - _distance(one.thing.shape, x, y, SIZES[one.thing.size] * side)).clamp(0, 1)
+        inside = covered(one.thing.shape, x, y, SIZES[one.thing.size] * side)
         video = torch.lerp(video, _color(COLORS[one.thing.color]), inside[:, None])
     return video * 2 - 1
+
+
+def covered(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
+    """How much of each pixel is a shape's, in [0, 1]; x and y as seen from it, in pixels."""
+    return (0.5 - _distance(shape, x, y, radius)).clamp(0, 1)
 
 
 def _placed(thing: Thing, generator: torch.Generator) -> Placed:

@@ -7,19 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .drawing import SQUARE
-from .scenes import COLORS, GROUNDS, SIZES, WAYS, Scene, Thing
+from .drawing import covered
+from .scenes import COLORS, GROUNDS, SHAPES, SIZES, WAYS, Scene, Thing
 
 OFF_GROUND = 0.22  # of colors in [0, 1]: further than this from the ground's is a thing
 LEAST = 0.004  # of a picture's pixels: fewer are no thing
 REACH = 0.28  # around the middle of a thing, of a picture's smaller side: no thing is larger
 MOVED = 0.12  # of its smaller side: less is no motion
-
-# A shape's part of the box around it, and how far below the box's middle its own is, as a part of
-# the height: between what sharp and soft edges make of it.
-FORMS = {
-    "circle": (0.77, 0.0), "square": (0.97, 0.0), "triangle": (0.56, 0.13), "cross": (0.585, 0.0)
-}  # fmt: skip
+BLURS = (1, 3, 5)  # of what is drawn to compare with, in pixels of a square
 
 
 @dataclass(frozen=True)
@@ -149,14 +144,8 @@ def _thing(track: list[Patch], side: int) -> Thing:
         return sorted(values)[len(values) // 2]
 
     color = tuple(middle([p.color[i] for p in track]) for i in range(3))
-    # Of all frames together, in which noise is little: what is at least half the thing's.
-    rows, columns = (torch.stack([p.cover for p in track]).mean(0) > 0.5).nonzero().unbind(1)
-    height, width = (int(z.max() - z.min()) + 1 if len(z) else 1 for z in (rows, columns))
-    fill = len(rows) / (height * width)
-    below = float(rows.float().mean() - (rows.max() + rows.min()) / 2) / height if len(rows) else 0
-    shape = min(FORMS, key=lambda s: (FORMS[s][0] - fill) ** 2 + 16 * (FORMS[s][1] - below) ** 2)
-    radius = max(height, width) / 2 / side / (SQUARE if shape == "square" else 1)
-    size = min(SIZES, key=lambda s: abs(SIZES[s] - radius))
+    # Of all frames together, in which noise is little.
+    shape, size = _form(torch.stack([p.cover for p in track]).mean(0), side)
     few = max(1, len(track) // 4)
     dx, dy = (
         sum(getattr(p, axis) for p in track[-few:]) / few
@@ -166,6 +155,24 @@ def _thing(track: list[Patch], side: int) -> Thing:
     far = max(abs(dx), abs(dy)) >= MOVED * side
     way = max(WAYS, key=lambda w: WAYS[w][0] * dx + WAYS[w][1] * dy) if far else ""
     return Thing(_nearest(color, COLORS), shape, size, way)
+
+
+def _form(cover: Tensor, side: int) -> tuple[str, str]:
+    """The shape and the size that, drawn with the same middle and made as soft, are nearest."""
+    at = torch.arange(len(cover)) + 0.5
+    middle = [float((cover.sum(d) * at).sum() / cover.sum()) for d in (0, 1)]
+    x, y = at.view(1, -1) - middle[0], at.view(-1, 1) - middle[1]
+    far = {}
+    for shape, size in itertools.product(SHAPES, SIZES):
+        drawn = covered(shape, x, y, SIZES[size] * side)
+        # Below or above its origin, as a triangle's middle is.
+        low = float((drawn.sum(1, keepdim=True) * y).sum() / drawn.sum())
+        drawn = covered(shape, x, y + low, SIZES[size] * side)
+        for blur in BLURS:
+            soft = F.avg_pool2d(drawn[None], blur, 1, blur // 2)[0]
+            far[shape, size, blur] = float((cover - soft).square().sum())
+    shape, size, _ = min(far, key=lambda form: far[form])
+    return shape, size
 
 
 def _nearest(color: tuple[float, ...], known: dict[str, tuple[int, int, int]]) -> str:
