@@ -14,7 +14,6 @@ from .scenes import COLORS, GROUNDS, SIZES, WAYS, Scene, Thing
 
 GRID = 4  # cells in the picture's width and in its height, in whose middles things begin
 TRAVEL = 0.25  # of the picture's smaller side, from the first frame to the last
-SQUARE = 0.9  # of its size, that it looks no larger than a circle
 STEPS = 16  # in which two ways are compared
 APART = 0.04  # between two things at the least, likewise
 
@@ -92,7 +91,7 @@ def _distance(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
     if shape == "circle":
         return (x.square() + y.square()).sqrt() - radius
     if shape == "square":
-        return torch.maximum(x.abs(), y.abs()) - SQUARE * radius
+        return torch.maximum(x.abs(), y.abs()) - radius
     if shape == "cross":
         arm = 0.36 * radius
         upright = torch.maximum(x.abs() - arm, y.abs() - radius)
