@@ -20,7 +20,7 @@ COLORS = {
     "yellow": (245, 215, 50),
     "purple": (160, 50, 190),
 }
-GROUNDS = {"black": (12, 12, 12), "gray": (118, 118, 118), "white": (243, 243, 243)}
+GROUNDS = {"black": (12, 12, 12), "gray": (185, 185, 185), "white": (243, 243, 243)}
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = {"small": 0.078, "": 0.102, "large": 0.125}  # half the width, of the smaller side
 WAYS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1), "": (0, 0)}

@@ -36,6 +36,7 @@ STEPS_LIMIT = 10**8
 LOWEST = 0.01  # of the learning rate, at the end of a cosine
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant")
+POSTERIORS = ("sample", "mode")
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -180,17 +181,21 @@ class VAETraining(Training):
 @dataclass(frozen=True, kw_only=True)
 class TransformerTraining(Training):
     """text_dropout    part of the captions replaced by the empty one, for guidance
+    posterior       which latents of a clip are learned: "sample", as CogVideoX's are, or "mode",
+                    without the noise that the VAE was taught to bear
     balance_weight  of `load_balancing_loss`, where a modality has several experts
     lora_rank       trains adapters of that rank on q, k, v and the output of attention, and
                     nothing else; 0: all weights
     """
 
     text_dropout: float = 0.1
+    posterior: str = "sample"
     balance_weight: float = 0.01
     lora_rank: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("TransformerTraining", "posterior", self.posterior, POSTERIORS)
         if self.lora_rank and self.optimizer == "muon":
             raise ValueError(
                 "TransformerTraining: optimizer must be adamw for the adapters of lora_rank "

@@ -153,8 +153,9 @@ def train_transformer(run: Run, device: torch.device, tensorboard: bool, tell: T
         moments = torch.stack([clip.moments for clip in batch]).float().to(accelerator.device)
         text, empty = _texts(batch, latents, words)
         text, empty = text.to(moments), empty.to(moments)
-        drawn_latents = scale * DiagonalGaussian(moments).sample()
-        return drawn_latents, dropped(text, empty, options.text_dropout)
+        known = DiagonalGaussian(moments)
+        taken = known.mode() if options.posterior == "mode" else known.sample()
+        return scale * taken, dropped(text, empty, options.text_dropout)
 
     pipe = CogVideoX(transformer, vae, scheduler, words, solver)
 

@@ -37,6 +37,7 @@ def test_settings_go_over_the_file():
         ("vae_training.accumulate=3", "accumulate must divide batch_size"),
         ("vae_training.save_every=7", "save_every must be a multiple of log_every"),
         ("transformer_training.text_dropout=1.5", r"text_dropout must be a number in \[0.0, 1.0\]"),
+        ("transformer_training.posterior=mean", "posterior must be one of"),
         ("transformer_training.lora_rank=4", "adamw for the adapters of lora_rank 4; got muon"),
         ("data.frames=18", "data.frames must have 1 . 4k frames, nearest 17 or 21"),
         ("vae_training.frames=12", "vae_training.frames must have"),

@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from cogvx import CogVideoX
+from cogvx.checkpoint import load_vae
 from cogvx.cli import main
-from cogvx.data import ProceduralClips
-from cogvx.training import train
+from cogvx.data import LatentClips, ProceduralClips
+from cogvx.training import stages, train
+from cogvx.training.losses import VelocityLoss
 from cogvx.training.run import Run
 from cogvx.video import probe
 
@@ -76,6 +78,26 @@ def test_latents_have_the_scale_that_the_transformer_wants(whole):
     with torch.no_grad():
         latents = pipe.vae.config.scaling_factor * pipe.vae.encode(video).mean
     assert latents.square().mean().sqrt() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("posterior", ["mode", "sample"])
+def test_modes_or_samples_are_learned(tmp_path, monkeypatch, posterior):
+    learned = []
+
+    class Loss(VelocityLoss):
+        def forward(self, latents, text):
+            learned.extend(latents)
+            return super().forward(latents, text)
+
+    monkeypatch.setattr(stages, "VelocityLoss", Loss)
+    once = {"steps": 2, "save_every": 2, "sample_every": 2}
+    options = {**once, "posterior": posterior}
+    train(small(vae_training=once, transformer_training=options), tmp_path)
+    vae = load_vae(tmp_path)
+    moments = [clip.moments.float() for clip in LatentClips(tmp_path / "latents", vae)]
+    modes = [vae.config.scaling_factor * one.chunk(2, 1)[0] for one in moments]
+    exact = [any(torch.equal(one, mode) for mode in modes) for one in learned]
+    assert len(exact) == 8 and set(exact) == {posterior == "mode"}
 
 
 def test_the_same_recipe_gives_the_same_bits(whole, tmp_path):
