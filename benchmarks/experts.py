@@ -2,7 +2,8 @@
 
 The transformer of a finished training is trained again with the same steps, clips and seeds: with
 one feed-forward for both modalities (shared), with one for each (modality), and with several for
-video and a router (routed). Each has losses and scores of every seed, and their mean and spread.
+video and a router (routed). Each has losses and scores of every seed, and their mean and spread;
+`held_out` is the loss over clips that no training had, with the same noise and times for everybody.
 What a step costs is not said here: it is `python -m benchmarks --op expert_ffn` that times.
 """
 
@@ -20,8 +21,11 @@ from typing import Any
 import torch
 
 from cogvx import CogVideoX
+from cogvx.data import ProceduralClips
 from cogvx.data.scoring import NAMES, score_model
+from cogvx.schedulers import NoiseSchedule
 from cogvx.training import Recipe, train
+from cogvx.training.losses import VelocityLoss
 
 from .conditions import conditions
 
@@ -30,7 +34,8 @@ KINDS = {
     "modality": {"num_text_experts": 1, "num_video_experts": 1},
     "routed": {"num_text_experts": 1, "num_video_experts": 4},
 }
-NUMBERS = ("loss", *NAMES)
+NUMBERS = ("loss", "held_out", *NAMES)
+HELD_OUT_CLIPS, AT_ONCE = 400, 20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,8 +88,29 @@ def one(options: argparse.Namespace, kind: str, seed: int) -> dict[str, Any]:
         "steps": recipe.transformer_training.steps if recipe.transformer_training else 0,
         "parameters": sum(p.numel() for p in pipe.transformer.parameters()),
         "loss": statistics.mean(point.get("velocity", point["loss"]) for point in tail),
+        "held_out": held_out(pipe, recipe),
         **scores.to_dict(),
     }
+
+
+@torch.no_grad()
+def held_out(pipe: CogVideoX, recipe: Recipe) -> float:
+    """The squared error of v over clips of the test split."""
+    data, words, weight = recipe.data, pipe.text_encoder, next(pipe.vae.parameters())
+    assert words is not None  # of procedural clips
+    text_len = pipe.transformer.config.max_text_seq_length
+    clips = ProceduralClips("test", HELD_OUT_CLIPS, data.frames, data.height, data.width)
+    loss = VelocityLoss(pipe.transformer, NoiseSchedule(pipe.scheduler), 0.0)
+    torch.manual_seed(0)
+    errors = []
+    for first in range(0, HELD_OUT_CLIPS, AT_ONCE):
+        batch = [clips[index] for index in range(first, first + AT_ONCE)]
+        video = torch.stack([clip.video for clip in batch]).to(weight)
+        latents = pipe.vae.encode(video).mode() * pipe.vae.config.scaling_factor
+        text = words.encode([clip.caption for clip in batch], text_len).to(latents)
+        found = loss(latents, text)
+        errors.append(float(found.get("velocity", found["loss"])))
+    return statistics.mean(errors)
 
 
 def changed(run: Path, kind: str, seed: int, steps: int | None) -> Recipe:

@@ -416,6 +416,6 @@ def test_experts_are_trained_side_by_side(tmp_path):
         ("shared", "0"), ("shared", "1"), ("routed", "0"), ("routed", "1")
     ]  # fmt: skip
     assert all(row["steps"] == "4" and row["prompts"] == "2" and row["commit"] for row in rows)
-    assert len({row["loss"] for row in rows}) == 4
+    assert all(len({row[number] for row in rows}) == 4 for number in ("loss", "held_out"))
     assert int(rows[2]["parameters"]) > int(rows[0]["parameters"])
     assert len(re.findall("2 seeds .* ± ", done.stdout)) == 2
