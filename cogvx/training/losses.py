@@ -37,7 +37,7 @@ class ReconstructionLoss(nn.Module):
 
 
 class VelocityLoss(nn.Module):
-    """Of a transformer: the squared error of v at a uniform time, averaged over latent values.
+    """Of a transformer: the squared error of v, averaged over latent values, at `uniform_times`.
 
     Where routers choose, `balance_weight` times `load_balancing_loss` is added. Source: fact sheet,
     section 5, where it is shown to be SAT's loss.
@@ -61,7 +61,7 @@ class VelocityLoss(nn.Module):
         missing = -latents.shape[1] % (config.patch_size_t or 1)
         latents = torch.cat([latents[:, :1].expand(-1, missing, -1, -1, -1), latents], 1)
         times = self.schedule.config.num_train_timesteps
-        timestep = torch.randint(times, (len(latents),), device=latents.device)
+        timestep = uniform_times(len(latents), times, latents.device)
         noise = torch.randn_like(latents)
         routing: list[Routing] = []
         v = self.transformer(
@@ -73,6 +73,16 @@ class VelocityLoss(nn.Module):
         balance = load_balancing_loss(routing)
         loss = error + self.balance_weight * balance
         return {"loss": loss, "velocity": error.detach(), "balance": balance.detach()}
+
+
+def uniform_times(batch: int, times: int, device: torch.device | None = None) -> Tensor:
+    """(batch,) timesteps in [0, times), one in each of `batch` equal parts of it, in any order.
+
+    Each is as likely to be one as another, and no batch is easy because all its clips were nearly
+    clean. Source: the CogVideoX paper, "Explicit Uniform Sampling", there over the processes.
+    """
+    within = torch.randint(times, (batch,), device=device)
+    return (torch.randperm(batch, device=device) * times + within) // batch
 
 
 def dropped(text: Tensor, empty: Tensor, part: float) -> Tensor:

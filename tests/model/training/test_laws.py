@@ -11,7 +11,14 @@ from cogvx.training.averages import MovingAverage
 from cogvx.training.batches import Batches, mixed
 from cogvx.training.beginnings import begin_vae
 from cogvx.training.loop import warn_of_emulation
-from cogvx.training.losses import ReconstructionLoss, VelocityLoss, dropped, mean, recolored
+from cogvx.training.losses import (
+    ReconstructionLoss,
+    VelocityLoss,
+    dropped,
+    mean,
+    recolored,
+    uniform_times,
+)
 from cogvx.training.optimizers import Muon, make_optimizers
 from cogvx.training.stages import new_transformer, new_vae, scheduler_of
 from cogvx.vae import CausalVAE
@@ -92,7 +99,7 @@ def test_the_velocity_loss_is_its_formula():
     torch.manual_seed(1)
     losses = VelocityLoss(transformer, schedule, 0.5)(latents, text)
     torch.manual_seed(1)
-    timestep = torch.randint(1000, (3,))
+    timestep = uniform_times(3, 1000)
     noise = torch.randn_like(latents)
     alpha = schedule.alphas_cumprod[timestep].view(3, 1, 1, 1, 1)
     noisy = (alpha.sqrt() * latents + (1 - alpha).sqrt() * noise).float()
@@ -101,6 +108,15 @@ def test_the_velocity_loss_is_its_formula():
     torch.testing.assert_close(losses["velocity"], error.detach())
     torch.testing.assert_close(losses["loss"], error + 0.5 * losses["balance"])
     assert losses["balance"] >= 1 - 1e-6 and losses["loss"].requires_grad
+
+
+def test_times_are_uniform_and_every_batch_has_all_parts_of_them():
+    batches = torch.stack([uniform_times(5, 1000) for _ in range(2000)])
+    assert torch.equal(batches.sort().values // 200, torch.arange(5).expand(2000, 5))
+    for place in batches.unbind(1):  # 2000 draws of a clip: 200 in each tenth, within 5 deviations
+        assert ((place // 100).bincount(minlength=10) - 200).abs().max() < 70
+    few = torch.stack([uniform_times(7, 3) for _ in range(50)])
+    assert few.unique().tolist() == [0, 1, 2]
 
 
 def test_dropped_texts_are_the_empty_one():
