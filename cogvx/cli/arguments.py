@@ -12,6 +12,7 @@ from cogvx_kernels import BACKENDS
 from ..assets import located
 from ..checkpoint import load_vae
 from ..config import TransformerConfig, VAEConfig
+from ..data.scoring import GUIDANCE, STEPS
 from ..factorized import build_vae
 from ..files import CONFIG_BYTES, read_json
 from ..vae import CausalVAE, Tiling
@@ -63,9 +64,9 @@ def add_model(parser: Any, default: str | None = None, required: bool = True) ->
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Of commands that make the same clips each time."""
-    parser.add_argument("--steps", type=count, default=50)
-    parser.add_argument("--guidance", type=float, default=6.0, help="how much the text weighs")
+    """Of commands that make the same procedural clips each time."""
+    parser.add_argument("--steps", type=count, default=STEPS)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="how much the text weighs")
     parser.add_argument("--seed", type=seed, default=0)
 
 

@@ -15,6 +15,7 @@ from ..checkpoint import load_scheduler, load_transformer, load_vae, save_vae
 from ..config import SchedulerConfig, check_choice
 from ..data import Clip, FolderClips, LatentClip, LatentClips, ProceduralClips, encode_clips
 from ..data.scenes import vocabulary
+from ..data.scoring import GUIDANCE, STEPS
 from ..pipeline import CogVideoX
 from ..schedulers import NoiseSchedule
 from ..transformer import ExpertTransformer
@@ -168,7 +169,7 @@ def train_transformer(run: Run, device: torch.device, tensorboard: bool, tell: T
                 "negative_prompt_embeds": empty.float().expand_as(embeddings),
             }
         else:
-            said = {"prompt": prompts}
+            said = {"prompt": prompts, "steps": STEPS, "guidance": GUIDANCE}
         frames, height, width = sizes(recipe)
         made = pipe.generate(**said, num_frames=frames, height=height, width=width, seed=0)
         write_sheet(stage.folder / "samples.png", _some(made))
