@@ -2,7 +2,8 @@
 
 The transformer's first layer over the text is a linear one. Over a vector that marks a word and a
 place it *is* a table of words and a table of places, added up; whatever is to be learned of them is
-learned there, and nothing has to be downloaded, or trained beside the transformer.
+learned there, and nothing has to be downloaded, or trained beside the transformer. A window of
+neighbours says with each word of which thing it is told, as the states of a language model do.
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .files import CONFIG_BYTES, CheckpointError, atomic_path, member, read_json, shown
@@ -21,20 +23,24 @@ PathLike = str | os.PathLike[str]
 
 CLASS = "WordTextEncoder"
 WORD = re.compile(r"[a-z]+|,")
-WORDS_LIMIT, PLACES_LIMIT = 4096, 512
+WORDS_LIMIT, PLACES_LIMIT, WINDOW_LIMIT = 4096, 512, 8
 
 
 class WordTextEncoder:
-    """One vector a word: 1 at the word, 1 at its place in the prompt, 0 elsewhere.
+    """One vector a word: 1 at the word, 1 at its place in the prompt, 1 at each of its neighbours,
+    0 elsewhere.
 
     words   all that it knows, each of small letters, or a comma
     places  how many words a prompt may have
+    window  how many neighbours are marked on each side
 
-    `dim` is 1 + len(words) + places; the first number marks the padding behind the last word.
+    `dim` is (1 + 2·window)·(1 + len(words)) + places: the word, the place, then the neighbours, the
+    one before first, the one behind next, and so outwards. The first number of each is for what is
+    before the first word and behind the last, where there is only padding.
     Raises TypeError or ValueError for words that are no words, and for numbers out of range.
     """
 
-    def __init__(self, words: Sequence[str], places: int) -> None:
+    def __init__(self, words: Sequence[str], places: int, window: int = 0) -> None:
         bad = [w for w in words if not isinstance(w, str) or not WORD.fullmatch(w)]
         if bad or not 1 <= len(set(words)) == len(words) <= WORDS_LIMIT:
             raise ValueError(
@@ -45,9 +51,14 @@ class WordTextEncoder:
             raise ValueError(
                 f"{CLASS}: places must be an integer in [1, {PLACES_LIMIT}]; got {shown(places)}"
             )
+        if not isinstance(window, int) or not 0 <= window <= WINDOW_LIMIT:
+            raise ValueError(
+                f"{CLASS}: window must be an integer in [0, {WINDOW_LIMIT}]; got {shown(window)}"
+            )
         self.words = tuple(words)
         self.places = places
-        self.dim = 1 + len(words) + places
+        self.window = window
+        self.dim = (1 + 2 * window) * (1 + len(words)) + places
         self._numbers = {word: number for number, word in enumerate(words, 1)}
 
     def encode(self, prompts: Sequence[str], max_length: int) -> Tensor:
@@ -73,10 +84,13 @@ class WordTextEncoder:
                     f"included; got {len(found)} in {shown(prompt)}"
                 )
             row[: len(found)] = torch.tensor(found, dtype=torch.long)
-        states = torch.zeros(len(prompts), max_length, self.dim)
-        states.scatter_(2, numbers[..., None], 1.0)
-        states[:, :, 1 + len(self.words) :] = torch.eye(self.places)[:max_length]
-        return states
+        padded = F.pad(numbers, (self.window, self.window))
+        seen = padded.unfold(1, max_length, 1)  # of every word, from the one `window` before
+        outwards = [self.window + side * by for by in range(1, self.window + 1) for side in (-1, 1)]
+        marked = F.one_hot(seen[:, [self.window, *outwards]], 1 + len(self.words)).float()
+        word, *neighbours = marked.unbind(1)
+        place = torch.eye(self.places)[:max_length].expand(len(prompts), -1, -1)
+        return torch.cat([word, place, *neighbours], 2)
 
     def _split(self, prompt: str) -> list[int]:
         """The numbers of a prompt's words."""
@@ -93,7 +107,12 @@ class WordTextEncoder:
         """Writes `folder/text_encoder/config.json`, which `from_pretrained` reads."""
         inner = Path(folder) / "text_encoder"
         inner.mkdir(parents=True, exist_ok=True)
-        values = {"_class_name": CLASS, "words": self.words, "places": self.places}
+        values = {
+            "_class_name": CLASS,
+            "words": self.words,
+            "places": self.places,
+            "window": self.window,
+        }
         with atomic_path(inner / "config.json") as part:
             part.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
@@ -107,12 +126,12 @@ class WordTextEncoder:
                 f"{shown(values.get('_class_name'))}"
             )
         try:
-            return cls(values["words"], values.get("places", 0))
+            return cls(values["words"], values.get("places", 0), values.get("window", 0))
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{folder}/text_encoder/config.json: {error}") from error
 
     def __repr__(self) -> str:
-        return f"{CLASS}({len(self.words)} words, {self.places} places)"
+        return f"{CLASS}({len(self.words)} words, {self.places} places, window {self.window})"
 
 
 def is_words(folder: PathLike) -> bool:

@@ -25,6 +25,7 @@ from .. import frames
 from ..assets import SHIPPED, located
 from ..config import Config, SchedulerConfig, TransformerConfig, VAEConfig, check_choice
 from ..files import CONFIG_BYTES
+from ..words import WINDOW_LIMIT
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -47,12 +48,14 @@ class Data(Config):
     folder   of videos with captions, or of latents that `cogvx encode` wrote; None: procedural
     clips    how many of the procedural ones the transformer is trained on; the VAE sees new ones
     frames, height, width  of a clip; videos of a folder are cut and scaled to them
-    places   words of a caption, for the word encoder of the procedural clips
+    places   words of a caption, for the word encoder of the procedural clips; window: neighbours
+             that it marks on each side of a word
     workers  processes that read and draw clips
     """
 
     LIMITS: ClassVar[Mapping[str, tuple[int, int]]] = {
         "clips": (1, STEPS_LIMIT),
+        "window": (0, WINDOW_LIMIT),
         "workers": (0, 256),
     }
 
@@ -62,6 +65,7 @@ class Data(Config):
     height: int = 64
     width: int = 64
     places: int = 16
+    window: int = 0
     workers: int = 1
 
 

@@ -275,7 +275,7 @@ def scheduler_of(recipe: Recipe) -> tuple[str, SchedulerConfig]:
 
 def words_of(recipe: Recipe) -> WordTextEncoder:
     """The text encoder of the procedural clips."""
-    return WordTextEncoder(vocabulary(), recipe.data.places)
+    return WordTextEncoder(vocabulary(), recipe.data.places, recipe.data.window)
 
 
 def _texts(

@@ -27,6 +27,21 @@ def test_one_vector_says_word_and_place(words):
     assert states.unique().tolist() == [0, 1]
 
 
+def test_a_window_marks_neighbours_from_the_nearest_outwards():
+    words = WordTextEncoder(WORDS, places=5, window=2)
+    states = words.encode(["a red circle,", "a"], 5)
+    assert states.shape == (2, 5, words.dim) == (2, 5, 5 + 5 + 4 * 5)
+    assert torch.equal(
+        states[..., :10], WordTextEncoder(WORDS, places=5).encode(["a red circle,", "a"], 5)
+    )
+    around = states[..., 10:].unflatten(2, (4, 5))  # before, behind, two before, two behind
+    assert torch.equal(around.sum(3), torch.ones(2, 5, 4))
+    assert around.argmax(3)[0].tolist() == [
+        [0, 2, 0, 3], [1, 3, 0, 4], [2, 4, 1, 0], [3, 0, 2, 0], [4, 0, 3, 0]
+    ]  # fmt: skip
+    assert around.argmax(3)[1].tolist() == [[0] * 4, [1, 0, 0, 0], [0, 0, 1, 0], [0] * 4, [0] * 4]
+
+
 def test_a_shorter_length_is_the_beginning(words):
     assert torch.equal(words.encode(["a red"], 3), words.encode(["a red"], 6)[:, :3])
 
@@ -59,11 +74,19 @@ def test_places_that_cannot_be(places):
         WordTextEncoder(WORDS, places)
 
 
-def test_to_a_folder_and_back(words, tmp_path):
+@pytest.mark.parametrize("window", [-1, 9, 1.0, "2"])
+def test_windows_that_cannot_be(window):
+    with pytest.raises(ValueError, match="window must be"):
+        WordTextEncoder(WORDS, 4, window)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_to_a_folder_and_back(window, tmp_path):
+    words = WordTextEncoder(WORDS, 6, window)
     assert not is_words(tmp_path)
     words.save_pretrained(tmp_path)
     again = WordTextEncoder.from_pretrained(tmp_path)
-    assert is_words(tmp_path) and (again.words, again.places) == (words.words, words.places)
+    assert is_words(tmp_path) and vars(again) == vars(words)
 
 
 @pytest.mark.parametrize(
