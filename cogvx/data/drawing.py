@@ -31,10 +31,14 @@ def place(scene: Scene, generator: torch.Generator) -> tuple[Placed, ...]:
     """Places at random for the things of a scene, all within the picture all the time and apart
     from each other. Of a square picture; of another one there is only more room.
 
-    Every scene has room, of whatever sizes and ways.
+    Of two things the first is in the left half all the time, and the second in the right one, as
+    one tells of a picture. Every scene has room, of whatever sizes and ways.
     """
+    columns = GRID // len(scene.things)
     while True:
-        placed = tuple(_placed(thing, generator) for thing in scene.things)
+        placed = tuple(
+            _placed(thing, n * columns, columns, generator) for n, thing in enumerate(scene.things)
+        )
         if len(placed) == 1 or _apart(*placed):
             return placed
 
@@ -60,12 +64,12 @@ def covered(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
     return (0.5 - _distance(shape, x, y, radius)).clamp(0, 1)
 
 
-def _placed(thing: Thing, generator: torch.Generator) -> Placed:
-    """Within the picture at the beginning and at the end."""
+def _placed(thing: Thing, left: int, columns: int, generator: torch.Generator) -> Placed:
+    """Within `columns` columns of cells from `left` on, at the beginning and at the end."""
     at = []
-    for step in WAYS[thing.way]:
+    for step, begin, count in zip(WAYS[thing.way], (left, 0), (columns, GRID), strict=True):
         cells = round(step * TRAVEL * GRID)
-        first, last = max(0, -cells), min(GRID, GRID - cells)
+        first, last = begin + max(0, -cells), begin + count - max(0, cells)
         cell = int(torch.randint(first, last, (), generator=generator))
         at.append((cell + 0.5) / GRID)
     return Placed(thing, *at)

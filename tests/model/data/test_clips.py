@@ -86,6 +86,8 @@ def test_things_of_all_sizes_and_ways_have_room_and_stay_in_the_picture(sizes):
             dx, dy = WAYS[one.thing.way]
             for at in (one.x, one.y, one.x + dx * TRAVEL, one.y + dy * TRAVEL):
                 assert SIZES[one.thing.size] <= at <= 1 - SIZES[one.thing.size]
+            for at in (one.x, one.x + dx * TRAVEL):
+                assert (at < 0.5) == (one is placed[0])
         seen = read(draw(placed, "black", 17, 64, 64)).things
         assert {(t.color, t.way) for t in seen} == {("red", ways[0]), ("blue", ways[1])}
 
