@@ -26,6 +26,7 @@ from cogvx.data.scoring import NAMES, score_model
 from cogvx.schedulers import NoiseSchedule
 from cogvx.training import Recipe, train
 from cogvx.training.losses import VelocityLoss
+from cogvx.training.recipe import TransformerTraining
 
 from .conditions import conditions
 
@@ -100,7 +101,7 @@ def held_out(pipe: CogVideoX, recipe: Recipe) -> float:
     assert words is not None  # of procedural clips
     text_len = pipe.transformer.config.max_text_seq_length
     clips = ProceduralClips("test", HELD_OUT_CLIPS, data.frames, data.height, data.width)
-    loss = VelocityLoss(pipe.transformer, NoiseSchedule(pipe.scheduler), 0.0)
+    loss = VelocityLoss(pipe.transformer, NoiseSchedule(pipe.scheduler), TransformerTraining())
     torch.manual_seed(0)
     errors = []
     for first in range(0, HELD_OUT_CLIPS, AT_ONCE):

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..schedulers import NoiseSchedule
 from ..transformer import ExpertTransformer, load_balancing_loss
 from ..transformer.experts import Routing
 from ..vae import CausalVAE, DiagonalGaussian
+from .recipe import TransformerTraining
+from .times import Levels, spread_ranks, timesteps
 
 Losses = dict[str, Tensor]
 
@@ -37,52 +38,52 @@ class ReconstructionLoss(nn.Module):
 
 
 class VelocityLoss(nn.Module):
-    """Of a transformer: the squared error of v, averaged over latent values, at `uniform_times`.
+    """Of a transformer: the squared error of v, averaged over latent values.
 
-    Where routers choose, `balance_weight` times `load_balancing_loss` is added. Source: fact sheet,
-    section 5, where it is shown to be SAT's loss.
+    options  `logit_mean` and `logit_std` say at which times, `weighting` what each time weighs;
+             where routers choose, `balance_weight` times `load_balancing_loss` is added
+
+    Source: fact sheet, section 5, where it is shown to be SAT's loss, at uniform times.
     """
 
     def __init__(
-        self, transformer: ExpertTransformer, schedule: NoiseSchedule, balance_weight: float
+        self, transformer: ExpertTransformer, schedule: NoiseSchedule, options: TransformerTraining
     ) -> None:
         super().__init__()
         self.transformer = transformer
         self.schedule = schedule
-        self.balance_weight = balance_weight
+        self.options = options
+        self.levels = Levels() if options.weighting == "uncertainty" else None
 
     def forward(self, latents: Tensor, text: Tensor) -> Losses:
         """latents: (batch, frames, channels, height, width), scaled; text: (batch, text_len, dim).
 
-        Frames that are no multiple of `patch_size_t` get copies of the first before them, as in the
-        training of CogVideoX 1.5.
+        "loss", and where it is another the "velocity" error of all clips alike. Frames that are
+        no multiple of `patch_size_t` get copies of the first before them, as in the training of
+        CogVideoX 1.5.
         """
-        config = self.transformer.config
+        options, config = self.options, self.transformer.config
         missing = -latents.shape[1] % (config.patch_size_t or 1)
         latents = torch.cat([latents[:, :1].expand(-1, missing, -1, -1, -1), latents], 1)
+        ranks = spread_ranks(len(latents), latents.device)
         times = self.schedule.config.num_train_timesteps
-        timestep = uniform_times(len(latents), times, latents.device)
+        timestep = timesteps(ranks, times, options.logit_mean, options.logit_std)
         noise = torch.randn_like(latents)
         routing: list[Routing] = []
         v = self.transformer(
             self.schedule.add_noise(latents, noise, timestep), text, timestep, routing=routing
         )
-        error = F.mse_loss(v.float(), self.schedule.velocity(latents, noise, timestep))
-        if not routing:
-            return {"loss": error}
-        balance = load_balancing_loss(routing)
-        loss = error + self.balance_weight * balance
-        return {"loss": loss, "velocity": error.detach(), "balance": balance.detach()}
-
-
-def uniform_times(batch: int, times: int, device: torch.device | None = None) -> Tensor:
-    """(batch,) timesteps in [0, times), one in each of `batch` equal parts of it, in any order.
-
-    Each is as likely to be one as another, and no batch is easy because all its clips were nearly
-    clean. Source: the CogVideoX paper, "Explicit Uniform Sampling", there over the processes.
-    """
-    within = torch.randint(times, (batch,), device=device)
-    return (torch.randperm(batch, device=device) * times + within) // batch
+        wanted = self.schedule.velocity(latents, noise, timestep)
+        errors = (v.float() - wanted).square().flatten(1).mean(1)
+        parts: Losses = {}
+        loss = (errors if self.levels is None else self.levels(errors, ranks)).mean()
+        if routing:
+            balance = load_balancing_loss(routing)
+            loss = loss + options.balance_weight * balance
+            parts["balance"] = balance.detach()
+        if routing or self.levels is not None:
+            parts["velocity"] = errors.mean().detach()
+        return {"loss": loss, **parts}
 
 
 def dropped(text: Tensor, empty: Tensor, part: float) -> Tensor:

@@ -38,6 +38,7 @@ LOWEST = 0.01  # of the learning rate, at the end of a cosine
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant")
 POSTERIORS = ("sample", "mode")
+WEIGHTINGS = ("none", "uncertainty")
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -106,6 +107,7 @@ class Training(Config):
         "recolored": (0.0, 1.0),
         "kl_weight": (0.0, 1e3),
         "text_dropout": (0.0, 1.0),
+        "logit_mean": (-10.0, 10.0),
         "balance_weight": (0.0, 1e3),
     }
 
@@ -187,6 +189,10 @@ class TransformerTraining(Training):
     """text_dropout    part of the captions replaced by the empty one, for guidance
     posterior       which latents of a clip are learned: "sample", as CogVideoX's are, or "mode",
                     without the noise that the VAE was taught to bear
+    logit_mean, logit_std  of the times of training, logit-normal in t / 1000: above 0 more of them
+                    are noisy. None, the default, is uniform, as CogVideoX was trained
+    weighting       of the times: "none", or "uncertainty", which divides the error at each by what
+                    it is of late, see `cogvx.training.times.Levels`
     balance_weight  of `load_balancing_loss`, where a modality has several experts
     lora_rank       trains adapters of that rank on q, k, v and the output of attention, and
                     nothing else; 0: all weights
@@ -194,12 +200,16 @@ class TransformerTraining(Training):
 
     text_dropout: float = 0.1
     posterior: str = "sample"
+    logit_mean: float | None = None
+    logit_std: float = 1.0
+    weighting: str = "none"
     balance_weight: float = 0.01
     lora_rank: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("TransformerTraining", "posterior", self.posterior, POSTERIORS)
+        check_choice("TransformerTraining", "weighting", self.weighting, WEIGHTINGS)
         if self.lora_rank and self.optimizer == "muon":
             raise ValueError(
                 "TransformerTraining: optimizer must be adamw for the adapters of lora_rank "

@@ -175,7 +175,7 @@ def train_transformer(run: Run, device: torch.device, tensorboard: bool, tell: T
         write_sheet(stage.folder / "samples.png", _some(made))
 
     stage = run.stage("transformer")
-    loss = VelocityLoss(transformer, NoiseSchedule(scheduler), options.balance_weight)
+    loss = VelocityLoss(transformer, NoiseSchedule(scheduler), options)
     loop = Loop(
         stage,
         options,
@@ -187,8 +187,9 @@ def train_transformer(run: Run, device: torch.device, tensorboard: bool, tell: T
         sample,
         tensorboard=tensorboard,
     )
-    points, weights = loop.run(tell), loop.weights()
-    weights = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    points, whole = loop.run(tell), loop.weights()
+    prefix = "transformer."
+    weights = {n.removeprefix(prefix): x for n, x in whole.items() if n.startswith(prefix)}
     if loop.main and options.lora_rank:
         save_adapters(transformer, weights, run.folder)
     elif loop.main:

@@ -17,10 +17,11 @@ from cogvx.training.losses import (
     dropped,
     mean,
     recolored,
-    uniform_times,
 )
 from cogvx.training.optimizers import Muon, make_optimizers
+from cogvx.training.recipe import TransformerTraining
 from cogvx.training.stages import new_transformer, new_vae, scheduler_of
+from cogvx.training.times import Levels, spread_ranks, timesteps
 from cogvx.vae import CausalVAE
 from cogvx.vae.causal_conv import CausalConv
 
@@ -97,9 +98,11 @@ def test_the_velocity_loss_is_its_formula():
     nn.init.normal_(transformer.proj_out.weight)
     schedule, text = NoiseSchedule(scheduler_of(recipe)[1]), torch.randn(3, 16, 50)
     torch.manual_seed(1)
-    losses = VelocityLoss(transformer, schedule, 0.5)(latents, text)
+    losses = VelocityLoss(transformer, schedule, TransformerTraining(balance_weight=0.5))(
+        latents, text
+    )
     torch.manual_seed(1)
-    timestep = uniform_times(3, 1000)
+    timestep = timesteps(spread_ranks(3), 1000)
     noise = torch.randn_like(latents)
     alpha = schedule.alphas_cumprod[timestep].view(3, 1, 1, 1, 1)
     noisy = (alpha.sqrt() * latents + (1 - alpha).sqrt() * noise).float()
@@ -111,12 +114,55 @@ def test_the_velocity_loss_is_its_formula():
 
 
 def test_times_are_uniform_and_every_batch_has_all_parts_of_them():
-    batches = torch.stack([uniform_times(5, 1000) for _ in range(2000)])
+    batches = torch.stack([timesteps(spread_ranks(5), 1000) for _ in range(2000)])
     assert torch.equal(batches.sort().values // 200, torch.arange(5).expand(2000, 5))
     for place in batches.unbind(1):  # 2000 draws of a clip: 200 in each tenth, within 5 deviations
         assert ((place // 100).bincount(minlength=10) - 200).abs().max() < 70
-    few = torch.stack([uniform_times(7, 3) for _ in range(50)])
+    few = torch.stack([timesteps(spread_ranks(7), 3) for _ in range(50)])
     assert few.unique().tolist() == [0, 1, 2]
+
+
+def test_logit_normal_times_have_the_mean_and_the_spread_that_are_asked_for():
+    times = timesteps(spread_ranks(100_000), 10**6, 1.0, 0.5).double() / 10**6
+    logits = times.log() - (1 - times).log()
+    assert logits.mean() == pytest.approx(1.0, abs=0.01)
+    assert logits.std() == pytest.approx(0.5, abs=0.01)
+    assert timesteps(torch.tensor([0.0, 0.5, 1.0]), 1000, 0.0).tolist() == [0, 500, 999]
+    assert timesteps(torch.tensor([0.0, 0.5, 1.0]), 1000).tolist() == [0, 500, 999]
+
+
+def test_levels_follow_the_errors_of_their_part_and_divide_by_them():
+    levels = Levels()
+    ranks = torch.tensor([0.0, 0.03, 0.5, 1.0])
+    errors = torch.tensor([0.1, 0.3, 3.0, 4.0])
+    assert torch.equal(levels.eval()(errors, ranks), errors)  # from 1 on, and none follows
+    assert torch.equal(levels.train()(errors, ranks), errors)
+    expected = torch.ones(16)
+    expected[0], expected[8], expected[15] = 0.992, 1.02, 1.03
+    torch.testing.assert_close(levels.errors, expected)
+    for _ in range(2000):
+        relative = levels(errors, ranks)
+    torch.testing.assert_close(relative, torch.tensor([0.5, 1.5, 1.0, 1.0]))
+    assert torch.equal(levels.errors[1:8], torch.ones(7))
+
+
+def test_uncertainty_divides_the_error_at_each_time_by_its_level():
+    recipe = small()
+    transformer, schedule = new_transformer(recipe), NoiseSchedule(scheduler_of(recipe)[1])
+    nn.init.normal_(transformer.proj_out.weight)
+    options = TransformerTraining(weighting="uncertainty", logit_mean=0.5, balance_weight=0.0)
+    loss = VelocityLoss(transformer, schedule, options).eval()
+    loss.levels.errors.copy_(torch.arange(1, 17))
+    latents, text = torch.randn(16, 3, 4, 8, 8), torch.randn(16, 16, 50)
+    torch.manual_seed(1)
+    found = loss(latents, text)
+    torch.manual_seed(1)
+    ranks = spread_ranks(16)  # one in each sixteenth, and so the levels are its places from 1 on
+    timestep, noise = timesteps(ranks, 1000, 0.5), torch.randn_like(latents)
+    v = transformer(schedule.add_noise(latents, noise, timestep), text, timestep)
+    errors = (v - schedule.velocity(latents, noise, timestep)).square().flatten(1).mean(1)
+    torch.testing.assert_close(found["velocity"], errors.mean().detach())
+    torch.testing.assert_close(found["loss"], (errors / (ranks.argsort().argsort() + 1)).mean())
 
 
 def test_dropped_texts_are_the_empty_one():
