@@ -56,11 +56,37 @@ def encode_clips(
     It may be stopped and called again. Raises CheckpointError if the folder has latents of another
     VAE, or of another number of clips.
     """
+    write_latents(
+        clips,
+        vae,
+        folder,
+        text_encoder=text_encoder,
+        text_length=text_length,
+        workers=workers,
+        progress=progress,
+    )
+    return LatentClips(folder, vae)
+
+
+def write_latents(
+    clips: Dataset[Clip],
+    vae: CausalVAE,
+    folder: PathLike,
+    *,
+    text_encoder: TextEncoder | None = None,
+    text_length: int = 226,
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    process: int = 0,
+    processes: int = 1,
+) -> None:
+    """What `encode_clips` does before it opens the folder, or the part of one of several processes:
+    of the files, every `processes`-th from that of number `process` on."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     total = len(clips)  # type: ignore[arg-type]
     record = {**saved.record_of_model("vae", vae), "clips": total}
-    for first in range(0, total, IN_A_FILE):
+    for first in range(process * IN_A_FILE, total, processes * IN_A_FILE):
         path = folder / f"latents-{first // IN_A_FILE:05}.safetensors"
         last = min(first + IN_A_FILE, total)
         if path.exists():
@@ -86,7 +112,6 @@ def encode_clips(
                 progress(first + len(captions), total)
         spelled = {"captions": json.dumps(captions), "record": json.dumps(record)}
         write_tensors(path, tensors, {"format": FORMAT, "first": str(first), **spelled})
-    return LatentClips(folder, vae)
 
 
 class LatentClips(Dataset[LatentClip]):

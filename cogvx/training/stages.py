@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 
 from ..checkpoint import load_scheduler, load_transformer, load_vae, save_vae
 from ..config import SchedulerConfig, check_choice
-from ..data import Clip, FolderClips, LatentClip, LatentClips, ProceduralClips, encode_clips
+from ..data import Clip, FolderClips, LatentClip, LatentClips, ProceduralClips
+from ..data.latents import write_latents
 from ..data.scenes import vocabulary
 from ..data.scoring import GUIDANCE, STEPS
 from ..pipeline import CogVideoX
@@ -232,10 +233,15 @@ def latents_of(run: Run, vae: CausalVAE, accelerator: Any, tell: Tell) -> Latent
             f"text encoder of {recipe.model} is too large to be there in training; make them with "
             f"cogvx encode {given} --model {recipe.model} --out FOLDER"
         )
-    if accelerator.is_main_process:
-        clips = clips_of(recipe, vae, recipe.data.clips)
-        told = partial(tell, "latents")
-        encode_clips(clips, vae, folder, workers=recipe.data.workers, progress=told)
+    write_latents(
+        clips_of(recipe, vae, recipe.data.clips),
+        vae,
+        folder,
+        workers=recipe.data.workers,
+        progress=partial(tell, "latents"),
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
     accelerator.wait_for_everyone()
     return LatentClips(folder, vae)
 

@@ -8,6 +8,7 @@ import torch
 from cogvx.checkpoint import CheckpointError
 from cogvx.data import FolderClips, LatentClips, ProceduralClips, encode_clips, read_captions
 from cogvx.data import latents as latents_module
+from cogvx.data.latents import write_latents
 from cogvx.factorized import build_vae
 from cogvx.vae import CausalVAE
 from cogvx.video import VideoError, psnr, write_video
@@ -138,6 +139,19 @@ def test_encoding_goes_on_where_it_stopped(videos, vae, tmp_path, monkeypatch):
     (tmp_path / "latents" / "latents-00001.safetensors").unlink()
     with pytest.raises(CheckpointError, match="a file before it is missing"):
         LatentClips(tmp_path / "latents", vae)
+
+
+def test_processes_share_the_files(videos, vae, tmp_path, monkeypatch):
+    """Each writes some, and all are there in the end, the same as one alone writes."""
+    monkeypatch.setattr(latents_module, "IN_A_FILE", 1)
+    clips, shared, written = FolderClips(videos, *SIZE), tmp_path / "shared", []
+    for process in range(2):
+        write_latents(clips, vae, shared, process=process, processes=2)
+        written.append(len(list(shared.iterdir())))
+    assert written == [2, 3]
+    alone, made = encode_clips(clips, vae, tmp_path / "alone"), LatentClips(shared, vae)
+    assert made.captions == alone.captions == [clip.caption for clip in clips]
+    assert all(torch.equal(made[i].moments, alone[i].moments) for i in range(len(alone)))
 
 
 def test_latents_of_another_vae_are_refused(videos, vae, tmp_path):

@@ -21,7 +21,8 @@ from tests.model.training.recipes import small
 
 train(small(), sys.argv[1])
 state = AcceleratorState()
-print(f"{state.distributed_type.value}-{state.process_index}/{state.num_processes}")
+who = f"{state.distributed_type.value}-{state.process_index}/{state.num_processes}"
+sys.stdout.write(who + "\\n")  # in one piece: print writes the end of a line apart
 """
 
 
