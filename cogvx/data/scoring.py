@@ -17,8 +17,8 @@ AT_ONCE = 10
 CLIPS_OF_PSNR = 50
 
 # How models of these clips are sampled. What the first steps predict is a mean over all places
-# where a thing may be; guidance makes more of it, until one thing comes twice.
-STEPS, GUIDANCE = 30, 1.5
+# where a thing may be; guidance makes more of it, until one thing comes twice: 1 is without.
+STEPS, GUIDANCE = 30, 1.0
 
 Progress = Callable[[int, int], None]
 
