@@ -46,42 +46,21 @@ def encode_clips(
     text_length: int = 226,
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    process: int = 0,
+    processes: int = 1,
+    wait: Callable[[], None] | None = None,
 ) -> "LatentClips":
     """Encodes the clips that the folder does not have yet, and opens it.
 
     clips         of one size
     text_encoder  also keeps embeddings of the captions, for one too large to be there in training
     progress      called with how many clips are done, and how many there are
+    process       number of this one of `processes`, which share the files of a folder
+    wait          called when this one is done, and returns when all are
 
     It may be stopped and called again. Raises CheckpointError if the folder has latents of another
     VAE, or of another number of clips.
     """
-    write_latents(
-        clips,
-        vae,
-        folder,
-        text_encoder=text_encoder,
-        text_length=text_length,
-        workers=workers,
-        progress=progress,
-    )
-    return LatentClips(folder, vae)
-
-
-def write_latents(
-    clips: Dataset[Clip],
-    vae: CausalVAE,
-    folder: PathLike,
-    *,
-    text_encoder: TextEncoder | None = None,
-    text_length: int = 226,
-    workers: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-    process: int = 0,
-    processes: int = 1,
-) -> None:
-    """What `encode_clips` does before it opens the folder, or the part of one of several processes:
-    of the files, every `processes`-th from that of number `process` on."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     total = len(clips)  # type: ignore[arg-type]
@@ -112,6 +91,9 @@ def write_latents(
                 progress(first + len(captions), total)
         spelled = {"captions": json.dumps(captions), "record": json.dumps(record)}
         write_tensors(path, tensors, {"format": FORMAT, "first": str(first), **spelled})
+    if wait is not None:
+        wait()
+    return LatentClips(folder, vae)
 
 
 class LatentClips(Dataset[LatentClip]):

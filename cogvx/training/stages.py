@@ -13,8 +13,7 @@ from torch.utils.data import Dataset
 
 from ..checkpoint import load_scheduler, load_transformer, load_vae, save_vae
 from ..config import SchedulerConfig, check_choice
-from ..data import Clip, FolderClips, LatentClip, LatentClips, ProceduralClips
-from ..data.latents import write_latents
+from ..data import Clip, FolderClips, LatentClip, LatentClips, ProceduralClips, encode_clips
 from ..data.scenes import vocabulary
 from ..data.scoring import GUIDANCE, STEPS
 from ..pipeline import CogVideoX
@@ -233,7 +232,7 @@ def latents_of(run: Run, vae: CausalVAE, accelerator: Any, tell: Tell) -> Latent
             f"text encoder of {recipe.model} is too large to be there in training; make them with "
             f"cogvx encode {given} --model {recipe.model} --out FOLDER"
         )
-    write_latents(
+    return encode_clips(
         clips_of(recipe, vae, recipe.data.clips),
         vae,
         folder,
@@ -241,9 +240,8 @@ def latents_of(run: Run, vae: CausalVAE, accelerator: Any, tell: Tell) -> Latent
         progress=partial(tell, "latents"),
         process=accelerator.process_index,
         processes=accelerator.num_processes,
+        wait=accelerator.wait_for_everyone,
     )
-    accelerator.wait_for_everyone()
-    return LatentClips(folder, vae)
 
 
 def new_vae(recipe: Recipe) -> CausalVAE:

@@ -8,7 +8,6 @@ import torch
 from cogvx.checkpoint import CheckpointError
 from cogvx.data import FolderClips, LatentClips, ProceduralClips, encode_clips, read_captions
 from cogvx.data import latents as latents_module
-from cogvx.data.latents import write_latents
 from cogvx.factorized import build_vae
 from cogvx.vae import CausalVAE
 from cogvx.video import VideoError, psnr, write_video
@@ -145,11 +144,17 @@ def test_processes_share_the_files(videos, vae, tmp_path, monkeypatch):
     """Each writes some, and all are there in the end, the same as one alone writes."""
     monkeypatch.setattr(latents_module, "IN_A_FILE", 1)
     clips, shared, written = FolderClips(videos, *SIZE), tmp_path / "shared", []
-    for process in range(2):
-        write_latents(clips, vae, shared, process=process, processes=2)
+
+    def count():
         written.append(len(list(shared.iterdir())))
+
+    def other():
+        count()
+        encode_clips(clips, vae, shared, process=1, processes=2, wait=count)
+
+    made = encode_clips(clips, vae, shared, process=0, processes=2, wait=other)
     assert written == [2, 3]
-    alone, made = encode_clips(clips, vae, tmp_path / "alone"), LatentClips(shared, vae)
+    alone = encode_clips(clips, vae, tmp_path / "alone")
     assert made.captions == alone.captions == [clip.caption for clip in clips]
     assert all(torch.equal(made[i].moments, alone[i].moments) for i in range(len(alone)))
 
