@@ -97,7 +97,7 @@ def _distance(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
     if shape == "square":
         return torch.maximum(x.abs(), y.abs()) - radius
     if shape == "cross":
-        arm = 0.36 * radius
+        arm = 0.33 * radius
         upright = torch.maximum(x.abs() - arm, y.abs() - radius)
         level = torch.maximum(x.abs() - radius, y.abs() - arm)
         return torch.minimum(upright, level)

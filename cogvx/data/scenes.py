@@ -22,7 +22,7 @@ COLORS = {
 }
 GROUNDS = {"black": (12, 12, 12), "gray": (185, 185, 185), "white": (243, 243, 243)}
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 0.078, "": 0.102, "large": 0.125}  # half the width, of the smaller side
+SIZES = {"small": 0.088, "": 0.107, "large": 0.125}  # half the width, of the smaller side
 WAYS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1), "": (0, 0)}
 
 THING = rf"an? (?:(small|large) )?({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
