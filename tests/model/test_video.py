@@ -272,8 +272,11 @@ def test_a_picture_is_read(tmp_path):
     assert read_image(tmp_path / "a.png", 96, 96).shape == (1, 3, 96, 96)
     write_contact_sheet(tmp_path / "b.png", clip, most=6)
     sheet = read_image(tmp_path / "b.png")
-    assert sheet.shape == (1, 3, 3 * 272, 2 * 640)
-    assert (sheet[..., :272, 640:] - clip[:, 1]).abs().max() < 1e-6  # the second of six of eight
+    gap = writing.GAP
+    assert sheet.shape == (1, 3, 3 * 272 + 2 * gap, 2 * 640 + gap)
+    second = sheet[..., :272, 640 + gap :]
+    assert (second - clip[:, 1]).abs().max() < 1e-6  # of six of eight
+    assert sheet[..., 640 : 640 + gap].abs().max() < 0.01  # gray, whatever the pictures are
 
 
 def test_jpeg_is_read(tmp_path):
