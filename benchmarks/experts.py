@@ -75,8 +75,8 @@ def one(options: argparse.Namespace, kind: str, seed: int) -> dict[str, Any]:
         part = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        for name in ("vae", "latents"):
-            shutil.copytree(options.run / name, part / name)
+        shutil.copytree(options.run / "vae", part / "vae")
+        (part / "latents").symlink_to((options.run / "latents").resolve())  # gigabytes, only read
         (part / "recipe.json").write_text(json.dumps(recipe.to_dict()))
         part.rename(folder)
     points = train(recipe, folder, stages=["transformer"], device=options.device)["transformer"]
