@@ -4,9 +4,7 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -400,36 +398,6 @@ def test_a_signal_leaves_nothing(capsys, here, monkeypatch, number, status):
         signal.signal(signal.SIGINT, heeded)
     assert [path.name for path in here.iterdir()] == ["a.safetensors"]
     assert signal.getsignal(signal.SIGTERM) is before
-
-
-def start(here, *words):
-    """A process that heeds Ctrl-C, as one at a terminal does."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "cogvx", *map(str, words)],
-        cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-
-
-def test_a_process_that_is_interrupted(here):
-    """A real Ctrl-C, in a clip that is far from its end."""
-    long = torch.zeros(1, 9, 3, 64, 96)
-    write_video("long.mp4", (long for _ in range(200)), 25)
-    process = start(here, "reconstruct", "long.mp4", *RANDOM, "--out", "a.mp4")
-    deadline = time.monotonic() + 60
-    while not list(here.glob(".a.*.part.mp4")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "", "cogvx: interrupted\n")
-    assert [path.name for path in here.iterdir()] == ["long.mp4"]
-
-
-def test_a_process_of_its_own(here):
-    process = start(here, "params", "--preset", "2b", "--json")
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (0, "") and json.loads(out)["transformer"] > 1e9
 
 
 def test_the_output_plays(capsys, here):
