@@ -74,8 +74,27 @@ def test_verify_catches_a_broken_kernel(op, bug, capsys, device):
         return results
 
     with mock.patch.dict(verify.compare.__globals__, {"evaluate": wrong}):
-        assert verify.main(["--op", broken.name, "--quick", "--device", device]) == 1
+        words = ["--op", broken.name, "--quick", "--device", device, "--jobs", "1"]
+        assert verify.main(words) == 1
     assert "MISS" in capsys.readouterr().out
+
+
+@needs_triton
+def test_verify_says_the_same_with_any_number_of_processes(tmp_path):
+    said = []
+    for jobs in ("1", "3"):
+        report = tmp_path / jobs
+        options = ("--device", "cpu", "--quick", "--jobs", jobs, "--json", str(report))
+        done = type_in("verify", "--op", "gated_residual", "--op", "rope3d", *options)
+        assert done.returncode == 0, done.stderr
+        said += [(done.stdout, json.loads(report.read_text()))]
+    assert said[0] == said[1] and len(said[0][1]["rows"]) > 50
+
+
+def test_verify_wants_processes(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        verify.main(["--jobs", "0"])
+    assert "--jobs: must be 1 or more; got 0" in capsys.readouterr().err
 
 
 def test_verify_says_why_it_cannot(capsys):
