@@ -98,7 +98,7 @@ class CogVideoX:
     ) -> "CogVideoX":
         """The model in a folder of the hub's layout: transformer/, vae/, scheduler/ and, if the
         model has one, text_encoder/ with tokenizer/. Nothing is downloaded; "tiny" is the model
-        inside the package, `cogvx.assets`.
+        inside the package, cogvx/assets/tiny, where its card is.
 
         dtype         of all weights: bfloat16 for 5B and 1.5, float16 for 2B. None keeps the dtype
                       of the files, but float32 for "tiny" on a CPU

@@ -1,15 +1,32 @@
-"""What is inside the package: found by its name, and as good as it should be."""
+"""What is inside the package: found by its name, and as good as its card says."""
 
+import json
+import re
+from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
+from cogvx import CogVideoX
 from cogvx.assets import SHIPPED, located
 from cogvx.checkpoint import CheckpointError, load_vae
-from cogvx.data.scoring import score_vae
+from cogvx.data.scoring import NAMES, score_model, score_vae
 from cogvx.training import Recipe
 
 TINY = located("tiny")
+CARD = (TINY / "README.md").read_text()
+SCORES = json.loads((TINY / "scores.json").read_text())
+
+
+@cache
+def shipped() -> CogVideoX:
+    return CogVideoX.from_pretrained("tiny")
+
+
+@pytest.fixture
+def pipe(auto_is_what_a_cpu_has) -> CogVideoX:
+    return shipped()
 
 
 def test_names_are_those_of_the_package_and_paths_are_yours(tmp_path, monkeypatch):
@@ -22,12 +39,43 @@ def test_names_are_those_of_the_package_and_paths_are_yours(tmp_path, monkeypatc
             load_vae(path)
 
 
-def test_its_vae_is_small_and_what_its_recipe_says():
-    vae = load_vae("tiny")
-    learned = {"scaling_factor": vae.config.scaling_factor}
-    assert vae.config.to_dict() == {**Recipe.read("tiny").vae.to_dict(), **learned}
-    assert sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file()) < 12e6
+def test_it_is_small_and_what_its_recipe_says(pipe):
+    recipe = Recipe.read("tiny")
+    learned = {"scaling_factor": pipe.vae.config.scaling_factor}
+    assert pipe.vae.config.to_dict() == {**recipe.vae.to_dict(), **learned}
+    assert pipe.transformer.config == recipe.transformer
+    kept = {p.dtype for part in (pipe.vae, pipe.transformer) for p in part.parameters()}
+    assert kept == {torch.float32}  # on a CPU; 16 bits in the files
+    assert sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file()) < 20e6
+
+
+def test_its_card_says_what_the_files_are(pipe):
+    recipe = Recipe.read("tiny")
+    for stage in (recipe.vae_training, recipe.transformer_training):
+        assert re.search(rf"\| steps \|.* {stage.steps:,}[ ,]", CARD)
+    for part in (pipe.vae, pipe.transformer):
+        assert f"{sum(p.numel() for p in part.parameters()):,} parameters" in CARD
+    for name in NAMES:
+        own, other = SCORES[name], SCORES["control"][name]
+        assert re.search(rf"\| {name}\S* +\| {own:.1%} +\| {other:.1%} \|".replace("%", " %"), CARD)
+    assert f"{SCORES['psnr_db']:.2f} dB" in CARD
+
+
+def test_its_scores_do_not_fall():
+    assert SCORES["prompts"] == 200 and SCORES["psnr_db"] >= 30
+    assert all(SCORES[name] >= 0.94 for name in NAMES) and SCORES["control"]["all"] <= 0.02
 
 
 def test_held_out_clips_come_back():
     assert score_vae(load_vae("tiny").float(), 10) >= 30
+
+
+def test_clips_show_what_their_sentences_say(pipe):
+    scores, control = score_model(pipe, 20)
+    assert min(scores.color, scores.shape, scores.motion, scores.count) >= 0.85
+    assert control.all <= 0.2
+
+
+def test_an_unknown_word_is_told_with_those_it_knows(pipe):
+    with pytest.raises(ValueError, match=r"of the words .*circle.*; got 'hexagon'"):
+        pipe.generate("a red hexagon moves right")
