@@ -1,9 +1,10 @@
-"""`python -m benchmarks.experts --run runs/tiny`: do the experts of text and video earn their keep?
+"""`python -m benchmarks.experts`: do the experts of text and video earn their keep?
 
-The transformer of a finished training is trained again with the same steps, clips and seeds: with
-one feed-forward for both modalities (shared), with one for each (modality), and with several for
-video and a router (routed). Each has losses and scores of every seed, and their mean and spread;
-`held_out` is the loss over clips that no training had, with the same noise and times for everybody.
+The transformer of a finished training, or of the packaged model, is trained from nothing with the
+same VAE, steps, clips and seeds: with one feed-forward for both modalities (shared), with one for
+each (modality), and with several for video and a router (routed). Each has losses and scores of
+every seed, and their mean and spread; `held_out` is the loss over clips that no training had, with
+the same noise and times for everybody.
 What a step costs is not said here: it is `python -m benchmarks --op expert_ffn` that times.
 """
 
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from cogvx import CogVideoX
+from cogvx.assets import located
 from cogvx.data import ProceduralClips
 from cogvx.data.scoring import NAMES, score_model
 from cogvx.schedulers import NoiseSchedule
@@ -41,10 +43,16 @@ HELD_OUT_CLIPS, AT_ONCE = 400, 20
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.experts", description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="a training of procedural clips")
+    parser.add_argument(
+        "--run",
+        type=located,
+        default="tiny",
+        help="of procedural clips; by default tiny",
+    )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="by default the recipe's")
+    parser.add_argument("--clips", type=int, help="by default the recipe's, and the run's latents")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("out"))
@@ -70,13 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def one(options: argparse.Namespace, kind: str, seed: int) -> dict[str, Any]:
     """A training of that kind, goes on where it was stopped; its row."""
     folder = options.out / f"experts-{kind}-{seed}"
-    recipe = changed(options.run, kind, seed, options.steps)
+    recipe = changed(options, kind, seed)
     if not folder.exists():
         part = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         shutil.copytree(options.run / "vae", part / "vae")
-        (part / "latents").symlink_to((options.run / "latents").resolve())  # gigabytes, only read
+        (part / "latents").symlink_to(latents(options).resolve())  # gigabytes
         (part / "recipe.json").write_text(json.dumps(recipe.to_dict()))
         part.rename(folder)
     points = train(recipe, folder, stages=["transformer"], device=options.device)["transformer"]
@@ -87,6 +95,7 @@ def one(options: argparse.Namespace, kind: str, seed: int) -> dict[str, Any]:
         "kind": kind,
         "seed": seed,
         "steps": recipe.transformer_training.steps if recipe.transformer_training else 0,
+        "clips": recipe.data.clips,
         "parameters": sum(p.numel() for p in pipe.transformer.parameters()),
         "loss": statistics.mean(point.get("velocity", point["loss"]) for point in tail),
         "held_out": held_out(pipe, recipe),
@@ -114,17 +123,34 @@ def held_out(pipe: CogVideoX, recipe: Recipe) -> float:
     return statistics.mean(errors)
 
 
-def changed(run: Path, kind: str, seed: int, steps: int | None) -> Recipe:
+def latents(options: argparse.Namespace) -> Path:
+    """Those of the run; or, if it has none of so many clips, what all trainings here share."""
+    known: Path = options.run / "latents"
+    if options.clips is None and known.is_dir():
+        return known
+    shared: Path = options.out / "latents"  # filled by the first training
+    shared.mkdir(exist_ok=True)
+    return shared
+
+
+def changed(options: argparse.Namespace, kind: str, seed: int) -> Recipe:
     """The recipe of a run, of another kind and seed."""
-    recipe = Recipe.from_dict(json.loads((run / "recipe.json").read_text()))
+    path = options.run / "recipe.json"
+    if path.exists():
+        recipe = Recipe.from_dict(json.loads(path.read_text()))
+    else:
+        recipe = Recipe.read(options.run / "recipe.toml")  # of a model that was packaged
     training = recipe.transformer_training
     if recipe.transformer is None or training is None:
-        raise ValueError(f"{run}: must be a training with a transformer of its own")
-    if steps is not None:
-        training = dataclasses.replace(training, steps=steps)
+        raise ValueError(f"{options.run}: must be a training with a transformer of its own")
+    if options.steps is not None:
+        training = dataclasses.replace(training, steps=options.steps)
+    data = recipe.data
+    if options.clips is not None:
+        data = dataclasses.replace(data, clips=options.clips)
     transformer = dataclasses.replace(recipe.transformer, **KINDS[kind])
     return dataclasses.replace(
-        recipe, seed=seed, transformer=transformer, transformer_training=training
+        recipe, seed=seed, data=data, transformer=transformer, transformer_training=training
     )
 
 

@@ -396,7 +396,7 @@ def test_gpu_check_names_what_there_is():
 
 
 def test_experts_are_trained_side_by_side(tmp_path):
-    """Every kind with every seed, from one VAE and its latents; again, nothing is trained again."""
+    """Every kind with every seed, from one VAE and latents; again, nothing is trained again."""
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(small().to_dict()))
     code = (
@@ -406,7 +406,8 @@ def test_experts_are_trained_side_by_side(tmp_path):
     done = run("-c", code, str(recipe), str(tmp_path / "run"))
     assert done.returncode == 0, done.stdout + done.stderr
     words = ("--run", str(tmp_path / "run"), "--steps", "4", "--seeds", "2", "--prompts", "2")
-    words = (*words, "--kinds", "shared", "routed", "--device", "cpu", "--out", str(tmp_path))
+    words = (*words, "--kinds", "shared", "routed", "--device", "cpu", "--clips", "8")
+    words = (*words, "--out", str(tmp_path))
     for _ in range(2):
         done = run("-m", "benchmarks.experts", *words)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -415,7 +416,12 @@ def test_experts_are_trained_side_by_side(tmp_path):
     assert [(row["kind"], row["seed"]) for row in rows] == [
         ("shared", "0"), ("shared", "1"), ("routed", "0"), ("routed", "1")
     ]  # fmt: skip
-    assert all(row["steps"] == "4" and row["prompts"] == "2" and row["commit"] for row in rows)
+    asked = {"steps": "4", "clips": "8", "prompts": "2"}
+    assert all(asked.items() <= row.items() and row["commit"] for row in rows)
+    kept = [
+        (tmp_path / f"experts-{row['kind']}-{row['seed']}" / "latents").resolve() for row in rows
+    ]
+    assert set(kept) == {tmp_path / "latents"}
     assert all(len({row[number] for row in rows}) == 4 for number in ("loss", "held_out"))
     assert int(rows[2]["parameters"]) > int(rows[0]["parameters"])
     assert len(re.findall("2 seeds .* ± ", done.stdout)) == 2
