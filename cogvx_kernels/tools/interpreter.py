@@ -8,12 +8,14 @@ its time goes into patching `triton.language` anew for every call of a device fu
 cures them all; a kernel that computes on a bfloat16 block before it widens it is refused by name.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import triton.language as tl
 import triton.runtime.interpreter as triton_interpreter
+from triton.language.semantic import TritonSemantic
 from triton.runtime.interpreter import (
     GridExecutor,
     InterpretedFunction,
@@ -41,6 +43,7 @@ def install() -> None:
         _cure_arithmetic()
         _cure_indices()
         _cure_launches()
+        _save_time()
 
 
 def _is_bfloat16(x: TensorHandle) -> bool:
@@ -116,3 +119,53 @@ def _cure_launches() -> None:
 
     GridExecutor.__call__ = launch_quietly
     InterpretedFunction.__call__ = call_device_function
+
+
+def _save_time() -> None:
+    """Leave out work that changes no result."""
+    # For each sum and product of integers a second one, in 64 bits, whose verdict an assertion gets
+    # that is off unless kernels are debugged.
+    builder = triton_interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    _make_once_what_a_shape_says()
+
+    numpy_dtype = triton_interpreter._get_np_dtype  # makes a table of all types, to look up one
+    dtypes: dict[str, Any] = {}
+
+    def get_numpy_dtype(dtype: Any) -> Any:
+        name = dtype.scalar.name
+        if name not in dtypes:
+            dtypes[name] = numpy_dtype(dtype)
+        return dtypes[name]
+
+    triton_interpreter._get_np_dtype = get_numpy_dtype
+
+
+def _make_once_what_a_shape_says() -> None:
+    """Not for each block anew: the numbers, their product, their text, checked and wrapped."""
+    make_type, broadcast = tl.block_type.__init__, TritonSemantic.broadcast_impl_value
+    shapes: dict[tuple[Any, ...], Any] = {}
+    of_scalars = tl.tuple([]), tl.constexpr(1)
+
+    def init_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = tuple(getattr(size, "value", size) for size in getattr(shape, "values", shape))
+        if key not in shapes:
+            make_type(self, element_ty, shape)
+            of_tensors = tl.tuple([tl.constexpr(n) for n in key]), tl.constexpr(self.numel)
+            shapes[key] = self.shape, self.numel, str(self.shape), of_tensors
+        self.element_ty = element_ty
+        self.shape, self.numel, text, self.of_tensors = shapes[key]
+        self.name = f"<{text}, {element_ty}>"
+
+    def init_tensor(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = type.of_tensors if type.is_block() else of_scalars
+
+    def broadcast_unless_alike(self: Any, lhs: Any, rhs: Any) -> Any:
+        if lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape is rhs.type.shape:
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    tl.block_type.__init__ = init_type
+    tl.tensor.__init__ = init_tensor
+    TritonSemantic.broadcast_impl_value = broadcast_unless_alike
