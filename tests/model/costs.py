@@ -34,6 +34,11 @@ def launches(func):
     return not func.is_view and name_of(func) not in NO_LAUNCH
 
 
+def programs_left_out():
+    """Kernels are launched, and write nothing: for what hangs on shapes alone."""
+    return mock.patch.object(GridExecutor, "__call__", lambda self, *args, **kwargs: None)
+
+
 @contextlib.contextmanager
 def _unseen_interpreter():
     """Triton's interpreter copies the tensors of a launch to and fro, which a GPU would not."""
