@@ -28,7 +28,7 @@ from cogvx.data.scoring import NAMES, score_model
 from cogvx.schedulers import NoiseSchedule
 from cogvx.training import Recipe, train
 from cogvx.training.losses import VelocityLoss
-from cogvx.training.recipe import TransformerTraining
+from cogvx.training.recipe import PRECISIONS, TransformerTraining
 
 from .conditions import conditions
 
@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="by default the recipe's")
     parser.add_argument("--clips", type=int, help="by default the recipe's, and the run's latents")
+    parser.add_argument("--precision", choices=PRECISIONS, help="by default the recipe's")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("out"))
@@ -87,6 +88,8 @@ def one(options: argparse.Namespace, kind: str, seed: int) -> dict[str, Any]:
         (part / "latents").symlink_to(latents(options).resolve())  # gigabytes
         (part / "recipe.json").write_text(json.dumps(recipe.to_dict()))
         part.rename(folder)
+    training = recipe.transformer_training
+    assert training is not None  # or `changed` would have said so
     points = train(recipe, folder, stages=["transformer"], device=options.device)["transformer"]
     pipe = CogVideoX.from_pretrained(folder, torch.float32, options.device)
     scores, _ = score_model(pipe, options.prompts)
@@ -94,8 +97,9 @@ def one(options: argparse.Namespace, kind: str, seed: int) -> dict[str, Any]:
     return {
         "kind": kind,
         "seed": seed,
-        "steps": recipe.transformer_training.steps if recipe.transformer_training else 0,
+        "steps": training.steps,
         "clips": recipe.data.clips,
+        "precision": training.precision,
         "parameters": sum(p.numel() for p in pipe.transformer.parameters()),
         "loss": statistics.mean(point.get("velocity", point["loss"]) for point in tail),
         "held_out": held_out(pipe, recipe),
@@ -145,6 +149,8 @@ def changed(options: argparse.Namespace, kind: str, seed: int) -> Recipe:
         raise ValueError(f"{options.run}: must be a training with a transformer of its own")
     if options.steps is not None:
         training = dataclasses.replace(training, steps=options.steps)
+    if options.precision is not None:
+        training = dataclasses.replace(training, precision=options.precision)
     data = recipe.data
     if options.clips is not None:
         data = dataclasses.replace(data, clips=options.clips)

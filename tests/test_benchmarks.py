@@ -407,7 +407,7 @@ def test_experts_are_trained_side_by_side(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     words = ("--run", str(tmp_path / "run"), "--steps", "4", "--seeds", "2", "--prompts", "2")
     words = (*words, "--kinds", "shared", "routed", "--device", "cpu", "--clips", "8")
-    words = (*words, "--out", str(tmp_path))
+    words = (*words, "--precision", "float32", "--out", str(tmp_path))
     for _ in range(2):
         done = run("-m", "benchmarks.experts", *words)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -416,7 +416,7 @@ def test_experts_are_trained_side_by_side(tmp_path):
     assert [(row["kind"], row["seed"]) for row in rows] == [
         ("shared", "0"), ("shared", "1"), ("routed", "0"), ("routed", "1")
     ]  # fmt: skip
-    asked = {"steps": "4", "clips": "8", "prompts": "2"}
+    asked = {"steps": "4", "clips": "8", "precision": "float32", "prompts": "2"}
     assert all(asked.items() <= row.items() and row["commit"] for row in rows)
     kept = [
         (tmp_path / f"experts-{row['kind']}-{row['seed']}" / "latents").resolve() for row in rows
