@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test verify bench lint aot mutants clean
+.PHONY: help demo test verify bench tiny lint aot mutants clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
@@ -54,6 +54,10 @@ verify: $(READY)  ## every op on every sample against its reference, as a table
 
 bench: $(READY)  ## the benchmark suite into out/; ARGS="--op rope3d" narrows it
 	python -m benchmarks --out out $(ARGS)
+
+tiny: $(READY)  ## the packaged model anew, from nothing, into runs/tiny: hours; goes on where stopped
+	cogvx train tiny --out runs/tiny-first
+	cogvx train cogvx/assets/tiny/refined.toml --out runs/tiny
 
 lint: $(READY)  ## ruff, mypy, clang-format
 	ruff check .

@@ -29,6 +29,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """A whole number, 0 too."""
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise argparse.ArgumentTypeError(f"must be a whole number, not negative; got {text!r}")
+    return int(text)
+
+
 def seed(text: str) -> int:
     """What a torch.Generator takes for a seed."""
     if not re.fullmatch(r"\d{1,19}", text) or int(text) >= 1 << 63:

@@ -44,22 +44,26 @@ class Scores:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def held_out_prompts(count: int) -> dict[str, Scene]:
-    """So many sentences of the test split, all different, each with its scene."""
-    clips = ProceduralClips("test", 100 * count)
+def held_out_prompts(count: int, skip: int = 0) -> dict[str, Scene]:
+    """So many sentences of the test split, all different, each with its scene; the first `skip` of
+    them left out."""
+    clips = ProceduralClips("test", 100 * (skip + count))
     found: dict[str, Scene] = {}
     for index in range(len(clips)):
         scene = clips.scene(index)
         found[describe(scene)] = scene
-        if len(found) == count:
-            return found
-    raise ValueError(f"held_out_prompts: count must be at most {len(found)}; got {count}")
+        if len(found) == skip + count:
+            return dict(list(found.items())[skip:])
+    raise ValueError(
+        f"held_out_prompts: skip + count must be at most {len(found)}; got {skip} + {count}"
+    )
 
 
 def score_model(
     pipe: CogVideoX,
     prompts: int = 200,
     *,
+    skip: int = 0,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
     seed: int = 0,
@@ -67,10 +71,11 @@ def score_model(
 ) -> tuple[Scores, Scores]:
     """(scores, control): a clip for each of so many held-out sentences, read by `score`.
 
+    `skip` leaves out so many of the sentences, the first, as those that a choice was made with.
     The control reads the same clips against the sentences of others, and so says what chance gives.
     Seeds are `seed` and those after it, one for every ten clips.
     """
-    scenes = held_out_prompts(prompts)
+    scenes = held_out_prompts(prompts, skip)
     said, wanted = list(scenes), list(scenes.values())
     own, others = [], []
     for first in range(0, prompts, AT_ONCE):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cogvx.data import ProceduralClips, parse
+from cogvx.data import ProceduralClips, parse, scoring
 from cogvx.data.drawing import draw, place
 from cogvx.data.scoring import Scores, held_out_prompts, score_model, score_vae
 from cogvx.factorized import build_vae
@@ -32,6 +32,19 @@ def test_held_out_sentences_are_in_no_training_clip():
     clips = ProceduralClips("train", 1000)
     assert len(scenes) == 50 and all(parse(said) == scene for said, scene in scenes.items())
     assert not scenes.keys() & {clips[i].caption for i in range(1000)}
+    assert list(held_out_prompts(20, skip=30).items()) == list(scenes.items())[30:]
+
+
+def test_sentences_come_to_an_end(monkeypatch):
+    monkeypatch.setattr(scoring, "ProceduralClips", lambda split, length: ProceduralClips(split, 9))
+    with pytest.raises(ValueError, match=r"skip \+ count must be at most 9; got 8 \+ 2"):
+        held_out_prompts(2, skip=8)
+
+
+def test_sentences_may_be_skipped():
+    first = list(held_out_prompts(20))[:10]
+    assert score_model(Drawer(first), 20)[0].all == 0.5
+    assert score_model(Drawer(first), 10, skip=10)[0].all == 1.0
 
 
 def test_a_perfect_model_and_its_control():
