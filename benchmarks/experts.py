@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(summary(kind, [row for row in rows if row["kind"] == kind]))
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "experts.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *found])
+        writer = csv.DictWriter(file, [*rows[0], *found], lineterminator="\n")
         writer.writeheader()
         writer.writerows({**row, **found} for row in rows)
     return 0
