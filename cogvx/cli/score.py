@@ -16,7 +16,7 @@ def add(commands: Any, shared: argparse.ArgumentParser) -> None:
     )
     arguments.add_model(parser, default="tiny")
     parser.add_argument("--prompts", type=arguments.count, default=200)
-    parser.add_argument("--skip", type=arguments.whole, default=0, help="so many sentences first")
+    parser.add_argument("--skip", type=arguments.whole, default=0, help="leave out so many first")
     arguments.add_sampling(parser)
     arguments.add_machine(parser, tiles=False)
     parser.set_defaults(run=run)

@@ -1,5 +1,6 @@
 """What is inside the package: found by its name, and as good as its card says."""
 
+import dataclasses
 import json
 import re
 from functools import cache
@@ -58,6 +59,8 @@ def test_one_command_makes_it_again():
     first, second = (_parser().parse_args(command.split()) for command in commands)
     assert first.recipe == "tiny" and TINY.samefile(Path(second.recipe).parent)
     assert REFINED.model == str(first.out) and second.out != first.out
+    clips = Recipe.read("tiny").data
+    assert REFINED.data == dataclasses.replace(clips, clips=REFINED.data.clips)
 
 
 def test_its_card_says_what_the_files_are(pipe):
