@@ -1,4 +1,4 @@
-"""The house's own laws: floors, furniture, laziness, and README's tree."""
+"""Import layers, the files of an op package, and lazy imports."""
 
 import ast
 import importlib
@@ -297,25 +297,3 @@ def test_public_names_are_there_and_sorted():
         module = importlib.import_module(name)
         assert module.__all__ == sorted(module.__all__)
         assert all(hasattr(module, public) for public in module.__all__)
-
-
-def test_readme_tree_is_the_tree():
-    """README draws the folders: every line of it exists, and every source file is drawn."""
-    drawing = re.search(r"```\n\.\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert drawing, "README.md has no tree"
-    drawn, path = set(), []
-    for line in drawing.group(1).splitlines():
-        found = re.match(r"([│ ]*)[├└]── (\S+)", line)
-        assert found, f"README.md: cannot read the line {line!r} of the tree"
-        depth = len(found.group(1)) // 4
-        path = [*path[:depth], found.group(2).rstrip("/")]
-        drawn.add("/".join(path))
-    for name in drawn:
-        assert (ROOT / name).exists(), f"README.md draws {name}, which does not exist"
-    tracked = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split()
-    sources = {f for f in tracked if f.startswith(("cogvx", "csrc/", "benchmarks/", "tests/"))}
-    undrawn = {f for f in sources if f not in drawn and Path(f).suffix in (".py", ".cu", ".cpp")}
-    undrawn = {f for f in undrawn if Path(f).name != "__init__.py"}
-    assert not undrawn, f"README.md does not draw {sorted(undrawn)}"
