@@ -13,6 +13,7 @@ A reason is a sentence that an op returns, never an exception that somebody caug
 
 import importlib.util
 import os
+import threading
 import warnings
 
 import torch
@@ -28,6 +29,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton decides when a kernel is decorated, so a later change of the variable has no effect there.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
+_last = threading.local()
+
 
 class KernelFallbackWarning(UserWarning):
     """A GPU tensor takes the plain-torch reference because the kernel cannot run."""
@@ -42,9 +45,9 @@ def choose(backend: str, op: str, reason: str | None, x: Tensor) -> bool:
     """
     _checks.choice(op, "backend", backend, BACKENDS)
     if backend == "reference":
-        return False
+        return _chosen('backend="reference" was requested')
     if reason is None:
-        return True
+        return _chosen(None)
     if backend == "kernel":
         raise RuntimeError(
             f'{op}: backend="kernel" cannot run: {reason}. Use backend="auto" or "reference".'
@@ -55,7 +58,19 @@ def choose(backend: str, op: str, reason: str | None, x: Tensor) -> bool:
             KernelFallbackWarning,
             stacklevel=3,
         )
-    return False
+    return _chosen(reason)
+
+
+def last_reason() -> str | None:
+    """Why the last op of this thread took the reference, or None if it took the kernel. Compiled
+    calls choose when they are traced, and leave nothing here."""
+    return getattr(_last, "reason", None)
+
+
+def _chosen(reason: str | None) -> bool:
+    if not torch.compiler.is_compiling():
+        _last.reason = reason
+    return reason is None
 
 
 def triton_reason(name: str, x: Tensor) -> str | None:
