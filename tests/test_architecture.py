@@ -56,8 +56,9 @@ NAMES_TRITON = {
 } - {"cogvx_kernels/frame_cache/kernel.py"}
 # The model's floors, from the ground up: a file or folder may import those of lower floors only.
 MODEL_FLOORS = (
-    {"assets", "autocast", "config", "extras", "files", "memory"},
-    {"frames"},
+    {"autocast", "config", "extras", "files", "memory"},
+    {"frames", "hub"},
+    {"assets"},
     {"vae", "transformer", "schedulers", "text", "video", "words"},
     {"checkpoint", "plan"},
     {"sat", "pipeline"},
@@ -74,6 +75,7 @@ MODEL_OPTIONAL = {
 }
 # Likewise, by `cogvx.extras.extra`.
 MODEL_EXTRAS = {
+    "cogvx/hub.py": {"huggingface_hub", "huggingface_hub.errors"},
     "cogvx/text.py": {"transformers"},
     "cogvx/training/curves.py": {"matplotlib", "matplotlib.pyplot", "torch.utils.tensorboard"},
     "cogvx/training/lora.py": {"peft"},

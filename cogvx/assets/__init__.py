@@ -1,16 +1,56 @@
-"""The models inside the package, by their bare names; each is a folder with its card, README.md."""
+"""Where a model is: inside this package, each in a folder with its card; on disk; on the hub."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+
+from ..hub import download, is_hub_name
 
 PathLike = str | os.PathLike[str]
 
 SHIPPED = ("tiny",)
 
 
-def located(path: PathLike) -> Path:
-    """The folder of a model: the package's own if `path` is one of the names, else `path` itself.
+def located(
+    name: PathLike,
+    *,
+    parts: Sequence[str] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: PathLike | None = None,
+    variant: str | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Find the folder of a model by its name; download it if the name is one of the hub.
 
-    A folder of yours that has such a name is "./tiny".
+    name              "tiny", which is in this package; else a file or folder that exists, which
+                      never touches the network ("./tiny" is a folder of yours); else a str
+                      owner/name, a model of the Hugging Face hub, such as "THUDM/CogVideoX-5b".
+                      Any other path is returned as it is, for its reader to refuse
+    parts             of a model on the hub, the component folders to download: some of "scheduler",
+                      "text_encoder", "tokenizer", "transformer", "vae"; all by default
+    revision          branch, tag or commit on the hub
+    token             of the hub, for gated and private models; by default that of `hf auth login`
+    cache_dir         instead of the hub's cache, which is in HF_HOME (~/.cache/huggingface)
+    variant           of the weights, as in "fp16": those files, for the parts that have them
+    local_files_only  take it from the cache, as where HF_HUB_OFFLINE is set
+
+    Only safetensors and the JSON and tokenizer files beside them are downloaded.
+
+    Raises FileNotFoundError for a model, revision or variant that is not there, PermissionError for
+    one that wants a login or an accepted licence, ConnectionError if the hub cannot be reached, and
+    OSError, with what is missing, if the disk is too small.
     """
-    return Path(__file__).parent / path if path in SHIPPED else Path(path)
+    if name in SHIPPED:
+        return Path(__file__).parent / name
+    if not is_hub_name(name) or os.path.lexists(name):
+        return Path(name)
+    return download(
+        str(name),
+        parts=parts,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        variant=variant,
+        local_files_only=local_files_only,
+    )
