@@ -1,106 +1,156 @@
-"""Fast modules for video diffusion in torch, each proved against a plain-torch reference.
+"""Fast modules for video diffusion in torch, each tested against a plain-torch reference.
 
-Importing this package imports no Triton, asks for no GPU and builds nothing.
+Importing this package imports no torch and no Triton, asks for no GPU and builds nothing: each name
+is loaded from its module when it is first used (PEP 562).
 """
 
-from ._backend import BACKENDS, KernelFallbackWarning
-from .conv3d import conv3d
-from .expert_adaln import (
-    ExpertAdaLayerNorm,
-    expert_adaln,
-    expert_adaln_reference,
-    gated_residual,
-    gated_residual_adaln,
-    gated_residual_adaln_reference,
-    gated_residual_reference,
-)
-from .expert_ffn import ExpertFFN, expert_ffn, expert_ffn_reference
-from .frame_cache import (
-    FrameCacheJoin,
-    frame_cache_append,
-    frame_cache_exchange,
-    frame_cache_join,
-    frame_cache_join_reference,
-    frame_cache_push,
-)
-from .patching import (
-    DecodeState,
-    UnsupportedModelError,
-    explain,
-    patch,
-    patched,
-    stream_decode,
-    supported,
-    unpatch,
-)
-from .rope3d import (
-    QKNormRoPE3D,
-    RoPE3D,
-    crop_positions,
-    qk_norm_rope3d,
-    qk_norm_rope3d_reference,
-    rope3d,
-    rope3d_reference,
-    rope3d_tables,
-    slice_positions,
-    split_headdim,
-)
-from .spatial_norm import (
-    SpatialNormSiLU,
-    residual_moments,
-    residual_moments_reference,
-    spatial_norm_silu,
-    spatial_norm_silu_reference,
-)
-from .temporal_conv import TemporalConv, temporal_conv, temporal_conv_reference
+import importlib
+import importlib.util
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._backend import BACKENDS as BACKENDS
+    from ._backend import KernelFallbackWarning as KernelFallbackWarning
+    from .conv3d import conv3d as conv3d
+    from .expert_adaln import ExpertAdaLayerNorm as ExpertAdaLayerNorm
+    from .expert_adaln import expert_adaln as expert_adaln
+    from .expert_adaln import expert_adaln_reference as expert_adaln_reference
+    from .expert_adaln import gated_residual as gated_residual
+    from .expert_adaln import gated_residual_adaln as gated_residual_adaln
+    from .expert_adaln import gated_residual_adaln_reference as gated_residual_adaln_reference
+    from .expert_adaln import gated_residual_reference as gated_residual_reference
+    from .expert_ffn import ExpertFFN as ExpertFFN
+    from .expert_ffn import expert_ffn as expert_ffn
+    from .expert_ffn import expert_ffn_reference as expert_ffn_reference
+    from .frame_cache import FrameCacheJoin as FrameCacheJoin
+    from .frame_cache import frame_cache_append as frame_cache_append
+    from .frame_cache import frame_cache_exchange as frame_cache_exchange
+    from .frame_cache import frame_cache_join as frame_cache_join
+    from .frame_cache import frame_cache_join_reference as frame_cache_join_reference
+    from .frame_cache import frame_cache_push as frame_cache_push
+    from .patching import DecodeState as DecodeState
+    from .patching import UnsupportedModelError as UnsupportedModelError
+    from .patching import explain as explain
+    from .patching import patch as patch
+    from .patching import patched as patched
+    from .patching import stream_decode as stream_decode
+    from .patching import supported as supported
+    from .patching import unpatch as unpatch
+    from .rope3d import QKNormRoPE3D as QKNormRoPE3D
+    from .rope3d import RoPE3D as RoPE3D
+    from .rope3d import crop_positions as crop_positions
+    from .rope3d import qk_norm_rope3d as qk_norm_rope3d
+    from .rope3d import qk_norm_rope3d_reference as qk_norm_rope3d_reference
+    from .rope3d import rope3d as rope3d
+    from .rope3d import rope3d_reference as rope3d_reference
+    from .rope3d import rope3d_tables as rope3d_tables
+    from .rope3d import slice_positions as slice_positions
+    from .rope3d import split_headdim as split_headdim
+    from .spatial_norm import SpatialNormSiLU as SpatialNormSiLU
+    from .spatial_norm import residual_moments as residual_moments
+    from .spatial_norm import residual_moments_reference as residual_moments_reference
+    from .spatial_norm import spatial_norm_silu as spatial_norm_silu
+    from .spatial_norm import spatial_norm_silu_reference as spatial_norm_silu_reference
+    from .temporal_conv import TemporalConv as TemporalConv
+    from .temporal_conv import temporal_conv as temporal_conv
+    from .temporal_conv import temporal_conv_reference as temporal_conv_reference
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "BACKENDS",
-    "DecodeState",
-    "ExpertAdaLayerNorm",
-    "ExpertFFN",
-    "FrameCacheJoin",
-    "KernelFallbackWarning",
-    "QKNormRoPE3D",
-    "RoPE3D",
-    "SpatialNormSiLU",
-    "TemporalConv",
-    "UnsupportedModelError",
-    "__version__",
-    "conv3d",
-    "crop_positions",
-    "expert_adaln",
-    "expert_adaln_reference",
-    "expert_ffn",
-    "expert_ffn_reference",
-    "explain",
-    "frame_cache_append",
-    "frame_cache_exchange",
-    "frame_cache_join",
-    "frame_cache_join_reference",
-    "frame_cache_push",
-    "gated_residual",
-    "gated_residual_adaln",
-    "gated_residual_adaln_reference",
-    "gated_residual_reference",
-    "patch",
-    "patched",
-    "qk_norm_rope3d",
-    "qk_norm_rope3d_reference",
-    "residual_moments",
-    "residual_moments_reference",
-    "rope3d",
-    "rope3d_reference",
-    "rope3d_tables",
-    "slice_positions",
-    "spatial_norm_silu",
-    "spatial_norm_silu_reference",
-    "split_headdim",
-    "stream_decode",
-    "supported",
-    "temporal_conv",
-    "temporal_conv_reference",
-    "unpatch",
-]
+# Where each public name is loaded from. The imports above say the same to type checkers.
+_MODULES = {
+    "_backend": (
+        "BACKENDS",
+        "KernelFallbackWarning",
+    ),
+    "conv3d": ("conv3d",),
+    "expert_adaln": (
+        "ExpertAdaLayerNorm",
+        "expert_adaln",
+        "expert_adaln_reference",
+        "gated_residual",
+        "gated_residual_adaln",
+        "gated_residual_adaln_reference",
+        "gated_residual_reference",
+    ),
+    "expert_ffn": (
+        "ExpertFFN",
+        "expert_ffn",
+        "expert_ffn_reference",
+    ),
+    "frame_cache": (
+        "FrameCacheJoin",
+        "frame_cache_append",
+        "frame_cache_exchange",
+        "frame_cache_join",
+        "frame_cache_join_reference",
+        "frame_cache_push",
+    ),
+    "patching": (
+        "DecodeState",
+        "UnsupportedModelError",
+        "explain",
+        "patch",
+        "patched",
+        "stream_decode",
+        "supported",
+        "unpatch",
+    ),
+    "rope3d": (
+        "QKNormRoPE3D",
+        "RoPE3D",
+        "crop_positions",
+        "qk_norm_rope3d",
+        "qk_norm_rope3d_reference",
+        "rope3d",
+        "rope3d_reference",
+        "rope3d_tables",
+        "slice_positions",
+        "split_headdim",
+    ),
+    "spatial_norm": (
+        "SpatialNormSiLU",
+        "residual_moments",
+        "residual_moments_reference",
+        "spatial_norm_silu",
+        "spatial_norm_silu_reference",
+    ),
+    "temporal_conv": (
+        "TemporalConv",
+        "temporal_conv",
+        "temporal_conv_reference",
+    ),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(["__version__", *_HOMES])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(types.ModuleType):
+    """This package. `rope3d`, `conv3d` and others are each a module and the function in it; Python
+    stores a module in its package once it is loaded, and here the function stays what is found.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, types.ModuleType) and _HOMES.get(name) == name:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
