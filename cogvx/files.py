@@ -6,6 +6,7 @@ JSON that swells. Everything is refused before it is opened or parsed, with a `C
 
 import contextlib
 import glob
+import itertools
 import json
 import math
 import os
@@ -29,6 +30,36 @@ JSON_ITEMS = 400_000  # so that no JSON takes more than 100 MB, parsed
 NUMBER_DIGITS = 24
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
+UNFINISHED = (".part", ".incomplete", ".download", ".crdownload", ".aria2", ".tmp")
+
+# How files begin that people meet where they expected another: (offset, bytes, what it is).
+_SIGNATURES = (
+    (
+        0,
+        b"version https://git-lfs.github.com/",
+        "a git-lfs pointer, not the file that it stands for: run `git lfs pull` in its folder, or "
+        "download the model with `hf download`",
+    ),
+    (0, b"PK\x03\x04", "a zip archive, such as torch.save makes (a pickle is in it)"),
+    (0, b"\x80\x02", "a pickle, such as torch.save makes"),
+    (0, b"\x80\x04", "a pickle"),
+    (0, b"\x80\x05", "a pickle"),
+    (0, b"\x1f\x8b", "gzip: unpack it first"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it first"),
+    (0, b"\xfd7zXZ\0", "xz: unpack it first"),
+    (0, b"\x28\xb5\x2f\xfd", "zstd: unpack it first"),
+    (257, b"ustar", "a tar archive: unpack it first"),
+    (4, b"ftyp", "an MP4 or MOV video"),
+    (0, b"\x1aE\xdf\xa3", "a WebM or Matroska video"),
+    (8, b"AVI ", "an AVI video"),
+    (8, b"WEBP", "a WebP image"),
+    (0, b"GIF8", "a GIF image"),
+    (0, b"\x89PNG", "a PNG image"),
+    (0, b"\xff\xd8\xff", "a JPEG image"),
+    (0, b"GGUF", "a GGUF file, which is another format for weights"),
+    (0, b"\x89HDF", "an HDF5 file, which is another format for weights"),
+    (0, b"\x93NUMPY", "a NumPy array"),
+)
 
 
 class CheckpointError(ValueError):
@@ -49,12 +80,33 @@ def listed(lines: list[str], limit: int = 10) -> str:
     return "".join(f"\n    {line}" for line in lines[:limit] + more)
 
 
+def recognized(start: bytes) -> str:
+    """What a file that begins with `start` is, in words, if it is something well known; else "".
+
+    start: at least its first 512 bytes, or all of them.
+    """
+    if not start:
+        return "an empty file: download or save it again"
+    for offset, signature, words in _SIGNATURES:
+        if start.startswith(signature, offset):
+            return words
+    if not start.strip(b"\0"):
+        return "zeros: a download or a copy that broke off"
+    text = start[:512].lstrip(b"\xef\xbb\xbf \t\r\n")
+    if re.match(rb"<(!doctype html|html|head|body|!--|\?xml)", text, re.IGNORECASE):
+        return "a web page (HTML), not the file that its link stands for: download it again"
+    if text[:200].isascii() and text[:200].decode("ascii").replace("\n", "").isprintable():
+        line = text[:60].decode("ascii").split("\n")[0]
+        return f"text, which begins {shown(line)}: an error of a server, perhaps"
+    return ""
+
+
 def member(folder: Path, name: object) -> Path:
     """The file of `folder` that goes by `name`; nothing is opened.
 
     Raises CheckpointError for whatever is not the plain name of a regular file inside the folder: a
     path, a pipe, a device, a folder, a link that leads out. (The links of a Hugging Face cache,
-    from its `snapshots` to its own `blobs`, stay inside.)
+    from its `snapshots` to its own `blobs`, or to those of all its models, stay inside.)
     """
     if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name) or ".." in name:
         raise CheckpointError(
@@ -65,10 +117,14 @@ def member(folder: Path, name: object) -> Path:
         real = (folder / name).resolve()
         mode = real.stat().st_mode
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: has no file {name}") from error
+        raise CheckpointError(f"{folder}: has no file {name}{unfinished(folder, name)}") from error
     except (OSError, RuntimeError) as error:  # a loop of links
         raise CheckpointError(f"{folder / name}: cannot be found: {error}") from error
     caches = [parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"]
+    # huggingface_hub 2 keeps large files once for all models, and links to them from there
+    caches += [
+        cache.parents[1] / "blobs" for cache in caches if cache.parent.name.startswith("models--")
+    ]
     if not any(home == real.parent or home in real.parents for home in (root, *caches)):
         raise CheckpointError(
             f"{folder / name}: must lie in its folder; it is a link to {real}. Copy the file, or "
@@ -77,6 +133,21 @@ def member(folder: Path, name: object) -> Path:
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{folder / name}: must be a regular file; got {_kind(mode)}")
     return folder / name
+
+
+def unfinished(folder: Path, name: str = "") -> str:
+    """For the message about a file that is not in `folder`: a sign that a download broke off.
+
+    name: of the file; by default, any.
+    """
+    with contextlib.suppress(OSError):
+        left = [path.name for path in itertools.islice(folder.iterdir(), 1000)]
+        left = sorted(file for file in left if file.endswith(UNFINISHED) and name in file)
+        if left:
+            return f"; {left[0]} is a download that is not finished"
+    if any(parent.parent.match("models--*/snapshots") for parent in (folder, *folder.parents)):
+        return "; the download to this cache is not complete: run it again, with a connection"
+    return ""
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -137,7 +208,9 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     except RecursionError as error:
         raise CheckpointError(f"{where}: must not nest so deeply") from error
     except ValueError as error:
-        raise CheckpointError(f"{where}: must be JSON; {error}") from error
+        came = "" if data.lstrip()[:1] in (b"{", b"[") else recognized(data)
+        why = f"got {came}" if came else error
+        raise CheckpointError(f"{where}: must be JSON; {why}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: must hold a JSON object; got {shown(value)}")
     return value
@@ -174,20 +247,15 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     is killed. If the body raises, KeyboardInterrupt included, all that it wrote in the temporary
     folder is removed. What killed processes left behind is removed by the next call for `path`.
 
-    Raises FileNotFoundError if the folder does not exist or the body writes no file, and
-    IsADirectoryError if `path` is a folder.
+    Raises FileNotFoundError if the folder does not exist or the body writes no file,
+    IsADirectoryError if `path` is a folder, and OSError, naming `path`, if the folder cannot be
+    written.
 
     >>> with atomic_path("clip.mp4") as part:
     ...     encode(video, part)
     """
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"atomic_path: path must name a file; got the folder {path}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"atomic_path: path must lie in a folder that exists; got {path}")
-    prefix, suffix = f".{path.stem[:100]}.", f".part{path.suffix[:50]}"
-    remove_abandoned(path.parent, f"{glob.escape(prefix)}*{glob.escape(suffix)}")
-    folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=path.parent))
+    folder = _part_folder(path)
     try:
         with _held(folder):
             part = folder / path.name
@@ -198,6 +266,29 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     sync(path.parent)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise the OSError that `atomic_path(path)` would raise before its body runs.
+
+    The temporary folder is made and removed: permission bits do not tell of a read-only disk.
+    """
+    shutil.rmtree(_part_folder(Path(path)), ignore_errors=True)
+
+
+def _part_folder(path: Path) -> Path:
+    """A new temporary folder beside `path`."""
+    if path.is_dir():
+        raise IsADirectoryError(f"atomic_path: path must name a file; got the folder {path}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"atomic_path: path must lie in a folder that exists; got {path}")
+    prefix, suffix = f".{path.stem[:100]}.", f".part{path.suffix[:50]}"
+    remove_abandoned(path.parent, f"{glob.escape(prefix)}*{glob.escape(suffix)}")
+    try:
+        return Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=path.parent))
+    except OSError as error:  # it names the temporary folder, which nobody asked for
+        reason = f"its folder cannot be written to ({error.strerror})"
+        raise OSError(error.errno, reason, os.fspath(path)) from error
 
 
 @contextmanager

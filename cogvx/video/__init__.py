@@ -4,10 +4,10 @@ A file is refused from its header, before a frame is decoded, when it is beyond 
 `container`. PyAV is an extra, reached for when a file is opened: `pip install cogvx[video]`.
 """
 
-from .container import VideoError
+from .container import VideoError, check_fps
 from .quality import PSNR, psnr
 from .reading import Clip, VideoInfo, open_video, probe, read_image, read_video, stream_video
-from .writing import WRITTEN, write_contact_sheet, write_sheet, write_video
+from .writing import WRITTEN, check_video_output, write_contact_sheet, write_sheet, write_video
 
 __all__ = [
     "Clip",
@@ -15,6 +15,8 @@ __all__ = [
     "VideoError",
     "VideoInfo",
     "WRITTEN",
+    "check_fps",
+    "check_video_output",
     "open_video",
     "probe",
     "psnr",

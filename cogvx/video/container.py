@@ -1,9 +1,12 @@
 """What reading and writing share: PyAV, a file opened within limits, errors that name it."""
 
+import math
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
+from numbers import Real
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +15,7 @@ PathLike = str | os.PathLike[str]
 PIXEL_LIMIT = 1 << 26  # of one frame; 8K video has half
 FRAME_LIMIT = 1 << 18  # two hours at 30 a second
 BYTE_LIMIT = 1 << 36
-RATE_LIMIT = 1000
+RATES = 0.001, 1000  # frames a second
 
 # Files with frames in them. Not here: playlists and scripts, which name other files to open.
 FORMATS = (
@@ -79,6 +82,17 @@ def opened(path: PathLike) -> Iterator[tuple[Any, Any]]:
 def check_count(path: PathLike, count: int) -> None:
     if count > FRAME_LIMIT:
         raise VideoError(f"{path}: must have at most {FRAME_LIMIT} frames; got {count}")
+
+
+def check_fps(
+    where: PathLike, fps: float, least: float = RATES[0], most: float = RATES[1]
+) -> Fraction:
+    """The rate as a fraction. Raises VideoError unless it lies between `least` and `most`."""
+    if not isinstance(fps, Real) or not (math.isfinite(fps) and least <= fps <= most):
+        raise VideoError(
+            f"{where}: fps must be above 0 (at least {least:g}) and at most {most:g}; got {fps}"
+        )
+    return Fraction(fps).limit_denominator(1001)
 
 
 def precise() -> Any:

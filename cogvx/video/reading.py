@@ -31,10 +31,10 @@ from .container import (
     BT601,
     BT709,
     PIXEL_LIMIT,
-    RATE_LIMIT,
     PathLike,
     VideoError,
     check_count,
+    check_fps,
     opened,
     precise,
 )
@@ -130,9 +130,9 @@ def open_video(
         (of one alone given, the other follows from the file's shape).
     fps: frames a second; None for the file's frames as they are.
     """
+    if fps is not None:
+        check_fps(path, fps)
     info, times, tick = _examine(path)
-    if fps is not None and not 0 < fps <= RATE_LIMIT:
-        raise VideoError(f"{path}: fps must be above 0 and at most {RATE_LIMIT}; got {fps}")
     chosen = range(info.frames) if fps is None else _nearest(path, times, tick, fps, info)
     valid = [n for n in frame_rule.nearest_valid(len(chosen), vae) if n <= len(chosen)]
     wanted = max(valid, default=0) if frames is None else frames

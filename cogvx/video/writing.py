@@ -12,12 +12,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..files import atomic_path
-from .container import BT709, LIMITED, RATE_LIMIT, PathLike, VideoError, named_errors, precise, pyav
+from ..files import atomic_path, check_writable
+from .container import (
+    BT709,
+    LIMITED,
+    PIXEL_LIMIT,
+    RATES,
+    PathLike,
+    VideoError,
+    check_fps,
+    named_errors,
+    precise,
+    pyav,
+)
 
 WRITTEN = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".gif": "gif"}
+GIF_RATES = 0.01, 50  # a GIF counts hundredths of a second; viewers slow down a delay of one
+SIDE_LIMIT = 16384  # of x264
 QUALITY = 15  # x264's crf: 0 is lossless, 18 is said to look it
 GAP = 2  # pixels between the pictures of a sheet
+
+
+def check_video_output(
+    path: PathLike,
+    fps: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> None:
+    """Raise the VideoError that `write_video` would raise for what is known beforehand.
+
+    Checks the suffix, that the folder exists and can be written to, and, where they are given, fps
+    (above 0 and at most 1000; of a GIF at most 50) and size in pixels. Whether the file exists
+    already is the caller's concern: `write_video` replaces it.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in WRITTEN:
+        raise VideoError(
+            f"{path}: its name must end in one of {', '.join(WRITTEN)}; got {suffix or 'no suffix'}"
+        )
+    if fps is not None:
+        _rate(path, fps)
+    if height is not None and width is not None:
+        _check_size(path, height, width)
+    with named_errors(path, "cannot be written"):
+        check_writable(path)
 
 
 def write_video(
@@ -34,12 +72,8 @@ def write_video(
     keeps it. Raises VideoError, naming the frame, for a value that is not finite.
     """
     av = pyav()
-    format = WRITTEN.get(Path(path).suffix.lower())
-    if format is None:
-        raise VideoError(f"{path}: its name must end in one of {', '.join(WRITTEN)}")
-    if not 0 < fps <= RATE_LIMIT:
-        raise VideoError(f"{path}: fps must be above 0 and at most {RATE_LIMIT}; got {fps}")
-    rate = Fraction(fps).limit_denominator(1001)
+    check_video_output(path, fps)
+    format, rate = WRITTEN[Path(path).suffix.lower()], _rate(path, fps)
     stream = number = None
     with (
         named_errors(path, "cannot be written"),
@@ -49,6 +83,7 @@ def write_video(
         for number, frame in enumerate(_frames(path, video)):
             height, width = frame.shape[1:]
             if stream is None:
+                _check_size(path, height, width)
                 stream = _start(container, format, rate, height, width, crf)
                 prepare = _palette(height, width, rate) if format == "gif" else _to_yuv(stream)
             if (height, width) != (stream.height, stream.width):
@@ -89,6 +124,19 @@ def write_sheet(path: PathLike, rows: Tensor) -> None:
     with atomic_path(path) as temporary:
         packets = [*codec.encode(picture), *codec.encode(None)]
         Path(temporary).write_bytes(b"".join(bytes(packet) for packet in packets))
+
+
+def _rate(path: PathLike, fps: float) -> Fraction:
+    limits = GIF_RATES if Path(path).suffix.lower() == ".gif" else RATES
+    return check_fps(path, fps, *limits)
+
+
+def _check_size(path: PathLike, height: int, width: int) -> None:
+    if not (1 <= height <= SIDE_LIMIT and 1 <= width <= SIDE_LIMIT) or height * width > PIXEL_LIMIT:
+        raise VideoError(
+            f"{path}: height and width must be 1 to {SIDE_LIMIT}, with at most {PIXEL_LIMIT:,} "
+            f"pixels; got {height}x{width}"
+        )
 
 
 def _frames(path: PathLike, video: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:

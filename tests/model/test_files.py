@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from cogvx.checkpoint import CheckpointError, atomic_path
-from cogvx.files import parse_json
+from cogvx.files import check_writable, parse_json
 
 
 def test_json_is_bounded():
@@ -134,6 +134,22 @@ def test_atomic_path_works_without_locks(tmp_path, monkeypatch):
     with atomic_path(tmp_path / "x.json") as part:
         part.write_text("new")
     assert sorted(os.listdir(tmp_path)) == [".x.abc.part.json", "x.json"]  # whose is it?
+
+
+def test_a_path_is_checked_without_being_written(tmp_path, monkeypatch):
+    (tmp_path / "x.json").write_text("old")
+    check_writable(tmp_path / "x.json")
+    check_writable(tmp_path / "y.json")
+    assert os.listdir(tmp_path) == ["x.json"]
+
+    def fails(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", "/a/temporary/name")
+
+    monkeypatch.setattr("tempfile.mkdtemp", fails)
+    for check in (check_writable, lambda path: atomic_path(path).__enter__()):
+        with pytest.raises(OSError, match=r"folder cannot be .*\(Read-only.*'.*x\.json'") as caught:
+            check(tmp_path / "x.json")
+        assert caught.value.errno == errno.EROFS
 
 
 def test_atomic_path_names_what_is_wrong(tmp_path):

@@ -1,6 +1,7 @@
 """Files in and out: real clips there and back, and what does not fit made to fit."""
 
 import math
+from pathlib import Path
 
 import av
 import pytest
@@ -12,6 +13,7 @@ from cogvx.memory import LiveBytes
 from cogvx.video import (
     PSNR,
     VideoError,
+    check_video_output,
     open_video,
     probe,
     psnr,
@@ -249,12 +251,43 @@ def test_frames_are_of_one_size(tmp_path):
         write_video(tmp_path / "a.mp4", chunks, 8)
 
 
-@pytest.mark.parametrize("fps", [0, -1, math.nan, math.inf, 1e9])
+@pytest.mark.parametrize("fps", [0, -1, math.nan, math.inf, 1e9, 1e-9, "8"])
 def test_a_rate_must_be_one(tmp_path, fps):
     with pytest.raises(VideoError, match="fps must be"):
         write_video(tmp_path / "a.mp4", torch.zeros(1, 1, 3, 32, 32), fps)
+    with pytest.raises(VideoError, match=r"a\.mp4: fps must be"):
+        check_video_output(tmp_path / "a.mp4", fps)
     with pytest.raises(VideoError, match="fps must be"):
         open_video(BIKES, fps=fps)
+
+
+def test_outputs_are_checked_before_work(tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"old")
+    check_video_output(path, 8, 480, 720)
+    check_video_output(tmp_path / "b.GIF", 50)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    for values, message in (
+        (("a.avi", 8), r"must end in one of \.mp4, .*; got \.avi"),
+        (("a", 8), "got no suffix"),
+        (("nowhere/a.mp4", 8), "folder that exists"),
+        (("a.gif", 60), "at most 50; got 60"),
+        (("a.mp4", 8, 0, 64), "got 0x64"),
+        (("a.mp4", 8, 16, 16392), "1 to 16384.* got 16x16392"),
+        (("a.mp4", 8, 16384, 16384), "67,108,864 pixels; got 16384x16384"),
+    ):
+        with pytest.raises(VideoError, match=message):
+            check_video_output(tmp_path / values[0], *values[1:])
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(VideoError, match="must name a file; got the folder"):
+        check_video_output(tmp_path / "folder.mp4")
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no folder that nobody can write to")
+def test_a_folder_that_cannot_be_written_to():
+    """Permission bits do not say so, to root least of all."""
+    with pytest.raises(VideoError, match=r"^/proc/a\.mp4: cannot be written: its folder cannot be"):
+        check_video_output("/proc/a.mp4", 8)
 
 
 def test_an_unknown_suffix_is_refused(tmp_path):
