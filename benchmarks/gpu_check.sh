@@ -109,7 +109,7 @@ tests() {
         return
     fi
     # shellcheck disable=SC2046
-    step "$name" "$limit" "$PYTHON" -m pytest -q -p no:cacheprovider $(workers) "$@"
+    step "$name" "$limit" "$PYTHON" -m pytest --all -q -p no:cacheprovider $(workers) "$@"
 }
 
 bench() { # op size limit arguments...
@@ -140,7 +140,7 @@ sanitize() {
         return
     fi
     local verify=(-m cogvx_kernels verify --device cuda --quick)
-    local cache=(-m pytest -q -p no:cacheprovider tests/kernels/test_frame_cache.py
+    local cache=(-m pytest --all -q -p no:cacheprovider tests/kernels/test_frame_cache.py
         -k "every_length or every_dtype or lies_around")
     local tool
     for tool in memcheck racecheck initcheck synccheck; do

@@ -1,11 +1,22 @@
-"""Where the tests run: kernels on a GPU if there is one, else in Triton's interpreter."""
+"""Which tests run, and where: kernels on a GPU if there is one, else in Triton's interpreter."""
 
+import functools
+import gc
 import os
 import random
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
+
+# The garbage collector takes a quarter of a collection's time to find that what is imported stays.
+gc.disable()
+STARTED = time.monotonic()
+
+import torch  # noqa: E402
+
+from tests.harness import selection  # noqa: E402
 
 # Triton decides when a kernel is decorated: before cogvx_kernels or triton is imported.
 HAS_GPU = torch.cuda.is_available()
@@ -21,6 +32,8 @@ if _backend.HAS_TRITON and _backend.INTERPRETED:
 
 ON_GPU = HAS_GPU and not _backend.INTERPRETED
 
+REPORTED = ("passed", "failed", "skipped", "xfailed", "xpassed", "error")
+
 # One order of sums, run after run; and `tests.harness.workers` forks.
 torch.set_num_threads(1)
 
@@ -30,6 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--seed", type=int, metavar="S", help="of all that is random; a new one if not given"
     )
+    selection.add_options(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,7 +59,28 @@ def pytest_configure_node(node: Any) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"cogvx: {_where()}; repeat with --fuzz {config.option.fuzz} --seed {config.option.seed}"
+    return (
+        f"cogvx: {_where()}; {_speed()}; "
+        f"repeat with --fuzz {config.option.fuzz} --seed {config.option.seed}"
+    )
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    reports = (r for name in REPORTED for r in terminalreporter.getreports(name))
+    tests = len({report.nodeid for report in reports})
+    minutes, seconds = divmod(round(time.monotonic() - STARTED), 60)
+    terminalreporter.write_line(f"{tests} tests in {minutes} min {seconds} s; {_speed()}")
+
+
+@functools.cache
+def _speed() -> str:
+    """What a time of this run is to be compared by: the speed of Python on this machine."""
+    started, total = time.process_time(), 0
+    for i in range(2_000_000):
+        total += i
+    return (
+        f"this machine adds 20 million integers in {10 * (time.process_time() - started):.1f} CPU s"
+    )
 
 
 def _where() -> str:
@@ -57,13 +92,28 @@ def _where() -> str:
     return f"torch {torch.__version__}, kernels of Triton {triton.__version__} {place}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Iterator[None]:
+    config.stash[selection.COLLECTED] = list(items)
+    yield  # to -k and -m
+    selection.apply(config, items)
     if ON_GPU:
         return
     reason = "TRITON_INTERPRET is set: kernels do not run on the GPU" if HAS_GPU else "no CUDA GPU"
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session")

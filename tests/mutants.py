@@ -252,8 +252,8 @@ def run(mutant: Mutant) -> Result:
             build(copy)
         start = time.monotonic()
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--fuzz", "100",
-             "--seed", "1", "-k", mutant.tests, *TESTS],
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--all",
+             "--fuzz", "100", "--seed", "1", "-k", mutant.tests, *TESTS],
             cwd=copy, capture_output=True, text=True,
             env={**os.environ, "PYTHONPATH": str(copy)},
         )  # fmt: skip

@@ -7,4 +7,6 @@ observe  every load, store and launch in Triton's interpreter; programs in a ran
 races    two programs at one address
 workers  cases in a forked process, so that a crash is one red test
 planted  kernels with one bug each, to see that the pieces find it
+
+And `selection`: which tests a run takes.
 """

@@ -45,6 +45,7 @@ if _backend.INTERPRETED:
     from tests.harness.workers import run_cases
 
 FUZZ_CHUNKS = 20
+DEFAULT_CHUNKS = 1  # of them in a run that is not of all tests
 
 
 # --- one case, and everything that is checked of it ------------------------------------------
@@ -109,7 +110,13 @@ def test_samples(info, dtype, seed):
 
 
 @interpreted
-@pytest.mark.parametrize("chunk", range(FUZZ_CHUNKS))
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        pytest.param(i, marks=[pytest.mark.rest] if i >= DEFAULT_CHUNKS else [])
+        for i in range(FUZZ_CHUNKS)
+    ],
+)
 def test_random_cases(chunk, fuzz, seed):
     """`--fuzz N` cases in all. Case i of seed S is case 0 of seed S + i: so can one be repeated."""
     cases = []
