@@ -22,17 +22,20 @@ from ..checkpoint import (
 )
 from ..checkpoint.folder import DIFFUSERS_VERSION
 from ..checkpoint.folder import SOLVERS as SOLVER_CLASSES
+from ..checkpoint.weights import variants_of
 from ..config import SchedulerConfig
 from ..files import CONFIG_BYTES, read_json
+from ..hub import PARTS
 from ..plan import Plan, forecast
 from ..schedulers import SOLVERS, Solver, Trajectory, draw
-from ..text import T5TextEncoder, TextEncoder
+from ..text import T5TextEncoder, TextEncoder, check_packages
 from ..transformer import ExpertTransformer
 from ..vae import CausalVAE, Tiling
 from ..words import WordTextEncoder, is_words
 from . import saved
 from .conditioning import Progress, decode, embeddings, encoded, image_condition, noisy_video
 from .denoise import Callback, Conditions, State, denoise, generator_of
+from .lora import Adapters
 from .request import Inputs, Request, default_size, resolve
 from .saved import Record, Saved
 
@@ -85,6 +88,7 @@ class CogVideoX:
         self.scheduler = scheduler
         self.text_encoder = text_encoder
         self.solver = solver
+        self._adapters: Adapters | None = None
 
     @classmethod
     def from_pretrained(
@@ -95,35 +99,95 @@ class CogVideoX:
         backend: str = "auto",
         attention: str = "auto",
         text_encoder: bool | TextEncoder = True,
+        *,
+        variant: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: PathLike | None = None,
+        local_files_only: bool = False,
     ) -> "CogVideoX":
         """The model in a folder of the hub's layout: transformer/, vae/, scheduler/ and, if the
-        model has one, text_encoder/ with tokenizer/. Nothing is downloaded; "tiny" is the model
-        inside the package, cogvx/assets/tiny, where its card is.
+        model has one, text_encoder/ with tokenizer/.
 
-        dtype         of all weights: bfloat16 for 5B and 1.5, float16 for 2B. None keeps the dtype
-                      of the files, but float32 for "tiny" on a CPU
+        path          the folder, which never touches the network; or a model of the Hugging Face
+                      hub, such as "THUDM/CogVideoX-5b", of which the files that are needed are
+                      downloaded to the hub's cache; or "tiny", the model inside the package
+        dtype         of all weights: bfloat16 for 5B and 1.5, float16 for 2B. None takes for each
+                      part the dtype of most of its weights, but float32 for "tiny" on a CPU
         backend       of the kernels, and attention: see `ExpertTransformer`
         text_encoder  False leaves it out (4.8 billion parameters), for when embeddings are given;
                       or one of your own
+        variant       of the weights, as in "fp16"; a part that has none of it is read without
+        revision, token, cache_dir, local_files_only
+                      of a model of the hub; see `cogvx.assets.located`
 
-        Raises CheckpointError or FileNotFoundError for what is missing or not as it should be.
+        Raises CheckpointError or FileNotFoundError for what is missing or not as it should be, and
+        the errors of `located` for a name of the hub.
         """
         if dtype is None and path in SHIPPED and torch.device(device).type == "cpu":
             dtype = torch.float32
-        path = located(path)
-        solver, scheduler = load_scheduler(path)
-        if text_encoder is True and _has_text_encoder(path):
-            if is_words(path):
-                text_encoder = WordTextEncoder.from_pretrained(path)
-            else:
-                text_encoder = T5TextEncoder.from_pretrained(path, dtype, device)
+        hub: dict[str, Any] = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+        }
+        # the small files first: what is wrong with them is found before gigabytes are downloaded
+        folder = located(path, parts=["scheduler", "tokenizer"], **hub)
+        solver, scheduler = load_scheduler(folder)
+        wants_text = text_encoder is True and _has_text_encoder(folder)
+        if wants_text and (folder / "tokenizer").is_dir():
+            check_packages(folder)
+        parts = [part for part in PARTS if wants_text or part not in ("text_encoder", "tokenizer")]
+        folder = located(path, parts=parts, variant=variant, **hub)
+        variants = variants_of(folder, variant)
+        if wants_text and is_words(folder):
+            text_encoder = WordTextEncoder.from_pretrained(folder)
+        elif wants_text:
+            text_encoder = T5TextEncoder.from_pretrained(
+                folder, dtype, device, variant=variants["text_encoder"]
+            )
         return cls(
-            load_transformer(path, dtype, device, backend, attention),
-            load_vae(path, dtype, device, backend),
+            load_transformer(
+                folder, dtype, device, backend, attention, variant=variants["transformer"]
+            ),
+            load_vae(folder, dtype, device, backend, variant=variants["vae"]),
             scheduler,
             None if isinstance(text_encoder, bool) else text_encoder,
             solver,
         )
+
+    def load_lora(self, path: PathLike, scale: float = 1.0) -> None:
+        """Merge a LoRA adapter into the transformer's weights; several add up.
+
+        Args:
+            path: a safetensors file, or a folder that holds one: of `cogvx train`, diffusers
+                (`pytorch_lora_weights.safetensors`), peft (`adapter_model.safetensors` beside its
+                `adapter_config.json`) or kohya's scripts.
+            scale: how much of it, on top of its own alpha / rank.
+
+        The weights as they were stay in CPU memory for `unload_lora`. In 16 bits the sum is rounded
+        as every weight is, so that the result is not bit for bit that of an adapter that runs
+        beside. `save_pretrained` writes the merged weights.
+
+        Raises CheckpointError, naming the keys, for an adapter of another model or of a kind that
+        is not supported (DoRA, LoHa, text encoders, pickles); nothing has been changed then.
+        """
+        adapters = self._adapters_of_transformer() or Adapters(self.transformer)
+        adapters.add(Path(path), scale)
+        self._adapters = adapters
+
+    def unload_lora(self) -> None:
+        """Take all LoRA adapters out: every weight is, bit for bit, what it was before them."""
+        if self._adapters is not None:
+            self._adapters.remove()
+        self._adapters = None
+
+    def _adapters_of_transformer(self) -> Adapters | None:
+        """The adapters in the transformer that is there now, if it has any."""
+        if self._adapters is None or self._adapters.transformer is not self.transformer:
+            return None
+        return self._adapters
 
     def save_pretrained(self, path: PathLike) -> None:
         """Writes the folder that `from_pretrained` reads; a released model's diffusers reads too.
@@ -337,9 +401,12 @@ class CogVideoX:
 
     def _record(self, request: Request, inputs: Inputs, generator: torch.Generator) -> Record:
         """All that must be the same for a file of latents to be gone on with."""
+        adapters = self._adapters_of_transformer()
+        weights = None if adapters is None else adapters.weights()
         return {
             **saved.record_of(request, inputs),
-            **saved.record_of_model("transformer", self.transformer),
+            **saved.record_of_model("transformer", self.transformer, weights),
+            "lora": None if adapters is None else adapters.record(),
             **saved.record_of_model("vae", self.vae),
             **saved.record_of_config("scheduler", self.scheduler),
             "generator": generator.device.type,

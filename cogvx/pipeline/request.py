@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import frames
@@ -143,6 +144,14 @@ def default_size(transformer: TransformerConfig, vae: VAEConfig) -> tuple[int, i
     if (height, width) == TABLE_BOUND:
         height, width = SIZE_OF_1_5
     return height * vae.spatial_compression_ratio, width * vae.spatial_compression_ratio
+
+
+def default_dtype(config: TransformerConfig, device: str | torch.device = "cuda") -> torch.dtype:
+    """The dtype that a model was published to run in: float16 for 2B, bfloat16 for 5B and 1.5 (and
+    whatever is trained anew), float32 on a CPU."""
+    if torch.device(device).type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if config.use_rotary_positional_embeddings else torch.float16
 
 
 def _mode(transformer: TransformerConfig, inputs: Inputs) -> str:

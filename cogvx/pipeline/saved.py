@@ -10,12 +10,13 @@ import ctypes
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoint import read_tensors, write_tensors
 from ..config import Config
@@ -172,12 +173,21 @@ def record_of_config(name: str, config: Config) -> Record:
     return _plain({f"{name}.{key}": value for key, value in config.to_dict().items()})
 
 
-def record_of_model(name: str, model: ExpertTransformer | CausalVAE) -> Record:
-    """Config, dtype and weights of a model, each under the model's name."""
+def record_of_model(
+    name: str,
+    model: ExpertTransformer | CausalVAE,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Record:
+    """Config, dtype and weights of a model, each under the model's name.
+
+    weights: its tensors by name, where they are not those that it has now.
+    """
     return {
         **record_of_config(name, model.config),
         f"{name}.dtype": str(next(model.parameters()).dtype),
-        f"{name}.weights": fingerprint_of_weights(model),
+        f"{name}.weights": fingerprint_of_weights(
+            model.state_dict() if weights is None else weights
+        ),
     }
 
 
@@ -186,23 +196,22 @@ def fingerprint(tensor: Tensor) -> str:
     plain = tensor.detach().cpu().contiguous()
     size = plain.numel() * plain.element_size()
     held = (ctypes.c_ubyte * size).from_address(plain.data_ptr()) if size else b""
-    return _hash(f"{plain.dtype} {tuple(plain.shape)}".encode(), held)
+    return hashed(f"{plain.dtype} {tuple(plain.shape)}".encode(), held)
 
 
-def fingerprint_of_weights(module: nn.Module) -> str:
-    """A hash over the names, dtypes and shapes of a module's tensors and the sum of each one's
+def fingerprint_of_weights(state: Mapping[str, Tensor]) -> str:
+    """A hash over the names, dtypes and shapes of a model's tensors and the sum of each one's
     bits, which is exact in any order: the same on every device, at the cost of one look."""
-    state = module.state_dict()
     sums = [
         tensor.detach().contiguous().view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
         for tensor in state.values()
     ]
     said = [f"{name} {t.dtype} {tuple(t.shape)}" for name, t in state.items()]
     values = torch.stack([total.cpu() for total in sums]).tolist()
-    return _hash(json.dumps([said, values]).encode())
+    return hashed(json.dumps([said, values]).encode())
 
 
-def _hash(*parts: Any) -> str:
+def hashed(*parts: Any) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
