@@ -7,12 +7,12 @@ workspace), nor the rounding and fragmentation of an allocator.
 """
 
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
@@ -63,8 +63,15 @@ def module_bytes(module: nn.Module) -> int:
 
 
 def _storages(*tensors: Any) -> list[torch.UntypedStorage]:
-    return [
-        tensor.untyped_storage()
-        for tensor in tree_leaves(tensors)
-        if isinstance(tensor, Tensor) and tensor.layout is torch.strided
-    ]
+    # By hand, not by torch's pytree: this runs twice for every operation, and is half the price.
+    found, left = [], [*tensors]
+    while left:
+        x = left.pop()
+        if isinstance(x, Tensor):
+            if x.layout is torch.strided:
+                found.append(x.untyped_storage())
+        elif isinstance(x, list | tuple | set):
+            left.extend(x)
+        elif isinstance(x, Mapping):
+            left.extend(x.values())
+    return found

@@ -47,7 +47,7 @@ def install() -> None:
 
 
 def _is_bfloat16(x: TensorHandle) -> bool:
-    return x.dtype.scalar == tl.bfloat16 and x.data.dtype == np.uint16
+    return x.data.dtype == np.uint16 and x.dtype.scalar == tl.bfloat16
 
 
 def _cure_casts() -> None:
@@ -70,8 +70,9 @@ def _cure_casts() -> None:
 def _cure_arithmetic() -> None:
     def refusing(original: Callable[..., Any]) -> Callable[..., Any]:
         def refuse_bfloat16(self: Any, *args: Any) -> Any:
-            if any(isinstance(x, TensorHandle) and _is_bfloat16(x) for x in args):
-                raise TypeError("arithmetic on a bfloat16 block: widen it to tl.float32 first")
+            for x in args:
+                if x.__class__ is TensorHandle and _is_bfloat16(x):
+                    raise TypeError("arithmetic on a bfloat16 block: widen it to tl.float32 first")
             return original(self, *args)
 
         return refuse_bfloat16
@@ -128,6 +129,7 @@ def _save_time() -> None:
     builder = triton_interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     _make_once_what_a_shape_says()
+    _promote_only_what_differs()
 
     numpy_dtype = triton_interpreter._get_np_dtype  # makes a table of all types, to look up one
     dtypes: dict[str, Any] = {}
@@ -169,3 +171,18 @@ def _make_once_what_a_shape_says() -> None:
     tl.block_type.__init__ = init_type
     tl.tensor.__init__ = init_tensor
     TritonSemantic.broadcast_impl_value = broadcast_unless_alike
+
+
+def _promote_only_what_differs() -> None:
+    """Skip the rules of promotion for two tensors of one type that promotes to itself."""
+    promote = TritonSemantic.binary_op_type_checking_impl
+    closed = {id(dtype) for dtype in (tl.float32, tl.float64, tl.int32, tl.int64)}
+
+    def promote_unless_alike(self: Any, lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> Any:
+        if lhs.__class__ is tl.tensor and rhs.__class__ is tl.tensor:
+            dtype = lhs.dtype
+            if dtype is rhs.dtype and id(dtype) in closed:
+                return self.broadcast_impl_value(lhs, rhs)
+        return promote(self, lhs, rhs, *args, **kwargs)
+
+    TritonSemantic.binary_op_type_checking_impl = promote_unless_alike
