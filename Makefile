@@ -8,10 +8,10 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test verify bench tiny lint aot mutants clean
+.PHONY: help demo test test-all verify bench tiny lint aot mutants clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
 
 demo: $(READY)  ## environment, every kernel against its reference, sentences to clips in out/
 	cogvx-kernels doctor
@@ -20,6 +20,8 @@ demo: $(READY)  ## environment, every kernel against its reference, sentences to
 
 # one seed for all that is random in the tests; by default a new one each time
 SEEDED := $(if $(SEED),--seed $(SEED))
+# a process for each core, with one thread; a process keeps the tests of a file, and what they share
+PYTEST := OMP_NUM_THREADS=1 python -m pytest -n auto --dist worksteal $(SEEDED)
 
 ifdef TRITON
 # every sample in bf16, and random calls, of every kernel on another Triton, put before the
@@ -28,20 +30,23 @@ SIDE := $(VENV)/triton-$(TRITON)
 OTHERS := triton==$(TRITON)
 test: $(SIDE)/.ready
 	PYTHONPATH=$(CURDIR)/$(SIDE) python -c 'import triton; print("triton", triton.__version__)'
-	PYTHONPATH=$(CURDIR)/$(SIDE) python -m pytest -n auto $(SEEDED) --fuzz 200 \
+	PYTHONPATH=$(CURDIR)/$(SIDE) $(PYTEST) --all --fuzz 200 \
 	    tests/kernels/test_contract.py -k 'random_cases or (samples and bf16)'
 else ifdef DIFFUSERS
 # patch and its tests on an older diffusers, with what that asked for
 SIDE := $(VENV)/diffusers-$(DIFFUSERS)
 OTHERS := diffusers==$(DIFFUSERS) transformers==4.57.1 tokenizers==0.22.1 huggingface_hub==0.36.0
 test: $(SIDE)/.ready
-	PYTHONPATH=$(CURDIR)/$(SIDE) python -m tests.patching.without torchao $(SEEDED) \
+	PYTHONPATH=$(CURDIR)/$(SIDE) python -m tests.patching.without torchao --all $(SEEDED) \
 	    tests/patching/test_patch.py tests/patching/test_refusals.py \
 	    tests/patching/test_memory_and_streams.py
 else
-test: $(READY)  ## all tests; TRITON=3.6.0: the kernels' on that Triton; DIFFUSERS=0.33.0: patch's on that
-	python -m pytest -n auto $(SEEDED)
+test: $(READY)  ## every test function; TRITON=3.6.0: kernels on that; DIFFUSERS=0.33.0: patch on that
+	$(PYTEST) $(if $(PART),--part $(PART))
 endif
+
+test-all: $(READY)  ## every test function with all combinations of its parameters
+	$(PYTEST) --all
 
 ifdef SIDE
 $(SIDE)/.ready: | $(READY)
