@@ -6,8 +6,9 @@ thing in the same words. What diffusers spells as an option but no CogVideoX var
 """
 
 import dataclasses
+import difflib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -23,6 +24,21 @@ def check_choice(where: str, name: str, value: object, wanted: Sequence[str]) ->
     if value not in wanted:
         names = ", ".join(f'"{w}"' for w in wanted)
         raise ValueError(f"{where}: {name} must be one of {names}; got {value!r}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about a name that is not known: the nearest one, if any is near."""
+    near = difflib.get_close_matches(word[:60], list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def unknown_key(where: str, key: object, known: Iterable[str]) -> ValueError:
+    """The error for a key that a table or config does not have."""
+    names, said = sorted(known), str(key)[:60]
+    return ValueError(
+        f"{where}: unknown key {said!r}{did_you_mean(said, names) or '.'} The keys are "
+        f"{', '.join(names)}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +124,7 @@ class Config:
                         f"CogVideoX uses; got {str(value)[:60]!r}"
                     )
             elif not key.startswith("_") and key not in cls.IGNORED:
-                raise ValueError(f"{cls.__name__}: unknown key {key[:60]!r}")
+                raise unknown_key(cls.__name__, key, known)
         return cls(**taken)
 
     def to_dict(self) -> dict[str, Any]:

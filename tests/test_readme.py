@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cogvx.assets import SHIPPED
-from cogvx.cli import _parser
+from cogvx.cli.parser import make
 from tests.model import tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,4 +83,4 @@ def test_commands_are_targets_of_the_makefile():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_command_line_knows_what_readme_says(command):
-    assert callable(_parser().parse_args(shlex.split(command)[1:]).run)
+    assert callable(make().parse_args(shlex.split(command)[1:]).run)

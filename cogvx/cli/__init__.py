@@ -1,12 +1,16 @@
 """`cogvx`: the model on the command line.
 
 Each subcommand maps its arguments to a call of the library and a file; nothing is computed here.
-What went wrong is one line on stderr. The exit status is 0; 1 for what went wrong; 2 for a command
-line that makes no sense; 130 after Ctrl-C, 143 after SIGTERM. Outputs appear whole or not at all.
+An error is one line on stderr. The exit status is 0; 1 for an error; 2 for a command line that
+makes no sense; 130 after Ctrl-C, 143 after SIGTERM. Outputs appear whole or not at all.
+
+Importing this package imports no torch: `parser` has the options, and the module of a command is
+imported when it runs.
 """
 
 import argparse
 import os
+import re
 import signal
 import sys
 import threading
@@ -16,14 +20,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
-from . import clips, demo, generate, models, score, train
 from .console import Console
+from .parser import make
 
-DESCRIPTION = "Generate, encode, decode and reconstruct video with CogVideoX, and train it."
 # What a user can cause. Anything else is a fault of the program, and keeps its traceback.
 ERRORS = (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError, ImportError)
+# Arguments of the library whose option has another name.
+OPTIONS = {
+    "num_frames": "frames",
+    "num_steps": "steps",
+    "negative_prompt": "negative",
+    "save_latents": "out",
+}
+# Classes and functions that errors begin with; who types a command knows none of them.
+CALLEES = re.compile(
+    r"(?:cogvx|trajectory|forecast|plan|train|convert|load_lora|open_video|read_image|read_video|"
+    r"write_video|write_tensors|stream_encode|stream_decode|held_out_prompts|"
+    r"(?:CogVideoX|CausalVAE|ExpertTransformer|T5TextEncoder|WordTextEncoder|TransformerConfig|"
+    r"VAEConfig|Tiling)(?:\.\w+)?): "
+)
 
 
 class Terminated(BaseException):
@@ -33,59 +48,55 @@ class Terminated(BaseException):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status."""
     try:
-        options = _parser().parse_args(argv)
-    except SystemExit as end:  # argparse has said what there was to say
+        options = make().parse_args(argv)
+    except SystemExit as end:  # argparse has printed help, version or error
         return end.code if isinstance(end.code, int) else 2
     with _signals(), _warnings(), Console(options.quiet, options.json) as console:
         try:
-            with torch.no_grad():
-                options.run(options, console)
+            # Here torch is imported, by the module of the command.
+            options.run(options, console)
         except KeyboardInterrupt:
-            return _end(130, "interrupted")
+            return _end(console, 130, "interrupted")
         except Terminated:
-            return _end(143, "terminated")
-        except BrokenPipeError:  # whoever read stdout has gone; nothing more can be said there
+            return _end(console, 143, "terminated")
+        except BrokenPipeError:  # whoever read stdout has gone; nothing more can be printed there
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except ERRORS as error:
+            console.close()
             if options.traceback:
                 traceback.print_exception(error)
-            return _end(1, f"error: {_message(error)}")
+            return _end(console, 1, f"error: {_message(error, options)}")
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="cogvx", description=DESCRIPTION)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    shared = argparse.ArgumentParser(add_help=False)
-    says = shared.add_argument_group("what is said")
-    says.add_argument("--quiet", action="store_true", help="no progress bars, no summary")
-    says.add_argument("--json", action="store_true", help="print the facts as one JSON object")
-    says.add_argument("--traceback", action="store_true", help="with an error, say where it arose")
-    for module in (demo, generate, clips, models, train, score):
-        module.add(commands, shared)
-    return parser
 
 
 @contextmanager
 def _signals() -> Iterator[None]:
+    """SIGTERM raises, as Ctrl-C does; a second signal ends the process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def terminate(number: int, frame: Any) -> None:
-        raise Terminated
+    def end(number: int, frame: Any) -> None:
+        for other in before:
+            signal.signal(other, signal.SIG_DFL)
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    # A signal that is ignored, as in a background job of a script, goes on being ignored.
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
 def _warnings() -> Iterator[None]:
-    """Warnings in the voice of the errors, each once."""
+    """Warnings worded as the errors, each once."""
 
     def show(message: Warning | str, *where: Any, **more: Any) -> None:
         print(f"cogvx: warning: {message}", file=sys.stderr)
@@ -95,17 +106,32 @@ def _warnings() -> Iterator[None]:
         yield
 
 
-def _message(error: BaseException) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
+def _message(error: BaseException, options: argparse.Namespace) -> str:
+    if type(error).__name__ == "OutOfMemoryError":
         return (
             "out of memory on the GPU. cogvx plan says what a clip needs; --tiling, --cfg two_pass "
             "and a smaller clip need less"
         )
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    return str(error) or type(error).__name__
+    return _as_typed(str(error), options) or type(error).__name__
 
 
-def _end(status: int, message: str) -> int:
+def _as_typed(message: str, options: argparse.Namespace) -> str:
+    """The message with options in the place of a function of the library and its arguments.
+
+    "trajectory: num_steps must be …" becomes "--steps must be …", where the command has --steps.
+    """
+    message = CALLEES.sub("", message, 1) if CALLEES.match(message) else message
+    found = re.match(r"(\w+)(?: and (\w+))? must ", message)
+    names = [OPTIONS.get(name, name) for name in found.groups() if name] if found else []
+    if found is None or not all(name in options for name in names):
+        return message
+    subject = " and ".join(f"--{name.replace('_', '-')}" for name in names)
+    return f"{subject} must {message[found.end() :]}"
+
+
+def _end(console: Console, status: int, message: str) -> int:
+    console.close()
     print(f"cogvx: {message}", file=sys.stderr)
     return status

@@ -1,25 +1,59 @@
-"""Arguments that several commands share, and what they stand for."""
+"""Types of options, and options that several commands share. Imports no torch."""
 
 import argparse
+import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
+from ..config import did_you_mean
 
-from cogvx_kernels import BACKENDS
+# As the library names them; tests compare. The library itself cannot be imported without torch.
+BACKENDS = ("auto", "kernel", "reference")
+CFG = ("batch", "two_pass")
+IMAGE_LATENT_SCALES = ("diffusers", "sat", "train")
+SCHEDULERS = ("ddim", "dpm")
+SHELLS = ("bash", "zsh", "fish")
+STAGES = ("vae", "transformer")
+FPS_LIMIT = 1000
+SAMPLING_STEPS, SAMPLING_GUIDANCE = 30, 1.0  # of models of the procedural clips
 
-from ..assets import located
-from ..checkpoint import load_vae
-from ..config import TransformerConfig, VAEConfig
-from ..data.scoring import GUIDANCE, STEPS
-from ..factorized import build_vae
-from ..files import CONFIG_BYTES, read_json
-from ..vae import CausalVAE, Tiling
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": "float32", "bfloat16": "bfloat16", "float16": "float16",
+    "fp32": "float32", "bf16": "bfloat16", "fp16": "float16",
+}  # fmt: skip
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-RANDOM_CHANNELS = 16
+TILE = (240, 360)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that suggests the nearest option, command or choice after a typo."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse an unknown option before whatever is missing; argparse does it the other way."""
+        if self._subparsers is None:
+            for word in args:
+                if word == "--":
+                    break
+                name = word.split("=")[0]
+                option = re.fullmatch(r"--?[A-Za-z][\w-]*", name)
+                if option and not any(known.startswith(name) for known in self.names):
+                    self.error(f"unknown option {name}{did_you_mean(name, self.names)}")
+        return super().parse_known_args(args, namespace)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            names = [str(choice) for choice in action.choices]
+            raise argparse.ArgumentError(
+                action, f"must be one of {', '.join(names)}; got {value!r}"
+                f"{did_you_mean(str(value), names)}"
+            )  # fmt: skip
+
+    @property
+    def names(self) -> list[str]:
+        """The options, such as --out."""
+        return list(self._option_string_actions)
 
 
 def count(text: str) -> int:
@@ -37,10 +71,37 @@ def whole(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    """What a torch.Generator takes for a seed."""
+    """A seed of a torch.Generator."""
     if not re.fullmatch(r"\d{1,19}", text) or int(text) >= 1 << 63:
         raise argparse.ArgumentTypeError(f"must be a whole number below 2^63; got {text!r}")
     return int(text)
+
+
+def number(text: str) -> float:
+    """A finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number; got {text!r}")
+    return value
+
+
+def rate(text: str) -> float:
+    """Frames a second."""
+    value = number(text)
+    if not 0 < value <= FPS_LIMIT:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most {FPS_LIMIT}; got {text}")
+    return value
+
+
+def part(text: str) -> float:
+    """A number above 0 and at most 1."""
+    value = number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1; got {text}")
+    return value
 
 
 def size_in_bytes(text: str) -> int:
@@ -51,123 +112,121 @@ def size_in_bytes(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
-def tiling(text: str) -> Tiling:
+def tile(text: str) -> tuple[int, int]:
     """HEIGHTxWIDTH of a tile, in pixels."""
     found = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text)
-    if not found:
+    if not found or 0 in (int(found[1]), int(found[2])):
         raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH, such as 240x360; got {text!r}")
-    try:
-        return Tiling(int(found[1]), int(found[2]))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    return int(found[1]), int(found[2])
 
 
 def add_model(parser: Any, default: str | None = None, required: bool = True) -> None:
+    """`--model`; to a group of options that exclude each other, too."""
+    usual = f"; default {default}" if default else ""
     parser.add_argument(
-        "--model", type=located, metavar="DIR|tiny", default=default,
-        required=required and default is None,
-        help="a model's folder, or the model that comes with the package",
+        "--model", metavar="NAME", default=default, required=required and default is None,
+        help="a model's folder; a name on the Hugging Face hub, such as THUDM/CogVideoX-5b, which "
+        f"is downloaded once; or tiny, which comes with the package{usual}",
     )  # fmt: skip
 
 
+def add_hub(parser: argparse.ArgumentParser) -> None:
+    """How a model of the hub is downloaded."""
+    group = parser.add_argument_group(
+        "a model on the hub", "A gated model needs `hf auth login` once."
+    )
+    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit; default main")
+    group.add_argument(
+        "--variant", metavar="NAME", help="of the weights' files, such as fp16; by default none"
+    )
+
+
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Of commands that make the same procedural clips each time."""
-    parser.add_argument("--steps", type=count, default=STEPS)
-    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="how much the text weighs")
-    parser.add_argument("--seed", type=seed, default=0)
+    """Of commands that generate clips of the procedural kind."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--steps", type=count, default=SAMPLING_STEPS, metavar="N",
+                       help="denoising steps; default %(default)s")  # fmt: skip
+    group.add_argument("--guidance", type=number, default=SAMPLING_GUIDANCE, metavar="SCALE",
+                       help="weight of the prompt; 1: without guidance; default "
+                       "%(default)s")  # fmt: skip
+    group.add_argument("--seed", type=seed, default=0, metavar="N",
+                       help="of the first clip's noise; default %(default)s")  # fmt: skip
 
 
-def add_size(parser: argparse.ArgumentParser, fps: str | None = None) -> None:
-    group = parser.add_argument_group("the clip")
-    for name in ("frames", "height", "width"):
-        group.add_argument(f"--{name}", type=count)
+def add_size(parser: argparse.ArgumentParser, usual: str, fps: str | None = None) -> None:
+    """`--frames`, `--height`, `--width`; `usual` says their defaults, `fps` what --fps is."""
+    group = parser.add_argument_group("clip")
+    group.add_argument("--frames", type=count, metavar="N",
+                       help=f"number of frames; by default {usual}")  # fmt: skip
+    for side in ("height", "width"):
+        group.add_argument(f"--{side}", type=count, metavar="PIXELS",
+                           help=f"in pixels; by default {usual}")  # fmt: skip
     if fps is not None:
-        group.add_argument("--fps", type=float, help=fps)
+        add_fps(group, fps)
+
+
+def add_fps(parser: Any, what: str) -> None:
+    parser.add_argument("--fps", type=rate, metavar="RATE", help=f"frames a second; {what}")
 
 
 def add_machine(parser: argparse.ArgumentParser, tiles: bool = True) -> None:
-    group = parser.add_argument_group("how it runs")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, …; a GPU if there is one")
-    group.add_argument(
-        "--dtype", choices=DTYPES, help="of the weights; float32 on a CPU, else bfloat16"
-    )
+    group = parser.add_argument_group("where it runs")
+    add_device(group)
+    add_dtype(group, "by default float32 on a CPU; on a GPU float16 for CogVideoX-2B, bfloat16 for "
+              "all others")  # fmt: skip
     if tiles:
         add_tiling(group)
 
 
+def add_device(parser: Any) -> None:
+    parser.add_argument(
+        "--device", metavar="NAME",
+        help="cpu, cuda (or gpu), cuda:1, mps; by default cuda if there is a GPU, else cpu",
+    )  # fmt: skip
+
+
+def add_dtype(parser: Any, usual: str, default: str | None = None) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, default=default,
+                        help=f"of the weights; {usual}")  # fmt: skip
+
+
+def add_backend(parser: Any) -> None:
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default="auto",
+        help="of the ops: kernels where they can run, kernels or an error, or plain torch; default "
+        "%(default)s",
+    )  # fmt: skip
+
+
 def add_tiling(parser: Any) -> None:
     parser.add_argument(
-        "--tiling", nargs="?", const=Tiling(), type=tiling, metavar="HxW",
-        help="run the VAE in tiles (240x360), which need less memory and are not the same as whole",
+        "--tiling", nargs="?", const=TILE, type=tile, metavar="HxW",
+        help="run the VAE in tiles of so many pixels, 240x360 if no size is given: less memory, "
+        "and not quite the same result; by default no tiles",
     )  # fmt: skip
 
 
 def add_vae(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("the VAE")
+    group = parser.add_argument_group("VAE")
     which = group.add_mutually_exclusive_group(required=True)
     add_model(which, required=False)
     which.add_argument(
-        "--vae", metavar="DIR|random", help="a VAE's folder; random: a factorised one, untrained"
-    )
-    group.add_argument("--base-channels", type=count, default=RANDOM_CHANNELS, help="of a random")
-    group.add_argument("--seed", type=seed, default=0, help="of a random VAE, and of --sample")
-    group.add_argument("--backend", choices=BACKENDS, default="auto", help="of the kernels")
+        "--vae", metavar="DIR|random",
+        help="a VAE's folder instead; random: an untrained one of the factorised family",
+    )  # fmt: skip
+    group.add_argument("--base-channels", type=count, default=16, metavar="N",
+                       help="width of a random VAE; default %(default)s")  # fmt: skip
+    group.add_argument("--seed", type=seed, default=0, metavar="N",
+                       help="of a random VAE, and of --sample; default %(default)s")  # fmt: skip
+    add_backend(group)
+    add_hub(parser)
 
 
 def add_output(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help=what)
-    parser.add_argument("--force", action="store_true", help="replace the output if it is there")
+    parser.add_argument("--force", action="store_true", help="replace the output if it exists")
 
 
-def check_output(path: Path, force: bool, suffixes: tuple[str, ...]) -> None:
-    """Before anything is computed: that the file can be written and nothing is lost by it."""
-    if path.suffix.lower() not in suffixes:
-        raise ValueError(f"{path}: must end in {' or '.join(suffixes)}")
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ValueError(f"{path}: must be a file in a folder that exists")
-    if path.exists() and not force:
-        raise ValueError(f"{path}: exists already; --force replaces it")
-
-
-def device_of(options: argparse.Namespace) -> torch.device:
-    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device must be one that is here; got {name}, and torch sees no GPU")
-    return device
-
-
-def dtype_of(options: argparse.Namespace) -> torch.dtype:
-    if options.dtype is not None:
-        return DTYPES[options.dtype]
-    return torch.float32 if device_of(options).type == "cpu" else torch.bfloat16
-
-
-def open_vae(options: argparse.Namespace) -> CausalVAE:
-    """The VAE of `add_vae`, on its device."""
-    device, dtype = device_of(options), dtype_of(options)
-    if options.vae != "random":
-        return load_vae(options.model or Path(options.vae), dtype, device, options.backend)
-    with torch.device("meta"):
-        config = build_vae(base_channels=options.base_channels)[0].config
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        vae = CausalVAE(config, options.backend)
-    return vae.to(device, dtype).eval()
-
-
-def read_configs(folder: Path) -> tuple[TransformerConfig | None, VAEConfig | None]:
-    """The configs in a model's folder; no weights are read."""
-    found: list[Any] = []
-    for name, kind in (("transformer", TransformerConfig), ("vae", VAEConfig)):
-        path = folder / name / "config.json"
-        there = path.is_file()
-        found.append(kind.from_dict(read_json(path, CONFIG_BYTES)) if there else None)
-    if not any(found):
-        raise ValueError(f"{folder}: must be a model's folder, with transformer/ or vae/ in it")
-    return found[0], found[1]
-
-
-def text_encoder_bytes(folder: Path) -> int:
-    """Bytes of the text encoder's weights, as they are in the files."""
-    return sum(path.stat().st_size for path in folder.glob("text_encoder/*.safetensors"))
+def one_of(names: Iterable[str]) -> str:
+    """{a,b}, as argparse shows choices."""
+    return "{" + ",".join(names) + "}"

@@ -14,81 +14,38 @@ from torch import Tensor
 
 from .. import frames as frame_rule
 from ..checkpoint import CheckpointError
+from ..config import VAEConfig
 from ..data import FolderClips, encode_clips
 from ..memory import LiveBytes
 from ..pipeline import default_size, saved
 from ..pipeline.denoise import State
 from ..text import T5TextEncoder
 from ..vae import CausalVAE, DiagonalGaussian, Tiling
-from ..video import PSNR, WRITTEN, Clip, open_video, write_video
-from .arguments import (
-    add_machine,
-    add_output,
-    add_size,
-    add_vae,
-    check_output,
-    device_of,
-    dtype_of,
-    open_vae,
-    read_configs,
-)
+from ..video import PSNR, WRITTEN, Clip, check_video_output, open_video, write_video
 from .console import Console
+from .loading import VAESource, device_of, dtype_of, model_of, tiling_of
+from .outputs import claimed, output
 
 if sys.platform != "win32":
     import resource
 
 VIDEOS = tuple(WRITTEN)
 DEFAULT_FPS = 8.0
-OF_A_FILE = ("mode", "sample", "fps", "tiling", "force")  # of `encode`
+OF_A_FILE = ("mode", "sample", "fps", "tiling", "force")  # options of `encode`
 
 
-def add(commands: Any, shared: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser(
-        "encode",
-        parents=[shared],
-        help="a video to a file of latents; or a folder of them",
-    )
-    parser.add_argument("video", type=Path, help="a file; or a folder, with captions")
-    add_output(parser, "the latents, .safetensors; of a folder another one")
-    add_vae(parser)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--mode", action="store_true", help="the most likely latents (the default)")
-    which.add_argument("--sample", action="store_true", help="latents drawn with --seed")
-    add_size(parser, fps="frames a second; by default the file's")
-    add_machine(parser)
-    parser.set_defaults(run=encode)
-
-    parser = commands.add_parser("decode", parents=[shared], help="a file of latents to a video")
-    parser.add_argument("latents", type=Path)
-    add_output(parser, "the video, .mp4, .mov, .mkv or .gif")
-    add_vae(parser)
-    parser.add_argument("--fps", type=float, help="by default what the file says, else 8")
-    add_machine(parser)
-    parser.set_defaults(run=decode)
-
-    parser = commands.add_parser(
-        "reconstruct", parents=[shared], help="a video through the VAE and back, with PSNR"
-    )
-    parser.add_argument("video", type=Path)
-    add_output(parser, "the video, .mp4, .mov, .mkv or .gif")
-    add_vae(parser)
-    add_size(parser, fps="frames a second; by default the file's")
-    add_machine(parser, tiles=False)
-    parser.add_argument(
-        "--whole", action="store_true", help="hold the whole clip instead of streaming it"
-    )
-    parser.set_defaults(run=reconstruct)
-
-
+@torch.no_grad()
 def encode(options: argparse.Namespace, console: Console) -> None:
     if options.video.is_dir():
         return _encode_folder(options, console)
-    check_output(options.out, options.force, (".safetensors",))
-    vae = open_vae(options)
-    clip = _clip(options, vae)
+    console.hold(output(options.out, options.force, (".safetensors",)))
+    source = VAESource.of(options)
+    clip, tiling = _clip(options, source.config), tiling_of(options)
+    vae = source.load(console)
     done = partial(console.progress, "encode")
-    if options.tiling is not None:
-        known = vae.encode(clip.read().to(_like(vae)), tiling=options.tiling, progress=done)
+    done(0, len(frame_rule.encode_plan(clip.frames, vae.config)))
+    if tiling is not None:
+        known = vae.encode(clip.read().to(_like(vae)), tiling=tiling, progress=done)
     else:
         moments = [part.moments.cpu() for part in _encoded(vae, clip, done)]
         known = DiagonalGaussian(torch.cat(moments, 1))
@@ -110,30 +67,36 @@ def encode(options: argparse.Namespace, console: Console) -> None:
 
 
 def _encode_folder(options: argparse.Namespace, console: Console) -> None:
-    """Latents of every video, with embeddings of its caption if the model has a T5."""
+    """Writes the latents of every video, with embeddings of its caption if the model has a T5."""
     given = [name for name in OF_A_FILE if getattr(options, name) not in (None, False)]
     if given:
         raise ValueError(
             f"{options.video}: must be a file for {', '.join(f'--{name}' for name in given)}; it "
             "is a folder, which is encoded without"
         )
-    vae, text_encoder, length = open_vae(options), None, 0
+    console.hold(claimed(options.out))
+    source, text_encoder, length = VAESource.of(options), None, 0
     size: tuple[Any, ...] = (options.frames, options.height, options.width)
-    if options.model is not None:
-        transformer, _ = read_configs(options.model)
-        if transformer is not None:
-            usual = transformer.sample_frames, *default_size(transformer, vae.config)
-            size = tuple(given or other for given, other in zip(size, usual, strict=True))
-            length = transformer.max_text_seq_length
-        if (options.model / "tokenizer").is_dir():
-            text_encoder = T5TextEncoder.from_pretrained(
-                options.model, dtype_of(options), device_of(options)
-            )
+    if source.transformer is not None:
+        usual = source.transformer.sample_frames, *default_size(source.transformer, source.config)
+        size = tuple(given or other for given, other in zip(size, usual, strict=True))
+        length = source.transformer.max_text_seq_length
     if None in size:
-        raise ValueError("encode: --frames, --height and --width must be given for a VAE alone")
+        raise ValueError("--frames, --height and --width must be given for a VAE alone")
     frames, height, width = size
-    frame_rule.check("cogvx", "--frames", frames, vae.config)
-    clips = FolderClips(options.video, frames, height, width, vae.config)
+    frame_rule.check("cogvx", "--frames", frames, source.config)
+    clips = FolderClips(options.video, frames, height, width, source.config)
+    if source.folder is not None and options.model is not None:
+        model = model_of(options, ["text_encoder", "tokenizer"])
+        if (model / "tokenizer").is_dir():
+            console.progress("load text encoder")
+            text_encoder = T5TextEncoder.from_pretrained(
+                model,
+                dtype_of(options, source.transformer),
+                device_of(options),
+                variant=options.variant,
+            )
+    vae = source.load(console)
     done = partial(console.progress, "encode")
     made = encode_clips(
         clips, vae, options.out, text_encoder=text_encoder, text_length=length, progress=done
@@ -142,31 +105,40 @@ def _encode_folder(options: argparse.Namespace, console: Console) -> None:
     console.say({**facts, "seconds": console.seconds})
 
 
+@torch.no_grad()
 def decode(options: argparse.Namespace, console: Console) -> None:
-    check_output(options.out, options.force, VIDEOS)
-    vae = open_vae(options)
-    has = read_latents(options.latents, vae)
-    fps = options.fps or float(has.record.get("fps", DEFAULT_FPS))
+    console.hold(output(options.out, options.force, VIDEOS))
+    source, has = VAESource.of(options), saved.read(options.latents)
+    _check_latents(options.latents, has, source.config)
+    fps = float(has.record.get("fps", DEFAULT_FPS)) if options.fps is None else options.fps
+    ratio = source.config.spatial_compression_ratio
+    check_video_output(options.out, fps, *(ratio * n for n in has.state.latents.shape[-2:]))
+    vae = source.load(console)
+    check_latents(options.latents, has, vae)
     done = partial(console.progress, "decode")
-    frames = write_latents(options.out, vae, has, fps, options.tiling, done)
+    frames = write_latents(options.out, vae, has, fps, tiling_of(options), done)
     facts = {"frames": frames, "fps": fps, "out": str(options.out)}
     console.say({**facts, "seconds": console.seconds})
 
 
+@torch.no_grad()
 def reconstruct(options: argparse.Namespace, console: Console) -> None:
-    check_output(options.out, options.force, VIDEOS)
-    vae = open_vae(options)
-    clip = _clip(options, vae)
+    console.hold(output(options.out, options.force, VIDEOS))
+    source = VAESource.of(options)
+    clip = _clip(options, source.config)
+    check_video_output(options.out, clip.fps, clip.height, clip.width)
+    vae = source.load(console)
     measure, live = PSNR(), LiveBytes()
+    total = frame_rule.latent_frames(clip.frames, vae.config)
+    chunks = 1 if options.whole else len(frame_rule.decode_plan(total, vae.config))
+    done = partial(console.progress, "reconstruct", total=chunks)
+    done(0)
     with live:
         if options.whole:
-            chunks, video = 1, iter([_whole(vae, clip)])
+            video = iter([_whole(vae, clip)])
         else:
             latents = (known.mode() for known in _encoded(vae, clip, lambda done, total: None))
-            total = frame_rule.latent_frames(clip.frames, vae.config)
-            chunks = len(frame_rule.decode_plan(total, vae.config))
             video = vae.stream_decode(latents, total=total)
-        done = partial(console.progress, "reconstruct", total=chunks)
         write_video(options.out, _compared(video, clip, measure, done), clip.fps)
     decibels = measure.decibels
     facts = {
@@ -181,20 +153,21 @@ def reconstruct(options: argparse.Namespace, console: Console) -> None:
     console.say(facts)
 
 
-def read_latents(path: Path, vae: CausalVAE) -> saved.Saved:
-    """Latents that a VAE is to decode. Raises CheckpointError if they are another VAE's."""
-    has = saved.read(path)
-    wanted = saved.record_of_config("vae", vae.config)
+def check_latents(path: Path, has: saved.Saved, vae: CausalVAE) -> None:
+    """Raises CheckpointError unless a VAE with these very weights is to decode the latents."""
     here = saved.record_of_model("vae", vae)
     if has.record.get("vae.dtype") == here["vae.dtype"]:  # else the bits say nothing
-        wanted["vae.weights"] = here["vae.weights"]
-    saved.check_record(path, has.record, wanted)
+        saved.check_record(path, has.record, {"vae.weights": here["vae.weights"]})
+
+
+def _check_latents(path: Path, has: saved.Saved, vae: VAEConfig) -> None:
+    """Raises CheckpointError for latents of another kind of VAE, or with steps left."""
+    saved.check_record(path, has.record, saved.record_of_config("vae", vae))
     if has.state.done < has.steps:
         raise CheckpointError(
             f"{path}: must hold latents after all steps; got {has.state.done} of {has.steps}: go "
             "on with cogvx generate --resume"
         )
-    return has
 
 
 def write_latents(
@@ -210,17 +183,17 @@ def write_latents(
     return write_video(path, _ticked(video, len(plan), done), fps)
 
 
-def _clip(options: argparse.Namespace, vae: CausalVAE) -> Clip:
+def _clip(options: argparse.Namespace, vae: VAEConfig) -> Clip:
     if options.frames is not None:
-        frame_rule.check("cogvx", "--frames", options.frames, vae.config)
+        frame_rule.check("cogvx", "--frames", options.frames, vae)
     return open_video(
         options.video,
         frames=options.frames,
         height=options.height,
         width=options.width,
         fps=options.fps,
-        multiple=vae.config.spatial_compression_ratio,
-        vae=vae.config,
+        multiple=vae.spatial_compression_ratio,
+        vae=vae,
     )
 
 

@@ -1,25 +1,35 @@
-"""What a command says while it runs, and at the end."""
+"""Messages of a command: progress while it runs, facts at the end."""
 
 import json
 import sys
+import threading
 import time
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+EVERY = 10.0  # seconds between two lines of progress where stderr is no terminal
+T = TypeVar("T")
+
 
 class Console:
-    """Progress bars on stderr, where that is a terminal; facts on stdout, at the end.
+    """Progress on stderr, as a bar on a terminal, else a line now and then; facts on stdout.
 
-    With `as_json` stdout holds one JSON object and nothing else.
+    With `as_json` stdout holds one JSON object and nothing else. `hold` keeps a context manager
+    open until the command ends.
     """
 
-    def __init__(self, quiet: bool, as_json: bool) -> None:
+    def __init__(self, quiet: bool, as_json: bool, every: float = EVERY) -> None:
         self.quiet = quiet
         self.as_json = as_json
         self.started = time.monotonic()
-        self._bars: dict[str, tqdm[Any]] = {}
+        self._held = ExitStack()
+        self._stage: _Stage | None = None
+        self._every = every
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Console":
         return self
@@ -31,20 +41,43 @@ class Console:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+        self._held.close()
 
-    def progress(self, stage: str, done: int, total: int) -> None:
-        """`done` of `total` parts of a stage: chunks of the VAE, steps, prompts."""
-        if self.quiet or not sys.stderr.isatty():
+    def hold(self, manager: AbstractContextManager[T]) -> T:
+        """Enters a context manager, to leave it when the command ends."""
+        return self._held.enter_context(manager)
+
+    def progress(self, stage: str, done: int = 0, total: int | None = None) -> None:
+        """`done` of `total` parts of a stage: chunks, steps, prompts; without a total, a stage
+        whose parts are not counted."""
+        if self.quiet:
             return
-        if stage not in self._bars:
-            self.close()
-            self._bars[stage] = tqdm(total=total, desc=stage, file=sys.stderr, dynamic_ncols=True)
-        self._bars[stage].update(done - self._bars[stage].n)
+        now = self._stage
+        if now is None or (now.name, now.total) != (stage, total) or done < now.done:
+            if now is not None:
+                now.close()
+            self._stage = _Stage(stage, done, total)
+        assert self._stage is not None
+        self._stage.move(done)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._report, daemon=True)
+            self._thread.start()
+
+    def note(self, message: str) -> None:
+        """A line for people, on stderr."""
+        if not self.quiet:
+            tqdm.write(f"cogvx: {message}", file=sys.stderr)
 
     def close(self) -> None:
-        for bar in self._bars.values():
-            bar.close()
-        self._bars.clear()
+        """Ends the progress."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._ended.clear()
+        if self._stage is not None:
+            self._stage.close()
+            self._stage = None
 
     @property
     def seconds(self) -> float:
@@ -61,8 +94,60 @@ class Console:
             lines = [f"{name.replace('_', ' '):{width}}  {_plain(v)}" for name, v in facts.items()]
             print("\n".join(lines) if text is None else text, flush=True)
 
+    def _report(self) -> None:
+        """Says how far the command is, also while nothing is done: a step may take minutes."""
+        while not self._ended.wait(self._every):
+            if (stage := self._stage) is not None:
+                stage.report()
+
+
+class _Stage:
+    """One stage of the work, as a bar or as lines on stderr."""
+
+    def __init__(self, name: str, done: int, total: int | None) -> None:
+        self.name = name
+        self.total = total
+        self.done = self.first = done
+        self.began = time.monotonic()
+        self.bar: tqdm[Any] | None = None
+        if sys.stderr.isatty():
+            form = None if total is not None else "{desc}, {elapsed} elapsed"
+            self.bar = tqdm(total=total, desc=name, file=sys.stderr, dynamic_ncols=True,
+                            bar_format=form)  # fmt: skip
+
+    def move(self, done: int) -> None:
+        self.done = done
+        if self.bar is not None:
+            self.bar.update(done - self.bar.n)
+
+    def report(self) -> None:
+        if self.bar is not None:
+            self.bar.refresh()
+        else:
+            print(self, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def __str__(self) -> str:
+        elapsed = time.monotonic() - self.began
+        line = f"{self.name}, {clock(elapsed)} elapsed"
+        if self.total is None:
+            return line
+        line = line.replace(",", f" {self.done}/{self.total},", 1)
+        made = self.done - self.first
+        if made < 1:
+            return line
+        return f"{line}, about {clock(elapsed / made * (self.total - self.done))} left"
+
+
+def clock(seconds: float) -> str:
+    """1:05, or 2:03:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
 
 def _plain(value: Any) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..memory import LiveBytes
 from ..pipeline import CogVideoX
 from ..video import PSNR, open_video, write_contact_sheet, write_video
-from . import arguments
+from . import loading
 from .console import Console
 
 PROMPTS = (
@@ -27,22 +27,11 @@ SCALE = 4  # of the files' pixels: 64 of them are few on a screen
 T = TypeVar("T")
 
 
-def add(commands: Any, shared: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser(
-        "demo", parents=[shared], help="watch a model of the procedural clips"
-    )
-    arguments.add_model(parser, default="tiny")
-    parser.add_argument("--prompt", action="append", help="a sentence of yours; may be repeated")
-    parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR")
-    parser.add_argument("--clip", type=Path, help="a real video, to be taken through the VAE")
-    arguments.add_sampling(parser)
-    arguments.add_machine(parser, tiles=False)
-    parser.set_defaults(run=run)
-
-
-def run(options: argparse.Namespace, console: Console) -> None:
-    device, dtype = arguments.device_of(options), arguments.dtype_of(options)
-    pipe = CogVideoX.from_pretrained(options.model, dtype, device)
+@torch.no_grad()
+def demo(options: argparse.Namespace, console: Console) -> None:
+    device, folder = loading.device_of(options), loading.model_of(options)
+    transformer, _ = loading.read_configs(folder)
+    pipe = CogVideoX.from_pretrained(folder, loading.dtype_of(options, transformer), device)
     prompts = options.prompt or list(PROMPTS)
     if pipe.text_encoder is None:
         raise ValueError(f"{options.model}: must have a text encoder to be shown sentences")

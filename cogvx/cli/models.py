@@ -2,93 +2,58 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from .. import sat
+from ..assets import located
 from ..config import PRESETS, TransformerConfig, VAEConfig
 from ..factorized import build_transformer, build_vae
 from ..pipeline import default_size
 from ..plan import forecast
 from ..transformer import ExpertTransformer
 from ..vae import CausalVAE
-from . import arguments
+from . import loading
 from .console import Console
+from .outputs import claimed
+from .parser import FAMILY
 
 T5_PARAMETERS = 4_762_310_656  # of the encoder of T5 v1.1 XXL, which every released model has
-CARD = {
-    "hidden_size": arguments.count,
-    "num_heads": arguments.count,
-    "num_layers": arguments.count,
-    "text_hidden_size": arguments.count,
-    "mlp_ratio": float,
-    "num_text_experts": arguments.count,
-    "num_video_experts": arguments.count,
-    "latent_channels": arguments.count,
-}
 
 
-def add(commands: Any, shared: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser("plan", parents=[shared], help="what a clip needs, before it runs")
-    _add_which(parser)
-    arguments.add_size(parser)
-    parser.add_argument("--dtype", choices=arguments.DTYPES, default="bfloat16")
-    parser.add_argument("--cfg", choices=("batch", "two_pass"), default="batch")
-    parser.add_argument("--no-guidance", action="store_true", help="one prediction a step")
-    parser.add_argument("--no-text-encoder", action="store_true", help="embeddings are given")
-    arguments.add_tiling(parser)
-    parser.add_argument("--vram-budget", type=arguments.size_in_bytes, metavar="BYTES",
-                        help="fail if it needs more: 10G")  # fmt: skip
-    parser.set_defaults(run=plan)
-
-    parser = commands.add_parser("params", parents=[shared], help="exact numbers of parameters")
-    _add_which(parser, required=False)
-    group = parser.add_argument_group("a factorised model with experts")
-    for name, kind in {**CARD, "base_channels": arguments.count}.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind)
-    parser.set_defaults(run=params)
-
-    parser = commands.add_parser("convert", parents=[shared], help="a SAT checkpoint to a folder")
-    parser.add_argument("source", type=Path, help="a file or folder of SAT")
-    parser.add_argument("target", type=Path, help="the folder to write")
-    parser.add_argument("--vae", type=Path, help="the file of the VAE, where it is one of its own")
-    parser.add_argument("--preset", choices=sorted(PRESETS), help="by default told from the file")
-    parser.add_argument("--dtype", choices=arguments.DTYPES, help="by default that of the file")
-    parser.add_argument("--force", action="store_true", help="write into a folder with files in it")
-    parser.set_defaults(run=convert)
-
-
+@torch.no_grad()
 def plan(options: argparse.Namespace, console: Console) -> None:
     transformer, vae = _configs(options)
     if vae is None:
         raise ValueError(f"{options.model}: must have a vae/ to be planned")
-    dtype = arguments.DTYPES[options.dtype]
+    dtype = loading.dtype_of(options)
     frames, size, text = 49, (vae.sample_height, vae.sample_width), 0
     if transformer is not None:
         frames, size = transformer.sample_frames, default_size(transformer, vae)
         text = T5_PARAMETERS * dtype.itemsize
     if options.model is not None:
-        text = arguments.text_encoder_bytes(options.model)
+        text = loading.text_encoder_bytes(_folder(options))
     made = forecast(
         transformer,
         vae,
-        frames=options.frames or frames,
-        height=options.height or size[0],
-        width=options.width or size[1],
+        frames=frames if options.frames is None else options.frames,
+        height=size[0] if options.height is None else options.height,
+        width=size[1] if options.width is None else options.width,
         guidance=not options.no_guidance,
         cfg=options.cfg,
         dtype=dtype,
-        tiling=options.tiling,
+        tiling=loading.tiling_of(options),
         text_bytes=0 if options.no_text_encoder else text,
         budget=options.vram_budget,
     )
     console.say(made.to_dict(), str(made))
 
 
+@torch.no_grad()
 def params(options: argparse.Namespace, console: Console) -> None:
-    card = {name: getattr(options, name) for name in CARD if getattr(options, name) is not None}
+    sizes = {name: getattr(options, name) for name in FAMILY}
+    card = {name: value for name, value in sizes.items() if value is not None}
     modules: dict[str, nn.Module] = {}
     with torch.device("meta"):
         if options.preset is None and options.model is None:
@@ -98,7 +63,7 @@ def params(options: argparse.Namespace, console: Console) -> None:
             modules["transformer"] = build_transformer(**card)
             modules["encoder"], modules["decoder"] = build_vae(**latent, **base)
         elif card or options.base_channels is not None:
-            raise ValueError("params: must have a preset, a model or sizes of your own; got two")
+            raise ValueError("params takes --preset, --model or sizes; got two of them")
         else:
             transformer, vae = _configs(options)
             if transformer is not None:
@@ -107,27 +72,35 @@ def params(options: argparse.Namespace, console: Console) -> None:
                 built = CausalVAE(vae)
                 modules.update(encoder=built.encoder, decoder=built.decoder)
     counts = {name: sum(p.numel() for p in m.parameters()) for name, m in modules.items()}
-    console.say({**counts, "total": sum(counts.values())})
+    counts["total"] = sum(counts.values())
+    console.say(counts, "\n".join(f"{name:11} {count:15,}" for name, count in counts.items()))
 
 
+@torch.no_grad()
 def convert(options: argparse.Namespace, console: Console) -> None:
-    if options.target.is_dir() and any(options.target.iterdir()) and not options.force:
-        raise ValueError(f"{options.target}: has files in it already; --force writes there")
-    dtype = None if options.dtype is None else arguments.DTYPES[options.dtype]
-    sat.convert(options.source, options.target, dtype, vae=options.vae, preset=options.preset)
-    written = sorted(path for path in options.target.rglob("*") if path.is_file())
-    names = [path.relative_to(options.target).as_posix() for path in written]
-    console.say({"out": str(options.target), "files": names, "seconds": console.seconds})
+    target = options.out or options.target
+    if target is None or (options.out and options.target):
+        raise ValueError("convert needs the folder to write, once: --out DIR")
+    console.hold(claimed(target))
+    if target.is_dir() and any(target.iterdir()) and not options.force:
+        raise ValueError(f"{target}: has files in it already; --force writes there")
+    dtype = None if options.dtype is None else loading.dtype_of(options)
+    console.progress("convert")
+    sat.convert(options.source, target, dtype, vae=options.vae, preset=options.preset)
+    written = sorted(path for path in target.rglob("*") if path.is_file())
+    names = [path.relative_to(target).as_posix() for path in written]
+    console.say({"out": str(target), "files": names, "seconds": console.seconds})
 
 
-def _add_which(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    which = parser.add_mutually_exclusive_group(required=required)
-    which.add_argument("--preset", choices=sorted(PRESETS), help="a released model")
-    arguments.add_model(which, required=False)
+def _folder(options: argparse.Namespace) -> Path:
+    """The folder of `--model`. Nothing is downloaded: who plans may want to know beforehand."""
+    return located(
+        options.model, revision=options.revision, variant=options.variant, local_files_only=True
+    )
 
 
 def _configs(options: argparse.Namespace) -> tuple[TransformerConfig | None, VAEConfig | None]:
     if options.preset is None:
-        return arguments.read_configs(options.model)
+        return loading.read_configs(_folder(options))
     preset = PRESETS[options.preset]
     return preset.transformer, preset.vae

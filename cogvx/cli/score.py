@@ -2,30 +2,23 @@
 
 import argparse
 from functools import partial
-from typing import Any
 
-from ..data.scoring import NAMES, Scores, score_model, score_vae
+import torch
+
+from ..data.scoring import NAMES, Scores, held_out_prompts, score_model, score_vae
 from ..pipeline import CogVideoX
-from . import arguments
+from . import loading
 from .console import Console
 
 
-def add(commands: Any, shared: argparse.ArgumentParser) -> None:
-    parser = commands.add_parser(
-        "score", parents=[shared], help="how often clips show what held-out sentences say"
-    )
-    arguments.add_model(parser, default="tiny")
-    parser.add_argument("--prompts", type=arguments.count, default=200)
-    parser.add_argument("--skip", type=arguments.whole, default=0, help="leave out so many first")
-    arguments.add_sampling(parser)
-    arguments.add_machine(parser, tiles=False)
-    parser.set_defaults(run=run)
-
-
-def run(options: argparse.Namespace, console: Console) -> None:
-    pipe = CogVideoX.from_pretrained(
-        options.model, arguments.dtype_of(options), arguments.device_of(options)
-    )
+@torch.no_grad()
+def score(options: argparse.Namespace, console: Console) -> None:
+    held_out_prompts(options.prompts, options.skip)  # refuses more than there are
+    device, folder = loading.device_of(options), loading.model_of(options)
+    transformer, _ = loading.read_configs(folder)
+    console.progress("load weights")
+    pipe = CogVideoX.from_pretrained(folder, loading.dtype_of(options, transformer), device)
+    console.progress("VAE")
     decibels = score_vae(pipe.vae)
     scores, control = score_model(
         pipe,

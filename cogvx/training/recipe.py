@@ -23,7 +23,14 @@ from typing import Any, ClassVar
 
 from .. import frames
 from ..assets import SHIPPED, located
-from ..config import Config, SchedulerConfig, TransformerConfig, VAEConfig, check_choice
+from ..config import (
+    Config,
+    SchedulerConfig,
+    TransformerConfig,
+    VAEConfig,
+    check_choice,
+    unknown_key,
+)
 from ..files import CONFIG_BYTES
 from ..words import WINDOW_LIMIT
 
@@ -273,7 +280,7 @@ class Recipe:
             elif key in ("seed", "model"):
                 taken[key] = value
             else:
-                raise ValueError(f"Recipe: unknown key {key[:60]!r}")
+                raise unknown_key("Recipe", key, [*TABLES, "model", "seed"])
         return cls(**taken)
 
     @classmethod
@@ -343,4 +350,6 @@ def _set(values: dict[str, Any], setting: str) -> None:
         value = said
     for table in tables:
         values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"Recipe: {table} is no table; got the setting {setting!r}")
     values[key] = value

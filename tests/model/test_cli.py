@@ -15,7 +15,9 @@ from safetensors import safe_open
 
 from cogvx import cli
 from cogvx.checkpoint import load_vae, save_vae
-from cogvx.cli import arguments, clips
+from cogvx.cli import arguments, clips, generate, loading
+from cogvx.cli.console import Console
+from cogvx.cli.parser import make
 from cogvx.config import SchedulerConfig, TransformerConfig, VAEConfig
 from cogvx.factorized import param_count
 from cogvx.memory import LiveBytes
@@ -70,7 +72,7 @@ def run(capsys, *words):
 
 
 def facts(capsys, *words):
-    status, out, err = run(capsys, *words, "--json")
+    status, out, err = run(capsys, *words, "--json", "--quiet")
     assert (status, err) == (0, "")
     return json.loads(out)
 
@@ -138,8 +140,8 @@ def test_reconstruction_is_measured(capsys, here):
     assert said["frames"] == probe("a.mp4").frames == 9
     assert 0 < said["peak_live_bytes"] < said["peak_process_bytes"]
     original = read_video(BIKES, frames=9, height=32, width=48)
-    options = cli._parser().parse_args(["encode", "x", "--out", "y", *RANDOM])
-    vae = arguments.open_vae(options)
+    options = make().parse_args(["encode", "x", "--out", "y", *RANDOM])
+    vae = loading.VAESource.of(options).load(Console(quiet=True, as_json=False))
     with torch.no_grad():
         wanted = psnr(original, vae.decode(vae.encode(original).mode()))
     assert said["psnr_db"] == pytest.approx(wanted, abs=0.01)
@@ -358,7 +360,7 @@ def test_warnings_have_its_voice(capsys, here, model, monkeypatch):
     def careful(options, console):
         warnings.warn("careful", stacklevel=1)
 
-    monkeypatch.setattr(cli.generate, "run", careful)
+    monkeypatch.setattr(generate, "generate", careful)
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         status, _, err = run(

@@ -1,0 +1,138 @@
+"""What options stand for: a device, a dtype, a model's folder, configs, a VAE."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from ..assets import located
+from ..checkpoint import load_vae
+from ..config import PRESETS, Config, TransformerConfig, VAEConfig
+from ..factorized import build_vae
+from ..files import CONFIG_BYTES, read_json
+from ..pipeline import default_dtype
+from ..vae import CausalVAE, Tiling
+from .arguments import DTYPES
+from .console import Console
+
+C = TypeVar("C", bound=Config)
+
+
+def device_of(options: argparse.Namespace) -> torch.device:
+    """The device of `--device`, which must be here; by default a GPU if there is one."""
+    here = devices()
+    name = {"gpu": "cuda"}.get(options.device, options.device)
+    if name is None:
+        return torch.device("cuda" if "cuda" in here else "cpu")
+    if name not in here:
+        raise ValueError(
+            f"--device must be one of those that are here, {', '.join(here)}; got {options.device}"
+        )
+    return torch.device(name)
+
+
+def devices() -> list[str]:
+    """Names of the devices here that a model can run on."""
+    gpus = ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    return ["cpu", *(gpus if torch.cuda.is_available() else []), *mps]
+
+
+def dtype_of(
+    options: argparse.Namespace, transformer: TransformerConfig | None = None
+) -> torch.dtype:
+    """The dtype of `--dtype`, or else the one that a model with this transformer is run in."""
+    if options.dtype is not None:
+        dtype = getattr(torch, DTYPES[options.dtype])
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    return default_dtype(transformer or PRESETS["5b"].transformer, device_of(options))
+
+
+def model_of(options: argparse.Namespace, parts: Sequence[str] | None = None) -> Path:
+    """The folder of `--model`; of a model of the hub `parts`, by default all, are downloaded."""
+    return located(options.model, parts=parts, revision=options.revision, variant=options.variant)
+
+
+def read_configs(folder: Path) -> tuple[TransformerConfig | None, VAEConfig | None]:
+    """The configs in a model's folder; no weights are read."""
+    transformer = _config(folder / "transformer", TransformerConfig)
+    vae = _config(folder / "vae", VAEConfig)
+    if transformer is None and vae is None:
+        raise ValueError(f"{folder}: must be a model's folder, with transformer/ or vae/ in it")
+    return transformer, vae
+
+
+@dataclass(frozen=True)
+class VAESource:
+    """The VAE of `arguments.add_vae`, before its weights are read.
+
+    folder       None for a random one
+    transformer  of the model that it is a part of, if it is
+    """
+
+    options: argparse.Namespace
+    folder: Path | None
+    config: VAEConfig
+    transformer: TransformerConfig | None = None
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> "VAESource":
+        """Finds the VAE and reads its config, and refuses a device or a tile that cannot be."""
+        device_of(options)
+        if options.vae == "random":
+            with torch.device("meta"):
+                config = build_vae(base_channels=options.base_channels)[0].config
+            source = cls(options, None, config)
+        else:
+            name = options.model or options.vae
+            folder = located(
+                name, parts=["vae"], revision=options.revision, variant=options.variant
+            )
+            found = _config(folder / "vae", VAEConfig) or _config(folder, VAEConfig)
+            if found is None:
+                raise ValueError(
+                    f"{name}: must be a folder with config.json or vae/ in it, or the name of a "
+                    "model on the hub"
+                )
+            transformer = _config(folder / "transformer", TransformerConfig)
+            source = cls(options, folder, found, transformer)
+        check_tiling(options, source.config)
+        return source
+
+    def load(self, console: Console) -> CausalVAE:
+        """The VAE on its device."""
+        options = self.options
+        device, dtype = device_of(options), dtype_of(options, self.transformer)
+        if self.folder is not None:
+            console.progress("load weights")
+            return load_vae(self.folder, dtype, device, options.backend, variant=options.variant)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            vae = CausalVAE(self.config, options.backend)
+        return vae.to(device, dtype).eval()
+
+
+def tiling_of(options: argparse.Namespace) -> Tiling | None:
+    """The tiles of `--tiling`."""
+    return None if options.tiling is None else Tiling(*options.tiling)
+
+
+def check_tiling(options: argparse.Namespace, vae: VAEConfig) -> None:
+    """Raises ValueError unless tiles are whole latents."""
+    tiling = tiling_of(options) if "tiling" in options else None
+    if tiling is not None:
+        tiling.check("cogvx", vae.spatial_compression_ratio)
+
+
+def text_encoder_bytes(folder: Path) -> int:
+    """Bytes of the text encoder's weights, as they are in the files."""
+    return sum(path.stat().st_size for path in folder.glob("text_encoder/*.safetensors"))
+
+
+def _config(folder: Path, kind: type[C]) -> C | None:
+    path = folder / "config.json"
+    return kind.from_dict(read_json(path, CONFIG_BYTES)) if path.is_file() else None

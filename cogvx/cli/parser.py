@@ -1,0 +1,306 @@
+"""The commands and their options. Imports no torch: a command's module is imported when it runs."""
+
+import argparse
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cogvx_kernels import __version__
+
+from ..config import PRESETS
+from . import arguments
+from .arguments import Parser
+from .console import Console
+
+DESCRIPTION = "Generate, encode, decode and reconstruct video with CogVideoX, and train it."
+EPILOG = """cogvx COMMAND --help explains a command, with an example.
+eval "$(cogvx completion bash)" completes commands and options in this shell."""
+
+FAMILY = {
+    "hidden_size": (arguments.count, "width of the transformer"),
+    "num_heads": (arguments.count, "attention heads"),
+    "num_layers": (arguments.count, "transformer blocks"),
+    "text_hidden_size": (arguments.count, "width of the prompt's embeddings"),
+    "mlp_ratio": (arguments.number, "width of a feed-forward, in widths of the transformer"),
+    "num_text_experts": (arguments.count, "feed-forward experts for text"),
+    "num_video_experts": (arguments.count, "feed-forward experts for video"),
+    "latent_channels": (arguments.count, "channels of the latents"),
+}
+
+Run = Callable[[argparse.Namespace, Console], None]
+
+
+def make() -> Parser:
+    """The parser of `cogvx`. `options.run(options, console)` runs the command it has parsed."""
+    parser = Parser(prog="cogvx", description=DESCRIPTION, epilog=EPILOG,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"cogvx {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+    for add in (_demo, _generate, _encode, _decode, _reconstruct, _plan, _params, _convert, _train,
+                _score, _completion):  # fmt: skip
+        add(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, module: str, what: str, more: str, example: str) -> Parser:
+    """A command: `what` is its line in the list of commands, `more` the rest of its description.
+
+    It runs the function of its name in `module`.
+    """
+    parser: Parser = commands.add_parser(
+        name,
+        help=what[0].lower() + what[1:].rstrip("."),
+        description=f"{what} {more}".rstrip(),
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    group = parser.add_argument_group("messages")
+    group.add_argument("--quiet", action="store_true", help="no progress, no summary")
+    group.add_argument("--json", action="store_true",
+                       help="print the summary as one JSON object on stdout; an error is text on "
+                       "stderr, and stdout stays empty")  # fmt: skip
+    group.add_argument("--traceback", action="store_true", help="with an error, where it arose")
+    parser.set_defaults(run=_later(module, name))
+    return parser
+
+
+def _later(module: str, function: str) -> Run:
+    """A function of a module of this package, which is imported when the function is called."""
+
+    def run(options: argparse.Namespace, console: Console) -> None:
+        getattr(importlib.import_module(f".{module}", __package__), function)(options, console)
+
+    return run
+
+
+def _demo(commands: Any) -> None:
+    parser = _command(
+        commands, "demo", "demo", "Watch a model of the procedural clips.",
+        "Each sentence becomes a video, a GIF and a sheet of frames.",
+        'cogvx demo --prompt "a red circle moves right" --out out',
+    )  # fmt: skip
+    arguments.add_model(parser, default="tiny")
+    parser.add_argument("--prompt", action="append", metavar="TEXT",
+                        help="a sentence; may be repeated; by default three sentences")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR",
+                        help="folder of the files; default %(default)s")  # fmt: skip
+    parser.add_argument("--clip", type=Path, metavar="FILE",
+                        help="also a video of yours, through the VAE and back")  # fmt: skip
+    arguments.add_sampling(parser)
+    arguments.add_machine(parser, tiles=False)
+    arguments.add_hub(parser)
+
+
+def _generate(commands: Any) -> None:
+    parser = _command(
+        commands, "generate", "generate", "Generate a video of a prompt.",
+        "With an image or a video, of that too.\nThe latents are saved beside the video, so that "
+        "nothing is lost if it cannot be decoded.",
+        'cogvx generate --model THUDM/CogVideoX-5b --prompt "A red kite over a lake" '
+        "--out kite.mp4",
+    )  # fmt: skip
+    arguments.add_model(parser)
+    parser.add_argument("--prompt", required=True, metavar="TEXT",
+                        help="what the video shows; the released models know English, best long "
+                        "and detailed")  # fmt: skip
+    arguments.add_output(parser, "the video, .mp4, .mov, .mkv or .gif")
+    parser.add_argument("--negative", default="", metavar="TEXT",
+                        help="what the video should not show; by default nothing")  # fmt: skip
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--image", type=Path, metavar="FILE",
+                        help="the first frame, for image-to-video models")  # fmt: skip
+    source.add_argument("--video", type=Path, metavar="FILE",
+                        help="a video to be changed, for other models")  # fmt: skip
+    parser.add_argument("--strength", type=arguments.part, default=0.8, metavar="PART",
+                        help="how much of --video is changed, above 0 and at most 1; default "
+                        "%(default)s")  # fmt: skip
+    arguments.add_size(parser, "as the model was trained",
+                       "by default 8, or 16 for CogVideoX 1.5; --video is read at it too, by "
+                       "default at its own")  # fmt: skip
+    steps = parser.add_argument_group("sampling")
+    steps.add_argument("--seed", type=arguments.seed, metavar="N",
+                       help="of the noise; by default a new one, which is printed")  # fmt: skip
+    steps.add_argument("--steps", type=arguments.count, default=50, metavar="N",
+                       help="denoising steps, at most 1000; default %(default)s")  # fmt: skip
+    steps.add_argument("--guidance", type=arguments.number, default=6.0, metavar="SCALE",
+                       help="weight of the prompt; 1 is without guidance, twice as fast; default "
+                       "%(default)s")  # fmt: skip
+    steps.add_argument("--dynamic-guidance", action="store_true",
+                       help="less guidance in the first steps, as recommended for 5B")  # fmt: skip
+    steps.add_argument("--scheduler", choices=arguments.SCHEDULERS,
+                       help="sampler; by default the model's own")  # fmt: skip
+    steps.add_argument("--cfg", choices=arguments.CFG, default="batch",
+                       help="both predictions of guidance at once, or one after the other in half "
+                       "the memory; default %(default)s")  # fmt: skip
+    steps.add_argument("--image-latent-scale", choices=arguments.IMAGE_LATENT_SCALES,
+                       default="diffusers", metavar=arguments.one_of(arguments.IMAGE_LATENT_SCALES),
+                       help="of --image with CogVideoX 1.5: as diffusers, SAT or the training "
+                       "scales its latents; default %(default)s")  # fmt: skip
+    lora = parser.add_argument_group("LoRA")
+    lora.add_argument("--lora", type=Path, action="append", default=[], metavar="FILE",
+                      help="an adapter of cogvx train, diffusers or peft; may be repeated; by "
+                      "default none")  # fmt: skip
+    lora.add_argument("--lora-scale", type=arguments.number, action="append", default=[],
+                      metavar="SCALE", help="how much of it, once for all or once for each; "
+                      "default 1")  # fmt: skip
+    arguments.add_machine(parser)
+    arguments.add_backend(parser)
+    parser.add_argument("--vram-budget", type=arguments.size_in_bytes, metavar="BYTES",
+                        help="refuse, before weights are read, what needs more, such as 10G; by "
+                        "default no limit")  # fmt: skip
+    arguments.add_hub(parser)
+    safe = parser.add_argument_group("checkpoints")
+    safe.add_argument("--checkpoint-every", type=arguments.count, metavar="N",
+                      help="save the latents every N steps; by default after the last")  # fmt: skip
+    safe.add_argument("--resume", action="store_true",
+                      help="continue from the latents beside the output")  # fmt: skip
+
+
+def _encode(commands: Any) -> None:
+    parser = _command(
+        commands, "encode", "clips", "Encode a video to a file of latents.",
+        "Or a folder of videos with captions,\nto train on: clip.mp4 has its caption in clip.txt.",
+        "cogvx encode clip.mp4 --model THUDM/CogVideoX-5b --out clip.safetensors",
+    )  # fmt: skip
+    parser.add_argument("video", type=Path, help="a video file; or a folder of them")
+    arguments.add_output(parser, "the latents, .safetensors; of a folder another folder")
+    arguments.add_vae(parser)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--mode", action="store_true", help="the most likely latents (the default)")
+    which.add_argument("--sample", action="store_true", help="latents drawn with --seed")
+    arguments.add_size(parser, "the video's; of a folder the model's", "by default the video's")
+    arguments.add_machine(parser)
+
+
+def _decode(commands: Any) -> None:
+    parser = _command(
+        commands, "decode", "clips", "Decode a file of latents to a video.",
+        "Of cogvx encode or cogvx generate.",
+        "cogvx decode clip.safetensors --model THUDM/CogVideoX-5b --out clip.mp4",
+    )  # fmt: skip
+    parser.add_argument("latents", type=Path, help="a .safetensors file")
+    arguments.add_output(parser, "the video, .mp4, .mov, .mkv or .gif")
+    arguments.add_vae(parser)
+    arguments.add_fps(parser, "by default as recorded in the latents, else 8")
+    arguments.add_machine(parser)
+
+
+def _reconstruct(commands: Any) -> None:
+    parser = _command(
+        commands, "reconstruct", "clips", "Reconstruct a video by a VAE, and measure it.",
+        "The clip streams through the VAE and back;\nprinted are PSNR and the peak of memory.",
+        "cogvx reconstruct clip.mp4 --model THUDM/CogVideoX-5b --frames 49 --out back.mp4",
+    )  # fmt: skip
+    parser.add_argument("video", type=Path, help="a video file")
+    arguments.add_output(parser, "the video, .mp4, .mov, .mkv or .gif")
+    arguments.add_vae(parser)
+    arguments.add_size(parser, "the video's", "by default the video's")
+    arguments.add_machine(parser, tiles=False)
+    parser.add_argument("--whole", action="store_true",
+                        help="hold the whole clip in memory instead of streaming it")  # fmt: skip
+
+
+def _plan(commands: Any) -> None:
+    parser = _command(
+        commands, "plan", "models", "Plan the memory that a video needs.",
+        "Nothing is loaded or run.\nweights and activations of each stage; streamed: activations "
+        "where the clip streams from and to a\nfile; cache: kept between two chunks; chunks: "
+        "frames of each (latent frames for decode).",
+        "cogvx plan --preset 1.5-5b --frames 81 --vram-budget 80G",
+    )  # fmt: skip
+    _add_which(parser)
+    arguments.add_size(parser, "as the model was trained")
+    arguments.add_dtype(parser, "default %(default)s", "bfloat16")
+    parser.add_argument("--cfg", choices=arguments.CFG, default="batch",
+                        help="both predictions of guidance at once, or one after the other; "
+                        "default %(default)s")  # fmt: skip
+    parser.add_argument("--no-guidance", action="store_true", help="one prediction a step")
+    parser.add_argument("--no-text-encoder", action="store_true",
+                        help="without T5: embeddings are given")  # fmt: skip
+    arguments.add_tiling(parser)
+    parser.add_argument("--vram-budget", type=arguments.size_in_bytes, metavar="BYTES",
+                        help="fail if it needs more, such as 10G; by default no limit")  # fmt: skip
+
+
+def _params(commands: Any) -> None:
+    parser = _command(
+        commands, "params", "models", "Print the exact numbers of parameters.",
+        "Of a released model, a folder,\nor a factorised model of the sizes given.",
+        "cogvx params --preset 5b",
+    )  # fmt: skip
+    _add_which(parser, required=False)
+    group = parser.add_argument_group(
+        "factorised model", "By default the recommended sizes (cogvx.recommended_defaults)."
+    )
+    for name, (kind, what) in FAMILY.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=what)
+    group.add_argument("--base-channels", type=arguments.count, metavar="N",
+                       help="width of the VAE")  # fmt: skip
+
+
+def _convert(commands: Any) -> None:
+    parser = _command(
+        commands, "convert", "models", "Convert a SAT checkpoint to a model's folder.",
+        "SAT is the format in which CogVideoX\nwas first published.",
+        "cogvx convert CogVideoX-2b-sat/transformer --vae 3d-vae.pt --out CogVideoX-2b",
+    )  # fmt: skip
+    parser.add_argument("source", type=Path, help="a file or folder of SAT")
+    parser.add_argument("target", type=Path, nargs="?", help="the same as --out")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the folder to write")
+    parser.add_argument("--vae", type=Path, metavar="FILE",
+                        help="the VAE's file; by default in the source")  # fmt: skip
+    parser.add_argument("--preset", choices=sorted(PRESETS),
+                        help="the model; by default recognised by its shapes")  # fmt: skip
+    arguments.add_dtype(parser, "by default that of the file")
+    parser.add_argument("--force", action="store_true", help="write into a folder with files in it")
+
+
+def _train(commands: Any) -> None:
+    parser = _command(
+        commands, "train", "train", "Train a VAE, a transformer or a LoRA by a recipe.",
+        "The same command continues\na training that was stopped.",
+        "cogvx train lora.toml --out run --set transformer_training.steps=500",
+    )  # fmt: skip
+    parser.add_argument("recipe", help="a TOML file; or tiny, the recipe of the model tiny")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR",
+                        help="the folder of the model and its checkpoints")  # fmt: skip
+    parser.add_argument("--stage", choices=arguments.STAGES,
+                        help="train only this; by default all that the recipe has")  # fmt: skip
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
+                        help="replaces a value of the recipe, such as "
+                        "transformer_training.steps=100; may be repeated")  # fmt: skip
+    parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard's files")
+    arguments.add_device(parser)
+
+
+def _score(commands: Any) -> None:
+    parser = _command(
+        commands, "score", "score", "Score a model of the procedural clips.",
+        "A program reads off its clips how often they\nshow what held-out sentences say.",
+        "cogvx score --prompts 50",
+    )  # fmt: skip
+    arguments.add_model(parser, default="tiny")
+    parser.add_argument("--prompts", type=arguments.count, default=200, metavar="N",
+                        help="number of sentences; default %(default)s")  # fmt: skip
+    parser.add_argument("--skip", type=arguments.whole, default=0, metavar="N",
+                        help="leave out the first N sentences; default %(default)s")  # fmt: skip
+    arguments.add_sampling(parser)
+    arguments.add_machine(parser, tiles=False)
+    arguments.add_hub(parser)
+
+
+def _completion(commands: Any) -> None:
+    parser = _command(
+        commands, "completion", "completion", "Print a shell's completion script.",
+        "", 'eval "$(cogvx completion bash)"    # in ~/.bashrc; for zsh in ~/.zshrc\n'
+        "  cogvx completion fish > ~/.config/fish/completions/cogvx.fish",
+    )  # fmt: skip
+    parser.add_argument("shell", choices=arguments.SHELLS, help="the shell")
+
+
+def _add_which(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    which = parser.add_mutually_exclusive_group(required=required)
+    which.add_argument("--preset", choices=sorted(PRESETS), help="a released model")
+    arguments.add_model(which, required=False)
+    arguments.add_hub(parser)
