@@ -1,7 +1,10 @@
 """`cogvx-kernels`: the tools of this package. Each is a module of `cogvx_kernels.tools`."""
 
+import difflib
 import importlib
 import sys
+
+from . import __version__
 
 TOOLS = {
     "verify": "every op against its reference, on this GPU or in Triton's interpreter",
@@ -14,13 +17,19 @@ TOOLS = {
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in TOOLS:
-        # Imported when named: only some of them can do without Triton.
+        # Imported when named: torch takes seconds, and only some of them can do without Triton.
         return importlib.import_module(f"cogvx_kernels.tools.{argv[0]}").main(argv[1:])
-    lines = "\n".join(f"  {name:8} {what}" for name, what in TOOLS.items())
-    print(f"usage: cogvx-kernels TOOL [options]\n\n{lines}\n\ncogvx-kernels TOOL --help says more.")
-    if not argv or argv[0] in ("-h", "--help"):
+    if argv == ["--version"]:
+        print(f"cogvx-kernels {__version__}")
         return 0
-    print(f"cogvx-kernels: no tool is called {argv[0]!r}", file=sys.stderr)
+    lines = "\n".join(f"  {name:8} {what}" for name, what in TOOLS.items())
+    usage = f"usage: cogvx-kernels TOOL [options]\n\n{lines}\n\ncogvx-kernels TOOL --help: more."
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage)
+        return 0
+    near = difflib.get_close_matches(argv[0], TOOLS, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    print(f"{usage}\n\ncogvx-kernels: no tool is called {argv[0]!r}{hint}", file=sys.stderr)
     return 2
 
 

@@ -8,14 +8,12 @@ from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 EVERY = 10.0  # seconds between two lines of progress where stderr is no terminal
 T = TypeVar("T")
 
 
 class Console:
-    """Progress on stderr, as a bar on a terminal, else a line now and then; facts on stdout.
+    """Progress on stderr, in one line on a terminal, else a line now and then; facts on stdout.
 
     With `as_json` stdout holds one JSON object and nothing else. `hold` keeps a context manager
     open until the command ends.
@@ -66,7 +64,8 @@ class Console:
     def note(self, message: str) -> None:
         """A line for people, on stderr."""
         if not self.quiet:
-            tqdm.write(f"cogvx: {message}", file=sys.stderr)
+            self.close()
+            print(f"cogvx: {message}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Ends the progress."""
@@ -96,48 +95,43 @@ class Console:
 
     def _report(self) -> None:
         """Says how far the command is, also while nothing is done: a step may take minutes."""
-        while not self._ended.wait(self._every):
+        while not self._ended.wait(1.0 if sys.stderr.isatty() else self._every):
             if (stage := self._stage) is not None:
                 stage.report()
 
 
 class _Stage:
-    """One stage of the work, as a bar or as lines on stderr."""
+    """One stage of the work, and the line on stderr that says how far it is."""
 
     def __init__(self, name: str, done: int, total: int | None) -> None:
         self.name = name
         self.total = total
         self.done = self.first = done
         self.began = time.monotonic()
-        self.bar: tqdm[Any] | None = None
-        if sys.stderr.isatty():
-            form = None if total is not None else "{desc}, {elapsed} elapsed"
-            self.bar = tqdm(total=total, desc=name, file=sys.stderr, dynamic_ncols=True,
-                            bar_format=form)  # fmt: skip
+        self.terminal = sys.stderr.isatty()
 
     def move(self, done: int) -> None:
         self.done = done
-        if self.bar is not None:
-            self.bar.update(done - self.bar.n)
+        if self.terminal:
+            self.report()
 
     def report(self) -> None:
-        if self.bar is not None:
-            self.bar.refresh()
+        if self.terminal:  # over the line before
+            print(f"\r{self}\x1b[K", end="", file=sys.stderr, flush=True)
         else:
             print(self, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        if self.terminal:
+            print(f"\r{self}\x1b[K", file=sys.stderr, flush=True)
 
     def __str__(self) -> str:
+        """denoise 12/50, 0:34 elapsed, about 1:47 left"""
         elapsed = time.monotonic() - self.began
-        line = f"{self.name}, {clock(elapsed)} elapsed"
-        if self.total is None:
-            return line
-        line = line.replace(",", f" {self.done}/{self.total},", 1)
+        count = "" if self.total is None else f" {self.done}/{self.total}"
+        line = f"{self.name}{count}, {clock(elapsed)} elapsed"
         made = self.done - self.first
-        if made < 1:
+        if self.total is None or made < 1 or self.done >= self.total:
             return line
         return f"{line}, about {clock(elapsed / made * (self.total - self.done))} left"
 

@@ -346,7 +346,7 @@ def test_quiet_says_nothing(capsys, here):
     assert run(capsys, *words) == (0, "", "")
 
 
-def test_bars_where_there_is_a_terminal(capsys, here, monkeypatch):
+def test_progress_on_a_terminal(capsys, here, monkeypatch):
     words = ["encode", BIKES, *RANDOM, *SIZE, "--frames", 9, "--force", "--out", "a.safetensors"]
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     status, out, err = run(capsys, *words)
