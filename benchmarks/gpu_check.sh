@@ -139,7 +139,7 @@ sanitize() {
         line SKIP sanitizers "no time left"
         return
     fi
-    local verify=(-m cogvx_kernels verify --device cuda --quick)
+    local verify=(-m cogvx_kernels verify --device cuda --quick --again)
     local cache=(-m pytest --all -q -p no:cacheprovider tests/kernels/test_frame_cache.py
         -k "every_length or every_dtype or lies_around")
     local tool

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,8 @@ import torch
 
 from cogvx_kernels import _backend
 from cogvx_kernels.__main__ import TOOLS, main
-from cogvx_kernels.testing import OPS
-from cogvx_kernels.tools import doctor, verify
+from cogvx_kernels.testing import OPS, Verdict
+from cogvx_kernels.tools import doctor, passed, verify
 
 needs_triton = pytest.mark.skipif(not _backend.HAS_TRITON, reason="Triton is not installed")
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,16 +40,39 @@ def test_help_names_every_tool(capsys):
 # --- verify ----------------------------------------------------------------------------------
 
 
-@needs_triton
-def test_verify_starts_the_interpreter_by_itself(tmp_path):
-    report = tmp_path / "report.json"
-    done = type_in("verify", "--device", "cpu", "--op", "rope3d", "--quick", "--json", str(report))
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """A cache folder of the test's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "cogvx"
+
+
+def written_rows(folder, jobs):
+    """(stdout, what --json wrote) of two ops, in so many processes."""
+    report = folder / f"{jobs}.json"
+    options = ("--device", "cpu", "--quick", "--all-rows", "--jobs", jobs, "--json", str(report))
+    done = type_in("verify", "--op", "rope3d", "--op", "residual_moments", *options)
     assert done.returncode == 0, done.stderr
-    assert "0 rows missed the rule" in done.stdout
-    rows = json.loads(report.read_text())["rows"]
+    return done.stdout, json.loads(report.read_text())
+
+
+@pytest.fixture(scope="module")
+def rows_of_one_process(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("rows")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        return written_rows(folder, "1")
+
+
+@needs_triton
+def test_verify_starts_the_interpreter_by_itself(rows_of_one_process):
+    said, written = rows_of_one_process
+    assert "0 rows missed the rule" in said
+    rows = [row for row in written["rows"] if row["op"] == "rope3d"]
     assert {row["dtype"] for row in rows} == {"float32", "float16", "bfloat16"}
     assert {row["tensor"] for row in rows} == {"out0", "dx"}
-    assert all(row["ok"] for row in rows)
+    assert all(row["ok"] for row in written["rows"])
 
 
 @needs_triton
@@ -73,24 +97,117 @@ def test_verify_catches_a_broken_kernel(op, bug, capsys, device):
                     x *= 1.02
         return results
 
-    words = ["--op", op, "--quick", "--device", device, "--jobs", "1"]
+    words = ["--op", op, "--quick", "--device", device, "--jobs", "1", "--again"]
     with mock.patch.dict(OPS, {op: broken}):
         assert verify.main(words) == 0
         with mock.patch.dict(verify.compare.__globals__, {"evaluate": wrong}):
             assert verify.main(words) == 1
-    assert "MISS" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    # all of what is wrong: the op's line counts it, and a row for each case says what it is
+    missed = int(re.search(rf"^{op} .* (\d+) MISSED", said, re.MULTILINE)[1])
+    assert said.count("MISS: ") == missed > 0
+
+
+@pytest.fixture
+def a_small_op(monkeypatch, device):
+    """The words that verify one op, which has one sample."""
+    small = dataclasses.replace(OPS["rope3d"], samples=OPS["rope3d"].samples[:1])
+    monkeypatch.setattr(verify, "OPS", {"rope3d": small})
+    monkeypatch.setattr(verify, "_samples", lambda info, device, quick: info.samples)
+    return ["--device", device, "--jobs", "1"]
 
 
 @needs_triton
-def test_verify_says_the_same_with_any_number_of_processes(tmp_path):
-    said = []
-    for jobs in ("1", "3"):
-        report = tmp_path / jobs
-        options = ("--device", "cpu", "--quick", "--jobs", jobs, "--json", str(report))
-        done = type_in("verify", "--op", "rope3d", "--op", "residual_moments", *options)
-        assert done.returncode == 0, done.stderr
-        said += [(done.stdout, json.loads(report.read_text()))]
-    assert said[0] == said[1] and len(said[0][1]["rows"]) > 50
+def test_verify_says_the_same_with_any_number_of_processes(tmp_path, rows_of_one_process):
+    assert written_rows(tmp_path, "3") == rows_of_one_process
+    assert len(rows_of_one_process[1]["rows"]) > 50
+
+
+@needs_triton
+def test_verify_prints_a_line_an_op(capsys, a_small_op):
+    assert verify.main(a_small_op) == 0
+    said = capsys.readouterr().out.splitlines()
+    lines = [line for line in said if line.startswith("rope3d ")]
+    assert len(lines) == 1 and re.search(r"rope3d +3 +\d\.\d\dx +\d+\.\d  ok$", lines[0])
+    assert verify.main([*a_small_op, "--all-rows"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("rope3d ") for line in said) == 3
+
+
+@needs_triton
+def test_verify_does_not_repeat_what_has_passed(capsys, a_small_op, cache, monkeypatch):
+    calls = []
+    compare = verify.compare
+    monkeypatch.setattr(verify, "compare", lambda *a, **b: calls.append(1) or compare(*a, **b))
+
+    def compared(*words):
+        calls.clear()
+        assert verify.main([*a_small_op, *words]) == 0
+        return len(calls)
+
+    assert (compared("--quick"), compared("--quick")) == (3, 0)
+    assert "nothing has changed since; --again repeats" in capsys.readouterr().out
+    assert (compared(), compared(), compared("--quick")) == (3, 0, 0)  # all is some, too
+    assert compared("--again") == compared("--seed", "1") == compared("--all-rows") == 3
+    assert compared("--json", str(cache / "rows")) == 3
+    assert compared() == 0
+    with monkeypatch.context() as other:
+        other.setenv("TRITON_F32_DEFAULT", "ieee")
+        assert compared() == 3
+    with monkeypatch.context() as other:  # a folder of the package with one more file in it
+        other.setattr(passed, "PACKAGE", cache)
+        (cache / "kernel.py").write_text("x = 1")
+        assert compared() == 3
+        (cache / "kernel.py").write_text("x = 2")
+        assert (compared(), compared()) == (3, 0)
+    for file in cache.glob("verify-*"):
+        file.write_text("{")
+    assert (compared(), compared()) == (3, 0)
+
+
+@needs_triton
+def test_verify_remembers_no_failure(a_small_op, monkeypatch):
+    calls = []
+
+    def compare(*arguments, **options):
+        calls.append(1)
+        return [Verdict("out0", 1.0, 0.1, 0.0, 1.0, 0.1, ok=False)]
+
+    assert verify.main(a_small_op) == 0
+    monkeypatch.setattr(verify, "compare", compare)
+    assert [verify.main([*a_small_op, "--again"]), verify.main(a_small_op)] == [1, 1]
+    assert len(calls) == 6
+
+
+@needs_triton
+def test_verify_runs_where_nothing_can_be_kept(a_small_op, cache):
+    cache.write_text("a file where the folder should be")
+    assert verify.main(a_small_op) == verify.main(a_small_op) == 0
+
+
+@needs_triton
+def test_verify_gives_signs_of_life(capsys, a_small_op, monkeypatch):
+    monkeypatch.setattr(verify, "EVERY", 0.0)
+    assert verify.main(a_small_op) == 0
+    assert "verify: 2 of 3 cases, rope3d" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "platform, variable, value, folder",
+    [
+        ("linux", "XDG_CACHE_HOME", "/somewhere", "/somewhere/cogvx"),
+        ("linux", "XDG_CACHE_HOME", "", "/home/me/.cache/cogvx"),
+        ("linux", "XDG_CACHE_HOME", "not/absolute", "/home/me/.cache/cogvx"),
+        ("darwin", "XDG_CACHE_HOME", "", "/home/me/Library/Caches/cogvx"),
+        ("win32", "LOCALAPPDATA", "/local", "/local/cogvx"),
+    ],
+)
+def test_the_cache_is_where_the_platform_has_it(platform, variable, value, folder, monkeypatch):
+    monkeypatch.setattr(passed.sys, "platform", platform)
+    monkeypatch.setattr(passed.Path, "home", lambda: Path("/home/me"))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv(variable, value)
+    assert passed.cache_folder() == Path(folder)
 
 
 def test_verify_wants_processes(capsys):
@@ -126,6 +243,9 @@ def test_doctor_says_what_is_there_and_what_is_lost(capsys):
     assert facts["torch"] == torch.__version__
     assert set(facts["ops"]) == set(OPS)
     assert facts["cudnn"] == torch.backends.cudnn.version()
+    assert doctor.main(["--short"]) == 0
+    said = capsys.readouterr().out
+    assert torch.__version__ in said and len(said.splitlines()) <= 12
     assert doctor.main([]) == 0
     said = capsys.readouterr().out
     assert all(line in said for line in (*facts["lost"], *facts["conv3d"].values()))

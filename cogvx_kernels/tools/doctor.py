@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,9 +40,9 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
-        "triton": _version("triton") if _backend.HAS_TRITON else None,
+        "triton": version("triton") if _backend.HAS_TRITON else None,
         "cudnn": torch.backends.cudnn.version(),
-        "numpy": _version("numpy"),
+        "numpy": version("numpy"),
         "extension": _words(extension),
         "gpus": _gpus(lost),
         "conv3d": _conv3d(warnings),
@@ -62,10 +63,14 @@ def examine() -> dict[str, Any]:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="cogvx-kernels doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+    parser.add_argument("--short", action="store_true", help="print a few lines")
     options = parser.parse_args(argv)
     facts = examine()
     if options.json:
         print(json.dumps(facts, indent=1))
+        return 0
+    if options.short:
+        print(_short(facts))
         return 0
     for key in ("cogvx", "python", "platform", "torch", "triton", "cudnn", "numpy"):
         print(f"{key:10} {facts[key] or 'not installed'}")
@@ -82,6 +87,22 @@ def main(argv: list[str]) -> int:
             print(f"\n{title}")
             print("\n".join(f"  - {line}" for line in lines))
     return 0
+
+
+def _short(facts: Mapping[str, Any]) -> str:
+    versions = (f"{key} {facts[key]}" for key in ("python", "torch", "triton") if facts[key])
+    lines = [
+        f"{'cogvx':10} {facts['cogvx']}, {', '.join(versions)}",
+        f"{'extension':10} {facts['extension']}",
+        f"{'gpu':10} {', '.join(facts['gpus']) or 'none'}",
+    ]
+    for where, count in Counter(facts["ops"].values()).items():
+        lines.append(f"{'ops':10} {count} {where}")
+    missing = [module for module in OPTIONAL if importlib.util.find_spec(module) is None]
+    if missing:
+        lines.append(f"{'without':10} {', '.join(missing)} (optional)")
+    lines += [f"{'warning':10} {warning}" for warning in facts["warnings"]]
+    return "\n".join([*lines, "cogvx-kernels doctor tells more"])
 
 
 def _ops(extension: Mapping[str, Any] | None) -> dict[str, str]:
@@ -154,7 +175,8 @@ def _gpus(lost: list[str]) -> list[str]:
     return gpus
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Version of an installed package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

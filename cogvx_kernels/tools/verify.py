@@ -1,8 +1,10 @@
 """`cogvx-kernels verify`: every op, every sample, its kernel against its reference.
 
-On a GPU, or with `--device cpu` in Triton's interpreter. Each row is the worst output or gradient
-of one sample in one dtype: how far the kernel is from the reference in fp64, as a multiple of how
-far the reference itself is in that dtype. Exit status 1 if any row misses the rule.
+On a GPU, or with `--device cpu` in Triton's interpreter. Prints a line an op: the number of cases
+(a sample in a dtype), the worst ratio among their outputs and gradients, which is the kernel's
+error against fp64 as a multiple of the reference's own error in that dtype, and the seconds that
+the cases took, in all processes together. What misses the rule is printed in full, and makes the
+exit status 1. An op that has passed here before is not compared again while nothing has changed.
 """
 
 import argparse
@@ -11,18 +13,26 @@ import math
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import __version__, _backend, _checks
 from .._opinfo import SIZES, OpInfo, Sample
 from ..testing import OPS, Verdict, compare
+from .passed import Passes
+
+ROW = "{:21}{:43}{:10}{:10}{:>7}  {}"
+ROW_HEADS = ROW.format("op", "sample", "dtype", "worst", "ratio", "verdict")
+LINE = "{:22}{:>6}{:>9}{:>9}  {}"
+EVERY = 10.0  # seconds between two lines of progress
 
 
 class Case(NamedTuple):
@@ -33,10 +43,71 @@ class Case(NamedTuple):
     dtype: torch.dtype
 
 
-def rows(
+class Compared(NamedTuple):
+    """A case with the verdicts on its tensors, None if it does not fit into memory."""
+
+    info: OpInfo
+    sample: Sample
+    dtype: torch.dtype
+    verdicts: list[Verdict] | None
+    seconds: float
+
+    @property
+    def missed(self) -> list[Verdict]:
+        return [v for v in self.verdicts or () if not v.ok]
+
+    def __str__(self) -> str:
+        """A row of the table."""
+        kind = _checks.dtype_name(self.dtype)
+        if self.verdicts is None:
+            worst, ratio, verdict = "", "", "not compared: out of memory"
+        else:
+            found = max(self.verdicts, key=lambda v: (not v.ok, v.multiple))
+            worst, ratio = found.name, f"{found.multiple:.2f}x"
+            verdict = "MISS: " + "; ".join(map(str, self.missed)) if self.missed else "ok"
+        return ROW.format(self.info.name, self.sample.reason, kind, worst, ratio, verdict)
+
+
+class OpResult(NamedTuple):
+    """All cases of an op."""
+
+    name: str
+    cases: list[Compared]
+
+    @property
+    def missed(self) -> list[Compared]:
+        return [case for case in self.cases if case.missed]
+
+    @property
+    def left_out(self) -> int:
+        """How many cases did not fit into memory."""
+        return sum(case.verdicts is None for case in self.cases)
+
+    @property
+    def worst(self) -> float:
+        return max((v.multiple for case in self.cases for v in case.verdicts or ()), default=0.0)
+
+    @property
+    def passed(self) -> bool:
+        return not self.missed and not self.left_out and math.isfinite(self.worst)
+
+    def __str__(self) -> str:
+        """A line for the op, and below it the rows that are not ok."""
+        outcome = f"{len(self.missed)} MISSED" if self.missed else "ok"
+        if self.left_out:
+            outcome += f", {self.left_out} not compared"
+        seconds = sum(case.seconds for case in self.cases)
+        line = LINE.format(
+            self.name, len(self.cases), f"{self.worst:.2f}x", f"{seconds:.1f}", outcome
+        )
+        wrong = [f"  {case}" for case in self.cases if case.missed or case.verdicts is None]
+        return "\n".join([line, *wrong])
+
+
+def comparisons(
     ops: list[OpInfo], device: str, quick: bool, seed: int, jobs: int
-) -> Iterator[tuple[OpInfo, Sample, torch.dtype, list[Verdict] | None]]:
-    """The verdicts on each sample in each dtype, None if it does not fit into memory."""
+) -> Iterator[Compared]:
+    """Each sample of each op in each dtype, in order."""
     samples = {info.name: _samples(info, device, quick) for info in ops}
     cases = [
         Case(info.name, index, dtype)
@@ -45,16 +116,19 @@ def rows(
         for dtype in info.dtypes
     ]
     compared = partial(_compared, device=device, quick=quick, seed=seed)
+    progress = _Progress(len(cases))
     with ExitStack() as stack:
         if jobs > 1:
             # begun anew, because threads of torch do not survive a fork
             spawned = multiprocessing.get_context("spawn")
             processes = stack.enter_context(ProcessPoolExecutor(jobs, spawned, _begin))
-            verdicts = processes.map(compared, cases, chunksize=4)
+            results = processes.map(compared, cases, chunksize=4)
         else:
-            verdicts = map(compared, cases)
-        for case, each in zip(cases, verdicts, strict=True):
-            yield OPS[case.op], samples[case.op][case.sample], case.dtype, each
+            results = map(compared, cases)
+        for case, (verdicts, seconds) in zip(cases, results, strict=True):
+            progress.done(case.op)
+            info, sample = OPS[case.op], samples[case.op][case.sample]
+            yield Compared(info, sample, case.dtype, verdicts, seconds)
 
 
 def _samples(info: OpInfo, device: str, quick: bool) -> tuple[Sample, ...]:
@@ -66,27 +140,100 @@ def _samples(info: OpInfo, device: str, quick: bool) -> tuple[Sample, ...]:
     return (*info.samples, info.at_size(SIZES["2b-480x720-49f"]))
 
 
-def _compared(case: Case, device: str, quick: bool, seed: int) -> list[Verdict] | None:
+def _compared(
+    case: Case, device: str, quick: bool, seed: int
+) -> tuple[list[Verdict] | None, float]:
+    """The verdicts on a case, None without the memory for it, and the seconds it took."""
     info = OPS[case.op]
     sample = _samples(info, device, quick)[case.sample]
+    start = time.perf_counter()
+    verdicts = None
     try:
-        return compare(info, sample, case.dtype, device=device, seed=seed)
+        verdicts = compare(info, sample, case.dtype, device=device, seed=seed)
     except torch.OutOfMemoryError:
-        return None
+        pass
+    return verdicts, time.perf_counter() - start
 
 
 def _begin() -> None:
-    """What a process of several does first: one core is its share."""
+    """Prepare a process: one core is its share."""
     torch.set_num_threads(1)
     _cure_interpreter()
 
 
+class _Progress:
+    """A line on stderr every few seconds."""
+
+    def __init__(self, total: int) -> None:
+        self.count, self.total, self.due = 0, total, time.monotonic() + EVERY
+
+    def done(self, op: str) -> None:
+        """Counts a case of an op."""
+        self.count += 1
+        if time.monotonic() >= self.due:
+            print(f"verify: {self.count} of {self.total} cases, {op}", file=sys.stderr, flush=True)
+            self.due = time.monotonic() + EVERY
+
+
 def main(argv: list[str]) -> int:
+    options = _options(argv)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    reason = _reason(device)
+    if reason:
+        print(f"cogvx-kernels verify: cannot run: {reason}", file=sys.stderr)
+        return 2
+    names = list(options.op or OPS)
+    passes = Passes(_describe(device), options.seed)
+    old: dict[str, dict[str, Any]] = {}
+    if not (options.again or options.all_rows or options.json):
+        found = {name: passes.find(name, options.quick) for name in names}
+        old = {name: one for name, one in found.items() if one is not None}
+    new = [OPS[name] for name in names if name not in old]
+    if new:
+        _prepare(device, argv)
+    print(f"cogvx {__version__}, torch {torch.__version__}, on {_describe(device)}")
+    print("worst: the kernel's error against fp64 to the reference's own in that dtype")
+    heads = ROW_HEADS if options.all_rows else LINE.format("op", "cases", "worst", "seconds", "")
+    print(heads.rstrip())
+    for name, one in old.items():
+        line = LINE.format(name, one["cases"], f"{one['worst']:.2f}x", "-", f"ok, {one['date']}")
+        print(line)
+    jobs = options.jobs or (min(os.cpu_count() or 1, 8) if device == "cpu" else 1)
+    results = []
+    compared = comparisons(new, device, options.quick, options.seed, jobs)
+    for name, cases in groupby(compared, lambda case: case.info.name):
+        results.append(result := OpResult(name, []))
+        for case in cases:
+            result.cases.append(case)
+            if options.all_rows:
+                print(case, flush=True)
+        passes.put(name, _pass_of(result, options.quick) if result.passed else None)
+        if not options.all_rows:
+            print(result, flush=True)
+    report = [entry for result in results for case in result.cases for entry in _entries(case)]
+    misses = sum(len(result.missed) for result in results)
+    if new:
+        left_out = sum(result.left_out for result in results)
+        print(_summary(len(report), misses, left_out, options.quick))
+    if old:
+        print(f"{len(old)} of {len(names)} ops passed here before and nothing has changed since; "
+              "--again repeats them")  # fmt: skip
+    if options.json:
+        facts = {"cogvx": __version__, "torch": torch.__version__, "device": _describe(device)}
+        Path(options.json).write_text(json.dumps({**facts, "rows": report}, indent=1) + "\n")
+    return 1 if misses or (new and not report) else 0
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="cogvx-kernels verify", description=__doc__)
     parser.add_argument("--op", choices=OPS, action="append", help="default: all")
     parser.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU if there is one")
     parser.add_argument("--json", metavar="FILE", help="also write the rows there")
-    parser.add_argument("--quick", action="store_true", help="every fourth sample")
+    parser.add_argument("--quick", action="store_true", help="every fourth sample of each op")
+    parser.add_argument("--all-rows", action="store_true", help="print a row for each case")
+    parser.add_argument("--again", action="store_true",
+                        help="compare what has passed before too, as --json and --all-rows "
+                        "do")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs; default 0")
     parser.add_argument(
         "--jobs",
@@ -97,57 +244,29 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.jobs is not None and options.jobs < 1:
         parser.error(f"argument --jobs: must be 1 or more; got {options.jobs}")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    jobs = options.jobs or (min(os.cpu_count() or 1, 8) if device == "cpu" else 1)
-    reason = _prepare(device, argv)
-    if reason:
-        print(f"cogvx-kernels verify: cannot run: {reason}", file=sys.stderr)
-        return 2
-
-    print(f"cogvx {__version__}, torch {torch.__version__}, on {_describe(device)}")
-    print("error: the kernel's against fp64, as a multiple of the reference's own in that dtype")
-    print(f"{'op':21}{'sample':43}{'dtype':10}{'worst':10}{'error':>7}  verdict")
-    report, misses, too_large = [], 0, 0
-    ops = [OPS[name] for name in options.op or OPS]
-    for info, sample, dtype, verdicts in rows(ops, device, options.quick, options.seed, jobs):
-        kind = _checks.dtype_name(dtype)
-        if verdicts is None:
-            too_large += 1
-            print(f"{info.name:21}{sample.reason:43}{kind:10}{'':17}  not compared: out of memory")
-            continue
-        worst = max(verdicts, key=lambda v: (not v.ok, v.multiple))
-        ok = all(v.ok for v in verdicts)
-        misses += not ok
-        verdict = "ok" if ok else "MISS: " + "; ".join(str(v) for v in verdicts if not v.ok)
-        print(f"{info.name:21}{sample.reason:43}{kind:10}{worst.name:10}{worst.multiple:>6.2f}x"
-              f"  {verdict}")  # fmt: skip
-        report += [
-            {"op": info.name, "sample": sample.reason, "dtype": kind, "tensor": v.name, "ok": v.ok,
-             "error": _number(v.error), "reference_error": _number(v.yardstick),
-             "ulp": v.ulp, "multiple": _number(v.multiple)}
-            for v in verdicts
-        ]  # fmt: skip
-    left = f", {too_large} rows not compared" if too_large else ""
-    print(f"{len(report)} tensors compared, {misses} rows missed the rule{left}")
-    if options.json:
-        facts = {"cogvx": __version__, "torch": torch.__version__, "device": _describe(device)}
-        Path(options.json).write_text(json.dumps({**facts, "rows": report}, indent=1) + "\n")
-    return 1 if misses or not report else 0
+    return options
 
 
-def _prepare(device: str, argv: list[str]) -> str | None:
-    """Make the kernels runnable on `device`, or say why they are not."""
+def _reason(device: str) -> str | None:
+    """Why kernels cannot run on `device`; None if they can."""
     if not _backend.HAS_TRITON:
         return "Triton is not installed (pip install triton)"
+    if device != "cpu" and not torch.cuda.is_available():
+        return f"--device {device}, and torch {torch.__version__} finds no GPU"
+    return None
+
+
+def _prepare(device: str, argv: list[str]) -> None:
+    """Make the kernels runnable on `device`."""
     if device == "cpu" and not _backend.INTERPRETED:
-        # Triton decides when it is imported, so begin again, as told.
+        # Triton decides when it is imported, so start again, with the same arguments.
         command = [sys.executable, "-m", "cogvx_kernels", "verify", *argv]
         sys.stdout.flush()
         os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
-    if device != "cpu" and not torch.cuda.is_available():
-        return f"--device {device}, and torch {torch.__version__} finds no GPU"
-    _cure_interpreter()
-    return None
+    if device == "cpu":
+        _begin()
+    else:
+        _cure_interpreter()
 
 
 def _cure_interpreter() -> None:
@@ -158,8 +277,36 @@ def _cure_interpreter() -> None:
 
 
 def _describe(device: str) -> str:
+    if device == "cpu":
+        return "Triton's interpreter, cpu"
     how = "Triton's interpreter, " if _backend.INTERPRETED else ""
-    return how + (device if device == "cpu" else torch.cuda.get_device_name(device))
+    return how + torch.cuda.get_device_name(device)
+
+
+def _pass_of(result: OpResult, quick: bool) -> dict[str, Any]:
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "quick": quick,
+        "cases": len(result.cases),
+        "worst": result.worst,
+    }
+
+
+def _entries(case: Compared) -> list[dict[str, Any]]:
+    """The tensors of a case, as --json writes them."""
+    return [
+        {"op": case.info.name, "sample": case.sample.reason,
+         "dtype": _checks.dtype_name(case.dtype), "tensor": v.name, "ok": v.ok,
+         "error": _number(v.error), "reference_error": _number(v.yardstick),
+         "ulp": v.ulp, "multiple": _number(v.multiple)}
+        for v in case.verdicts or ()
+    ]  # fmt: skip
+
+
+def _summary(tensors: int, misses: int, left_out: int, quick: bool) -> str:
+    left = f", {left_out} rows not compared" if left_out else ""
+    some = "; every fourth sample: without --quick all" if quick else ""
+    return f"{tensors} tensors compared, {misses} rows missed the rule{left}{some}"
 
 
 def _number(x: float) -> float | None:
