@@ -56,13 +56,22 @@ def check(where: str, name: str, frames: int, config: VAEConfig = RELEASED) -> N
         )
 
 
-def check_size(where: str, name: str, height: int, width: int, multiple: int) -> None:
-    """Raises ValueError, with the nearest valid sizes, unless `multiple` divides both sides."""
+def check_size(where: str, name: str | None, height: int, width: int, multiple: int) -> None:
+    """Raises ValueError, with the nearest valid sizes, unless `multiple` divides both sides.
+
+    name: the argument that has the size; None where height and width are arguments themselves.
+    """
     for side, size in (("height", height), ("width", width)):
         if size < 1 or size % multiple:
+            nearest = nearest_multiples(size, multiple)
+            if name is None:
+                raise ValueError(
+                    f"{where}: {side} must be a multiple of {multiple}, nearest {nearest}; "
+                    f"got {size}"
+                )
             raise ValueError(
                 f"{where}: {name} must have a {side} that is a multiple of {multiple}, nearest "
-                f"{nearest_multiples(size, multiple)}; got {height}x{width}"
+                f"{nearest}; got {height}x{width}"
             )
 
 

@@ -159,8 +159,8 @@ def forecast(
     Raises ValueError for a clip that the models cannot take, PlanError for one that cannot fit.
     """
     patch = transformer.patch_size if transformer is not None else 1
-    frame_rule.check("forecast", "video", frames, vae)
-    frame_rule.check_size("forecast", "video", height, width, vae.spatial_compression_ratio * patch)
+    frame_rule.check("forecast", "frames", frames, vae)
+    frame_rule.check_size("forecast", None, height, width, vae.spatial_compression_ratio * patch)
     if cfg not in ("batch", "two_pass"):
         raise ValueError(f'forecast: cfg must be "batch" or "two_pass"; got {cfg!r}')
     if encoded is None:

@@ -27,10 +27,14 @@ PREFIX = re.compile(r"(?:(?:base_model\.model|model|transformer|diffusion_model|
 KOHYA = re.compile(r"lora_(?:transformer|unet)_+")
 PARTS = {
     (None, None): "alpha",
-    **dict.fromkeys([("A", "weight"), ("down", "weight")], "down"),
-    **dict.fromkeys([("B", "weight"), ("up", "weight")], "up"),
-    **dict.fromkeys([("B", "bias"), ("up", "bias")], "bias"),
-    **dict.fromkeys([("A", "bias"), ("down", "bias")], "bias of down"),
+    ("A", "weight"): "down",
+    ("down", "weight"): "down",
+    ("B", "weight"): "up",
+    ("up", "weight"): "up",
+    ("B", "bias"): "bias",
+    ("up", "bias"): "bias",
+    ("A", "bias"): "bias of down",
+    ("down", "bias"): "bias of down",
 }
 OTHERS = {
     "of a text encoder, which takes no LoRA here": re.compile(r"(text_encoder|lora_te)"),
@@ -280,12 +284,11 @@ def _pattern(where: str, text: str) -> re.Pattern[str]:
 def _scale(
     path: Path, settings: Mapping[str, Any], layer: str, rank: int, alpha: Tensor | None
 ) -> float:
-    if alpha is not None:
-        value = float(alpha)
-    else:
+    given: Any = alpha
+    if alpha is None:
         found = (v for p, v in settings.get("patterns", {}).items() if p.fullmatch(layer))
-        value = next(found, settings.get("alpha"))
-        value = float(rank if value is None else value)
+        given = next(found, settings.get("alpha"))
+    value = float(rank if given is None else given)
     if not math.isfinite(value):
         raise CheckpointError(f"{path}: alpha of {layer} must be finite; got {value}")
     return value / (math.sqrt(rank) if settings.get("root") else rank)

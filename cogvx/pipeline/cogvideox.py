@@ -1,4 +1,4 @@
-"""Text, image or video in, video out: the whole way, in the order in which it is walked."""
+"""The pipeline: text, image or video in, video out."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..assets import SHIPPED, located
 from ..checkpoint import (
@@ -27,15 +27,17 @@ from ..config import SchedulerConfig
 from ..files import CONFIG_BYTES, read_json
 from ..hub import PARTS
 from ..plan import Plan, forecast
-from ..schedulers import SOLVERS, Solver, Trajectory, draw
+from ..schedulers import SOLVERS, Generators, Solver, Trajectory, draw
 from ..text import T5TextEncoder, TextEncoder, check_packages
 from ..transformer import ExpertTransformer
 from ..vae import CausalVAE, Tiling
 from ..words import WordTextEncoder, is_words
 from . import saved
 from .conditioning import Progress, decode, embeddings, encoded, image_condition, noisy_video
-from .denoise import Callback, Conditions, State, denoise, generator_of
+from .denoise import Callback, Conditions, State, denoise, each, generator_of
 from .lora import Adapters
+from .names import takes_diffusers_names
+from .pictures import to_tensor
 from .request import Inputs, Request, default_size, resolve
 from .saved import Record, Saved
 
@@ -55,6 +57,11 @@ class CogVideoX:
     solver        "ddim" or "dpm", what `generate` takes by default
 
     The parts are attributes, and may be exchanged. Raises ValueError if they do not fit together.
+
+    >>> from cogvx.video import write_video
+    >>> pipe = CogVideoX.from_pretrained("THUDM/CogVideoX-5b", torch.bfloat16, "cuda")
+    >>> video = pipe.generate("A red kite over a harbour at dawn", seed=1)
+    >>> write_video("kite.mp4", video, fps=8)  # 16 for CogVideoX1.5
     """
 
     def __init__(
@@ -205,14 +212,78 @@ class CogVideoX:
             index = json.dumps(self._model_index(), indent=2, sort_keys=True) + "\n"
             part.write_text(index, encoding="utf-8")
 
+    @property
+    def device(self) -> torch.device:
+        """The transformer's."""
+        return next(self.transformer.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The transformer's."""
+        return next(self.transformer.parameters()).dtype
+
+    def to(
+        self,
+        device: str | torch.device | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "CogVideoX":
+        """Move all parts to a device, convert their weights to a dtype, or both; returns self.
+
+        As of a torch module: `to("cuda")`, `to(torch.bfloat16)`, `to("cuda", torch.bfloat16)`.
+        """
+        if isinstance(device, torch.dtype):
+            if dtype is not None:
+                raise TypeError(f"CogVideoX.to: dtype must be given once; got {device} and {dtype}")
+            device, dtype = None, device
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"CogVideoX.to: dtype must be a floating torch.dtype; got {dtype!r}")
+        for module in self._modules().values():
+            module.to(device=device, dtype=dtype)
+        return self
+
+    def _modules(self) -> dict[str, nn.Module]:
+        """The parts that have weights; the text encoder only if it is, or has, a torch module."""
+        encoder = getattr(self.text_encoder, "model", self.text_encoder)
+        found = {"transformer": self.transformer, "vae": self.vae, "text_encoder": encoder}
+        return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+
+    def __repr__(self) -> str:
+        config, (height, width) = self.transformer.config, self._default_size()
+        image = config.in_channels > config.out_channels
+        kind = "image-to-video" if image else "text-to-video and video-to-video"
+        modules = self._modules()
+        lines = [f"CogVideoX({kind}, {config.sample_frames} frames of {height}x{width} by default)"]
+        for name in ("transformer", "vae", "text_encoder"):
+            about = type(getattr(self, name)).__name__
+            if name in modules:
+                weights = list(modules[name].parameters())
+                places = sorted({f"{str(w.dtype)[6:]} on {w.device}" for w in weights})
+                count = sum(weight.numel() for weight in weights)
+                about += f", {count:,} parameters, {' and '.join(places)}"
+            lines.append(f"  {name}: {about}")
+        lines.append(f"  scheduler: {self.solver}")
+        adapters = self._adapters_of_transformer()
+        if adapters is not None:
+            lines.append(f"  lora: {adapters.record()}")
+        return "\n".join(lines)
+
+    def _default_size(self) -> tuple[int, int]:
+        return default_size(self.transformer.config, self.vae.config)
+
+    def __call__(self, *args: Any, **options: Any) -> Tensor:
+        """The same as `generate`."""
+        video: Tensor = self.generate(*args, **options)
+        return video
+
+    @takes_diffusers_names
     @torch.no_grad()
     def generate(
         self,
         prompt: str | Sequence[str] | None = None,
         *,
         negative_prompt: str | Sequence[str] | None = None,
-        image: Tensor | None = None,
-        video: Tensor | None = None,
+        image: Any = None,
+        video: Any = None,
         strength: float = 0.8,
         num_frames: int | None = None,
         height: int | None = None,
@@ -223,7 +294,8 @@ class CogVideoX:
         scheduler: str | None = None,
         compat: bool = False,
         seed: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators | None = None,
+        num_videos_per_prompt: int = 1,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         latents: Tensor | None = None,
@@ -245,9 +317,12 @@ class CogVideoX:
             prompt: one text or several, a video for each; long and in English, as in training.
             negative_prompt: what to stay away from; one, or one for each prompt; by default "".
             image: the first frame, (batch or 1, 3, height, width) in [-1, 1], already of the size
-                of the video. Image-to-video models need one, others take none.
-            video: (batch or 1, frames, 3, height, width) in [-1, 1], to be made anew.
-            strength: how much of it: the last int(steps·strength) of the steps are walked.
+                of the video; or a PIL image or a uint8 array (height, width, 3), which is resized,
+                or a list of such, one for each prompt. Image-to-video models need one, others take
+                none.
+            video: (batch or 1, frames, 3, height, width) in [-1, 1], to be made anew; or a list of
+                PIL images or uint8 arrays, or a list of such lists.
+            strength: how much of it is new: the last int(steps·strength) of the steps are made.
             num_frames: of the video; 49 for CogVideoX, 81 for 1.5, unless the config says another
                 number. (diffusers' image-to-video takes 49 for 1.5 too.) See `cogvx.frames`.
             height, width: in pixels, multiples of 16; by default those of the config or the source.
@@ -258,7 +333,9 @@ class CogVideoX:
             scheduler: "ddim" or "dpm"; None for the model's own.
             compat: step as diffusers where the number of steps does not divide 1000.
             seed: of all random numbers, which are drawn on the CPU: the same on every device.
-            generator: draws them instead; as in diffusers, in the same order.
+            generator: draws them instead; as in diffusers, in the same order. Or a list, one for
+                each video: each video is then that of its generator alone.
+            num_videos_per_prompt: so many videos of each prompt, one after another.
             prompt_embeds, negative_prompt_embeds: (batch, text_len, text_embed_dim), instead of
                 the texts.
             latents: the noise to begin with, padding included, instead of a draw.
@@ -267,7 +344,7 @@ class CogVideoX:
             image_latent_scale: of 1.5's image-to-video: "diffusers", "sat" or "train"; see
                 `cogvx.pipeline.conditioning.image_condition`.
             text_length: tokens of a prompt; by default the config's, 226. SAT has 224 for 1.5.
-            tiling: of the VAE, if a clip does not fit; see `cogvx.vae.Tiling`.
+            tiling: of the VAE, if a clip does not fit; see `cogvx.Tiling`.
             output: "video" or "latents", which are scaled and still padded, as in diffusers.
             callback: see `cogvx.pipeline.denoise.denoise`.
             progress: called with a stage ("text", "encode", "denoise", "decode"), how much of it
@@ -277,22 +354,32 @@ class CogVideoX:
             resume: such a file; what it has done is not done again. The result is the same, bit for
                 bit. Everything else must be asked for as it was.
 
+        The names of diffusers are taken too: num_inference_steps (steps), guidance_scale
+        (guidance), use_dynamic_cfg (dynamic_guidance), max_sequence_length (text_length),
+        output_type="latent" (output="latents") and callback_on_step_end (callback; it is called
+        with the pipeline, the step, its timestep and {"latents": …}).
+
         Returns the video, (batch, frames, 3, height, width) float32 in [-1, 1], on the VAE's
         device, or the latents.
+
+        >>> from cogvx.video import write_video
+        >>> write_video("kite.mp4", pipe.generate("A red kite over a harbour", steps=50), fps=8)
 
         Raises ValueError or TypeError, before anything is computed, for what cannot be;
         FloatingPointError, naming the stage, for NaN or infinity; CheckpointError if `resume` was
         made with something else, naming the difference.
         """
+        usual = self._default_size()
+        size = (usual[0] if height is None else height, usual[1] if width is None else width)
         inputs = Inputs(
             prompt,
             negative_prompt or "",
-            image,
-            video,
+            to_tensor("image", image, *size),
+            to_tensor("video", video, *size),
             prompt_embeds,
             negative_prompt_embeds,
             latents,
-        )
+        ).repeated(num_videos_per_prompt)
         request = resolve(
             self.transformer.config,
             self.vae.config,
@@ -311,13 +398,16 @@ class CogVideoX:
             uncond=uncond,
             image_latent_scale=image_latent_scale,
             output=output,
+            tiling=tiling,
+            num_train_timesteps=self.scheduler.num_train_timesteps,
         )
         saved.check_saving(save_latents, checkpoint_every)
         self._warn_of_half()
+        _warn_of_range({"image": image, "video": video})
         progress = progress or _no_progress
         solver = SOLVERS[request.scheduler](self.scheduler, compat)
-        walk = solver.trajectory(steps, request.strength)
-        random, record = generator_of(seed, generator), {}
+        walk = solver.trajectory(request.steps, request.strength)
+        random, record = generator_of(seed, generator, request.batch), {}
         if save_latents is not None or resume is not None:
             record = self._record(request, inputs, random)
         conditions: Conditions | None
@@ -333,7 +423,7 @@ class CogVideoX:
             for state in run:
                 due = checkpoint_every is not None and state.done % checkpoint_every == 0
                 if save_latents is not None and due and state.done < len(walk):
-                    now = Saved(record, len(walk), state, conditions, random.get_state())
+                    now = Saved(record, len(walk), state, conditions, _states(random))
                     saved.write(save_latents, now)
                 progress("denoise", state.done, len(walk))
         if save_latents is not None:
@@ -361,7 +451,7 @@ class CogVideoX:
     ) -> Plan:
         """What `generate` needs for a clip, before it begins; see `cogvx.plan.forecast`, also for
         `options`: batch, guidance, cfg, tiling, budget, …"""
-        usual = default_size(self.transformer.config, self.vae.config)
+        usual = self._default_size()
         weight = next(self.transformer.parameters())
         backend = self.transformer.backend if weight.is_cuda else "reference"
         return forecast(
@@ -379,7 +469,7 @@ class CogVideoX:
         request: Request,
         solver: Solver,
         walk: Trajectory,
-        generator: torch.Generator,
+        generator: Generators,
         tiling: Tiling | None,
         progress: Progress,
     ) -> tuple[Conditions, State]:
@@ -399,22 +489,23 @@ class CogVideoX:
         latents = draw(like, generator) if inputs.latents is None else inputs.latents.to(like)
         return Conditions(text, negative, image), State(latents)
 
-    def _record(self, request: Request, inputs: Inputs, generator: torch.Generator) -> Record:
+    def _record(self, request: Request, inputs: Inputs, generator: Generators) -> Record:
         """All that must be the same for a file of latents to be gone on with."""
         adapters = self._adapters_of_transformer()
         weights = None if adapters is None else adapters.weights()
+        seeds = [one.initial_seed() for one in each(generator)]
         return {
             **saved.record_of(request, inputs),
             **saved.record_of_model("transformer", self.transformer, weights),
             "lora": None if adapters is None else adapters.record(),
             **saved.record_of_model("vae", self.vae),
             **saved.record_of_config("scheduler", self.scheduler),
-            "generator": generator.device.type,
-            "seed": generator.initial_seed(),
+            "generator": ", ".join(one.device.type for one in each(generator)),
+            "seed": seeds[0] if len(seeds) == 1 else seeds,
         }
 
     def _resumed(
-        self, path: PathLike, record: Record, seed: int | None, generator: torch.Generator
+        self, path: PathLike, record: Record, seed: int | None, generator: Generators
     ) -> Saved:
         """What a file holds, on the transformer's device, and the random numbers as they were."""
         has = saved.read(path)
@@ -423,7 +514,9 @@ class CogVideoX:
         }
         saved.check_record(path, has.record, wanted)
         if has.random is not None:
-            generator.set_state(has.random)
+            states = has.random.view(len(each(generator)), -1)
+            for one, state in zip(each(generator), states, strict=True):
+                one.set_state(state)
         return has.to(next(self.transformer.parameters()).device)
 
     def _model_index(self) -> dict[str, Any]:
@@ -448,8 +541,8 @@ class CogVideoX:
         if dtype == torch.float16 and config.hidden_size >= LARGE:
             warnings.warn(
                 "the models of 5 billion parameters are trained in bfloat16, and in float16 they "
-                "overflow: a black video, or none; load them with dtype=torch.bfloat16",
-                stacklevel=4,
+                "overflow: a black video, or NaN; load them with dtype=torch.bfloat16",
+                stacklevel=5,
             )
 
 
@@ -459,6 +552,23 @@ def _has_text_encoder(folder: Path) -> bool:
         entry = read_json(folder / "model_index.json", CONFIG_BYTES).get("text_encoder")
         return isinstance(entry, list) and any(entry)
     return (folder / "text_encoder").is_dir()
+
+
+def _warn_of_range(sources: dict[str, Any]) -> None:
+    """Tensors in [0, 1] are also in [-1, 1], where they are pale."""
+    for name, source in sources.items():
+        if isinstance(source, Tensor) and source.min() >= 0:
+            warnings.warn(
+                f"{name} has no value below 0, as if it were in [0, 1], and would come out pale "
+                f"and gray: values are in [-1, 1], which 2 * {name} - 1 makes of [0, 1]",
+                stacklevel=5,
+            )
+
+
+def _states(generator: Generators) -> Tensor:
+    """The state of a generator, (bytes,), or of each of several, (batch, bytes)."""
+    states = [one.get_state() for one in each(generator)]
+    return states[0] if len(states) == 1 else torch.stack(states)
 
 
 def _no_progress(stage: str, done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""Between what people see and what the transformer is told: text, image and video as tensors."""
+"""Text, image and video as the tensors that the transformer takes, and latents as a video."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -6,9 +6,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..schedulers import Solver, Trajectory, draw
+from ..schedulers import Generators, Solver, Trajectory, draw
 from ..text import TextEncoder
 from ..vae import CausalVAE, Tiling
+from .denoise import each
 from .request import Inputs, Request, check_finite
 
 Progress = Callable[[str, int, int], None]
@@ -48,27 +49,34 @@ def _encode(text_encoder: TextEncoder | None, texts: Sequence[str], request: Req
             "CogVideoX.generate: text_encoder must be there to encode a prompt; got None: load the "
             "model with one, or give prompt_embeds and, for guidance, negative_prompt_embeds"
         )
-    states = text_encoder.encode(texts, request.text_length)
+    distinct = list(dict.fromkeys(texts))
+    states = text_encoder.encode(distinct, request.text_length)
     check_finite(states, "the text encoder")
-    return states
+    if len(distinct) == len(texts):
+        return states
+    return states[[distinct.index(text) for text in texts]]
 
 
 def encoded(
     vae: CausalVAE,
     video: Tensor,
-    generator: torch.Generator,
+    generator: Generators,
     progress: Progress,
     tiling: Tiling | None = None,
 ) -> Tensor:
     """Raw latents of (batch, frames, channels, height, width), drawn from what the VAE says.
 
-    One item after another, each with its own draw, as diffusers does and as memory likes it.
+    One item after another, each with its own draw, as diffusers does and as memory likes it. Of
+    several generators each draws for its item, or all for the same one.
     """
     weight = next(vae.parameters())
     latents = []
+    generators = each(generator)
     for index, item in enumerate(torch.split(video.to(weight), 1)):
         chunks = partial(_item_progress, progress, index, len(video))
-        latents.append(vae.encode(item, tiling=tiling, progress=chunks).sample(generator))
+        found = vae.encode(item, tiling=tiling, progress=chunks)
+        draws = generators if len(video) == 1 else [generators[index % len(generators)]]
+        latents += [found.sample(draw) for draw in draws]
     raw = torch.cat(latents)
     check_finite(raw, "the VAE's encoder")
     return raw
@@ -125,7 +133,7 @@ def noisy_video(
     request: Request,
     solver: Solver,
     steps: Trajectory,
-    generator: torch.Generator,
+    generator: Generators,
     like: Tensor,
 ) -> Tensor:
     """Where video-to-video begins: the video's latents, as noisy as the first of the steps is.

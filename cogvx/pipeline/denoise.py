@@ -1,12 +1,14 @@
 """The loop from noise to latents: predict, guide, step."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..schedulers import Solver, Trajectory, dynamic_guidance
+from ..schedulers import Generators, Solver, Trajectory, dynamic_guidance
+from ..threads import suited_threads
 from ..transformer import STEPS_AHEAD, ExpertTransformer, Modulations, ProjectedText
 from .request import Request, check_finite
 
@@ -46,7 +48,7 @@ def denoise(
     state: State,
     conditions: Conditions,
     request: Request,
-    generator: torch.Generator,
+    generator: Generators,
     callback: Callback | None = None,
 ) -> Iterator[State]:
     """Yields the state after each step that is left, until all are done.
@@ -126,7 +128,8 @@ def predict(
         latents = torch.cat([latents, image], 2)
 
     def ask(latents: Tensor, text: ProjectedText) -> Tensor:
-        v: Tensor = transformer(latents, text, modulations=modulations)
+        with suited_threads(_values(transformer, latents, text), latents.device):
+            v: Tensor = transformer(latents, text, modulations=modulations)
         return v.float()
 
     if len(texts) == 2:
@@ -138,12 +141,38 @@ def predict(
     return away + guidance * (towards - away)
 
 
-def generator_of(seed: int | None, generator: torch.Generator | None) -> torch.Generator:
+def _values(transformer: ExpertTransformer, latents: Tensor, text: ProjectedText) -> int:
+    """Values of the joint sequence of a prediction."""
+    patches = latents.numel() // latents.shape[2] // math.prod(transformer.patch)
+    return text.tokens.numel() + patches * transformer.config.hidden_size
+
+
+def generator_of(seed: int | None, generator: Generators | None, batch: int) -> Generators:
     """The caller's; or one of the seed, on the CPU; or of a seed that torch itself draws."""
     if generator is not None:
         if seed is not None:
             raise ValueError("CogVideoX.generate: seed must be None beside a generator; got both")
-        return generator
+        if isinstance(generator, torch.Generator):
+            return generator
+        several = list(generator) if isinstance(generator, Sequence) else [generator]
+        if any(not isinstance(item, torch.Generator) for item in several):
+            raise TypeError(
+                "CogVideoX.generate: generator must be a torch.Generator or a list of them; got "
+                f"{type(several[0]).__name__}"
+            )
+        if len(several) != batch:
+            raise ValueError(
+                f"CogVideoX.generate: generator must be one, or one for each of {batch} videos; "
+                f"got {len(several)}"
+            )
+        return several if batch > 1 else several[0]
     if seed is None:
         seed = int(torch.randint(2**63 - 1, ()))
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"CogVideoX.generate: seed must be an integer; got {seed!r}")
     return torch.Generator().manual_seed(seed)
+
+
+def each(generator: Generators) -> list[torch.Generator]:
+    """One generator, or all of several, as a list."""
+    return [generator] if isinstance(generator, torch.Generator) else list(generator)

@@ -1,12 +1,15 @@
-"""What a generation is asked for, looked at once, before anything is computed.
+"""The arguments of a generation, checked before anything is computed.
 
 `resolve` turns the arguments of `CogVideoX.generate` and the configs of its models into a
-`Request`, where every default has become a number, or raises with the argument's name.
+`Request`, where every default has become a number, or raises with the argument's name. It needs no
+weights, so that what cannot be is refused before they are read.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Real
+from operator import index
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 from .. import frames
 from ..config import TransformerConfig, VAEConfig
 from ..schedulers import SOLVERS
+from ..vae import Tiling
 
 WHERE = "CogVideoX.generate"
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -43,6 +47,24 @@ class Inputs:
     @property
     def prompts(self) -> list[str]:
         return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt or ())
+
+    def repeated(self, count: int) -> "Inputs":
+        """Everything of each prompt so many times, one after another; latents are all there."""
+        count = _integer("num_videos_per_prompt", count)
+        if count < 1:
+            raise _wrong("num_videos_per_prompt", "at least 1", f"{count}")
+        if count == 1:
+            return self
+        found: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if name == "prompt":
+                found[name] = [text for text in self.prompts for _ in range(count)] or None
+            elif name == "negative_prompt" and not isinstance(value, str):
+                found[name] = [text for text in value for _ in range(count)]
+            elif name != "latents" and isinstance(value, Tensor) and value.dim():
+                alone = len(value) == 1 and name in ("image", "video")
+                found[name] = value if alone else value.repeat_interleave(count, 0)
+        return replace(self, **found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,24 +110,54 @@ def resolve(
     vae: VAEConfig,
     inputs: Inputs,
     *,
-    num_frames: int | None,
-    height: int | None,
-    width: int | None,
-    text_length: int | None,
-    strength: float,
-    **options: Any,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    text_length: int | None = None,
+    steps: int = 50,
+    strength: float = 0.8,
+    guidance: float = 6.0,
+    scheduler: str = "ddim",
+    compat: bool = False,
+    dynamic_guidance: bool = False,
+    cfg: str = "batch",
+    uncond: str = "prompt",
+    image_latent_scale: str = "diffusers",
+    output: str = "video",
+    tiling: Tiling | None = None,
+    num_train_timesteps: int = 1000,
 ) -> Request:
-    """The request that the arguments of `generate` make; `options` are passed on as they are.
+    """The request that the arguments of `generate` make.
 
     Raises ValueError or TypeError, naming the argument, what was wanted and what came.
     """
-    for name, choices in CHOICES.items():
-        if name in options and options[name] not in choices:
-            raise _wrong(name, f"one of {', '.join(choices)}", repr(options[name]))
-    if not math.isfinite(options["guidance"]):
-        raise _wrong("guidance", "a finite number", f"{options['guidance']}")
+    chosen = {
+        "scheduler": scheduler,
+        "cfg": cfg,
+        "uncond": uncond,
+        "image_latent_scale": image_latent_scale,
+        "output": output,
+    }
+    for name, choice in chosen.items():
+        if choice not in CHOICES[name]:
+            raise _wrong(name, f"one of {', '.join(CHOICES[name])}", repr(choice))
+    num_frames, height, width, text_length = (
+        size if size is None else _integer(name, size)
+        for name, size in (
+            ("num_frames", num_frames),
+            ("height", height),
+            ("width", width),
+            ("text_length", text_length),
+        )
+    )
+    steps = _integer("steps", steps)
+    guidance, strength = _number("guidance", guidance), _number("strength", strength)
     mode = _mode(transformer, inputs)
-    batch = _batch(inputs, options["guidance"] > 1, options["uncond"])
+    strength = strength if mode == "video" else 1.0
+    _check_steps(steps, strength, num_train_timesteps)
+    if tiling is not None:
+        tiling.check(WHERE, vae.spatial_compression_ratio)
+    batch = _batch(inputs, guidance > 1, uncond)
     source = {"image": inputs.image, "video": inputs.video}.get(mode)
     if source is not None:
         height, width = _like_source(mode, source, batch, vae, height, width)
@@ -116,7 +168,8 @@ def resolve(
     width = usual[1] if width is None else width
     num_frames = transformer.sample_frames if num_frames is None else num_frames
     frames.check(WHERE, "num_frames" if inputs.video is None else "video", num_frames, vae)
-    frames.check_size(WHERE, mode, height, width, ratio * transformer.patch_size)
+    of = None if source is None else mode
+    frames.check_size(WHERE, of, height, width, ratio * transformer.patch_size)
     if transformer.use_learned_positional_embeddings and (height, width) != usual:
         only = f"{usual[0]}x{usual[1]}, the only size that this model's learned positions know"
         raise _wrong("height and width", only, f"{height}x{width}")
@@ -131,8 +184,15 @@ def resolve(
         shape=(batch, length + padding, channels, height // ratio, width // ratio),
         padding=padding,
         text_length=_text_length(transformer, text_length, inputs.prompt_embeds),
-        strength=float(strength) if mode == "video" else 1.0,
-        **{name: value for name, value in options.items() if name != "output"},
+        strength=strength,
+        steps=steps,
+        guidance=guidance,
+        dynamic_guidance=dynamic_guidance,
+        scheduler=scheduler,
+        compat=compat,
+        cfg=cfg,
+        uncond=uncond,
+        image_latent_scale=image_latent_scale,
     )
     _check_tensors(transformer, inputs, request)
     return request
@@ -144,6 +204,35 @@ def default_size(transformer: TransformerConfig, vae: VAEConfig) -> tuple[int, i
     if (height, width) == TABLE_BOUND:
         height, width = SIZE_OF_1_5
     return height * vae.spatial_compression_ratio, width * vae.spatial_compression_ratio
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        if not isinstance(value, bool):
+            return index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{WHERE}: {name} must be an integer; got {value!r:.80}")
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{WHERE}: {name} must be a number; got {value!r:.80}")
+    if not math.isfinite(value):
+        raise _wrong(name, "a finite number", f"{value}")
+    return float(value)
+
+
+def _check_steps(steps: int, strength: float, most: int) -> None:
+    if not 1 <= steps <= most:
+        raise _wrong("steps", f"an integer in [1, {most}]", f"{steps}")
+    if not 0 < strength <= 1:
+        raise _wrong("strength", "above 0 and at most 1", f"{strength}")
+    if int(steps * strength) < 1:
+        enough = next((n for n in range(steps, most + 1) if int(n * strength) >= 1), None)
+        more = "" if enough is None else f", or steps at least {enough}"
+        least = "1 for 1 step" if steps == 1 else f"1/{steps} for {steps} steps"
+        raise _wrong("strength", f"at least {least}, so that one is made{more}", f"{strength}")
 
 
 def default_dtype(config: TransformerConfig, device: str | torch.device = "cuda") -> torch.dtype:
@@ -160,11 +249,11 @@ def _mode(transformer: TransformerConfig, inputs: Inputs) -> str:
     mode = "image" if inputs.image is not None else "video" if inputs.video is not None else "text"
     takes_image = transformer.in_channels == 2 * transformer.out_channels
     if takes_image != (mode == "image"):
-        kind = "image-to-video" if takes_image else "text- and video-to-video"
+        kind = "an image-to-video" if takes_image else "a text- and video-to-video"
         raise _wrong(
             "image",
             "given" if takes_image else "None",
-            f"{'none' if takes_image else 'one'}: this is a {kind} model, whose transformer has "
+            f"{'none' if takes_image else 'one'}: this is {kind} model, whose transformer has "
             f"{transformer.in_channels} channels in and {transformer.out_channels} out",
         )
     return mode
@@ -202,14 +291,19 @@ def _like_source(
     dims = {"image": "(batch, {}, height, width)", "video": "(batch, frames, {}, height, width)"}
     wanted = f"a tensor {dims[mode].format(vae.in_channels)} in [-1, 1]"
     if not isinstance(source, Tensor) or not source.is_floating_point():
-        raise TypeError(f"{WHERE}: {mode} must be {wanted}; got {_came(source)}")
+        if isinstance(source, Tensor) and source.dtype == torch.uint8:
+            hint = f"; {mode}.float() / 127.5 - 1 is that"
+        else:
+            hint = f"; PIL images are taken too, and cogvx.video.read_{mode} reads a file"
+        raise TypeError(f"{WHERE}: {mode} must be {wanted}; got {_came(source)}{hint}")
     if source.dim() != (4 if mode == "image" else 5) or source.shape[-3] != vae.in_channels:
         raise _wrong(mode, wanted, _came(source))
     if len(source) not in (1, batch):
         raise _wrong(mode, f"one, or one for each of {batch} prompts", f"{len(source)}")
     low, high = source.aminmax() if source.numel() else (source.new_zeros(()),) * 2
     if not (low >= -1.001 and high <= 1.001):  # a rounding, not a range of its own
-        raise _wrong(mode, "in [-1, 1]", f"values from {low:.4g} to {high:.4g}")
+        hint = "; / 127.5 - 1 brings [0, 255] there" if low >= 0 and 1 < high <= 255 else ""
+        raise _wrong(mode, "in [-1, 1]", f"values from {low:.4g} to {high:.4g}{hint}")
     return (
         _agreed("height", height, source.shape[-2], f"the {mode}'s"),
         _agreed("width", width, source.shape[-1], f"the {mode}'s"),

@@ -4,7 +4,7 @@ from .ddim import DDIM
 from .dpm import DPMSolver
 from .guidance import dynamic_guidance
 from .noise_schedule import NoiseSchedule
-from .solver import Solver, draw
+from .solver import Generators, Solver, draw
 from .trajectory import Trajectory, trajectory
 
 SOLVERS: dict[str, type[Solver]] = {"ddim": DDIM, "dpm": DPMSolver}
@@ -12,6 +12,7 @@ SOLVERS: dict[str, type[Solver]] = {"ddim": DDIM, "dpm": DPMSolver}
 __all__ = [
     "DDIM",
     "DPMSolver",
+    "Generators",
     "NoiseSchedule",
     "SOLVERS",
     "Solver",

@@ -2,10 +2,9 @@
 
 import math
 
-import torch
 from torch import Tensor
 
-from .solver import Solver
+from .solver import Generators, Solver
 from .trajectory import Trajectory
 
 
@@ -24,7 +23,7 @@ class DDIM(Solver):
         index: int,
         steps: Trajectory,
         memory: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators | None = None,
     ) -> tuple[Tensor, None]:
         """As `Solver.step`; nothing is remembered, and no noise drawn."""
         timestep = steps.timesteps[index]

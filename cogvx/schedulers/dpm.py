@@ -3,10 +3,9 @@
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from .solver import Solver, draw
+from .solver import Generators, Solver, draw
 from .trajectory import Trajectory
 
 
@@ -46,7 +45,7 @@ class DPMSolver(Solver):
         index: int,
         steps: Trajectory,
         memory: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `Solver.step`; the memory is x0, in the wider dtype of x and v.
 

@@ -1,14 +1,16 @@
 """What `generate` refuses, before anything is computed; and parts that do not fit one another."""
 
+import numpy as np
 import pytest
 import torch
 
 from cogvx.pipeline import CogVideoX
 from cogvx.transformer import ExpertTransformer
-from cogvx.vae import CausalVAE
+from cogvx.vae import CausalVAE, Tiling
 
 from .tiny_pipeline import (
     SCHEDULER,
+    SIDE,
     Words,
     embeds,
     picture,
@@ -25,16 +27,37 @@ WRONG = {
     "negatives": ({"negative_prompt": ["a", "b"]}, "negative_prompt must be one text, or 1"),
     "zeros": ({"negative_prompt": "a", "uncond": "zeros"}, "negative_prompt must be empty with"),
     "no frames": ({"num_frames": 0}, "num_frames must have 1, 8k or 8k . 1 frames, nearest 1; got"),
-    "no height": ({"height": 0}, "height that is a multiple of 16, nearest 16; got 0x32"),
+    "no height": ({"height": 0}, "height must be a multiple of 16, nearest 16; got 0$"),
     "no text": ({"text_length": 0}, "text_length must be at least 1; got 0"),
     "guidance": ({"guidance": float("nan")}, "guidance must be a finite number; got nan"),
     "frames": ({"num_frames": 12}, "num_frames must have 1, 8k or 8k . 1 frames, nearest 9 or 16"),
-    "height": ({"height": 40}, "height that is a multiple of 16, nearest 32 or 48; got 40x32"),
-    "width": ({"width": 8}, "width that is a multiple of 16, nearest 16; got 32x8"),
+    "height": ({"height": 40}, "generate: height must be a multiple of 16, nearest 32 or 48; got"),
+    "width": ({"width": 8}, "generate: width must be a multiple of 16, nearest 16; got 8$"),
     "image": ({"image": picture(1)}, "image must be None; got one: this is a text- and video-to"),
     "two sources": ({"image": picture(1), "video": picture(1, 9)}, "image must be None where a"),
-    "steps": ({"steps": 0}, r"num_steps must be an integer in \[1, 1000\]; got 0"),
-    "strength": ({"video": picture(1, 9), "strength": 0.01}, "strength must be at most 1"),
+    "steps": ({"steps": 0}, r"generate: steps must be an integer in \[1, 1000\]; got 0"),
+    "many steps": ({"steps": 1001}, r"generate: steps must be an integer in \[1, 1000\]; got 1001"),
+    "half steps": ({"steps": 1.5}, "steps must be an integer; got 1.5"),
+    "text for a size": ({"width": "32"}, "width must be an integer; got '32'"),
+    "no number": ({"guidance": "6"}, "guidance must be a number; got '6'"),
+    "strength": ({"video": picture(1, 9), "strength": 0.01}, "strength must be at least 1/50 for "
+                 "50 steps, so that one is made, or steps at least 100; got 0.01"),
+    "strength of one step": ({"video": picture(1, 9), "steps": 1}, "strength must be at least 1 "
+                             "for 1 step, so that one is made, or steps at least 2; got 0.8"),
+    "no strength": ({"video": picture(1, 9), "strength": 0}, "strength must be above 0 and at mos"),
+    "too strong": ({"video": picture(1, 9), "strength": 1.5}, "strength must be above 0 and at m"),
+    "tiling": ({"tiling": Tiling(10, 16)}, "tiling must have a height .* multiple of 8.*; got 10"),
+    "video height": ({"video": picture(1, 9)[..., :24, :]}, "video must have a height .*got 24"),
+    "bytes": ({"video": picture(1, 9).byte()}, r"got uint8 .*; video.float\(\) / 127.5 - 1"),
+    "a path": ({"video": "a.mp4"}, "got str; PIL images are taken too, and cogvx.video.read_video"),
+    "pixels": ({"video": 127 * (picture(1, 9) + 1)}, "got values from .* / 127.5 - 1 brings"),
+    "copies": ({"num_videos_per_prompt": 0}, "num_videos_per_prompt must be at least 1; got 0"),
+    "generators": ({"generator": [torch.Generator()] * 2}, "one for each of 1 videos; got 2"),
+    "no generator": ({"generator": [1]}, "generator must be a torch.Generator or .*got int"),
+    "two names": ({"steps": 2, "num_inference_steps": 2}, "num_inference_steps of diffusers and"),
+    "a typo": ({"num_inference_step": 2}, "unknown argument .*did you mean num_inference_steps"),
+    "none of ours": ({"eta": 0.0}, "eta of diffusers has no counterpart here; leave it out"),
+    "output type": ({"output_type": "pil"}, 'output_type must be "latent".*got .pil.*write_video'),
     "scheduler": ({"scheduler": "euler"}, "scheduler must be one of ddim, dpm; got 'euler'"),
     "cfg": ({"cfg": "none"}, "cfg must be one of batch, two_pass"),
     "uncond": ({"uncond": "none"}, "uncond must be one of prompt, zeros"),
@@ -66,10 +89,15 @@ def test_what_cannot_be_is_refused_before_anything_is_computed(name):
 def test_image_models_refuse_what_is_no_image():
     pipe = tiny("5b-i2v")
     for options, match in (
-        ({}, "image must be given; got none: this is an? image-to-video model"),
+        ({}, "image must be given; got none: this is an image-to-video model"),
         ({"video": picture(1, 9)}, "image must be given"),
         ({"image": "photo.png"}, r"image must be a tensor \(batch, 3, height, width\).*got str"),
         ({"image": picture(1).long()}, "image must be a tensor"),
+        (
+            {"image": np.zeros((SIDE, SIDE, 3))},
+            r"of uint8.*got an array \(32, 32, 3\) of fl",
+        ),
+        ({"image": np.zeros((SIDE, SIDE, 4), np.uint8)}, r"got an array \(32, 32, 4\) of uint8"),
         ({"image": 255 * picture(1)}, r"image must be in \[-1, 1\]"),
         ({"image": float("nan") * picture(1)}, r"image must be in \[-1, 1\]; got values from nan"),
         ({"image": picture(3)}, "image must be one, or one for each of 1 prompts; got 3"),
