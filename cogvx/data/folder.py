@@ -1,35 +1,42 @@
-"""A folder of videos and what is said of them.
+"""A folder of clips with captions.
 
-Beside the videos lies either `metadata.jsonl`, with a line {"file_name": …, "text": …} for each, or
-a text file for each, of its name: `cat.mp4` and `cat.txt`.
+Clips are the files of the folder and of the folders in it, links included, whose suffix is one that
+`cogvx.video.open_video` reads; their names may have any characters. Pictures are clips of one
+frame. Captions are either in `metadata.jsonl`, a line {"file_name": …, "text": …} for each clip, or
+in a text file for each, of its name: `cat.mp4` and `cat.txt`.
 """
 
 import os
+import unicodedata
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch.utils.data import Dataset
 
 from ..config import VAEConfig
-from ..files import CheckpointError, listed, member, parse_json, shown
-from ..video import open_video
+from ..files import CheckpointError, listed, open_regular, parse_json, shown
+from ..video import PICTURE_SUFFIXES, SUFFIXES, open_video
 from .procedural import Clip
 
 PathLike = str | os.PathLike[str]
-SUFFIXES = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm")
 CAPTION_BYTES = 1 << 16
 METADATA = "metadata.jsonl"
+METADATA_BYTES = 1 << 28
 
 
 class FolderClips(Dataset[Clip]):
-    """The videos of a folder as clips of one size, in the order of their names.
+    """The clips of a folder, all of one size, in the order of their names.
 
     Args:
         folder: see the module.
         frames, height, width: of every clip: cut and scaled as `cogvx.video.open_video` does.
+            Pictures are clips if `frames` is 1.
         vae: whose rule the frames are held to.
 
-    Raises ValueError, with the names, for videos without captions and captions without videos, and
-    if there are none; VideoError, when it is read, for a video that is shorter.
+    `left_out` has the names of the files that are neither clips nor captions; a warning lists them.
+    Raises ValueError, with the names, for clips without captions and captions without clips, and if
+    there are none; VideoError, when it is read, for a clip that is shorter.
     """
 
     def __init__(
@@ -41,10 +48,16 @@ class FolderClips(Dataset[Clip]):
         vae: VAEConfig | None = None,
     ) -> None:
         self.folder = Path(folder)
-        self.captions = read_captions(self.folder)
+        self.captions, self.left_out = _read(self.folder, pictures=frames == 1)
         self.names = sorted(self.captions)
         self.size = frames, height, width
         self.vae = vae or VAEConfig()
+        if self.left_out:
+            warnings.warn(
+                f"{self.folder}: {len(self.names)} clips; left out, being neither clips nor "
+                f"captions:{listed(self.left_out, 100)}",
+                stacklevel=2,
+            )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -58,27 +71,64 @@ class FolderClips(Dataset[Clip]):
         return Clip(clip.read()[0], self.captions[name])
 
 
-def read_captions(folder: PathLike) -> dict[str, str]:
-    """What is said of each video of a folder, by its file's name."""
-    folder = Path(folder)
+def read_captions(folder: PathLike, *, pictures: bool = False) -> dict[str, str]:
+    """The caption of each clip of a folder, by its path in it; with `pictures`, of these too."""
+    return _read(Path(folder), pictures)[0]
+
+
+def _read(folder: Path, pictures: bool) -> tuple[dict[str, str], list[str]]:
+    """Captions by name, and the names of what is neither clip nor caption."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: must be a folder of videos with captions; it is none")
-    videos = {p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES}
-    captions = _of_metadata(folder) if (folder / METADATA).exists() else _of_files(folder, videos)
-    silent, gone = sorted(videos - captions.keys()), sorted(captions.keys() - videos)
-    if silent or gone or not videos:
+        raise ValueError(f"{folder}: must be a folder of clips with captions; it is none")
+    names = sorted(_names(folder))
+    suffixes = [suffix for suffix in SUFFIXES if pictures or suffix not in PICTURE_SUFFIXES]
+    clips = {name for name in names if _suffix(name) in suffixes}
+    if METADATA in names:
+        captions, used = _of_metadata(folder / METADATA, clips), {METADATA}
+    else:
+        captions, used = _of_files(folder, clips, names)
+    left_out = [name for name in names if name not in clips | used]
+    silent, gone = sorted(clips - captions.keys()), sorted(captions.keys() - clips)
+    if silent or gone or not clips:
         lines = [f"{name}: no caption" for name in silent] + [f"{name}: no video" for name in gone]
+        lines += [f"{name}: neither video nor caption" for name in left_out]
         raise ValueError(
-            f"{folder}: must hold videos ({', '.join(SUFFIXES)}), each with a caption in "
-            f"{METADATA} or in a .txt of its name; got {len(videos)} videos{listed(lines)}"
+            f"{folder}: must hold videos ({' '.join(suffixes)}), each with a caption in {METADATA} "
+            f"or in a .txt of its name; got {len(clips)} videos{listed(lines)}"
         )
-    return captions
+    return captions, left_out
 
 
-def _of_metadata(folder: Path) -> dict[str, str]:
-    captions = {}
-    path = member(folder, METADATA)
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+def _names(folder: Path) -> Iterator[str]:
+    """Paths of the files below a folder, with / between their parts: hidden ones only if they may
+    be clips; and linked folders, which are not entered, with / at the end."""
+    for root, folders, files in os.walk(folder):
+        inside = Path(root).relative_to(folder)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            if os.path.islink(os.path.join(root, name)):
+                yield f"{(inside / name).as_posix()}/"
+        for name in files:
+            clip = Path(name).suffix.lower() in SUFFIXES and not name.startswith("._")
+            if clip or not name.startswith("."):  # ._ begins what macOS writes beside a file
+                yield (inside / name).as_posix()
+
+
+def _suffix(name: str) -> str:
+    """Of a file that is not hidden, in lower case."""
+    hidden = name.endswith("/") or Path(name).name.startswith(".")
+    return "" if hidden else Path(name).suffix.lower()
+
+
+def _composed(name: str) -> str:
+    """A name in one of the two ways in which Unicode spells é; file systems differ."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _of_metadata(path: Path, clips: set[str]) -> dict[str, str]:
+    captions: dict[str, str] = {}
+    spelled = {_composed(clip): clip for clip in clips}
+    for number, line in enumerate(_text(path, METADATA_BYTES).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}: line {number}"
@@ -88,15 +138,39 @@ def _of_metadata(folder: Path) -> dict[str, str]:
             raise CheckpointError(
                 f"{where}: must have the texts file_name and text; got {shown(values)}"
             )
-        captions[member(folder, name).name] = text
+        parts = name.replace("\\", "/").split("/")
+        if parts[0] == "" or ".." in parts or ":" in parts[0]:
+            raise CheckpointError(
+                f"{where}: file_name must be a plain name or a path inside the folder; got "
+                f"{shown(name)}"
+            )
+        name = "/".join(part for part in parts if part not in ("", "."))
+        name = spelled.get(_composed(name), name)
+        if name in captions:
+            raise CheckpointError(f"{where}: must name each clip once; got {shown(name)} again")
+        captions[name] = text
     return captions
 
 
-def _of_files(folder: Path, videos: set[str]) -> dict[str, str]:
-    captions = {}
-    for name in videos:
-        path = folder / Path(name).with_suffix(".txt")
-        if path.exists():
-            with open(member(folder, path.name), encoding="utf-8") as file:
-                captions[name] = file.read(CAPTION_BYTES).strip()
-    return captions
+def _of_files(folder: Path, clips: set[str], names: list[str]) -> tuple[dict[str, str], set[str]]:
+    """Captions by clip, and the text files that they are in."""
+    texts = {_stem(name): name for name in names if _suffix(name) == ".txt"}
+    found = {clip: texts.get(_stem(clip)) for clip in clips}
+    files = {clip: text for clip, text in found.items() if text is not None}
+    captions = {clip: _text(folder / text, CAPTION_BYTES).strip() for clip, text in files.items()}
+    return captions, set(files.values())
+
+
+def _stem(name: str) -> str:
+    return _composed(os.path.splitext(name)[0])
+
+
+def _text(path: Path, limit: int) -> str:
+    with open_regular(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"{path}: must have at most {limit:,} bytes")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: must be text in UTF-8; {error}") from error

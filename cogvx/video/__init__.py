@@ -4,14 +4,16 @@ A file is refused from its header, before a frame is decoded, when it is beyond 
 `container`. PyAV is an extra, reached for when a file is opened: `pip install cogvx[video]`.
 """
 
-from .container import VideoError, check_fps
+from .container import PICTURE_SUFFIXES, SUFFIXES, VideoError, check_fps
 from .quality import PSNR, psnr
 from .reading import Clip, VideoInfo, open_video, probe, read_image, read_video, stream_video
 from .writing import WRITTEN, check_video_output, write_contact_sheet, write_sheet, write_video
 
 __all__ = [
     "Clip",
+    "PICTURE_SUFFIXES",
     "PSNR",
+    "SUFFIXES",
     "VideoError",
     "VideoInfo",
     "WRITTEN",

@@ -1,14 +1,16 @@
-"""What reading and writing share: PyAV, a file opened within limits, errors that name it."""
+"""PyAV, files opened within limits, and errors that name the file."""
 
+import errno
 import math
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from numbers import Real
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 PathLike = str | os.PathLike[str]
 
@@ -17,11 +19,41 @@ FRAME_LIMIT = 1 << 18  # two hours at 30 a second
 BYTE_LIMIT = 1 << 36
 RATES = 0.001, 1000  # frames a second
 
-# Files with frames in them. Not here: playlists and scripts, which name other files to open.
-FORMATS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpeg,mpegts,ogg,asf,gif,gif_pipe,apng,"
-    "png_pipe,jpeg_pipe,bmp_pipe,webp_pipe,tiff_pipe"
-)
+# FFmpeg's demuxers whose files are read, and the suffixes that these files have. Not here:
+# playlists and scripts, which name other files to open.
+FORMATS = {
+    "mov,mp4,m4a,3gp,3g2,mj2": ".mp4 .mov .m4v .qt .3gp .3g2 .mj2 .f4v .avif .heic .heif",
+    "matroska,webm": ".mkv .webm",
+    "avi": ".avi .divx",
+    "flv": ".flv",
+    "mpeg": ".mpg .mpeg .vob",
+    "mpegts": ".ts .mts .m2ts",
+    "ogg": ".ogv .ogg",
+    "asf": ".wmv .asf",
+    "ivf": ".ivf",
+    "yuv4mpegpipe": ".y4m",
+    "gif": ".gif",
+    "apng": ".apng",
+}
+PICTURE_FORMATS = {
+    "png_pipe": ".png",
+    "jpeg_pipe": ".jpg .jpeg",
+    "bmp_pipe": ".bmp",
+    "webp_pipe": ".webp",
+    "tiff_pipe": ".tif .tiff",
+}
+PICTURE_SUFFIXES = tuple(" ".join(PICTURE_FORMATS.values()).split())
+SUFFIXES = *" ".join(FORMATS.values()).split(), *PICTURE_SUFFIXES
+# Streams without a container, hence without times. Recognized, to be refused in words.
+RAW_FORMATS = "h264,hevc,vvc,m4v,mpegvideo,h263,h261,vc1,obu,av1,mjpeg,dirac,cavsvideo"
+# While a file is opened, FFmpeg decodes frames to learn what its header leaves out, without a
+# limit of pixels. It may use these decoders alone, which then parse headers and make no picture.
+PROBED = "h264,hevc,mpeg1video,mpeg2video,mpeg4,mjpeg,png"
+OPTIONS = {
+    "format_whitelist": ",".join([*FORMATS, *PICTURE_FORMATS, RAW_FORMATS]),
+    "protocol_whitelist": "none",
+    "codec_whitelist": PROBED,
+}
 BT709, BT601, LIMITED = 1, 5, 1  # as H.273 numbers them
 
 
@@ -50,8 +82,7 @@ def named_errors(path: PathLike, what: str) -> Iterator[None]:
 
 @contextmanager
 def opened(path: PathLike) -> Iterator[tuple[Any, Any]]:
-    """The container and its video stream, within the limits."""
-    limit = {"max_pixels": str(PIXEL_LIMIT)}
+    """The container and the video stream that players show, within the limits."""
     with named_errors(path, "cannot be read"):
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
@@ -59,24 +90,108 @@ def opened(path: PathLike) -> Iterator[tuple[Any, Any]]:
         if not 0 < status.st_size <= BYTE_LIMIT:
             raise VideoError(f"{path}: must have 1 to {BYTE_LIMIT} bytes; got {status.st_size}")
         file = open(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), "rb")
-    # Without a name, so that FFmpeg goes by the bytes alone and never opens another file.
-    options = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
     with (
         named_errors(path, "is no video, or a truncated or damaged one"),
         file,
-        pyav().open(file, options=options, stream_options=[limit] * 16) as container,
+        _container(path, file) as container,
     ):
-        if not container.streams.video:
-            raise VideoError(f"{path}: must have a video stream; it has none")
-        stream = container.streams.video[0]
-        height, width = stream.height or 0, stream.width or 0
-        if not 0 < height * width <= PIXEL_LIMIT:
-            came = f"{height}x{width}" if height * width else "no size, or one far beyond that"
-            raise VideoError(f"{path}: a frame must have 1 to {PIXEL_LIMIT} pixels; got {came}")
+        _check_format(path, container, file)
+        stream = _shown_stream(path, container)
+        _check_pixels(path, stream.height or 0, stream.width or 0)
         check_count(path, stream.frames)
-        stream.codec_context.options = limit
+        stream.codec_context.options = {"max_pixels": str(PIXEL_LIMIT)}
         stream.thread_type = "AUTO"
-        yield container, stream
+        try:
+            yield container, stream
+        except pyav().FFmpegError as error:
+            if not stream.height or not stream.width:  # its header does not say, its frames do
+                _check_pixels(path, *_size_in_logs(file))
+            raise error
+
+
+def _container(path: PathLike, file: BinaryIO) -> Any:
+    # Without a name, so that FFmpeg goes by the bytes alone and never opens another file.
+    try:
+        return pyav().open(file, options=OPTIONS)
+    except pyav().FFmpegError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise VideoError(
+            f"{path}: is no video of a format that is read ({' '.join(SUFFIXES)}), or a truncated "
+            f"or damaged one. ffmpeg -i {os.path.basename(path)} clip.mp4 converts many others"
+        ) from error
+
+
+def _check_format(path: PathLike, container: Any, file: BinaryIO) -> None:
+    name = container.format.name
+    if name in RAW_FORMATS.split(","):
+        raise VideoError(
+            f"{path}: is a stream without a container ({container.format.long_name}), whose frames "
+            "have no times. Put it into one, at its frame rate: "
+            f"ffmpeg -framerate 25 -i {os.path.basename(path)} -c copy clip.mp4"
+        )
+    if name == "webp_pipe":
+        position = file.tell()
+        file.seek(12)
+        header = file.read(9)
+        file.seek(position)
+        if header.startswith(b"VP8X") and header[8] & 2:
+            raise VideoError(
+                f"{path}: is an animated WebP, which FFmpeg does not decode. Save it as GIF, for "
+                f"example: magick {os.path.basename(path)} clip.gif"
+            )
+
+
+def _shown_stream(path: PathLike, container: Any) -> Any:
+    """The stream that FFmpeg and players take for the video; never a cover picture or a tile."""
+    kinds = pyav().stream.Disposition
+    streams = [s for s in container.streams.video if not s.disposition & kinds.attached_pic]
+    if not streams:
+        has = "a cover picture alone" if container.streams.video else "none"
+        raise VideoError(f"{path}: must have a video stream; it has {has}")
+    best = container.streams.best("video")
+    if best not in streams:
+        best = max(streams, key=lambda stream: bool(stream.disposition & kinds.default))
+    if best.disposition & kinds.dependent:
+        raise VideoError(
+            f"{path}: is a photo in {len(streams)} tiles (HEIC or AVIF), which are not put "
+            "together. Save it as JPEG or PNG"
+        )
+    if best.codec_context is None:
+        raise VideoError(
+            f"{path}: is coded in a way that this FFmpeg cannot decode. Convert it to H.264: "
+            f"ffmpeg -i {os.path.basename(path)} clip.mp4"
+        )
+    return best
+
+
+def _check_pixels(path: PathLike, height: int, width: int) -> None:
+    if height * width > PIXEL_LIMIT:
+        raise VideoError(
+            f"{path}: a frame must have at most {PIXEL_LIMIT:,} pixels; got {height}x{width}"
+        )
+
+
+def _size_in_logs(file: BinaryIO) -> tuple[int, int]:
+    """Height and width for which a decoder refuses the first frame; 0, 0 if it is not for them.
+
+    PyAV has no other way to ask: FFmpeg forgets a size beyond its limit.
+    """
+    logging = pyav().logging
+    level = logging.get_level()
+    file.seek(0)
+    logging.set_level(logging.ERROR)
+    try:
+        with logging.Capture() as logs, pyav().open(file, options=OPTIONS) as container:
+            stream = container.streams.best("video")
+            stream.codec_context.options = {"max_pixels": str(PIXEL_LIMIT)}
+            next(container.decode(stream), None)
+    except pyav().FFmpegError:
+        pass
+    finally:
+        logging.set_level(level)
+    found = re.search(r"size (\d+)x(\d+) (?:exceeds|is invalid)", " ".join(log[2] for log in logs))
+    return (int(found[2]), int(found[1])) if found else (0, 0)
 
 
 def check_count(path: PathLike, count: int) -> None:

@@ -1,6 +1,7 @@
 """Folders of videos with captions, and the latents that are made of them."""
 
 import json
+import unicodedata
 
 import pytest
 import torch
@@ -10,7 +11,14 @@ from cogvx.data import FolderClips, LatentClips, ProceduralClips, encode_clips, 
 from cogvx.data import latents as latents_module
 from cogvx.factorized import build_vae
 from cogvx.vae import CausalVAE
-from cogvx.video import VideoError, psnr, write_video
+from cogvx.video import (
+    PICTURE_SUFFIXES,
+    SUFFIXES,
+    VideoError,
+    psnr,
+    write_contact_sheet,
+    write_video,
+)
 
 SIZE = (5, 16, 16)
 CAPTIONS = {"a.mp4": "a red circle moves right", "b.mp4": "two of them", "c.mp4": ""}
@@ -76,17 +84,104 @@ def test_captions_in_one_file(videos):
         ),
         (
             lambda folder: (folder / "metadata.jsonl").write_text(
+                '{"file_name": "/a.mp4", "text": "x"}\n'
+            ),
+            "inside the folder",
+        ),
+        (
+            lambda folder: (folder / "metadata.jsonl").write_text(
+                '{"file_name": "a.mp4", "text": "x"}\n{"file_name": "./a.mp4", "text": "y"}\n'
+            ),
+            "line 2: must name each clip once",
+        ),
+        (lambda folder: (folder / "a.txt").write_bytes(b"caf\xe9"), r"a\.txt: must be .* UTF-8"),
+        (lambda folder: (folder / "a.txt").write_text("x" * 70_000), r"a\.txt: must have at most"),
+        (
+            lambda folder: [(folder / "b.txt").unlink(), (folder / "c.h264").touch()],
+            r"b\.mp4: no caption\n *c\.h264: neither video nor caption",
+        ),
+        (
+            lambda folder: (folder / "metadata.jsonl").write_text(
                 '{"file_name": "a.txt", "text": "x"}\n'
             ),
             r"a\.txt: no video",
         ),
     ],
-    ids=["silent", "empty", "nameless", "torn", "outside", "no video"],
-)
+    ids=[
+        "silent", "empty", "nameless", "torn", "outside", "root", "twice", "latin", "long",
+        "other files", "no video",
+    ],
+)  # fmt: skip
 def test_folders_that_are_refused(videos, change, said):
     change(videos)
     with pytest.raises(ValueError, match=said):
         read_captions(videos)
+
+
+NAMES = [
+    "my clip (1).mp4",
+    "IMG_0001.MP4",
+    "a#b+c&d;e'f%20.mp4",
+    "caf\u00e9 \u732b \U0001f600.mp4",
+    "one.two.three.mp4",
+    "-dash.mp4",
+    "x" * 240 + ".mp4",
+]
+
+
+@pytest.mark.parametrize("metadata", [False, True])
+def test_names_may_have_any_characters(videos, tmp_path, metadata):
+    folder = tmp_path / "named"
+    (folder / "day 2").mkdir(parents=True)
+    names = [*NAMES, "day 2/again.mp4"]
+    for name in names:
+        (folder / name).symlink_to(videos / "a.mp4")  # links may lead elsewhere
+        if not metadata:
+            (folder / name).with_suffix(".txt").write_text(f"\ufeff{name}", encoding="utf-8")
+    if metadata:
+        spelled = [unicodedata.normalize("NFD", name) for name in names]
+        lines = [
+            json.dumps({"file_name": n, "text": t}) for n, t in zip(spelled, names, strict=True)
+        ]
+        lines[0] = json.dumps(
+            {"file_name": f"./{names[0]}", "text": "a\u2028b"}, ensure_ascii=False
+        )
+        (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    wanted = {name: name for name in names}
+    if metadata:
+        wanted[names[0]] = "a\u2028b"  # a separator of lines in Unicode, not in JSON
+    assert read_captions(folder) == wanted
+    clips = FolderClips(folder, *SIZE)
+    assert clips[clips.names.index("my clip (1).mp4")].video.shape == (5, 3, 16, 16)
+
+
+def test_every_suffix_that_is_read_alone_is_read_in_a_folder(tmp_path):
+    for number, suffix in enumerate(SUFFIXES):
+        (tmp_path / f"{number}{suffix}").touch()
+        (tmp_path / f"{number}.txt").touch()
+    assert len(read_captions(tmp_path, pictures=True)) == len(SUFFIXES)
+    assert {".ts", ".m4v", ".flv", ".wmv", ".mpg", ".ogv", ".3gp", ".webp", ".png"} < {*SUFFIXES}
+    with pytest.warns(match=r"(?s)left out, .*jpg"):
+        clips = FolderClips(tmp_path, 9, 16, 16)
+    assert len(clips) == len(SUFFIXES) - len(PICTURE_SUFFIXES)
+
+
+def test_what_is_left_out_is_named(videos, tmp_path):
+    for name in ("notes.pdf", "d.txt", "raw.h264", ".hidden.mp4", "._a.mp4", ".DS_Store"):
+        (videos / name).touch()
+    (videos / "more").symlink_to(tmp_path)
+    with pytest.warns(match=r"3 clips; left out") as caught:
+        clips = FolderClips(videos, *SIZE)
+    assert clips.left_out == [".hidden.mp4", "d.txt", "more/", "notes.pdf", "raw.h264"]
+    assert all(name in str(caught[0].message) for name in clips.left_out)
+
+
+def test_pictures_are_clips_of_one_frame(tmp_path):
+    write_contact_sheet(tmp_path / "a.png", torch.zeros(1, 1, 3, 16, 16))
+    (tmp_path / "a.txt").write_text("gray")
+    assert FolderClips(tmp_path, 1, 16, 16)[0].video.shape == (1, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"got 0 videos\n *a\.png: neither"):
+        FolderClips(tmp_path, 5, 16, 16)
 
 
 def test_a_video_that_is_too_short(videos):
