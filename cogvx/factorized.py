@@ -1,4 +1,4 @@
-"""The factorised CogVideoX by its options: the architecture for training anew.
+"""Build the factorised CogVideoX from options: the architecture for training anew.
 
 It is the released model with three parts exchanged: a VAE of spatial and temporal convolutions
 whose norms stay within a frame, so that it is strictly causal; a feed-forward for each modality, or
@@ -12,7 +12,7 @@ from math import gcd
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cogvx_kernels import rope3d_tables, slice_positions, split_headdim
 
@@ -157,14 +157,27 @@ def rope3d_freqs(
     return sin, cos
 
 
-def param_count(**options: Any) -> int:
-    """Parameters of `build_transformer(**options)`, exactly, without allocating any.
+def param_count(model: CogVideoX | nn.Module | None = None, **options: Any) -> int:
+    """Count the parameters of a model, or of `build_transformer(**options)`, exactly.
 
-    Options of `build_vae` are welcome and change nothing.
+    model    a module; or a pipeline, whose transformer is counted (its repr has every part's)
+    options  instead of a model, which is then not allocated; those of `build_vae` change nothing
+
+    >>> param_count(num_layers=2) == param_count(build(num_layers=2))
+    True
     """
+    if model is not None:
+        module = model.transformer if isinstance(model, CogVideoX) else model
+        if options or not isinstance(module, nn.Module):
+            came = f"{type(model).__name__} and {', '.join(options)}".removesuffix(" and ")
+            raise TypeError(
+                "param_count: model must be a torch module or a CogVideoX, alone; or else give "
+                f"options of build_transformer, such as num_layers=2; got {came}"
+            )
+        return sum(parameter.numel() for parameter in module.parameters())
     with torch.device("meta"):
-        model = build_transformer(**_options_of(build_transformer, options))
-    return sum(parameter.numel() for parameter in model.parameters())
+        built = build_transformer(**_options_of(build_transformer, options))
+    return param_count(built)
 
 
 def recommended_defaults() -> dict[str, Any]:

@@ -6,6 +6,7 @@ learned there, and nothing has to be downloaded, or trained beside the transform
 neighbours says with each word of which thing it is told, as the states of a language model do.
 """
 
+import difflib
 import json
 import os
 import re
@@ -80,7 +81,7 @@ class WordTextEncoder:
             found = self._split(prompt)
             if len(found) > max_length:
                 raise ValueError(
-                    f"{CLASS}.encode: a prompt must have at most {max_length} words, commas "
+                    f"{CLASS}.encode: prompt must have at most {max_length} words, commas "
                     f"included; got {len(found)} in {shown(prompt)}"
                 )
             row[: len(found)] = torch.tensor(found, dtype=torch.long)
@@ -97,11 +98,17 @@ class WordTextEncoder:
         found = re.findall(r"[^\s.,]+|,", prompt.lower())
         unknown = [word for word in found if word not in self._numbers]
         if unknown:
+            known = ", ".join(sorted(word for word in self.words if word != ","))
             raise ValueError(
-                f"{CLASS}.encode: a prompt must be of the words {' '.join(self.words)}; got "
-                f"{', '.join(map(shown, dict.fromkeys(unknown)))}"
+                f"{CLASS}.encode: prompt must be of the words that this model knows; got "
+                f"{', '.join(map(self._suggested, dict.fromkeys(unknown)))}. It knows: {known}"
+                f"{' and commas' * (',' in self.words)}"
             )
         return [self._numbers[word] for word in found]
+
+    def _suggested(self, word: str) -> str:
+        like = difflib.get_close_matches(word, self.words, n=1)
+        return shown(word) + (f" (did you mean {like[0]}?)" if like else "")
 
     def save_pretrained(self, folder: PathLike) -> None:
         """Writes `folder/text_encoder/config.json`, which `from_pretrained` reads."""

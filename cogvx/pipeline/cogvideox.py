@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import frames
 from ..assets import SHIPPED, located
 from ..checkpoint import (
     atomic_path,
@@ -453,6 +454,8 @@ class CogVideoX:
         `options`: batch, guidance, cfg, tiling, budget, …"""
         usual = self._default_size()
         weight = next(self.transformer.parameters())
+        if num_frames is not None:
+            frames.check("CogVideoX.plan", "num_frames", num_frames, self.vae.config)
         backend = self.transformer.backend if weight.is_cuda else "reference"
         return forecast(
             self.transformer.config,
@@ -516,7 +519,7 @@ class CogVideoX:
         if has.random is not None:
             states = has.random.view(len(each(generator)), -1)
             for one, state in zip(each(generator), states, strict=True):
-                one.set_state(state)
+                one.set_state(state.clone())  # torch crashes on a view
         return has.to(next(self.transformer.parameters()).device)
 
     def _model_index(self) -> dict[str, Any]:

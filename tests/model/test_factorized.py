@@ -78,6 +78,13 @@ def test_the_count_is_exact_and_allocates_nothing():
     model = build_transformer(**SMALL_TRANSFORMER, num_video_experts=2)
     exact = sum(p.numel() for p in model.parameters())
     assert cogvx.param_count(**SMALL_TRANSFORMER, num_video_experts=2) == exact
+    pipe = cogvx.build(**{**SMALL_VAE, **SMALL_TRANSFORMER})
+    assert cogvx.param_count(pipe) == cogvx.param_count(pipe.transformer)
+    assert cogvx.param_count(pipe) == cogvx.param_count(**SMALL_TRANSFORMER)
+    assert cogvx.param_count(torch.nn.Linear(2, 3)) == 9
+    for wrong in ({"model": "5b"}, {"model": pipe, "num_layers": 2}):
+        with pytest.raises(TypeError, match="param_count: model must be a torch module or a CogV"):
+            cogvx.param_count(**wrong)
     default = cogvx.param_count()  # of 42 layers, 1920 wide: gigabytes if they were allocated
     assert default == cogvx.param_count(**cogvx.recommended_defaults())
     assert cogvx.param_count(num_layers=43) - default == cogvx.param_count(

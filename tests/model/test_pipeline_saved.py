@@ -89,6 +89,20 @@ def test_a_video_without_a_seed_can_be_resumed_too(tmp_path):
     assert torch.equal(pipe.generate(**given, resume=path), whole)
 
 
+def test_several_generators_go_on_where_each_was(tmp_path):
+    def given(*seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return {"prompt": ["a", "b"], "steps": STEPS, "scheduler": "dpm", "generator": generators}
+
+    path, pipe = tmp_path / "latents.safetensors", tiny()
+    whole = pipe.generate(**given(3, 4))
+    with pytest.raises(Killed):
+        pipe.generate(**given(3, 4), save_latents=path, checkpoint_every=1, callback=kill_at(1))
+    assert torch.equal(pipe.generate(**given(5, 6), resume=path), whole)
+    with pytest.raises(CheckpointError, match='generator "cpu, cpu" there, "cpu" here'):
+        pipe.generate(**{**given(3), "seed": 3, "generator": None}, resume=path)
+
+
 def test_checkpoints_are_as_far_apart_as_asked(tmp_path):
     path, pipe = tmp_path / "latents.safetensors", tiny()
     kept = []

@@ -49,7 +49,12 @@ def test_a_shorter_length_is_the_beginning(words):
 @pytest.mark.parametrize(
     ("prompt", "length", "said"),
     [
-        ("a green circle", 6, "words a red circle ,; got 'green'"),
+        (
+            "a green circle",
+            6,
+            "that this model knows; got 'green'. It knows: a, circle, red and commas$",
+        ),
+        ("a rad circle", 6, r"got 'rad' \(did you mean red\?\). It knows"),
         ("a circle on the moon", 6, "got 'on', 'the', 'moon'"),
         ("a a a a a a a", 6, "at most 6 words, commas included; got 7"),
         ("a red", 1, "at most 1 words"),
