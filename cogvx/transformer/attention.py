@@ -131,10 +131,15 @@ class JointAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (batch, seqlen, dim) -> the same shape.
+        """Attention of every token to every token.
 
-        cos, sin  (rows, headdim // 2): the last `rows` tokens turn by them, those before pass; no
-                  rows in a model without RoPE
+        Args:
+            x: (batch, seqlen, dim), text tokens first.
+            cos, sin: (rows, headdim // 2). q and k of the last `rows` tokens are rotated by them;
+                no rows in a model without RoPE.
+
+        Returns:
+            (batch, seqlen, dim).
         """
         heads = (self.nheads, -1)
         q, k, v = (to(x).unflatten(2, heads) for to in (self.to_q, self.to_k, self.to_v))

@@ -49,13 +49,19 @@ class ExpertBlock(nn.Module):
         sin: Tensor,
         text_len: int,
     ) -> tuple[Tensor, Branch, tuple[Routing, ...]]:
-        """The stream before the last sum, the branch that it lacks, and what each router did.
+        """The block, whose last residual sum is left to the next one.
 
-        x         (batch, text_len + video_len, dim), text first
-        branch    what x lacks of the block before; None where it lacks nothing
-        time      (batch, time_embed_dim) after its SiLU; or the modulations of both norms, made of
-                  it ahead
-        cos, sin  as in `JointAttention`
+        Args:
+            x: (batch, text_len + video_len, dim), text first.
+            branch: what the block before left to add to x; None where there is nothing.
+            time: (batch, time_embed_dim) after its SiLU; or the modulations of both norms, made of
+                it ahead.
+            cos, sin: (rows, headdim // 2), as in `JointAttention`.
+            text_len: number of text tokens.
+
+        Returns:
+            x, (batch, text_len + video_len, dim); the branch that is still to be added to it; and a
+            `Routing` of each router.
         """
         if isinstance(time, Tensor):
             first, second = (n.modulation(time, x.dtype) for n in (self.norm1, self.norm2))
@@ -78,6 +84,10 @@ class ExpertBlock(nn.Module):
         sin: Tensor,
         text_len: int,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
-        """From stream to stream, with nothing left to the next block; and what each router did."""
+        """The whole block, residual added.
+
+        Returns:
+            (batch, text_len + video_len, dim), and a `Routing` of each router.
+        """
         x, branch, routing = self(x, None, time, cos, sin, text_len)
         return self.norm2.add(x, branch, text_len), routing

@@ -36,7 +36,7 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
-        """timestep (batch,) -> (batch, embed_dim) of dtype."""
+        """(batch,) of any real dtype -> (batch, embed_dim) of `dtype`."""
         x = timestep_sincos(timestep, self.dim).to(dtype)
         return self.linear_2(F.silu(self.linear_1(x)))
 
@@ -85,11 +85,15 @@ class JointEmbedding(nn.Module):
     def forward(
         self, text: Tensor | ProjectedText, latents: Tensor, positions: Tensor | None
     ) -> Tensor:
-        """The joint sequence, (batch, text_len + video_len, dim).
+        """The joint sequence.
 
-        text       (batch, text_len, text_embed_dim), or projected
-        latents    (batch, frames, channels, height, width)
-        positions  (text_len + video_len, dim), added; or None
+        Args:
+            text: (batch, text_len, text_embed_dim), or projected already.
+            latents: (batch, frames, in_channels, height, width).
+            positions: (text_len + video_len, dim), which are added; or None.
+
+        Returns:
+            (batch, text_len + video_len, dim), text first.
         """
         tokens = text.tokens if isinstance(text, ProjectedText) else self.text_proj(text)
         x = modality.join(tokens, self._tokens(latents))

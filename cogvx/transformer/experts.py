@@ -51,6 +51,7 @@ class GELUProjection(nn.Module):
         self.proj = nn.Linear(dim, ffn_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., ffn_dim)."""
         return F.gelu(self.proj(x), approximate="tanh")
 
 
@@ -69,6 +70,7 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim)."""
         if x.dim() == 3 and self.is_plain():
             return fused([self], x, backend=self.backend)
         return self.net(x)
@@ -160,9 +162,16 @@ class ExpertFeedForward(nn.Module):
                 nn.init.normal_(router.weight, std=ROUTER_STD)
 
     def forward(self, x: Tensor, text_len: int) -> tuple[Tensor, tuple[Routing, ...]]:
-        """x (batch, text_len + video_len, dim) -> the same, and what each router did.
+        """Each token through its experts, and the statistics of each router.
 
         All experts are one call, text's first in the list; nothing waits for the device.
+
+        Args:
+            x: (batch, text_len + video_len, dim), text first.
+            text_len: number of text tokens.
+
+        Returns:
+            (batch, text_len + video_len, dim), and a `Routing` of each router, text's first.
         """
         choices = self._choices(x, text_len)
         routing = tuple(c.routing for c in choices if c is not None)

@@ -138,10 +138,16 @@ class ExpertAdaLayerNorm(nn.Module):
     def forward(
         self, x: Tensor, branch: Branch | None, modulation: Modulation, text_len: int
     ) -> tuple[Tensor, Tensor]:
-        """The stream with a branch added to it, and its modulated norm: one pass.
+        """x with a branch added to it, and its modulated norm, in one pass.
 
-        x       (batch, text_len + video_len, dim)
-        branch  what the stream still lacks; None where x is the stream
+        Args:
+            x: (batch, text_len + video_len, dim), text first.
+            branch: what is still to be added to x, of the same shape; None where there is nothing.
+            modulation: shift, scale and gate of each modality, (batch, dim) each.
+            text_len: number of text tokens.
+
+        Returns:
+            The sum and its norm, (batch, text_len + video_len, dim) each.
         """
         shift, scale, _, text_shift, text_scale, _ = modulation
         norm = self.norm
@@ -198,9 +204,15 @@ class AdaLayerNorm(nn.Module):
         self.norm = nn.LayerNorm(dim, eps)
 
     def forward(self, x: Tensor, time: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        """x (batch, video_len, dim), modulated.
+        """The modulated norm of video tokens.
 
-        time  (batch, time_embed_dim) after its SiLU; or shift and scale made of it
+        Args:
+            x: (batch, video_len, dim).
+            time: (batch, time_embed_dim) after its SiLU; or shift and scale made of it, (batch,
+                dim) each.
+
+        Returns:
+            (batch, video_len, dim).
         """
         if isinstance(time, Tensor):
             shift, scale = self.linear(time).to(x.dtype).chunk(2, 1)

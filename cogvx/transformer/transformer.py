@@ -98,7 +98,7 @@ class ExpertTransformer(nn.Module):
         routing: list[Routing] | None = None,
         modulations: Modulations | None = None,
     ) -> Tensor:
-        """The prediction of v, (batch, frames, out_channels, height, width).
+        """Predict v.
 
         Args:
             latents: (batch, frames, in_channels, height, width), scaled, noisy; in an
@@ -113,7 +113,11 @@ class ExpertTransformer(nn.Module):
             modulations: of one step for all items, or of one for each (see `modulations`); then
                 timestep and ofs, which they are made of, are None.
 
-        Raises TypeError or ValueError for an argument that is not as above.
+        Returns:
+            (batch, frames, out_channels, height, width).
+
+        Raises:
+            TypeError, ValueError: an argument is not as above.
 
         A model with learned positions (5B-I2V) knows one height and width, and one number of
         frames: at another number it adds the table of sines and cosines instead, as diffusers does.

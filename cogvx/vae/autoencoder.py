@@ -34,7 +34,7 @@ class CausalVAE(nn.Module):
 
     @classmethod
     def of(cls, encoder: Encoder, decoder: Decoder) -> "CausalVAE":
-        """The VAE of an encoder and a decoder that are there; they must be of one config."""
+        """The VAE of an encoder and a decoder, which must be of one config."""
         if encoder.config != decoder.config:
             raise ValueError(
                 f"CausalVAE.of: decoder must have the encoder's config {encoder.config}; "
@@ -82,7 +82,19 @@ class CausalVAE(nn.Module):
         slicing: bool = False,
         progress: Progress | None = None,
     ) -> DiagonalGaussian:
-        """The distribution of a clip's raw latents: `cogvx.vae.encode`."""
+        """The distribution of a clip's raw latents, which `config.scaling_factor` has not scaled.
+
+        Args:
+            video: (batch, frames, in_channels, height, width) in [-1, 1], of the weights' dtype and
+                device; frames by the rule of `cogvx.frames`, sides multiples of 8.
+            tiling: cut frames that are larger than a tile.
+            slicing: take the clips of the batch one by one.
+            progress: called with (chunks done, chunks in all).
+
+        Returns:
+            Its `mode()`, and its `sample()`, are (batch, latent frames, latent_channels,
+            height / 8, width / 8).
+        """
         return encode(self.encoder, video, tiling=tiling, slicing=slicing, progress=progress)
 
     def decode(
@@ -93,7 +105,16 @@ class CausalVAE(nn.Module):
         slicing: bool = False,
         progress: Progress | None = None,
     ) -> Tensor:
-        """The video of raw latents: `cogvx.vae.decode`."""
+        """The video of raw latents.
+
+        Args:
+            latents: (batch, latent frames, latent_channels, height, width), divided by
+                `config.scaling_factor`, of the weights' dtype and device.
+            tiling, slicing, progress: as in `encode`; tiles are measured in pixels.
+
+        Returns:
+            (batch, frames, out_channels, 8 · height, 8 · width), values in about [-1, 1].
+        """
         return decode(self.decoder, latents, tiling=tiling, slicing=slicing, progress=progress)
 
     def stream_encode(
@@ -104,7 +125,18 @@ class CausalVAE(nn.Module):
         total: int | None = None,
         last: bool = True,
     ) -> Iterator[DiagonalGaussian]:
-        """The chunks of `encode`, one by one, in constant memory: `cogvx.vae.stream_encode`."""
+        """The chunks of `encode`, one by one, in constant memory; see `cogvx.vae.stream_encode`.
+
+        Args:
+            video: (batch, frames, in_channels, height, width), or pieces of it in order.
+            state: where the clip stands, to go on from; None begins a clip.
+            total: frames of the whole clip, where it comes in pieces.
+            last: whether the clip ends with this video.
+
+        Yields:
+            The distribution of each chunk's latents, (batch, latent frames, latent_channels,
+            height / 8, width / 8).
+        """
         return stream_encode(self.encoder, video, state, total=total, last=last)
 
     def stream_decode(
@@ -115,9 +147,24 @@ class CausalVAE(nn.Module):
         total: int | None = None,
         last: bool = True,
     ) -> Iterator[Tensor]:
-        """The chunks of `decode`, one by one, in constant memory: `cogvx.vae.stream_decode`."""
+        """The chunks of `decode`, one by one, in constant memory; see `cogvx.vae.stream_decode`.
+
+        Args:
+            latents: (batch, latent frames, latent_channels, height, width), or pieces of it.
+            state, total, last: as in `stream_encode`, counted in latent frames.
+
+        Yields:
+            The video of each chunk, (batch, frames, out_channels, 8 · height, 8 · width).
+        """
         return stream_decode(self.decoder, latents, state, total=total, last=last)
 
     def forward(self, video: Tensor) -> Tensor:
-        """The reconstruction of a video from the mode of its latents."""
+        """Reconstruct a video from the mode of its latents.
+
+        Args:
+            video: (batch, frames, in_channels, height, width), as in `encode`.
+
+        Returns:
+            (batch, frames, out_channels, height, width).
+        """
         return self.decode(self.encode(video).mode())

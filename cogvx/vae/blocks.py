@@ -44,6 +44,18 @@ class ResnetBlock3D(nn.Module):
             self.conv_shortcut: nn.Module = nn.Conv3d(in_channels, out_channels, 1)
 
     def forward(self, flow: Flow, modulations: Sequence[Modulation], cache: FrameCache) -> Flow:
+        """The block's output for one chunk.
+
+        Args:
+            flow: (batch, in_channels, frames, height, width), with the statistics of `norm1` if the
+                layer before made them.
+            modulations: those of norm1 and norm2; empty where nothing modulates them.
+            cache: the last frames of the chunk before, of every convolution; it is updated.
+
+        Returns:
+            (batch, out_channels, frames, height, width), with the statistics of the next norm where
+            `feeds_norm`.
+        """
         first, second = modulations or (None, None)
         h = self.conv1.after(self.norm1, flow, first, cache, biased=False)
         offset = self.conv1.pending_bias(h)

@@ -48,9 +48,15 @@ class CausalConv(nn.Module):
         return self.time_kernel - 1
 
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
-        """(batch, in, frames, height, width) -> (batch, out, frames, height, width).
+        """The causal convolution of one chunk.
 
-        Without a cache the clip begins and ends with x.
+        Args:
+            x: (batch, in_channels, frames, height, width).
+            cache: the last frames of the chunk before, replaced by those of this one; None where x
+                is the whole clip.
+
+        Returns:
+            (batch, out_channels, frames, height, width).
         """
         raise NotImplementedError
 
@@ -87,6 +93,7 @@ class CausalConv3d(CausalConv):
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, padding=self.padding)
 
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
+        """As `CausalConv.forward`: (batch, in_channels, frames, …) -> (batch, out_channels, …)."""
         cache = FrameCache(keep=False) if cache is None else cache
         if self.kept == 0:
             return self._convolved(x, self.conv.bias)
@@ -141,6 +148,7 @@ class FactorizedConv3d(CausalConv):
         self.temporal = nn.Conv1d(out_channels, out_channels, kernel_size)
 
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
+        """As `CausalConv.forward`: (batch, in_channels, frames, …) -> (batch, out_channels, …)."""
         cache = FrameCache(keep=False) if cache is None else cache
         pad = self.time_kernel // 2
         weight, bias = weights_in(self.spatial, x.dtype)

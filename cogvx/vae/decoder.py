@@ -47,7 +47,7 @@ class Decoder(nn.Module):
         name_convs(self)
 
     def forward(self, latents: Tensor, cache: FrameCache | None = None) -> Tensor:
-        """The video of one chunk.
+        """Decode one chunk.
 
         Args:
             latents: (batch, latent frames, latent_channels, height, width), unscaled.

@@ -1,4 +1,4 @@
-"""The diagonal Gaussian that an encoder gives: a latent's mean, and how sure it is."""
+"""Diagonal Gaussian posterior of an encoder (mean, variance)."""
 
 from collections.abc import Sequence
 
@@ -27,6 +27,7 @@ class DiagonalGaussian:
 
     @property
     def mean(self) -> Tensor:
+        """(batch, frames, channels, height, width), as all of them."""
         return self.moments.chunk(2, dim=2)[0]
 
     @property
@@ -36,6 +37,7 @@ class DiagonalGaussian:
 
     @property
     def std(self) -> Tensor:
+        """Standard deviations."""
         return (0.5 * self.logvar).exp()
 
     def mode(self) -> Tensor:

@@ -44,7 +44,7 @@ class Encoder(nn.Module):
         name_convs(self)
 
     def forward(self, video: Tensor, cache: FrameCache | None = None) -> Tensor:
-        """The moments of one chunk.
+        """Encode one chunk.
 
         Args:
             video: (batch, frames, in_channels, height, width), values in [-1, 1].

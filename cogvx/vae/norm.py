@@ -50,13 +50,20 @@ class Norm(nn.Module):
         cache: Tensor | None = None,
         start: str | None = None,
     ) -> Tensor:
-        """SiLU of the norm of the chunk.
+        """SiLU of the norm of one chunk.
 
-        modulation  of this norm, where the latents modulate it; `leads`: see `FrameCache`
-        offset      (channels,), added to the chunk first
-        cache       the frames of the next convolution's cache: they come before the result, and
-                    the last ones of the result take their place. `start` is None, or says how a
-                    clip begins
+        Args:
+            flow: (batch, channels, frames, height, width), with its statistics if they are known.
+            modulation: scale and shift by place where the latents modulate the norm, (batch,
+                channels, latent frames, rows, columns) each.
+            leads: whether the first frame has a latent of its own; see `FrameCache`.
+            offset: (channels,), added to the chunk first.
+            cache: (batch, channels, kept, height, width), the frames of the next convolution's
+                cache: they come before the result, and its last ones take their place.
+            start: how a clip begins; None where it began before.
+
+        Returns:
+            (batch, channels, frames, height, width), or kept + frames with a cache.
         """
         y, b = modulation or (None, None)
         return spatial_norm_silu(
@@ -114,7 +121,7 @@ class SpatialNorm(nn.Module):
         self.per_frame = False
 
     def forward(self, *arguments: object, **options: object) -> Tensor:
-        """As `Norm`, with a modulation."""
+        """As `Norm.forward`, (batch, channels, frames, height, width), with a modulation."""
         return self.norm_layer(*arguments, **options)
 
     @staticmethod

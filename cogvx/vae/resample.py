@@ -23,6 +23,16 @@ class Downsample3D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, flow: Flow, modulations: Sequence[Modulation], cache: FrameCache) -> Flow:
+        """The chunk at half its size.
+
+        Args:
+            flow: (batch, channels, frames, height, width).
+            modulations: none; there is no norm.
+            cache: says whether the chunk begins with a frame that no other is averaged with.
+
+        Returns:
+            (batch, channels, frames, height / 2, width / 2); with `time` frames / 2, rounded up.
+        """
         x = halved(flow.x, cache.leads) if self.time else flow.x
         step = max(1, SAFE // max(1, x[:, :, :1].numel()))
         pieces = [self._convolved(piece) for piece in x.split(step, dim=2)]
@@ -47,6 +57,16 @@ class Upsample3D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, flow: Flow, modulations: Sequence[Modulation], cache: FrameCache) -> Flow:
+        """The chunk at twice its size.
+
+        Args:
+            flow: (batch, channels, frames, height, width).
+            modulations: none; there is no norm.
+            cache: says whether the chunk begins with a frame that is not given twice.
+
+        Returns:
+            (batch, channels, frames, 2 · height, 2 · width); with `time` 2 · frames, or one fewer.
+        """
         x, conv = flow.x, self.conv
         single = cache.leads if self.time else x.shape[2]  # so many stay so, and they come first
         weight, bias = weights_in(conv, x.dtype)
