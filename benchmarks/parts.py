@@ -89,7 +89,9 @@ TINY = dataclasses.replace(  # for tests of this program itself
     height=32,
     width=48,
     vae=VAEConfig(block_out_channels=(8, 16, 16, 16), norm_num_groups=4),
-    transformer=dataclasses.replace(SMALL.transformer, num_attention_heads=1),
+    transformer=dataclasses.replace(
+        SMALL.transformer, num_attention_heads=1, max_text_seq_length=16
+    ),
 )
 SIZES = {
     "tiny": TINY,
