@@ -67,9 +67,9 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     reports = (r for name in REPORTED for r in terminalreporter.getreports(name))
-    tests = len({report.nodeid for report in reports})
-    minutes, seconds = divmod(round(time.monotonic() - STARTED), 60)
-    terminalreporter.write_line(f"{tests} tests in {minutes} min {seconds} s; {_speed()}")
+    if tests := len({report.nodeid for report in reports}):
+        minutes, seconds = divmod(round(time.monotonic() - STARTED), 60)
+        terminalreporter.write_line(f"{tests} tests in {minutes} min {seconds} s; {_speed()}")
 
 
 @functools.cache
