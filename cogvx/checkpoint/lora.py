@@ -96,7 +96,7 @@ def read_lora(path: Path, model: nn.Module) -> dict[str, LowRank]:
             warnings.warn(
                 f"{path}: is of peft, and no {CONFIG} lies beside it: alpha is taken to be the "
                 "rank; give scale=alpha/rank if it was not",
-                stacklevel=4,
+                stacklevel=1,  # one place for all callers, so that it is said once
             )
         read = {
             layer: {part: _read(file, key) for part, key in parts.items()}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..checkpoint import read_tensors, write_tensors
 from ..config import Config
-from ..files import CheckpointError, parse_json
+from ..files import CheckpointError, check_writable, parse_json
 from ..transformer import ExpertTransformer
 from ..vae import CausalVAE, Tiling
 from .conditioning import Progress, decode
@@ -144,6 +144,13 @@ def check_saving(save_latents: PathLike | None, checkpoint_every: int | None) ->
             raise ValueError(
                 f"{where}: save_latents must be a file in a folder that exists; got {path}"
             )
+        try:
+            check_writable(path)
+        except OSError as error:
+            raise OSError(
+                f"{where}: save_latents must be where a file can be written; got {path}: "
+                f"{error.strerror}"
+            ) from error
 
 
 def check_record(path: PathLike, has: Record, wanted: Record) -> None:

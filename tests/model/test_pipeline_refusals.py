@@ -74,6 +74,7 @@ WRONG = {
     "noise": ({"video": picture(1, 9), "latents": torch.zeros(1)}, "latents must be None where a"),
     "checkpoints": ({"checkpoint_every": 2}, "checkpoint_every must be at least 1, and save_late"),
     "folder": ({"save_latents": "/nowhere/a.safetensors"}, "save_latents must be a file in a fo"),
+    "no place": ({"save_latents": "/proc/a.safetensors"}, "save_latents must be where a file can"),
 }  # fmt: skip
 
 
@@ -81,7 +82,7 @@ WRONG = {
 def test_what_cannot_be_is_refused_before_anything_is_computed(name):
     options, match = WRONG[name]
     pipe = tiny()
-    with pytest.raises((ValueError, TypeError), match=match):
+    with pytest.raises((ValueError, TypeError, OSError), match=match):
         pipe.generate(**{"prompt": "a", "num_frames": None, **options})
     assert pipe.text_encoder.seen == []
 
