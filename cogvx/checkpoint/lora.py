@@ -39,6 +39,9 @@ PARTS = {
 OTHERS = {
     "of a text encoder, which takes no LoRA here": re.compile(r"(text_encoder|lora_te)"),
     "of DoRA, which is not supported": re.compile(r".*(dora_scale|lora_magnitude_vector)"),
+    "of SAT, which CogVideo's tools/export_sat_lora_weight.py converts": re.compile(
+        r".*\.matrix_[AB]\b"
+    ),
     "of LoHa or LoKr, which are not supported": re.compile(r".*\.(hada|lokr)_"),
 }
 # Initialisations that change the weights beneath, so that the adapter fits none but those.
@@ -92,7 +95,7 @@ def read_lora(path: Path, model: nn.Module) -> dict[str, LowRank]:
     with TensorFile(path) as file:
         keys = _matched(file, layers)
         settings = _settings(file)
-        if not settings and any(name.startswith("base_model.") for name in file.entries):
+        if not settings and any(map(_is_of_peft, file.entries)):
             warnings.warn(
                 f"{path}: is of peft, and no {CONFIG} lies beside it: alpha is taken to be the "
                 "rank; give scale=alpha/rank if it was not",
@@ -229,10 +232,15 @@ def _read(file: TensorFile, key: str) -> Tensor:
     return tensor
 
 
+def _is_of_peft(key: str) -> bool:
+    return key.startswith("base_model.")
+
+
 def _settings(file: TensorFile) -> dict[str, Any]:
     """peft's settings of the adapter: of its own file beside the weights, or of their header."""
     beside = file.path.parent / CONFIG
-    if file.path.name == FILES[1] and beside.exists():
+    of_peft = file.path.name == FILES[1] or any(map(_is_of_peft, file.entries))
+    if of_peft and beside.exists():
         where, values = str(beside), read_json(beside, CONFIG_BYTES)
     elif METADATA in file.metadata:
         where = f"{file.path}: {METADATA}"

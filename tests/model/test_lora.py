@@ -197,12 +197,13 @@ def test_every_layout_of_keys(layout, pipe, tmp_path):
       {r".*\.(attn1|ff)\..*": 6}}, 2.0),
     ({"r": RANK, "lora_alpha": 1, "alpha_pattern": {layer: 9 for layer in LAYERS}}, 3.0),
 ])  # fmt: skip
-@pytest.mark.parametrize("given", ["folder", "file"])
+@pytest.mark.parametrize("given", ["folder", "adapter_model.safetensors", "kite.safetensors"])
 def test_folders_of_peft(settings, scale, given, pipe, tmp_path):
     before, pairs = weights(pipe), adapter(pipe.transformer)
-    write_tensors(tmp_path / "adapter_model.safetensors", peft_layout(pairs))
+    name = "adapter_model.safetensors" if given == "folder" else given
+    write_tensors(tmp_path / name, peft_layout(pairs))
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **settings}))
-    pipe.load_lora(tmp_path if given == "folder" else tmp_path / "adapter_model.safetensors")
+    pipe.load_lora(tmp_path if given == "folder" else tmp_path / name)
     check(pipe, before, pairs, scale)
 
 
@@ -246,6 +247,7 @@ WRONG = {
     "text": (PAIR | {"text_encoder.encoder.block.0.q.lora_A.weight": torch.ones(2, 8)},
              "1 of a text encoder.*text_encoder.encoder.block.0.q.lora_A.weight"),
     "LoHa": ({A.replace("lora_A.weight", "hada_w1_a"): torch.ones(2, 2)}, "LoHa or LoKr"),
+    "SAT": ({"model.diffusion_model.mixins.lora.matrix_A.0": torch.ones(2, 2)}, "1 of SAT, which"),
     "another file": ({"decoder.conv_in.weight": torch.ones(2)}, "of no layer.*decoder.conv_in"),
     "nothing": ({}, "lora_A and lora_B of a layer, for example "),
     "alpha alone": ({A.replace("lora_A.weight", "alpha"): torch.ones(())}, "without its other"),
