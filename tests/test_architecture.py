@@ -56,7 +56,7 @@ NAMES_TRITON = {
 } - {"cogvx_kernels/frame_cache/kernel.py"}
 # The model's floors, from the ground up: a file or folder may import those of lower floors only.
 MODEL_FLOORS = (
-    {"autocast", "config", "extras", "files", "memory"},
+    {"autocast", "config", "extras", "files", "memory", "threads"},
     {"frames", "hub"},
     {"assets"},
     {"vae", "transformer", "schedulers", "text", "video", "words"},
@@ -94,6 +94,7 @@ IMPORTS_IN_FUNCTIONS["cogvx_kernels/tools/verify.py"] = "from . import interpret
 
 # Who may use environment variables, which are others' settings: Triton's, OpenMP's, the platform's.
 READS_THE_ENVIRONMENT = {
+    "cogvx/__main__.py",  # OMP_WAIT_POLICY
     "cogvx_kernels/_backend.py",  # TRITON_INTERPRET
     "cogvx_kernels/tools/passed.py",  # where the cache folder is; Triton's settings
     "cogvx_kernels/tools/verify.py",  # TRITON_INTERPRET, set for another process

@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import frames
 from ..config import VAEConfig
+from ..threads import suited_threads
 from .decoder import Decoder
 from .encoder import Encoder
+from .state import FrameCache
 
 Coder = Encoder | Decoder
 
@@ -22,7 +25,7 @@ class Way:
     Attributes:
         where: who complains.
         name: what goes in, "video" or "latents".
-        coder: the module, for its config, dtype and device.
+        module: the encoder or decoder.
         channels: of what goes in.
         multiple: what height and width must be multiples of.
         chunk: frames of every chunk but the first and last.
@@ -32,7 +35,7 @@ class Way:
 
     where: str
     name: str
-    coder: Coder
+    module: Coder
     channels: int
     multiple: int
     chunk: int
@@ -41,12 +44,19 @@ class Way:
 
     @property
     def config(self) -> VAEConfig:
-        return self.coder.config
+        return self.module.config
 
     @property
     def leads(self) -> bool:
         """The first chunk is the first frame."""
         return self.config.factorized
+
+    def coder(self, chunk: Tensor, cache: FrameCache | None) -> Tensor:
+        """One chunk through the module."""
+        if torch.compiler.is_compiling():
+            return self.module(chunk, cache)
+        with suited_threads(self._values(chunk), chunk.device):
+            return self.module(chunk, cache)
 
     def check(self, x: Any) -> Tensor:
         """x is a batch of clips, or pieces of clips, that the coder can take."""
@@ -60,7 +70,7 @@ class Way:
             raise self._wrong(ValueError, f"{dims} with {self.channels} channels", came)
         if 0 in x.shape:
             raise self._wrong(ValueError, f"{dims} with nothing empty", f"{tuple(x.shape)}")
-        weight = self.coder.conv_out.weight
+        weight = self.module.conv_out.weight
         if x.dtype != weight.dtype:
             raise self._wrong(TypeError, f"{weight.dtype} as the weights", f"{x.dtype}")
         if x.device != weight.device:
@@ -77,6 +87,15 @@ class Way:
                 f"{self.where}: {name or self.name} must have at least 1 frame; got {count}"
             )
 
+    def _values(self, chunk: Tensor) -> int:
+        """Values of the largest tensor between two layers, in frames of the video's size."""
+        batch, frames, _, height, width = chunk.shape
+        if self.name == "latents":
+            frames *= self.config.temporal_compression_ratio
+            height *= self.config.spatial_compression_ratio
+            width *= self.config.spatial_compression_ratio
+        return int(batch * frames * height * width * self.config.block_out_channels[0])
+
     def _wrong(self, kind: type[Exception], wanted: str, came: str) -> Exception:
         return kind(f"{self.where}: {self.name} must be {wanted}; got {came}")
 
@@ -88,7 +107,7 @@ def encoding(encoder: Encoder, where: str) -> Way:
     return Way(
         where=where,
         name="video",
-        coder=encoder,
+        module=encoder,
         channels=config.in_channels,
         multiple=config.spatial_compression_ratio,
         chunk=config.num_sample_frames_batch_size,
@@ -104,7 +123,7 @@ def decoding(decoder: Decoder, where: str) -> Way:
     return Way(
         where=where,
         name="latents",
-        coder=decoder,
+        module=decoder,
         channels=config.latent_channels,
         multiple=1,
         chunk=config.num_latent_frames_batch_size,

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from cogvx.video import write_video
@@ -64,3 +65,28 @@ def test_a_process_of_its_own(tmp_path):
     process = start(tmp_path, "params", "--preset", "2b", "--json")
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "") and json.loads(out)["transformer"] > 1e9
+
+
+SHOW_THE_POLICY = """
+import cogvx.cli
+
+def main():
+    import os
+    with open("policy", "w") as file:
+        file.write(os.environ["OMP_WAIT_POLICY"])
+    return 0
+
+cogvx.cli.main = main
+"""
+
+
+@pytest.mark.parametrize("users", [None, "ACTIVE"])
+def test_threads_that_wait_leave_the_cores_to_others(tmp_path, users, monkeypatch):
+    """Unless the user has it otherwise."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if users is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", users)
+    (tmp_path / "sitecustomize.py").write_text(SHOW_THE_POLICY)
+    process = start(tmp_path, path=[tmp_path])
+    assert (process.communicate(timeout=60), process.returncode) == (("", ""), 0)
+    assert (tmp_path / "policy").read_text() == (users or "PASSIVE")
