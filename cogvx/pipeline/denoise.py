@@ -1,7 +1,6 @@
 """The loop from noise to latents: predict, guide, step."""
 
 import math
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..schedulers import Generators, Solver, Trajectory, dynamic_guidance
-from ..threads import suited_threads
 from ..threads import suited_threads
 from ..transformer import STEPS_AHEAD, ExpertTransformer, Modulations, ProjectedText
 from .request import Request, check_finite
@@ -141,12 +139,6 @@ def predict(
     else:
         away, towards = ask(torch.cat([latents, latents]), texts[0]).chunk(2)
     return away + guidance * (towards - away)
-
-
-def _values(transformer: ExpertTransformer, latents: Tensor, text: ProjectedText) -> int:
-    """Values of the joint sequence of a prediction."""
-    patches = latents.numel() // latents.shape[2] // math.prod(transformer.patch)
-    return text.tokens.numel() + patches * transformer.config.hidden_size
 
 
 def _values(transformer: ExpertTransformer, latents: Tensor, text: ProjectedText) -> int:
