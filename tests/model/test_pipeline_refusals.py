@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from cogvx.config import PRESETS
 from cogvx.pipeline import CogVideoX
+from cogvx.pipeline.request import Inputs, resolve
 from cogvx.transformer import ExpertTransformer
 from cogvx.vae import CausalVAE, Tiling
 
@@ -85,6 +87,25 @@ def test_what_cannot_be_is_refused_before_anything_is_computed(name):
     with pytest.raises((ValueError, TypeError, OSError), match=match):
         pipe.generate(**{"prompt": "a", "num_frames": None, **options})
     assert pipe.text_encoder.seen == []
+
+
+def test_configs_are_enough_to_know_a_request():
+    """What a command refuses before it reads gigabytes of weights."""
+    preset = PRESETS["1.5-5b"]
+    request = resolve(preset.transformer, preset.vae, Inputs("a"))
+    assert request.shape == (1, 22, 16, 96, 170) and request.padding == 1
+    assert (request.frames, request.height, request.width) == (81, 768, 1360)
+    for options, match in (
+        ({"steps": 2000}, "steps must be an integer"),
+        ({"width": 1000}, "width must be a multiple of 16"),
+        ({"num_frames": 50}, "num_frames must have"),
+        ({"tiling": Tiling(100, 100)}, "tiling must have a height"),
+        ({"guidance": float("inf")}, "guidance must be a finite number"),
+        ({"scheduler": "euler"}, "scheduler must be one of"),
+        ({"num_train_timesteps": 40}, r"steps must be an integer in \[1, 40\]; got 50"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            resolve(preset.transformer, preset.vae, Inputs("a"), **options)
 
 
 def test_image_models_refuse_what_is_no_image():
