@@ -16,7 +16,6 @@ from .. import frames as frame_rule
 from ..checkpoint import CheckpointError
 from ..config import VAEConfig
 from ..data import FolderClips, encode_clips
-from ..memory import LiveBytes
 from ..pipeline import default_size, saved
 from ..pipeline.denoise import State
 from ..text import T5TextEncoder
@@ -41,6 +40,7 @@ def encode(options: argparse.Namespace, console: Console) -> None:
     console.hold(output(options.out, options.force, (".safetensors",)))
     source = VAESource.of(options)
     clip, tiling = _clip(options, source.config), tiling_of(options)
+    source.warn_if_long(console, *_latent_size(clip, source.config), "encode")
     vae = source.load(console)
     done = partial(console.progress, "encode")
     done(0, len(frame_rule.encode_plan(clip.frames, vae.config)))
@@ -112,7 +112,9 @@ def decode(options: argparse.Namespace, console: Console) -> None:
     _check_latents(options.latents, has, source.config)
     fps = float(has.record.get("fps", DEFAULT_FPS)) if options.fps is None else options.fps
     ratio = source.config.spatial_compression_ratio
-    check_video_output(options.out, fps, *(ratio * n for n in has.state.latents.shape[-2:]))
+    frames, _, height, width = has.state.latents.shape[1:]
+    check_video_output(options.out, fps, ratio * height, ratio * width)
+    source.warn_if_long(console, frames, height, width, "decode")
     vae = source.load(console)
     check_latents(options.latents, has, vae)
     done = partial(console.progress, "decode")
@@ -127,24 +129,23 @@ def reconstruct(options: argparse.Namespace, console: Console) -> None:
     source = VAESource.of(options)
     clip = _clip(options, source.config)
     check_video_output(options.out, clip.fps, clip.height, clip.width)
+    source.warn_if_long(console, *_latent_size(clip, source.config), "encode", "decode")
     vae = source.load(console)
-    measure, live = PSNR(), LiveBytes()
+    measure = PSNR()
     total = frame_rule.latent_frames(clip.frames, vae.config)
     chunks = 1 if options.whole else len(frame_rule.decode_plan(total, vae.config))
     done = partial(console.progress, "reconstruct", total=chunks)
     done(0)
-    with live:
-        if options.whole:
-            video = iter([_whole(vae, clip)])
-        else:
-            latents = (known.mode() for known in _encoded(vae, clip, lambda done, total: None))
-            video = vae.stream_decode(latents, total=total)
-        write_video(options.out, _compared(video, clip, measure, done), clip.fps)
+    if options.whole:
+        video = iter([_whole(vae, clip)])
+    else:
+        latents = (known.mode() for known in _encoded(vae, clip, lambda done, total: None))
+        video = vae.stream_decode(latents, total=total)
+    write_video(options.out, _compared(video, clip, measure, done), clip.fps)
     decibels = measure.decibels
     facts = {
         **_facts(clip),
         "psnr_db": round(decibels, 3) if math.isfinite(decibels) else None,
-        "peak_live_bytes": live.peak,
         **_process_memory(vae),
         "seconds": console.seconds,
         "note": "seconds are of this run, reading and writing included: no benchmark",
@@ -195,6 +196,12 @@ def _clip(options: argparse.Namespace, vae: VAEConfig) -> Clip:
         multiple=vae.spatial_compression_ratio,
         vae=vae,
     )
+
+
+def _latent_size(clip: Clip, vae: VAEConfig) -> tuple[int, int, int]:
+    """(frames, height, width) of a clip's latents."""
+    ratio = vae.spatial_compression_ratio
+    return frame_rule.latent_frames(clip.frames, vae), clip.height // ratio, clip.width // ratio
 
 
 def _encoded(vae: CausalVAE, clip: Clip, done: Any) -> Iterator[DiagonalGaussian]:

@@ -4,107 +4,156 @@ import argparse
 import re
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..memory import LiveBytes
+from ..assets import SHIPPED
+from ..files import atomic_path
 from ..pipeline import CogVideoX
-from ..video import PSNR, open_video, write_contact_sheet, write_video
+from ..video import PSNR, Clip, open_video, write_contact_sheet, write_video
+from ..words import WordTextEncoder, is_words
 from . import loading
 from .console import Console
+from .outputs import output
 
 PROMPTS = (
     "a red circle moves right",
-    "a large yellow triangle moves up on gray",
-    "two small blue squares on white, one moving down",
+    "a large yellow circle moves down and a small blue circle moves up on gray",
+    "two purple triangles on white, one moving down",
 )
 FPS = 8.0
 SCALE = 4  # of the files' pixels: 64 of them are few on a screen
+KINDS = {
+    ".mp4": "the clip, for a video player",
+    ".gif": "the same, for a browser",
+    ".png": "its frames side by side, numbered, under the sentence",
+}
+SEEDS = 1 << 63
+LONGEST = 100  # letters of a file's name
 T = TypeVar("T")
 
 
 @torch.no_grad()
 def demo(options: argparse.Namespace, console: Console) -> None:
     device, folder = loading.device_of(options), loading.model_of(options)
-    transformer, _ = loading.read_configs(folder)
-    pipe = CogVideoX.from_pretrained(folder, loading.dtype_of(options, transformer), device)
+    transformer, vae = loading.read_configs(folder)
+    if transformer is None or vae is None:
+        raise ValueError(f"{options.model}: must have a transformer/ and a vae/")
     prompts = options.prompt or list(PROMPTS)
+    text_encoder: Any = True
+    if is_words(folder):
+        text_encoder = WordTextEncoder.from_pretrained(folder)
+        text_encoder.encode(prompts, transformer.max_text_seq_length)  # refuses other words
+    clip = None
+    if options.clip is not None:
+        side = vae.sample_height
+        frames = transformer.sample_frames
+        clip = open_video(options.clip, frames=frames, height=side, width=side, vae=vae)
+    seeds = [(options.seed + number) % SEEDS for number in range(len(prompts))]
+    names = [f"{_name(text)}-seed{seed}" for text, seed in zip(prompts, seeds, strict=True)]
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        for suffix in KINDS:
+            console.hold(output(options.out / f"{name}{suffix}", options.force, (suffix,)))
+    beside = options.out / f"{_name(Path(options.clip or '').stem)}-reconstructed.mp4"
+    if clip is not None:
+        console.hold(output(beside, options.force, (".mp4",)))
+    dtype = loading.dtype_of(options, transformer)
+    pipe = CogVideoX.from_pretrained(folder, dtype, device, text_encoder=text_encoder)
     if pipe.text_encoder is None:
         raise ValueError(f"{options.model}: must have a text encoder to be shown sentences")
-    pipe.text_encoder.encode(prompts, pipe.transformer.config.max_text_seq_length)  # or says why
-    options.out.mkdir(parents=True, exist_ok=True)
     done = []
-    for number, prompt in enumerate(prompts):
-        name = re.sub(r"[^a-z]+", "-", prompt.lower()).strip("-")
+    for prompt, name, seed in zip(prompts, names, seeds, strict=True):
         made = partial(
             pipe.generate,
             prompt,
             steps=options.steps,
             guidance=options.guidance,
-            seed=options.seed + number,
+            seed=seed,
             progress=console.progress,
         )
-        video, row = _measured(prompt, device, made)
-        large = _large(video.cpu())
-        for suffix in (".mp4", ".gif"):
-            write_video(options.out / f"{name}{suffix}", large, FPS)
-        write_contact_sheet(options.out / f"{name}.png", large)
-        done.append({**row, "files": f"{options.out / name}.mp4, .gif, .png"})
-    if options.clip is not None:
-        done.append(_reconstruct(pipe, options.clip, options.out, device))
-    console.say({"device": str(device), "runs": done}, _table(done, device))
+        video, row = _timed(prompt, device, made)
+        _write(options.out / name, _enlarged(video.cpu()), prompt)
+        done.append({**row, "files": [str(options.out / f"{name}{suffix}") for suffix in KINDS]})
+    if clip is not None:
+        row = _reconstruct(pipe, clip, options.clip.name, beside, device)
+        done.append({**row, "files": [str(beside)]})
+    console.say({"device": str(device), "runs": done}, _text(done, device, options))
 
 
-def _reconstruct(pipe: CogVideoX, path: Path, out: Path, device: torch.device) -> dict[str, Any]:
-    """A real clip through the VAE and back, side by side with itself."""
-    config = pipe.transformer.config
-    side = pipe.vae.config.sample_height
-    clip = open_video(
-        path, frames=config.sample_frames, height=side, width=side, vae=pipe.vae.config
-    )
+def _write(path: Path, video: Tensor, prompt: str) -> None:
+    """The files of a sentence, all or none of them."""
+    with ExitStack() as stack:
+        mp4, gif, png = (stack.enter_context(atomic_path(f"{path}{suffix}")) for suffix in KINDS)
+        write_video(mp4, video, FPS)
+        write_video(gif, video, FPS)
+        write_contact_sheet(png, video, caption=prompt)
+
+
+def _reconstruct(
+    pipe: CogVideoX, clip: Clip, name: str, path: Path, device: torch.device
+) -> dict[str, Any]:
+    """A real clip through the VAE and back, written side by side with itself."""
     video = clip.read()
     weight = next(pipe.vae.parameters())
 
     def again() -> Tensor:
         return pipe.vae.decode(pipe.vae.encode(video.to(weight)).mode())
 
-    made, row = _measured(f"{path.name}, reconstructed", device, again)
+    made, row = _timed(f"{name}, through the VAE and back", device, again)
     made, measure = made.float().cpu(), PSNR()
     measure.add(video, made)
-    write_video(out / "reconstruction.mp4", _large(torch.cat([video, made], 4)), clip.fps)
-    files = f"{out / 'reconstruction'}.mp4"
-    return {**row, "psnr_db": round(measure.decibels, 2), "files": files}
+    write_video(path, _enlarged(torch.cat([video, made], 4)), clip.fps)
+    return {**row, "psnr_db": round(measure.decibels, 2)}
 
 
-def _measured(what: str, device: torch.device, work: Callable[[], T]) -> tuple[T, dict[str, Any]]:
-    """What it makes; how long it took, and how many bytes were alive at most."""
-    live, on_gpu = LiveBytes(), device.type == "cuda"
+def _timed(what: str, device: torch.device, work: Callable[[], T]) -> tuple[T, dict[str, Any]]:
+    """The result, and how long it took; on a GPU also its peak memory, which costs no time."""
+    on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    with live:
-        made = work()
+    made = work()
     if on_gpu:
         torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated(device) if on_gpu else live.peak
-    return made, {"what": what, "seconds": round(seconds, 2), "peak_bytes": peak}
+    row: dict[str, Any] = {"what": what, "seconds": round(time.perf_counter() - start, 2)}
+    if on_gpu:
+        row["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    return made, row
 
 
-def _large(video: Tensor) -> Tensor:
-    """Each pixel as a square of `SCALE`."""
-    return video.repeat_interleave(SCALE, 3).repeat_interleave(SCALE, 4)
+def _enlarged(video: Tensor) -> Tensor:
+    """A clip in `SCALE` times as many pixels across and down, smooth between them."""
+    frames = F.interpolate(video[0].float(), scale_factor=SCALE, mode="bicubic")
+    return frames.clamp(-1, 1)[None]
 
 
-def _table(rows: list[dict[str, Any]], device: torch.device) -> str:
+def _name(text: str) -> str:
+    """A file's name of a sentence."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:LONGEST].strip("-") or "clip"
+
+
+def _text(rows: list[dict[str, Any]], device: torch.device, options: argparse.Namespace) -> str:
+    """How long each took, and which files there are."""
     width = max(len(row["what"]) for row in rows)
-    lines = [f"{'on ' + str(device):{width}}  seconds  peak MiB"]
+    lines = [f"{'on ' + str(device):{width}}  seconds"]
     for row in rows:
+        peak = f"  {row['peak_bytes'] / 2**20:.1f} MiB at most" if "peak_bytes" in row else ""
         psnr = f"  {row['psnr_db']} dB" if "psnr_db" in row else ""
-        numbers = f"{row['seconds']:7.2f}  {row['peak_bytes'] / 2**20:8.1f}"
-        lines.append(f"{row['what']:{width}}  {numbers}  {row['files']}{psnr}")
-    return "\n".join(lines)
+        lines.append(f"{row['what']:{width}}  {row['seconds']:7.2f}{peak}{psnr}")
+    lines += ["", f"made in {options.out}, of each sentence:"]
+    lines += [f"  {suffix}  {what}" for suffix, what in KINDS.items()]
+    if options.clip is not None:
+        lines.append(f"and {rows[-1]['files'][0]}: the clip beside what came back of it")
+        if options.model in SHIPPED:
+            lines.append(
+                "  (the VAE of this model was trained on slow shapes of plain colours: those come\n"
+                "  back as they were; a real clip comes back blurred, and what is fast smears)"
+            )
+    return "\n".join([*lines, f"look at {rows[0]['files'][-1]} first"])

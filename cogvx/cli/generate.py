@@ -14,7 +14,7 @@ from ..checkpoint.lora import read_lora
 from ..config import TransformerConfig, VAEConfig
 from ..pipeline import CogVideoX, default_size, saved
 from ..pipeline.request import Inputs, Request, resolve
-from ..plan import forecast
+from ..plan import denoise_flops, forecast, vae_flops
 from ..schedulers import SOLVERS
 from ..transformer import ExpertTransformer
 from ..video import check_video_output, open_video, read_image
@@ -28,14 +28,15 @@ class Job:
     """A generation, checked as far as can be without weights.
 
     given   arguments of `CogVideoX.generate` that decide the video
+    flops   floating-point operations to denoise and decode it
     """
 
     folder: Path
     dtype: torch.dtype
     device: torch.device
     given: dict[str, Any]
-    request: Request
     fps: float
+    flops: float
 
 
 @torch.no_grad()
@@ -52,6 +53,7 @@ def generate(options: argparse.Namespace, console: Console) -> None:
     elif seed is None:
         seed = int(torch.randint(1 << 31, ()))
     job = _checked(options)
+    loading.warn_if_long(console, job.flops, job.device, job.dtype)
     console.progress("load weights")
     pipe = CogVideoX.from_pretrained(job.folder, job.dtype, job.device, options.backend)
     for path, scale in _adapters(options):
@@ -106,7 +108,7 @@ def _checked(options: argparse.Namespace) -> Job:
         "image_latent_scale": options.image_latent_scale,
     }
     request = _request(transformer, vae, given)
-    SOLVERS[request.scheduler](noise).trajectory(request.steps, request.strength)
+    steps = SOLVERS[request.scheduler](noise).trajectory(request.steps, request.strength)
     usual_fps = 8.0 if transformer.patch_size_t is None else 16.0
     fps = usual_fps if options.fps is None else options.fps
     check_video_output(options.out, fps, request.height, request.width)
@@ -116,7 +118,10 @@ def _checked(options: argparse.Namespace) -> Job:
             empty = ExpertTransformer(transformer)
         for path, _ in adapters:
             read_lora(path, empty)
-    return Job(folder, dtype, device, given, request, fps)
+    _, frames, _, height, width = request.shape
+    flops = vae_flops(vae, frames, height, width, decode=True)
+    flops += len(steps) * (1 + request.guided) * denoise_flops(transformer, frames, height, width)
+    return Job(folder, dtype, device, given, fps, flops)
 
 
 def _request(transformer: TransformerConfig, vae: VAEConfig, given: dict[str, Any]) -> Request:

@@ -1,6 +1,7 @@
 """What options stand for: a device, a dtype, a model's folder, configs, a VAE."""
 
 import argparse
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,15 @@ from ..config import PRESETS, Config, TransformerConfig, VAEConfig
 from ..factorized import build_vae
 from ..files import CONFIG_BYTES, read_json
 from ..pipeline import default_dtype
+from ..plan import vae_flops
 from ..vae import CausalVAE, Tiling
 from .arguments import DTYPES
 from .console import Console
 
 C = TypeVar("C", bound=Config)
+LONG = 600.0  # seconds that are worth a warning
+SLOWEST = 1e9  # operations a second, of any device
+SIDE = 512  # of the matrices whose product is timed
 
 
 def device_of(options: argparse.Namespace) -> torch.device:
@@ -103,10 +108,21 @@ class VAESource:
         check_tiling(options, source.config)
         return source
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return dtype_of(self.options, self.transformer)
+
+    def warn_if_long(
+        self, console: Console, frames: int, height: int, width: int, *kinds: str
+    ) -> None:
+        """Says if it takes long to "encode" to latents of this size, to "decode" them, or both."""
+        flops = [vae_flops(self.config, frames, height, width, decode=k == "decode") for k in kinds]
+        warn_if_long(console, sum(flops), device_of(self.options), self.dtype)
+
     def load(self, console: Console) -> CausalVAE:
         """The VAE on its device."""
         options = self.options
-        device, dtype = device_of(options), dtype_of(options, self.transformer)
+        device, dtype = device_of(options), self.dtype
         if self.folder is not None:
             console.progress("load weights")
             return load_vae(self.folder, dtype, device, options.backend, variant=options.variant)
@@ -126,6 +142,37 @@ def check_tiling(options: argparse.Namespace, vae: VAEConfig) -> None:
     tiling = tiling_of(options) if "tiling" in options else None
     if tiling is not None:
         tiling.check("cogvx", vae.spatial_compression_ratio)
+
+
+def warn_if_long(console: Console, flops: float, device: torch.device, dtype: torch.dtype) -> None:
+    """Says about how long so many floating-point operations will take, if it is long."""
+    if flops < LONG * SLOWEST:
+        return
+    rate = matmul_rate(device, dtype)
+    seconds = flops / rate
+    if seconds >= LONG:
+        name = str(dtype).removeprefix("torch.")
+        console.note(
+            f"this will take about {duration(seconds)} on {device} in {name} (estimated from "
+            f"{flops:.1e} operations and the {rate:.1e} a second of a matrix product here)"
+        )
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.1) -> float:
+    """Floating-point operations a second of a matrix product, measured for so many seconds."""
+    x, count = torch.ones(SIDE, SIDE, device=device, dtype=dtype), 0
+    float((x @ x)[0, 0])  # what the first call prepares
+    start = now = time.perf_counter()
+    while now < start + seconds:
+        float((x @ x)[0, 0])  # waits for the device
+        count, now = count + 1, time.perf_counter()
+    return 2 * SIDE**3 * count / (now - start)
+
+
+def duration(seconds: float) -> str:
+    """25 min, or 3 h 20 min."""
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 def text_encoder_bytes(folder: Path) -> int:

@@ -85,8 +85,10 @@ def _demo(commands: Any) -> None:
                         help="a sentence; may be repeated; by default three sentences")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR",
                         help="folder of the files; default %(default)s")  # fmt: skip
+    parser.add_argument("--force", action="store_true", help="replace files that exist")
     parser.add_argument("--clip", type=Path, metavar="FILE",
-                        help="also a video of yours, through the VAE and back")  # fmt: skip
+                        help="also a video of yours, through the VAE and back; the VAE of tiny "
+                        "knows slow shapes of plain colours, and blurs all else")  # fmt: skip
     arguments.add_sampling(parser)
     arguments.add_machine(parser, tiles=False)
     arguments.add_hub(parser)

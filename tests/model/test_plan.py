@@ -6,14 +6,29 @@ import time
 
 import pytest
 import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from cogvx import frames as frame_rule
+from cogvx.checkpoint.folder import transformer_values, vae_values
 from cogvx.config import PRESETS, TransformerConfig, VAEConfig
 from cogvx.memory import LiveBytes, module_bytes
-from cogvx.plan import GIB, MIB, Plan, PlanError, Stage, forecast, size
+from cogvx.plan import (
+    GIB,
+    MIB,
+    Plan,
+    PlanError,
+    Stage,
+    denoise_flops,
+    forecast,
+    size,
+    vae_flops,
+)
 from cogvx.transformer import ExpertTransformer
 from cogvx.vae import CausalVAE, DecodeState, Tiling
+
+from . import tiny_pipeline
 
 SMALL = {"block_out_channels": (16, 32, 32, 64), "norm_num_groups": 8, "layers_per_block": 1}
 VAES = {
@@ -281,3 +296,33 @@ def test_it_can_be_read_by_people_and_programs():
     values = json.loads(json.dumps(plan.to_dict()))
     assert values["total"] == 3 * GIB + MIB and values["stages"][0]["chunks"] == [3, 2, 2]
     assert size(3 * GIB // 2) == "1.50 GiB" and size(MIB) == "1 MiB"
+
+
+def test_operations_are_those_of_diffusers():
+    """Convolutions, products of matrices and attention, counted by torch as diffusers runs them."""
+    vae = VAEConfig(
+        latent_channels=2, block_out_channels=(16, 32, 32, 64), layers_per_block=2,
+        norm_num_groups=4, sample_height=32, sample_width=32,
+    )  # fmt: skip
+    config = tiny_pipeline.transformer_config("5b", num_attention_heads=4, sample_width=16)
+    with torch.no_grad(), torch.device("meta"):
+        autoencoder = AutoencoderKLCogVideoX.from_config(vae_values(vae))
+        transformer = CogVideoXTransformer3DModel.from_config(transformer_values(config))
+        counted = []
+        for run in (
+            lambda: autoencoder.decode(torch.empty(1, 2, 5, 4, 6)),
+            lambda: autoencoder.encode(torch.empty(1, 3, 17, 32, 48)),
+            lambda: transformer(
+                torch.empty(1, 3, 4, 4, 16), torch.empty(1, 6, 16), torch.empty(1),
+                image_rotary_emb=(torch.empty(48, 16), torch.empty(48, 16)),
+            ),
+        ):  # fmt: skip
+            with FlopCounterMode(display=False) as counter:
+                run()
+            counted.append(counter.get_total_flops())
+    made = [
+        vae_flops(vae, 5, 4, 6, decode=True),
+        vae_flops(vae, 5, 4, 6, decode=False),
+        denoise_flops(config, 3, 4, 16),
+    ]
+    assert made == pytest.approx(counted, rel=0.05)
