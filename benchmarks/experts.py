@@ -38,7 +38,7 @@ KINDS = {
     "routed": {"num_text_experts": 1, "num_video_experts": 4},
 }
 NUMBERS = ("loss", "held_out", *NAMES)
-HELD_OUT_CLIPS, AT_ONCE = 400, 20
+AT_ONCE = 20  # held-out clips
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clips", type=int, help="by default the recipe's, and the run's latents")
     parser.add_argument("--precision", choices=PRECISIONS, help="by default the recipe's")
     parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--held-out", type=int, default=400, help="clips; default 400")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("out"))
     options = parser.parse_args(arguments)
@@ -102,23 +103,23 @@ def one(options: argparse.Namespace, kind: str, seed: int) -> dict[str, Any]:
         "precision": training.precision,
         "parameters": sum(p.numel() for p in pipe.transformer.parameters()),
         "loss": statistics.mean(point.get("velocity", point["loss"]) for point in tail),
-        "held_out": held_out(pipe, recipe),
+        "held_out": held_out(pipe, recipe, options.held_out),
         **scores.to_dict(),
     }
 
 
 @torch.no_grad()
-def held_out(pipe: CogVideoX, recipe: Recipe) -> float:
-    """The squared error of v over clips of the test split."""
+def held_out(pipe: CogVideoX, recipe: Recipe, count: int) -> float:
+    """The squared error of v over `count` clips of the test split."""
     data, words, weight = recipe.data, pipe.text_encoder, next(pipe.vae.parameters())
     assert words is not None  # of procedural clips
     text_len = pipe.transformer.config.max_text_seq_length
-    clips = ProceduralClips("test", HELD_OUT_CLIPS, data.frames, data.height, data.width)
+    clips = ProceduralClips("test", count, data.frames, data.height, data.width)
     loss = VelocityLoss(pipe.transformer, NoiseSchedule(pipe.scheduler), TransformerTraining())
     torch.manual_seed(0)
     errors = []
-    for first in range(0, HELD_OUT_CLIPS, AT_ONCE):
-        batch = [clips[index] for index in range(first, first + AT_ONCE)]
+    for first in range(0, count, AT_ONCE):
+        batch = [clips[index] for index in range(first, min(first + AT_ONCE, count))]
         video = torch.stack([clip.video for clip in batch]).to(weight)
         latents = pipe.vae.encode(video).mode() * pipe.vae.config.scaling_factor
         text = words.encode([clip.caption for clip in batch], text_len).to(latents)

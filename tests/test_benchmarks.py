@@ -406,7 +406,7 @@ def test_experts_are_trained_side_by_side(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     words = ("--run", str(tmp_path / "run"), "--steps", "4", "--seeds", "2", "--prompts", "2")
     words = (*words, "--kinds", "shared", "routed", "--device", "cpu", "--clips", "8")
-    words = (*words, "--precision", "float32", "--out", str(tmp_path))
+    words = (*words, "--precision", "float32", "--held-out", "20", "--out", str(tmp_path))
     for _ in range(2):
         done = run("-m", "benchmarks.experts", *words)
         assert done.returncode == 0, done.stdout + done.stderr
