@@ -61,8 +61,9 @@ def download(
     download ends early, and are not downloaded again. Without a connection the cache is enough.
     """
     hub = extra("huggingface_hub", name, "huggingface_hub")
+    constants = extra("huggingface_hub.constants", name, "huggingface_hub")
     errors = extra("huggingface_hub.errors", name, "huggingface_hub")
-    cache = Path(cache_dir or hub.constants.HF_HUB_CACHE).expanduser()
+    cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
     chosen = {"repo_id": name, "revision": revision, "cache_dir": cache}
     failure: Exception | None = None
     if not local_files_only:
@@ -89,14 +90,14 @@ def download(
             except Exception as error:
                 if not (_of_network(error) or isinstance(error, RuntimeError)):
                     raise
-                raise _in_words(name, error, hub, errors, cache, missing) from error
+                raise _in_words(name, error, constants.ENDPOINT, errors, cache, missing) from error
             return Path(folder)
     try:
         # the index alone is asked for: the loaders name whatever else is missing
         folder = hub.snapshot_download(**chosen, local_files_only=True, allow_patterns=[INDEX])
     except OSError as error:
         if failure is not None and not isinstance(failure, errors.OfflineModeIsEnabled):
-            raise _in_words(name, failure, hub, errors, cache, {}) from failure
+            raise _in_words(name, failure, constants.ENDPOINT, errors, cache, {}) from failure
         why = "local_files_only=True" if local_files_only else "HF_HUB_OFFLINE is set"
         raise FileNotFoundError(
             f"{name}: must be a folder, or in the cache {cache} because {why}; it is neither. "
@@ -189,10 +190,10 @@ def _of_network(error: Exception) -> bool:
 
 
 def _in_words(
-    name: str, error: Exception, hub: Any, errors: Any, cache: Path, missing: dict[str, int]
+    name: str, error: Exception, endpoint: str, errors: Any, cache: Path, missing: dict[str, int]
 ) -> OSError:
     """What went wrong with a download, and what to do."""
-    page = f"{hub.constants.ENDPOINT}/{name}"
+    page = f"{endpoint}/{name}"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):
         return PermissionError(
@@ -206,15 +207,15 @@ def _in_words(
             f"{name}: is no folder here, and no model at {page}. Check the spelling; a private one "
             "needs `hf auth login`, or token="
         )
+    said = (str(error).splitlines() or [""])[0][:200]
     if status in (401, 403):
         return PermissionError(
-            f"{name}: the hub refuses the token (HTTP {status}): run `hf auth login` for a new "
-            "one, or pass token="
+            f"{name}: the hub refuses access (HTTP {status}): the token is wrong, or its account "
+            f"may not see {page}. Run `hf auth login`, or pass token="
         )
     if status is not None:
         return ConnectionError(
-            f"{name}: the hub answers with an error (HTTP {status}): {str(error)[:200]}. Try again "
-            "later"
+            f"{name}: the hub answers with an error (HTTP {status}): {said}. Try again later"
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return OSError(
@@ -226,8 +227,8 @@ def _in_words(
         return OSError(f"{name}: {cache} cannot be written: {error.strerror}. Pass cache_dir")
     done = f"; {len(missing)} files were missing" if missing else ""
     return ConnectionError(
-        f"{name}: is no folder here, and {hub.constants.ENDPOINT} cannot be reached or broke off "
-        f"({type(error).__name__}: {str(error)[:200]}){done}. Files that are whole are kept: run "
+        f"{name}: is no folder here, and {endpoint} cannot be reached or broke off "
+        f"({type(error).__name__}: {said}){done}. Files that are whole are kept: run "
         f"the same again, or download it elsewhere with `hf download {name} --local-dir FOLDER` "
         "and pass the folder"
     )

@@ -17,7 +17,15 @@ from .checkpoint import save_scheduler
 from .checkpoint.folder import SHARD_BYTES, empty, transformer_values, vae_values
 from .checkpoint.weights import save
 from .config import PRESETS, Config, Preset, TransformerConfig, VAEConfig
-from .files import CONFIG_BYTES, CheckpointError, listed, member, open_regular, shown
+from .files import (
+    CONFIG_BYTES,
+    CheckpointError,
+    listed,
+    member,
+    open_regular,
+    recognized,
+    shown,
+)
 from .transformer import ExpertTransformer
 from .vae import CausalVAE
 
@@ -326,7 +334,11 @@ def _states(path: Path) -> Path:
 
 
 def _load(path: Path) -> dict[Any, Any]:
-    open_regular(path).close()
+    with open_regular(path) as file:
+        start = file.read(512)
+    came = "" if start.startswith((b"PK", b"\x80")) else recognized(start)
+    if came:
+        raise CheckpointError(f"{path}: must be a checkpoint, as torch.save writes it; got {came}")
     try:
         value = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a hostile or broken file can raise anything

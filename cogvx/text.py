@@ -11,9 +11,24 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .extras import extra
+from .assets import located
+from .checkpoint.weights import Weights
+from .extras import extra, quiet_imports
+from .files import (
+    CONFIG_BYTES,
+    CheckpointError,
+    listed,
+    member,
+    open_regular,
+    read_json,
+    recognized,
+    shown,
+    unfinished,
+)
+from .hub import PARTS
 
 PathLike = str | os.PathLike[str]
+TOKENIZER_FILES = PARTS["tokenizer"][0]
 
 
 class TextEncoder(Protocol):
@@ -43,6 +58,7 @@ class T5TextEncoder:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.dim: int = model.config.d_model
+        self._cut: set[tuple[str, int]] = set()  # prompts whose cut has been warned of
 
     @classmethod
     def from_pretrained(
@@ -50,32 +66,34 @@ class T5TextEncoder:
         folder: PathLike,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        *,
+        variant: str | None = None,
+        **hub: Any,
     ) -> "T5TextEncoder":
         """The encoder in `folder/text_encoder` with the tokenizer in `folder/tokenizer`.
 
-        Reads local files only, weights from safetensors only; nothing is downloaded and no code of
-        the folder is run. dtype None keeps that of the files.
+        folder   or a model of the Hugging Face hub, such as "THUDM/CogVideoX-5b", of which only
+                 these two are downloaded; a folder that exists never touches the network
+        dtype    of the weights; None for that of most of them in the files
+        variant  reads `model.{variant}.safetensors`, or its shards, instead
+        hub      revision, token, cache_dir, local_files_only: see `cogvx.assets.located`
 
-        Raises ModuleNotFoundError if transformers is not installed, and FileNotFoundError if a
-        folder is missing.
+        Weights are read from safetensors only, and no code of the folder is run.
+
+        Raises ModuleNotFoundError, with what to install, for a package that the files need,
+        FileNotFoundError if a folder is missing, and CheckpointError for files that are not as they
+        should be.
         """
-        transformers = extra("transformers", "T5TextEncoder", "cogvx[text]")
-        folders = [Path(folder) / name for name in ("text_encoder", "tokenizer")]
-        for path in folders:
+        folder = located(folder, parts=["text_encoder", "tokenizer"], variant=variant, **hub)
+        check_packages(folder)
+        for path in (folder / "text_encoder", folder / "tokenizer"):
             if not path.is_dir():
                 raise FileNotFoundError(
                     f"T5TextEncoder.from_pretrained: folder must hold text_encoder/ and "
-                    f"tokenizer/; got {folder}, where {path.name}/ is missing"
+                    f"tokenizer/; got {folder}, where {path.name}/ is missing{unfinished(folder)}"
                 )
-        with _bars_on_a_terminal_only(transformers):
-            model = transformers.T5EncoderModel.from_pretrained(
-                folders[0],
-                dtype="auto" if dtype is None else dtype,
-                local_files_only=True,
-                use_safetensors=True,
-            )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folders[1], local_files_only=True)
-        return cls(model.to(device), tokenizer)
+        tokenizer = _read_tokenizer(folder / "tokenizer")
+        return cls(_read_model(folder / "text_encoder", dtype, variant).to(device), tokenizer)
 
     def save_pretrained(self, folder: PathLike) -> None:
         """Writes `folder/text_encoder` and `folder/tokenizer`, which `from_pretrained` reads."""
@@ -104,14 +122,80 @@ class T5TextEncoder:
         return states
 
     def _warn_of_cuts(self, prompts: list[str], max_length: int) -> None:
-        for index, whole in enumerate(self.tokenizer(prompts, add_special_tokens=True).input_ids):
-            if len(whole) > max_length:
+        """Warn of every prompt that is cut, once for each text and length."""
+        tokens = self.tokenizer(prompts, add_special_tokens=True).input_ids
+        for prompt, whole in zip(prompts, tokens, strict=True):
+            if len(whole) > max_length and (prompt, max_length) not in self._cut:
+                self._cut.add((prompt, max_length))
                 left_out = self.tokenizer.decode(whole[max_length - 1 : -1])
                 warnings.warn(
-                    f"prompt {index} has {len(whole)} tokens, of which the model sees "
-                    f"{max_length}; left out: {left_out!r}",
+                    f"the prompt {shown(prompt, 40)} has {len(whole)} tokens, of which the model "
+                    f"sees {max_length}; left out: {left_out!r}",
                     stacklevel=4,
                 )
+
+
+def check_packages(folder: Path) -> None:
+    """Raise ModuleNotFoundError, with what to install, if the T5 in a folder needs what is missing.
+
+    Without this check transformers answers a missing protobuf with a request for tiktoken.
+    """
+    extra("transformers", "T5TextEncoder", "cogvx[text]")
+    if not (folder / "tokenizer" / "tokenizer.json").is_file():  # as released
+        extra("sentencepiece", "T5TextEncoder", "cogvx[text]")
+        extra("google.protobuf", "T5TextEncoder", "cogvx[text]")
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    """The T5 tokenizer in a folder: of tokenizer.json, or of spiece.model, which the hub has."""
+    for name in sorted(TOKENIZER_FILES):
+        if not os.path.lexists(folder / name):
+            continue
+        path = member(folder, name)
+        with open_regular(path) as file:
+            came = recognized(file.read(512))
+        if came and not (path.suffix == ".json" and came.startswith("text")):
+            raise CheckpointError(f"{path}: must be a file of a T5 tokenizer; got {came}")
+    if not any((folder / name).is_file() for name in ("spiece.model", "tokenizer.json")):
+        raise CheckpointError(
+            f"{folder}: must hold spiece.model or tokenizer.json{unfinished(folder)}"
+        )
+    transformers = extra("transformers", "T5TextEncoder", "cogvx[text]")
+    try:
+        with quiet_imports():
+            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a damaged file can raise anything
+        raise CheckpointError(
+            f"{folder}: must hold a T5 tokenizer; transformers says: {str(error)[:300]}"
+        ) from error
+
+
+def _read_model(folder: Path, dtype: torch.dtype | None, variant: str | None) -> Any:
+    """The T5EncoderModel in a folder, whose files are checked before transformers reads them."""
+    values = read_json(member(folder, "config.json"), CONFIG_BYTES)
+    if values.get("model_type", "t5") != "t5":
+        raise CheckpointError(
+            f"{folder / 'config.json'}: model_type must be t5; got {shown(values['model_type'])}"
+        )
+    with Weights(folder, variant, "model") as weights:
+        dtype = dtype or weights.dtype()
+    transformers = extra("transformers", "T5TextEncoder", "cogvx[text]")
+    with quiet_imports(), _bars_on_a_terminal_only(transformers):
+        model, found = transformers.T5EncoderModel.from_pretrained(
+            folder,
+            dtype=dtype,
+            variant=variant,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    if found["missing_keys"]:
+        names = sorted(found["missing_keys"])
+        raise CheckpointError(
+            f"{folder}: must hold all weights of a T5 encoder; {len(names)} are missing:"
+            f"{listed(names)}"
+        )
+    return model
 
 
 @contextmanager

@@ -17,6 +17,7 @@ MODEL_FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "cogv
 
 # Floor 1 in order: each may import those before it.
 FOUNDATIONS = (
+    "_autocast",
     "_checks",
     "_launch",
     "_opinfo",
@@ -59,8 +60,9 @@ MODEL_FLOORS = (
     {"autocast", "config", "extras", "files", "memory", "threads"},
     {"frames", "hub"},
     {"assets"},
-    {"vae", "transformer", "schedulers", "text", "video", "words"},
+    {"vae", "transformer", "schedulers", "video", "words"},
     {"checkpoint", "plan"},
+    {"text"},
     {"sat", "pipeline"},
     {"data", "factorized"},
     {"training"},
@@ -75,8 +77,12 @@ MODEL_OPTIONAL = {
 }
 # Likewise, by `cogvx.extras.extra`.
 MODEL_EXTRAS = {
-    "cogvx/hub.py": {"huggingface_hub", "huggingface_hub.errors"},
-    "cogvx/text.py": {"transformers"},
+    "cogvx/hub.py": {
+        "huggingface_hub",
+        "huggingface_hub.constants",
+        "huggingface_hub.errors",
+    },
+    "cogvx/text.py": {"google.protobuf", "sentencepiece", "transformers"},
     "cogvx/training/curves.py": {"matplotlib", "matplotlib.pyplot", "torch.utils.tensorboard"},
     "cogvx/training/lora.py": {"peft"},
     "cogvx/training/loop.py": {"accelerate"},

@@ -12,7 +12,15 @@ from torch import nn
 
 from ..assets import located
 from ..config import Config, SchedulerConfig, TransformerConfig, VAEConfig
-from ..files import CONFIG_BYTES, CheckpointError, atomic_path, member, read_json, shown
+from ..files import (
+    CONFIG_BYTES,
+    CheckpointError,
+    atomic_path,
+    member,
+    read_json,
+    shown,
+    unfinished,
+)
 from ..transformer import ExpertTransformer
 from ..vae import CausalVAE
 from .weights import Weights, save
@@ -50,20 +58,25 @@ def load_transformer(
     *,
     variant: str | None = None,
     check_finite: bool = False,
+    **hub: Any,
 ) -> ExpertTransformer:
     """The transformer in a folder with `config.json` and safetensors, or in its `transformer/`.
 
-    dtype: what the weights are converted to; by default they stay what they are in the file.
+    path: the folder; or a model of the Hugging Face hub, such as "THUDM/CogVideoX-5b", of which
+        the transformer alone is downloaded.
+    dtype: what the weights are converted to; by default that of most of them in the files.
     variant: reads `diffusion_pytorch_model.{variant}.safetensors` instead.
     check_finite: also refuse weights with NaN or infinity, naming them.
+    hub: revision, token, cache_dir, local_files_only: see `cogvx.assets.located`.
 
     Before a byte of the weights is read, their names, shapes and dtypes are compared with the model
     that the config describes. At most the model and one more tensor are in memory. Nothing is
     mapped: the files may be replaced, or saved over, while the model lives.
 
-    Raises CheckpointError for anything in the folder that is not as it should be.
+    Raises CheckpointError for anything in the folder that is not as it should be, and the errors of
+    `located` for a name of the hub.
     """
-    folder = _component(path, "transformer", "config.json")
+    folder = _component(path, "transformer", "config.json", variant=variant, **hub)
     config = _config(folder, "config.json", TransformerConfig, TRANSFORMER_CLASSES)
     place = _where(dtype, device)
     with Weights(folder, variant) as weights:
@@ -85,12 +98,13 @@ def load_vae(
     *,
     variant: str | None = None,
     check_finite: bool = False,
+    **hub: Any,
 ) -> CausalVAE:
     """The VAE in a folder with `config.json` and safetensors, or in its `vae/`.
 
-    Arguments, promises and errors are those of `load_transformer`.
+    Arguments and errors are those of `load_transformer`.
     """
-    folder = _component(path, "vae", "config.json")
+    folder = _component(path, "vae", "config.json", variant=variant, **hub)
     config = _config(folder, "config.json", VAEConfig, VAE_CLASSES)
     place = _where(dtype, device)
     with Weights(folder, variant) as weights:
@@ -105,12 +119,13 @@ def load_vae(
     return model.eval()
 
 
-def load_scheduler(path: PathLike) -> tuple[str, SchedulerConfig]:
+def load_scheduler(path: PathLike, **hub: Any) -> tuple[str, SchedulerConfig]:
     """(solver, config) of a folder with `scheduler_config.json`, or of its `scheduler/`.
 
-    The solver is "ddim" or "dpm", after the class that the file names.
+    The solver is "ddim" or "dpm", after the class that the file names. path and hub are those of
+    `load_transformer`.
     """
-    folder = _component(path, "scheduler", "scheduler_config.json")
+    folder = _component(path, "scheduler", "scheduler_config.json", **hub)
     values = read_json(member(folder, "scheduler_config.json"), CONFIG_BYTES)
     solvers = {name: solver for solver, name in SOLVERS.items()}
     name = values.get("_class_name")
@@ -187,9 +202,9 @@ def _default(config: Config, name: str) -> Any:
     return next(field.default for field in dataclasses.fields(config) if field.name == name)
 
 
-def _component(path: PathLike, name: str, config: str) -> Path:
+def _component(path: PathLike, name: str, config: str, **hub: Any) -> Path:
     """The component's folder: `path`, or the folder in it that has the component's name."""
-    folder = located(path)
+    folder = located(path, parts=[name], **hub)
     try:
         inner = folder / name
         if inner.is_dir():
@@ -197,12 +212,18 @@ def _component(path: PathLike, name: str, config: str) -> Path:
         if folder.is_dir():
             if (folder / config).is_file():
                 return folder
-            raise CheckpointError(f"{folder}: must hold {config}, or a folder {name}/ that does")
+            raise CheckpointError(
+                f"{folder}: must hold {config}, or a folder {name}/ that does{unfinished(folder)}"
+            )
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{shown(str(path))}: cannot be looked into: {error}") from error
-    raise CheckpointError(f"{folder}: must be a folder, with {config} or {name}/ in it; it is not")
+    kind = "a file" if os.path.exists(folder) else "not there"
+    raise CheckpointError(
+        f"{folder}: must be a folder, with {config} or {name}/ in it, or a model's name on the "
+        f"Hugging Face hub, such as THUDM/CogVideoX-5b; it is {kind}"
+    )
 
 
 def _config(folder: Path, name: str, kind: type[C], classes: tuple[str, ...]) -> C:

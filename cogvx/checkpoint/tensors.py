@@ -15,7 +15,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import MIB, CheckpointError, atomic_path, open_regular, shown
+from ..files import (
+    MIB,
+    UNFINISHED,
+    CheckpointError,
+    atomic_path,
+    open_regular,
+    recognized,
+    shown,
+)
 
 HEADER_BYTES = 8 * MIB
 
@@ -39,22 +47,27 @@ class TensorFile:
         self.path = Path(path)
         with open_regular(self.path) as file:
             size = os.fstat(file.fileno()).st_size
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
+            start = file.read(512)
+            if start[8:9] != b"{" and (came := recognized(start)):
+                raise CheckpointError(
+                    f"{self.path}: must be a safetensors file; got {came} ({size:,} bytes)"
+                    + _next(came)
+                )
+            length = int.from_bytes(start[:8], "little")
             if length > min(size - 8, HEADER_BYTES):
-                pickle = start[:2] == b"PK" or start[:1] == b"\x80"
                 raise CheckpointError(
                     f"{self.path}: must begin with the length of its header, at most "
                     f"{min(max(size - 8, 0), HEADER_BYTES):,} in a file of {size:,} bytes; got "
-                    f"{length:,}" + (". It looks like a pickle, not safetensors" if pickle else "")
+                    f"{length:,}" + _ends(self.path)
                 )
             try:
                 self._file = safe_open(self.path, framework="pt", backend="pread")
                 self.entries = {name: self._entry(name) for name in self._file.offset_keys()}
             except SafetensorError as error:
+                file.seek(8)
                 raise CheckpointError(
                     f"{self.path}: must be {_said(file.read(length))}; got {size:,} bytes and "
-                    f"{shown(str(error), 200)}"
+                    f"{shown(str(error), 200)}{_ends(self.path)}"
                 ) from error
         self.metadata: dict[str, str] = self._file.metadata() or {}
 
@@ -79,6 +92,19 @@ class TensorFile:
 
     def __exit__(self, *error: object) -> None:
         self._file.__exit__(*error)
+
+
+def _next(came: str) -> str:
+    """What to do with a file that is something else."""
+    if came.endswith("video"):
+        return "; `cogvx encode` makes a file of latents from a video"
+    if "pickle" in came:
+        return "; it is not opened, because a pickle can run any code"
+    return ""
+
+
+def _ends(path: Path) -> str:
+    return "; by its name, a download that is not finished" if path.suffix in UNFINISHED else ""
 
 
 def _said(header: bytes) -> str:

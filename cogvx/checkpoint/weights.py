@@ -24,38 +24,46 @@ from ..files import (
     remove_abandoned,
     shown,
     sync,
+    unfinished,
 )
+from ..hub import PARTS
 from .tensors import TensorFile, fill, write_tensors
 
 STEM = "diffusion_pytorch_model"
 SHARD_LIMIT = 512  # all are open at once
-FLOATING = ("F64", "F32", "F16", "BF16")
+FLOATING = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 class Weights:
     """The weights of a folder, open: which tensor is in which file, known from the headers alone.
 
+    stem: how their files' names begin; "model" in the folders of transformers.
+
     Raises CheckpointError for names that lead out of the folder, for files that are damaged, for an
     index that does not agree with its files, and for a folder that has only pickles.
     """
 
-    def __init__(self, folder: Path, variant: str | None = None) -> None:
+    def __init__(self, folder: Path, variant: str | None = None, stem: str = STEM) -> None:
         if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", variant):
             raise ValueError(f"variant must be a short word, as in fp16; got {shown(variant)}")
         self.folder = folder
         self.files: list[TensorFile] = []
         self.place: dict[str, TensorFile] = {}
         self._stack = ExitStack()
-        dot = f".{variant}" if variant else ""
-        index, weights = f"{STEM}.safetensors.index{dot}.json", f"{STEM}{dot}.safetensors"
+        index, weights = _names(stem, variant)
         with self._stack:
             if _is_there(folder / index):
                 self._open_shards(index)
             elif _is_there(folder / weights):
                 self._open([weights])
             else:
-                raise CheckpointError(_no_weights(folder, weights))
+                raise CheckpointError(_no_weights(folder, weights, stem))
             self._stack = self._stack.pop_all()
 
     def _open(self, names: list[str]) -> None:
@@ -109,6 +117,14 @@ class Weights:
         entries = [entry for file in self.files for entry in file.entries.values()]
         return sum(math.prod(entry.shape) for entry in entries)
 
+    def dtype(self) -> torch.dtype:
+        """The dtype of most of the numbers: what a model of mixed dtypes is computed in."""
+        counts: Counter[str] = Counter()
+        for file in self.files:
+            for entry in file.entries.values():
+                counts[entry.dtype] += math.prod(entry.shape)
+        return FLOATING[max(FLOATING, key=lambda name: counts[name])]
+
     def children(self, prefix: str) -> int:
         """How many different names follow `prefix` and end at the next dot."""
         begin = len(prefix)
@@ -156,7 +172,11 @@ class Weights:
         device: torch.device,
         check_finite: bool = False,
     ) -> None:
-        """Gives a model on the meta device its tensors; only one at a time is there twice."""
+        """Gives a model on the meta device its tensors; only one at a time is there twice.
+
+        dtype: that of all weights; None for that of most of them in the files.
+        """
+        dtype = dtype or self.dtype()
         state: dict[str, Tensor] = {}
         bad = []
         for file in self.files:
@@ -178,18 +198,50 @@ def _is_there(path: Path) -> bool:
     return path.is_symlink() or path.exists()
 
 
-def _no_weights(folder: Path, wanted: str) -> str:
+def _names(stem: str, variant: str | None) -> tuple[str, str]:
+    """(index, single file) of the weights of a variant."""
+    dot = f".{variant}" if variant else ""
+    return f"{stem}.safetensors.index{dot}.json", f"{stem}{dot}.safetensors"
+
+
+def variants_of(model: Path, variant: str | None) -> dict[str, str | None]:
+    """The variant to read of each part of a model: `variant`, but None for a part without it.
+
+    If no part has it, it is asked of all, whose errors say what there is.
+    """
+    stems = {part: stem for part, (_, stem) in PARTS.items() if stem is not None}
+    have = {
+        part
+        for part, stem in stems.items()
+        if any(_is_there(model / part / name) for name in _names(stem, variant))
+    }
+    return {part: variant if part in have or not have else None for part in stems}
+
+
+def _no_weights(folder: Path, wanted: str, stem: str) -> str:
     there = sorted(path.name for path in itertools.islice(folder.iterdir(), 1000))
     pickles = [name for name in there if name.endswith(PICKLES)]
     others = [name for name in there if name.endswith((".safetensors", ".index.json"))]
-    if pickles:
-        return (
-            f"{folder}: must hold {wanted}; got {', '.join(pickles[:3])}, which is pickle, and a "
-            "pickle can run any code, so it is not opened. Convert it where you trust it: with "
-            "diffusers, from_pretrained(folder, use_safetensors=False).save_pretrained(new); or, "
-            "if it is a SAT checkpoint, with `cogvx convert`"
+    pattern = re.compile(
+        rf"{re.escape(stem)}\.(?:safetensors\.index\.)?([A-Za-z0-9_-]+?)"
+        r"(?:-\d+-of-\d+)?\.(?:safetensors|json)"
+    )
+    variants = sorted({found[1] for found in map(pattern.fullmatch, there) if found})
+    if variants:
+        hint = f"; pass variant={' or '.join(map(repr, variants))}, which is what there is"
+    elif any(_is_there(folder / name) for name in _names(stem, None)):
+        hint = f"; leave variant out: there is {_names(stem, None)[1]}, or its shards"
+    elif pickles:
+        hint = (
+            f"; got {', '.join(pickles[:3])}, which is pickle, and a pickle can run any code, so "
+            "it is not opened. Convert it where you trust it: with diffusers, "
+            "from_pretrained(folder, use_safetensors=False).save_pretrained(new); or, if it is a "
+            "SAT checkpoint, with `cogvx convert`"
         )
-    hint = f"; there is {', '.join(others[:3])}: see the argument variant" if others else ""
+    elif others:
+        hint = f"; there is {', '.join(others[:3])}: rename it if it holds them"
+    else:
+        hint = unfinished(folder)
     return f"{folder}: must hold {wanted}, or an index of shards{hint}"
 
 

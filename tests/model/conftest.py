@@ -18,6 +18,18 @@ diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
 
 
+@pytest.fixture(scope="session")
+def released(tmp_path_factory):
+    """A folder in the layout of the released models (`tiny_pipeline.save_released`); not to be
+    changed."""
+    from .tiny_pipeline import save_released
+
+    folder = tmp_path_factory.mktemp("released") / "model"
+    folder.mkdir()
+    save_released(folder)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def auto_is_what_a_cpu_has(monkeypatch):
     """On a CPU "auto" is plain torch, as for whoever runs a model there. Triton's interpreter is

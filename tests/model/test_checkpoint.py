@@ -1,9 +1,11 @@
 """Models in and out of folders: equal to diffusers' both ways, and nothing wrong gets in."""
 
+import copy
 import dataclasses
 import json
 import os
 import random
+import shutil
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from cogvx.checkpoint import (
 from cogvx.checkpoint import tensors as tensor_files
 from cogvx.config import PRESETS, SchedulerConfig, TransformerConfig, VAEConfig
 from cogvx.memory import LiveBytes, module_bytes
+from cogvx.pipeline import CogVideoX
 from cogvx.transformer import ExpertTransformer
 from cogvx.vae import CausalVAE
 
@@ -93,7 +96,7 @@ def test_what_diffusers_saved_loads(kind, shard, tmp_path):
         ours = load_transformer(path)
         assert ours.config == TransformerConfig(**KINDS[kind])
         assert not ours.training
-        assert_same(ours, theirs)
+        assert_same(ours, theirs.float())  # diffusers makes the learned positions in float64
 
 
 @pytest.mark.parametrize("shard", [10**9, 8000])
@@ -181,7 +184,7 @@ def test_dtype_variant_and_device(tiny, tmp_path):
     half = load_transformer(tmp_path, torch.bfloat16)
     assert_same(half, tiny.to(torch.bfloat16))
     os.rename(tmp_path / WEIGHTS, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
-    with pytest.raises(CheckpointError, match="fp16.*see the argument variant"):
+    with pytest.raises(CheckpointError, match="pass variant='fp16', which is what there is"):
         load_transformer(tmp_path)
     assert_same(load_transformer(tmp_path, torch.bfloat16, variant="fp16"), half)
     with pytest.raises(ValueError, match="variant must be a short word"):
@@ -368,3 +371,51 @@ def test_a_vae_may_not_promise_more_than_the_files_hold(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
         with pytest.raises(CheckpointError, match=f"{name} must be at most"):
             load_vae(tmp_path)
+
+
+WIDE = {
+    "norms": lambda name: "norm" in name,
+    "last": lambda name: name.startswith(("proj_out", "decoder.conv_out")),
+}
+
+
+@pytest.mark.parametrize("shard", [10**9, 8000])
+@pytest.mark.parametrize("wide", WIDE)
+def test_mixed_dtypes_become_that_of_most_numbers(wide, shard, tiny, tmp_path):
+    """As after a training that kept some layers in float32; a float64 buffer is one of them."""
+    vae = randomised(CausalVAE(TINY_VAE))
+    for model, save, load in (
+        (tiny, save_transformer, load_transformer),
+        (vae, save_vae, load_vae),
+    ):
+        expected = copy.deepcopy(model).to(torch.bfloat16)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.bfloat16()
+            if WIDE[wide](name):
+                parameter.data = parameter.data.float()
+        save(model, tmp_path, shard)
+        assert_same(load(tmp_path), expected)
+        assert_same(load(tmp_path, torch.float32), model.float())  # not by way of bfloat16
+        for path in tmp_path.iterdir():
+            path.unlink()
+
+
+def test_a_pipeline_of_parts_of_several_dtypes_and_variants(released, tmp_path):
+    """Each part is read in its own, and what goes between them is converted."""
+    folder = tmp_path / "model"
+    shutil.copytree(released, folder)
+    save_vae(load_vae(released, torch.float32), folder / "vae")
+    clip = {"steps": 1, "num_frames": 9, "height": 32, "width": 32, "seed": 0}
+    pipe = CogVideoX.from_pretrained(folder)
+    assert next(pipe.vae.parameters()).dtype == torch.float32
+    expected = pipe.generate("a", **clip)
+    weights = folder / "vae" / WEIGHTS
+    weights.rename(folder / "vae" / "diffusion_pytorch_model.fp16.safetensors")
+    with pytest.raises(CheckpointError, match="vae: .*pass variant='fp16', which is what there"):
+        CogVideoX.from_pretrained(folder)
+    again = CogVideoX.from_pretrained(folder, variant="fp16")
+    assert torch.equal(again.generate("a", **clip), expected)
+    with pytest.raises(CheckpointError, match="transformer: .*leave variant out"):
+        load_transformer(folder, variant="fp16")
+    with pytest.raises(CheckpointError, match="must hold .*bf16"):
+        CogVideoX.from_pretrained(folder, variant="bf16")

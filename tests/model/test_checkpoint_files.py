@@ -273,9 +273,57 @@ def test_no_pickle_is_ever_opened(name, dump, folder):
         load_transformer(folder)
     assert not marker.exists()
     if name == WEIGHTS:
-        assert "It looks like a pickle, not safetensors" in str(raised.value)
+        assert "must be a safetensors file; got a" in str(raised.value)
+        assert "it is not opened, because a pickle can run any code" in str(raised.value)
     elif not name.endswith(".json"):
         assert f"got {name}, which is pickle" in str(raised.value)
         assert "use_safetensors=False).save_pretrained(new)" in str(raised.value)
     pickle.loads(pickle.dumps(Payload(str(marker)))).close()
     assert marker.exists()  # it would have
+
+
+OTHER_KINDS = {
+    "a git-lfs pointer.*git lfs pull.*hf download": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n"
+    ),
+    "an MP4 or MOV video.*cogvx encode": b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41",
+    "a WebM or Matroska video": b"\x1aE\xdf\xa3" + b"\x01" * 40,
+    "a GGUF file": b"GGUF\3\0\0\0" + bytes(40),
+    r"a web page \(HTML\)": b"\n<!DOCTYPE html>\n<html><head><title>Log in</title>",
+    "text, which begins 'Entry not found'": b"Entry not found",
+    "text, which begins ": b'{"error": "Invalid token"}',
+    "an empty file": b"",
+    "zeros: a download": bytes(1000),
+    "gzip: unpack": b"\x1f\x8b\x08" + b"\x01" * 40,
+    "a PNG image": b"\x89PNG\r\n\x1a\n" + bytes(40),
+    "a zip archive, such as torch.save": b"PK\3\4" + bytes(40),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_KINDS)
+def test_files_of_another_kind_are_named(what, folder):
+    (folder / WEIGHTS).write_bytes(OTHER_KINDS[what])
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: must be a safetensors file; got {what}"):
+        load_transformer(folder)
+    if not OTHER_KINDS[what].startswith(b"{"):
+        (folder / "config.json").write_bytes(OTHER_KINDS[what])
+        with pytest.raises(CheckpointError, match=r"config.json: must be JSON; got \w"):
+            load_transformer(folder)
+
+
+@pytest.mark.parametrize("suffix", [".part", ".incomplete", ".crdownload"])
+def test_a_download_that_is_not_finished_is_named(suffix, folder):
+    part = folder / f"{WEIGHTS}{suffix}"
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).rename(part)
+    with pytest.raises(CheckpointError, match=rf"; {part.name} is a download that is not finished"):
+        load_transformer(folder)
+    for size in (100, len(whole) - 10):
+        part.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match="by its name, a download that is not finished"):
+            tensor_files.read_tensors(part)
+    part.unlink()
+    (folder / f"config.json{suffix}").write_text("")
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=rf"config\.json\{suffix} is a download"):
+        load_transformer(folder)

@@ -290,7 +290,7 @@ def test_a_pickle_that_would_run_is_refused(legacy, tmp_path):
 @pytest.mark.parametrize("data", [b"", b"PK\3\4", b"\x80\4.", bytes(1000), b"{}"])
 def test_what_is_no_checkpoint_is_refused(data, tmp_path):
     (tmp_path / "x.pt").write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"x\.pt: must be a checkpoint of plain tensors"):
+    with pytest.raises(CheckpointError, match=r"x\.pt: must be a checkpoint.* as torch.save"):
         convert(tmp_path / "x.pt", tmp_path / "out", preset="5b")
     whole = saved({"a": torch.ones(100)}, tmp_path / "y.pt").read_bytes()
     for cut in range(0, len(whole), 97):

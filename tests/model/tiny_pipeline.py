@@ -1,5 +1,7 @@
 """Models small enough to generate with in a test: ours, and diffusers' with the same weights."""
 
+import json
+
 import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
@@ -10,14 +12,16 @@ from diffusers import (
     CogVideoXTransformer3DModel,
     CogVideoXVideoToVideoPipeline,
 )
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from transformers import T5Tokenizer
 
+from cogvx.checkpoint import save_transformer
 from cogvx.checkpoint.folder import transformer_values, vae_values
 from cogvx.config import SchedulerConfig, TransformerConfig, VAEConfig
 from cogvx.pipeline import CogVideoX
 from cogvx.text import T5TextEncoder
 from cogvx.transformer import ExpertTransformer
 from cogvx.vae import CausalVAE
+from tests.model.released_text import random_t5, write_text_encoder
 
 CHANNELS, DIM, TEXT_LEN = 4, 16, 6
 SIDE = 32  # pixels: a grid of 2x2 tokens
@@ -123,25 +127,27 @@ def save(folder, kind="5b"):
     pipe.save_pretrained(folder)
 
 
+def save_released(folder, kind="5b"):
+    """A tiny model as the hub has them: bfloat16, large parts sharded, spiece.model alone."""
+    pipe = tiny(kind)
+    for part in (pipe.transformer, pipe.vae):
+        part.to(torch.bfloat16)
+    pipe.save_pretrained(folder)
+    save_transformer(pipe.transformer, folder / "transformer", max_shard_bytes=30_000)
+    write_text_encoder(folder, DIM)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["text_encoder"] = ["transformers", "T5EncoderModel"]
+    index["tokenizer"] = ["transformers", "T5Tokenizer"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
 def text_encoder(dim):
     """A random T5 of two layers, and its tokenizer."""
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)]
     vocabulary += [(f"▁{word}", -float(i + 1)) for i, word in enumerate(WORDS)]
     vocabulary += [(letter, -30.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"]
     tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0)
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=dim,
-        d_kv=8,
-        d_ff=48,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.3,  # to be off
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return T5TextEncoder(T5EncoderModel(config), tokenizer)
+    return T5TextEncoder(random_t5(dim, len(tokenizer)), tokenizer)
 
 
 def embeds(batch=1, seed=7):
