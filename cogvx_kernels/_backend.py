@@ -15,9 +15,11 @@ import importlib.util
 import os
 import threading
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _checks
 
@@ -28,6 +30,9 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton decides when a kernel is decorated, so a later change of the variable has no effect there.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+# Of tracers, which record a call of the kernel and run nothing.
+TRACED = ("FakeTensor", "FunctionalTensor")
 
 _last = threading.local()
 
@@ -94,3 +99,34 @@ def triton_reason(name: str, x: Tensor) -> str | None:
         if capability < (8, 0):
             return f"{name} is bfloat16 and this GPU (sm_{capability[0]}{capability[1]}) has none"
     return None
+
+
+def transform_reason(**tensors: Tensor | Sequence[Tensor] | None) -> str | None:
+    """Why only plain torch operations can take these arguments, given by name; None if a kernel
+    can. Kernels read memory: they know nothing of `torch.func` transforms (grad, vmap, jvp, ...),
+    of tangents of forward-mode differentiation, and of tensors that hold others, such as DTensor.
+    """
+    transform, dual = _levels()
+    if transform:
+        return "a torch.func transform is active, and the kernel has rules for none"
+    for name, value in tensors.items():
+        for x in value if isinstance(value, list | tuple) else (value,):
+            # Without a __torch_dispatch__ of its own a subclass is a tensor with memory.
+            if x is None or type(x).__torch_dispatch__ is Tensor.__torch_dispatch__:
+                pass
+            elif type(x).__name__ not in TRACED:
+                return f"{name} is a {type(x).__name__}, and the kernel takes plain tensors"
+            if dual and x is not None and forward_ad.unpack_dual(x).tangent is not None:
+                return f"{name} has a tangent, and the kernel has no forward-mode derivative"
+    return None
+
+
+def _levels() -> tuple[bool, bool]:
+    """True for an active torch.func transform; True within a level of forward-mode duals."""
+    transform = torch._C._functorch.maybe_current_level() is not None
+    return transform, forward_ad._current_level >= 0
+
+
+# A compiler guards on both, and calls the function as it traces. This is what
+# torch.compiler.assume_constant_result does after it has imported the compiler.
+_levels.__dict__["_dynamo_marked_constant"] = True

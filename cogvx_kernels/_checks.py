@@ -59,7 +59,7 @@ def shape(
 
 def dtype(op: str, name: str, value: Tensor, wanted: Sequence[torch.dtype]) -> None:
     if value.dtype not in wanted:
-        names = " or ".join(dtype_name(d) for d in wanted)
+        names = " or ".join(dict.fromkeys(dtype_name(d) for d in wanted))
         raise TypeError(f"{op}: {name} must be {names}; got {dtype_name(value.dtype)}")
 
 

@@ -1,4 +1,4 @@
-"""What every launcher needs besides Triton: the right device, and how far strides are aligned."""
+"""Where tensors lie: the device of a launch, how far strides are aligned, dense memory formats."""
 
 import contextlib
 import math
@@ -25,3 +25,11 @@ def alignment(*tensors: Tensor) -> int:
         if size > 1
     ]
     return math.gcd(16, *strides)
+
+
+def dense(x: Tensor, channels_last: bool) -> Tensor:
+    """`x` (batch, channels, ...) without gaps, channels_last or contiguous; itself if it is so.
+
+    As Tensor.contiguous(memory_format=...), which torch.vmap does not take.
+    """
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x.contiguous()

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from cogvx_kernels import expert_ffn, modality
 from cogvx_kernels.untouched import is_untouched
 
-from ..autocast import autocast_dtype
 from .plain import is_plain_linear
 
 ROUTER_STD = 0.02
@@ -99,20 +98,15 @@ def fused(
     text_len: int = 0,
     backend: str,
 ) -> Tensor:
-    """`expert_ffn` of plain experts; x (batch, seqlen, dim) -> the same.
-
-    Under autocast x and weights are cast as a linear layer's would be.
-    """
+    """`expert_ffn` of plain experts; x (batch, seqlen, dim) -> the same."""
     ups = [e.net[0].get_submodule("proj") for e in experts]
     downs = [e.net[2] for e in experts]
-    dtype = autocast_dtype(x.device)
 
     def of(layers: Sequence[nn.Module], name: str) -> list[Tensor]:
-        tensors = [getattr(layer, name) for layer in layers]
-        return tensors if dtype is None else [tensor.to(dtype) for tensor in tensors]
+        return [getattr(layer, name) for layer in layers]
 
     return expert_ffn(
-        x if dtype is None else x.to(dtype),
+        x,
         of(ups, "weight"),
         of(ups, "bias"),
         of(downs, "weight"),

@@ -1,4 +1,4 @@
-"""The drop-in: the norm of a block, whose modulation comes from outside."""
+"""Module for the norm of a block, whose modulation is an argument."""
 
 from torch import Tensor, nn
 
@@ -10,7 +10,8 @@ class ExpertAdaLayerNorm(nn.Module):
     """`expert_adaln` and `gated_residual_adaln` as a module that owns the norm.
 
     The norm is a plain torch module, so the keys of the state dict are `norm.weight` and
-    `norm.bias`, as in diffusers' CogVideoXLayerNormZero, whatever the backend.
+    `norm.bias`, as in diffusers' CogVideoXLayerNormZero, whatever the backend. The default eps is
+    CogVideoX's, 1e-5; a DiT, Wan, HunyuanVideo or Mochi needs eps=1e-6.
     """
 
     def __init__(
@@ -38,6 +39,18 @@ class ExpertAdaLayerNorm(nn.Module):
         text_scale: Tensor | None = None,
         text_len: int = 0,
     ) -> Tensor:
+        """norm(x) * (1 + scale) + shift, text and video each with their own pair.
+
+        Args:
+            x: (batch, seqlen, dim), text first.
+            shift, scale: of video tokens, (batch, dim), or (batch, groups, dim) for equal runs of
+                tokens, such as frames.
+            text_shift, text_scale: of text tokens, likewise; None where there are none.
+            text_len: tokens of text.
+
+        Returns:
+            A new tensor of x's shape and dtype.
+        """
         return expert_adaln(
             x,
             shift,
@@ -57,14 +70,25 @@ class ExpertAdaLayerNorm(nn.Module):
         x: Tensor,
         y: Tensor,
         gate: Tensor | None,
-        text_gate: Tensor | None,
-        shift: Tensor | None,
-        scale: Tensor | None,
+        text_gate: Tensor | None = None,
+        shift: Tensor | None = None,
+        scale: Tensor | None = None,
         text_shift: Tensor | None = None,
         text_scale: Tensor | None = None,
         text_len: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """(x + gate·y, its modulated norm), in one pass."""
+        """x + gate * y and its modulated norm, in one pass.
+
+        Args:
+            x, y: (batch, seqlen, dim), text first.
+            gate, shift, scale: of video tokens, as in `forward`; alike in shape.
+            text_gate, text_shift, text_scale: of text tokens; None where there are none, and then
+                shift and scale are given by name.
+            text_len: tokens of text.
+
+        Returns:
+            (the sum, its norm), new tensors of x's shape and dtype.
+        """
         return gated_residual_adaln(
             x,
             y,

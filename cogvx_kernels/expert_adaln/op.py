@@ -1,9 +1,11 @@
 """The door: checks, the choice of the way, and the torch ops behind it with their gradients."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .. import _backend, _checks
+from .. import _autocast, _backend, _checks
 from .reference import (
     expert_adaln_reference,
     gated_residual_adaln_reference,
@@ -282,16 +284,62 @@ def _check_inplace(op: str, x: Tensor, **others: Tensor | None) -> None:
         )
 
 
-def _reason(x: Tensor) -> str | None:
-    """Why the kernels cannot take `x`, or None."""
+def _reason(x: Tensor, **others: Tensor | None) -> str | None:
+    """Why the kernels cannot take `x` and the others, or None."""
     if x.shape[2] > KERNEL_DIM:
         return f"x has dim {x.shape[2]}; the kernel takes at most {KERNEL_DIM}"
-    return _backend.triton_reason("x", x)
+    return _backend.triton_reason("x", x) or _backend.transform_reason(x=x, **others)
 
 
 def _grouped(modulation: Tensor | None) -> Tensor | None:
     """(batch, groups, dim); one group for a (batch, dim)."""
     return modulation[:, None] if modulation is not None and modulation.dim() == 2 else modulation
+
+
+# --- under autocast --------------------------------------------------------------------------
+
+
+def _expert_adaln_under_autocast(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, modulation: dict[str, Any], **rest: Any
+) -> Tensor:
+    """`modulation` by the name of the argument; `rest` as it is given."""
+    dtype = _autocast.promoted(x, *modulation.values())
+    x, *values = _autocast.cast(dtype, x, *modulation.values())
+    weight, bias = _autocast.parameters(dtype, weight, bias)
+    with _autocast.off(x):
+        named = dict(zip(modulation, values, strict=True))
+        return expert_adaln(x, **named, weight=weight, bias=bias, **rest)
+
+
+def _gated_residual_under_autocast(
+    x: Tensor, y: Tensor, gate: Any, text_gate: Any, inplace: bool, **rest: Any
+) -> Tensor:
+    """In place the stream keeps its dtype, and takes what is computed in a wider one rounded."""
+    dtype = _autocast.promoted(x, y, gate, text_gate)
+    wide, *others = _autocast.cast(dtype, x, y, gate, text_gate)
+    with _autocast.off(x):
+        if wide is x or not inplace:
+            return gated_residual(wide, *others, inplace=inplace, **rest)
+        out = gated_residual(wide, *others, **rest)
+    _check_inplace("gated_residual", x, y=y, gate=gate, text_gate=text_gate)
+    return x.copy_(out)
+
+
+def _gated_residual_adaln_under_autocast(
+    x: Tensor, y: Tensor, gates: dict[str, Any], modulation: dict[str, Any],
+    weight: Tensor | None, bias: Tensor | None, **rest: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One pass if the stream and its norm have one dtype; else two, and the norm's is wider."""
+    dtype = _autocast.promoted(x, y, *gates.values())
+    if dtype is not _autocast.promoted(x, y, *gates.values(), *modulation.values()):
+        stream = gated_residual(x, y, **gates, text_len=rest["text_len"], backend=rest["backend"])
+        return stream, expert_adaln(stream, **modulation, weight=weight, bias=bias, **rest)
+    named = {**gates, **modulation}
+    x, y, *values = _autocast.cast(dtype, x, y, *named.values())
+    weight, bias = _autocast.parameters(dtype, weight, bias)
+    with _autocast.off(x):
+        named = dict(zip(named, values, strict=True))
+        return gated_residual_adaln(x, y, **named, weight=weight, bias=bias, **rest)
 
 
 # --- the public functions --------------------------------------------------------------------
@@ -301,10 +349,10 @@ def expert_adaln(
     x: Tensor,
     shift: Tensor | None,
     scale: Tensor | None,
-    text_shift: Tensor | None,
-    text_scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    text_shift: Tensor | None = None,
+    text_scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     *,
     text_len: int = 0,
     norm: str = "layer",
@@ -319,16 +367,19 @@ def expert_adaln(
             where the tokens are `groups` equal runs: as many groups as frames for one of each
             frame, as tokens for one of each token. Any strides; fp32 or x's dtype. None only if
             there are no video tokens.
-        text_shift, text_scale: of text tokens, likewise.
+        text_shift, text_scale: of text tokens, likewise; None where there are none.
         weight, bias: (dim,) of the norm, which both modalities share, or None.
         text_len: tokens of text, 0 to seqlen.
         norm: "layer" (CogVideoX) or "rms".
-        eps: added to the variance; 1e-5 in the released models.
+        eps: added to the variance: 1e-5 in CogVideoX; DiT, Wan, HunyuanVideo and Mochi have 1e-6.
         backend: "auto", "kernel" or "reference".
 
     Returns:
         A new contiguous tensor of x's shape and dtype; computed in at least fp32, rounded once.
         Gradients for every tensor; what is kept for the backward is the inputs as they are.
+        Under autocast dtypes may be mixed, and the result has the one to which x and the
+        modulation promote, as norm(x) * (1 + scale) + shift has. The norm itself counts as x's
+        dtype, where torch's on CUDA gives fp32: whatever multiplies it next would round it.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -337,12 +388,17 @@ def expert_adaln(
     Source: arXiv 2408.06072, section 2.2 (expert adaptive LayerNorm); arXiv 2212.09748 (adaLN).
     """
     op = "expert_adaln"
+    named = {"shift": shift, "scale": scale, "text_shift": text_shift, "text_scale": text_scale}
+    if _autocast.enabled(x):
+        return _expert_adaln_under_autocast(
+            x, weight, bias, named, text_len=text_len, norm=norm, eps=eps, backend=backend
+        )
     _check_rows(op, x, text_len)
     _check_modulation(op, x, x.shape[1] - text_len, shift=shift, scale=scale)
     _check_modulation(op, x, text_len, text_shift=text_shift, text_scale=text_scale)
     _check_norm(op, x, weight, bias, norm, eps)
     modulation = (_grouped(shift), _grouped(scale), _grouped(text_shift), _grouped(text_scale))
-    if _backend.choose(backend, op, _reason(x), x):
+    if _backend.choose(backend, op, _reason(x, **named, weight=weight, bias=bias), x):
         return _expert_adaln(x, *modulation, weight, bias, text_len, norm, float(eps))
     return expert_adaln_reference(
         x, *modulation, weight, bias, text_len=text_len, norm=norm, eps=eps
@@ -353,7 +409,7 @@ def gated_residual(
     x: Tensor,
     y: Tensor,
     gate: Tensor | None,
-    text_gate: Tensor | None,
+    text_gate: Tensor | None = None,
     *,
     text_len: int = 0,
     inplace: bool = False,
@@ -369,7 +425,8 @@ def gated_residual(
 
     Returns:
         A tensor of x's shape and dtype, new and contiguous unless inplace; computed in at least
-        fp32, rounded once. Gradients for every tensor.
+        fp32, rounded once. Gradients for every tensor. Under autocast dtypes may be mixed, and the
+        result has the one to which they promote, as x + gate * y has; in place x keeps its own.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -378,6 +435,10 @@ def gated_residual(
     Source: arXiv 2408.06072, section 2.2; arXiv 2212.09748, section 3.2.
     """
     op = "gated_residual"
+    if _autocast.enabled(x):
+        return _gated_residual_under_autocast(
+            x, y, gate, text_gate, inplace, text_len=text_len, backend=backend
+        )
     _check_rows(op, x, text_len, y)
     _check_modulation(op, x, x.shape[1] - text_len, gate=gate)
     _check_modulation(op, x, text_len, text_gate=text_gate)
@@ -385,7 +446,7 @@ def gated_residual(
     if inplace:
         _check_inplace(op, x, y=y, gate=gate, text_gate=text_gate)
     gates = _grouped(gate), _grouped(text_gate)
-    if _backend.choose(backend, op, _reason(x), x):
+    if _backend.choose(backend, op, _reason(x, y=y, gate=gate, text_gate=text_gate), x):
         if inplace:
             _gated_residual_inplace(x, y, *gates, text_len)
             return x
@@ -398,13 +459,13 @@ def gated_residual_adaln(
     x: Tensor,
     y: Tensor,
     gate: Tensor | None,
-    text_gate: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    text_shift: Tensor | None,
-    text_scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    text_gate: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    text_shift: Tensor | None = None,
+    text_scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     *,
     text_len: int = 0,
     norm: str = "layer",
@@ -413,12 +474,18 @@ def gated_residual_adaln(
 ) -> tuple[Tensor, Tensor]:
     """`gated_residual`, and `expert_adaln` of what it gives: two tensors read and two written.
 
-    Arguments are those of the two; shifts, scales and gates of a modality are alike in shape.
+    Args:
+        x, y, gate, text_gate: as in `gated_residual`.
+        shift, scale, text_shift, text_scale, weight, bias, norm, eps: as in `expert_adaln`; a
+            model without text leaves out its arguments and gives shift and scale by name. Gate,
+            shift and scale of a modality are alike in shape.
+        text_len, backend: as in both.
 
     Returns:
         (the residual stream, its modulated norm), each new, contiguous, of x's shape and dtype;
         each is rounded once, and the norm is of the stream as it was rounded. What is kept for the
-        backward is the stream and y, and not x.
+        backward is the stream and y, and not x. Under autocast dtypes may be mixed, and each
+        result has the dtype that `gated_residual` and then `expert_adaln` give it.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -427,6 +494,13 @@ def gated_residual_adaln(
     Source: arXiv 2408.06072, section 2.2; arXiv 2212.09748, section 3.2.
     """
     op = "gated_residual_adaln"
+    named = {"shift": shift, "scale": scale, "text_shift": text_shift, "text_scale": text_scale}
+    named_gates = {"gate": gate, "text_gate": text_gate}
+    if _autocast.enabled(x):
+        return _gated_residual_adaln_under_autocast(
+            x, y, named_gates, named, weight, bias,
+            text_len=text_len, norm=norm, eps=eps, backend=backend,
+        )  # fmt: skip
     _check_rows(op, x, text_len, y)
     _check_modulation(op, x, x.shape[1] - text_len, gate=gate, shift=shift, scale=scale)
     _check_modulation(
@@ -436,6 +510,7 @@ def gated_residual_adaln(
     gates = _grouped(gate), _grouped(text_gate)
     modulation = (_grouped(shift), _grouped(scale), _grouped(text_shift), _grouped(text_scale))
     arguments = (x, y, *gates, *modulation, weight, bias)
-    if _backend.choose(backend, op, _reason(x), x):
+    reason = _reason(x, y=y, **named_gates, **named, weight=weight, bias=bias)
+    if _backend.choose(backend, op, reason, x):
         return _gated_residual_adaln(*arguments, text_len, norm, float(eps))
     return gated_residual_adaln_reference(*arguments, text_len=text_len, norm=norm, eps=eps)

@@ -1,11 +1,13 @@
-"""The drop-in: experts of text and of video as a module that owns their weights."""
+"""Module for the feed-forwards of text and of video, or of several experts."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks
+from ..untouched import is_untouched
 from .op import expert_ffn
 from .reference import ACTIVATIONS
 
@@ -16,6 +18,11 @@ class ExpertFFN(nn.Module):
     With one expert it serves all tokens; with two the first serves text and the second video,
     unless an index says otherwise. State dict: `up`, `up_bias`, `down`, `down_bias`, whatever the
     backend. Weights are initialised as nn.Linear's are.
+
+    Feed-forwards that a model has already, as pairs of nn.Linear, become one by `from_linears`:
+
+        >>> ffn = ExpertFFN.from_linears([(text.up, text.down), (video.up, video.down)])
+        >>> y = ffn(torch.cat([text_tokens, video_tokens], 1), text_len=text_tokens.shape[1])
     """
 
     def __init__(
@@ -41,6 +48,53 @@ class ExpertFFN(nn.Module):
         self.backend = backend
         self.reset_parameters()
 
+    @classmethod
+    def from_linears(
+        cls,
+        pairs: Sequence[tuple[nn.Linear, nn.Linear]],
+        activation: str = "gelu_tanh",
+        recompute: bool = True,
+        backend: str = "auto",
+    ) -> "ExpertFFN":
+        """A module with copies of the weights of linear layers, (up, down) of each expert.
+
+        Args:
+            pairs: layers dim -> ffn_dim and ffn_dim -> dim of each expert, of text and then of
+                video; alike in sizes, dtype and device, and all with a bias or all without. For
+                "swiglu" up has 2 · ffn_dim rows, values and then gates.
+            activation, recompute, backend: as in the constructor.
+
+        Returns:
+            A module of their dtype, on their device; it computes down(activation(up(x))) for the
+            tokens of each expert. Of a weight of all experts there is one parameter, which is
+            trained if that of any layer is.
+
+        Raises:
+            TypeError, ValueError: a layer does not fit; the message names it.
+        """
+        where = "ExpertFFN.from_linears"
+        _checks.choice(where, "activation", activation, tuple(ACTIVATIONS))
+        _check_linears(where, pairs, activation)
+        ups, downs = zip(*pairs, strict=True)
+        with torch.device("meta"):
+            module = cls(
+                ups[0].in_features,
+                downs[0].in_features,
+                len(pairs),
+                activation,
+                ups[0].bias is not None,
+                recompute,
+                backend,
+            )
+        for name, layers in (("up", ups), ("down", downs)):
+            for own, theirs in ((name, "weight"), (f"{name}_bias", "bias")):
+                tensors = [getattr(layer, theirs) for layer in layers]
+                if tensors[0] is not None:
+                    stacked = torch.stack([tensor.detach() for tensor in tensors])
+                    trained = any(tensor.requires_grad for tensor in tensors)
+                    setattr(module, own, nn.Parameter(stacked, trained))
+        return module
+
     def reset_parameters(self) -> None:
         for weight, bias in ((self.up, self.up_bias), (self.down, self.down_bias)):
             bound = 1 / math.sqrt(weight.shape[-1])
@@ -55,6 +109,18 @@ class ExpertFFN(nn.Module):
         weight: Tensor | None = None,
         text_len: int = 0,
     ) -> Tensor:
+        """Send each token through its experts.
+
+        Args:
+            x: (batch, seqlen, dim), text first.
+            index: (batch, seqlen, top_k) int32 or int64, the experts of each token; None for one
+                expert, or for two, of which the first serves text.
+            weight: (batch, seqlen, top_k), how much of each; None for 1.
+            text_len: tokens of text.
+
+        Returns:
+            (batch, seqlen, dim), new, of x's dtype.
+        """
         return expert_ffn(
             x,
             self.up,
@@ -72,3 +138,51 @@ class ExpertFFN(nn.Module):
     def extra_repr(self) -> str:
         experts, _, dim = self.up.shape
         return f"{dim}, {self.down.shape[-1]}, num_experts={experts}, backend={self.backend!r}"
+
+
+def _check_linears(
+    where: str, pairs: Sequence[tuple[nn.Linear, nn.Linear]], activation: str
+) -> None:
+    """Pairs of layers as `from_linears` takes them, all like the first pair."""
+    if not isinstance(pairs, Sequence) or not len(pairs):
+        raise TypeError(
+            f"{where}: pairs must be a sequence of (up, down) layers, one pair for each expert; "
+            f"got {_checks.describe(pairs)}"
+        )
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise TypeError(
+                f"{where}: pairs[{i}] must be two layers, (up, down); got {_checks.describe(pair)}"
+            )
+        for name, layer in zip(("up", "down"), pair, strict=True):
+            # A quantised or adapted layer, or one with a hook, may compute something else.
+            if not isinstance(layer, nn.Module) or not is_untouched(layer, nn.Linear):
+                raise TypeError(
+                    f"{where}: {name} of pairs[{i}] must be an nn.Linear without hooks; "
+                    f"got {type(layer).__name__}"
+                )
+    first, _ = pairs[0]
+    rows, dim = first.weight.shape
+    if activation == "swiglu" and rows % 2:
+        raise ValueError(
+            f'{where}: up of pairs[0] must have an even number of rows for activation="swiglu", '
+            f"values and then gates; got {rows}"
+        )
+    ffn_dim = rows // 2 if activation == "swiglu" else rows
+    for i, (up, down) in enumerate(pairs):
+        for name, layer, shape in (("up", up, (rows, dim)), ("down", down, (dim, ffn_dim))):
+            what = f"{name} of pairs[{i}]"
+            _checks.shape(
+                where, f"the weight of {what}", layer.weight, shape, "(out, in)",
+                lambda: f" for up of pairs[0] of shape {(rows, dim)} and {activation=}",
+            )  # fmt: skip
+            if (layer.bias is None) != (first.bias is None):
+                has, other = ("no bias", "one") if layer.bias is None else ("a bias", "none")
+                raise ValueError(
+                    f"{where}: all layers must have a bias, or none; got {what} with {has} and up "
+                    f"of pairs[0] with {other}"
+                )
+            for kind, x in layer.named_parameters():
+                x_name = f"the {kind} of {what}"
+                _checks.dtype(where, x_name, x, (first.weight.dtype,))
+                _checks.same_device(where, x_name, x, "up of pairs[0]", first.weight)

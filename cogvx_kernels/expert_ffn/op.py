@@ -1,14 +1,15 @@
 """The door: checks, the choice of the way, and the torch ops behind it with their gradients."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _backend, _checks
+from .. import _autocast, _backend, _checks
 from . import dense
 from .choices import chosen
-from .reference import ACTIVATIONS, Weights, expert_ffn_reference
+from .reference import ACTIVATIONS, Weights, added, expert_ffn_reference
 from .routes import routes
 
 ROWS = ("batch", "seqlen", "dim")
@@ -210,13 +211,15 @@ def _check_index(op: str, x: Tensor, index: Tensor | None, weight: Tensor | None
 def _check_residual(
     op: str,
     x: Tensor,
+    dtype: torch.dtype,
     residual: Tensor | None,
     gate: Tensor | None,
     text_gate: Tensor | None,
     text_len: int,
     inputs: Sequence[Tensor | None],
 ) -> None:
-    """Raises RuntimeError if a gradient would be cut: that of the gates needs what is not kept."""
+    """All of the dtype. Raises RuntimeError if a gradient would be cut: that of the gates needs
+    what is not kept."""
     if residual is None:
         for name, value in (("gate", gate), ("text_gate", text_gate)):
             if value is not None:
@@ -237,7 +240,7 @@ def _check_residual(
         _checks.shape(op, name, value, (x.shape[0], x.shape[2]), "(batch, dim)")
     for name, value in (("residual", residual), ("gate", gate), ("text_gate", text_gate)):
         if value is not None:
-            _checks.dtype(op, name, value, (x.dtype,))
+            _checks.dtype(op, name, value, (dtype,))
             _checks.same_device(op, name, value, "x", x)
     if torch.is_grad_enabled() and any(
         value is not None and value.requires_grad for value in (residual, gate, text_gate, *inputs)
@@ -248,11 +251,39 @@ def _check_residual(
         )
 
 
-def _reason(x: Tensor, experts: int) -> str | None:
+def _reason(x: Tensor, experts: int, **others: Tensor | Sequence[Tensor] | None) -> str | None:
     """Why the kernel cannot run, or None."""
     if experts > KERNEL_EXPERTS:
         return f"there are {experts} experts; the kernel takes up to {KERNEL_EXPERTS}"
-    return _backend.triton_reason("x", x)
+    return _backend.triton_reason("x", x) or _backend.transform_reason(x=x, **others)
+
+
+# --- under autocast --------------------------------------------------------------------------
+
+
+def _expert_ffn_under_autocast(
+    x: Tensor, experts: tuple[Any, ...], index: Any, weight: Any, residual: Any, gate: Any,
+    text_gate: Any, text_len: int, **settings: Any,
+) -> Tensor:  # fmt: skip
+    """In autocast's dtype, as a linear layer; a residual of a wider one is added in its own."""
+    op = "expert_ffn"
+    wide = _autocast.promoted(residual, gate, text_gate)
+    product = _autocast.dtype(x)
+    x, *experts_cast = _autocast.cast(product, x, *experts)
+    (weight,) = _autocast.parameters(x.dtype, weight)
+    arguments = (x, *experts_cast, index, weight)
+    with _autocast.off(x):
+        if residual is None or torch.promote_types(wide, x.dtype) is x.dtype:
+            gates = _autocast.cast(x.dtype, residual, gate, text_gate)
+            return expert_ffn(*arguments, *gates, text_len=text_len, **settings)
+        wide = torch.promote_types(wide, x.dtype)
+        residual, gate, text_gate = _autocast.cast(wide, residual, gate, text_gate)
+        _checks.tensor(op, "x", x, ROWS)
+        _checks.integer(op, "text_len", text_len, 0, x.shape[1], "(the seqlen of x)")
+        needs = [x, weight, *(w for e in experts_cast if e is not None for w in e)]
+        _check_residual(op, x, wide, residual, gate, text_gate, text_len, needs)
+        y = expert_ffn(*arguments, text_len=text_len, **settings)
+        return added(y.to(wide), residual, gate, text_gate, text_len)
 
 
 # --- the public function ---------------------------------------------------------------------
@@ -261,9 +292,9 @@ def _reason(x: Tensor, experts: int) -> str | None:
 def expert_ffn(
     x: Tensor,
     up: Weights,
-    up_bias: Weights | None,
-    down: Weights,
-    down_bias: Weights | None,
+    up_bias: Weights | None = None,
+    down: Weights | None = None,
+    down_bias: Weights | None = None,
     index: Tensor | None = None,
     weight: Tensor | None = None,
     residual: Tensor | None = None,
@@ -284,7 +315,8 @@ def expert_ffn(
             as the weights of linear layers; of x's dtype, any strides. For "swiglu" 2 · ffn_dim
             rows: values, and then gates.
         up_bias: (num_experts, ffn_dim), or a sequence of (ffn_dim,), or None.
-        down: (num_experts, dim, ffn_dim), or a sequence of (dim, ffn_dim).
+        down: (num_experts, dim, ffn_dim), or a sequence of (dim, ffn_dim); must be given, by name
+            where up_bias is left out.
         down_bias: (num_experts, dim), or a sequence of (dim,), or None.
         index: (batch, seqlen, top_k) int32 or int64: the experts of each token. A number below 0
             or from num_experts on is no expert and adds nothing. No token is dropped and no
@@ -307,7 +339,9 @@ def expert_ffn(
 
     Returns:
         (batch, seqlen, dim), new, contiguous, of x's dtype. The hidden activation, what each of a
-        token's experts gives, and the result are each rounded once.
+        token's experts gives, and the result are each rounded once. Under autocast x and the
+        experts are cast to autocast's dtype, which is the result's, as F.linear's is there; with a
+        residual the result has the dtype to which that, the gates and the product promote.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -320,6 +354,11 @@ def expert_ffn(
     Source: arXiv 1706.03762, section 3.3; arXiv 2311.03079, section 2.1; arXiv 2002.05202.
     """
     op = "expert_ffn"
+    if _autocast.enabled(x):
+        return _expert_ffn_under_autocast(
+            x, (up, up_bias, down, down_bias), index, weight, residual, gate, text_gate, text_len,
+            activation=activation, recompute=recompute, gemm=gemm, backend=backend,
+        )  # fmt: skip
     _checks.tensor(op, "x", x, ROWS)
     _checks.integer(op, "text_len", text_len, 0, x.shape[1], "(the seqlen of x)")
     experts = (
@@ -335,15 +374,18 @@ def expert_ffn(
         raise ValueError(
             f"{op}: index must say which of the {count} experts each token goes to; got None"
         )
-    _check_residual(
-        op, x, residual, gate, text_gate, text_len, [x, weight, *(w for e in experts for w in e)]
-    )
+    needs = [x, weight, *(w for e in experts for w in e)]
+    _check_residual(op, x, x.dtype, residual, gate, text_gate, text_len, needs)
     _checks.flag(op, "recompute", recompute)
     _checks.choice(op, "gemm", gemm, GEMMS)
     if gemm == "dense" and index is not None:
         raise ValueError(f'{op}: gemm must be "grouped" or "auto" with an index; got "dense"')
     arguments = (x, *experts, index, weight, residual, gate, text_gate)
-    if _backend.choose(backend, op, _reason(x, count), x):
+    reason = _reason(
+        x, count, up=experts[0], up_bias=experts[1], down=experts[2], down_bias=experts[3],
+        index=index, weight=weight, residual=residual, gate=gate, text_gate=text_gate,
+    )  # fmt: skip
+    if _backend.choose(backend, op, reason, x):
         return _expert_ffn(*arguments, text_len, activation, recompute, gemm)[0]
     biases = (experts[1] or None, experts[3] or None)
     return expert_ffn_reference(

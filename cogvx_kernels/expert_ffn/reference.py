@@ -33,9 +33,9 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 def expert_ffn_reference(
     x: Tensor,
     up: Weights,
-    up_bias: Weights | None,
-    down: Weights,
-    down_bias: Weights | None,
+    up_bias: Weights | None = None,
+    down: Weights | None = None,
+    down_bias: Weights | None = None,
     index: Tensor | None = None,
     weight: Tensor | None = None,
     residual: Tensor | None = None,
@@ -61,6 +61,8 @@ def expert_ffn_reference(
     video. Source: Vaswani et al. (arXiv 1706.03762), section 3.3; experts of a modality: CogVLM
     (arXiv 2311.03079), section 2.1; SwiGLU: Shazeer (arXiv 2002.05202).
     """
+    if down is None:
+        raise TypeError("expert_ffn_reference: down must hold the experts' weights; got None")
     wide = torch.promote_types(x.dtype, torch.float32)
 
     def linear(tokens: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
@@ -85,8 +87,15 @@ def expert_ffn_reference(
                 part = output if weight is None else output * weight[..., k, None].to(wide)
                 y = y + torch.where(mine[..., k, None], part.to(x.dtype), 0)
     if residual is not None:
-        text, video = modality.split(y, text_len)
-        text = text if text_gate is None else text * text_gate[:, None].to(wide)
-        video = video if gate is None else video * gate[:, None].to(wide)
-        y = residual.to(wide) + modality.join(text, video)
+        y = added(y, residual, gate, text_gate, text_len)
     return y.to(x.dtype)
+
+
+def added(
+    y: Tensor, residual: Tensor, gate: Tensor | None, text_gate: Tensor | None, text_len: int
+) -> Tensor:
+    """residual + gate · y in y's dtype, text and video each with their own gate."""
+    text, video = modality.split(y, text_len)
+    text = text if text_gate is None else text * text_gate[:, None].to(y.dtype)
+    video = video if gate is None else video * gate[:, None].to(y.dtype)
+    return residual.to(y.dtype) + modality.join(text, video)

@@ -1,4 +1,4 @@
-"""The drop-in: what stands before a causal convolution."""
+"""Module for the frames before a causal convolution."""
 
 from torch import Tensor, nn
 
@@ -19,7 +19,16 @@ class FrameCacheJoin(nn.Module):
         self.backend = backend
 
     def forward(self, x: Tensor, cache: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The convolution's input and the next cache; without a cache a clip begins with x."""
+        """Put the frames before a chunk in front of it.
+
+        Args:
+            x: (batch, channels, frames, height, width).
+            cache: (batch, channels, kept, height, width), only read; None where a clip begins.
+
+        Returns:
+            (the convolution's input, the next cache), new: (batch, channels, kept + frames, height,
+            width) and the shape of the cache.
+        """
         start = self.start if cache is None else None
         return frame_cache_join(cache, x, kept=self.kept, start=start, backend=self.backend)
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _backend, _checks
+from .. import _autocast, _backend, _checks
+from .._launch import dense
 from .reference import frame_cache_join_reference
 
 STARTS = (None, "replicate", "zeros")
@@ -126,8 +127,8 @@ def _has_channels_last(x: Tensor) -> bool:
     return x.shape[1] > 1 and several and x.stride(1) == 1
 
 
-def _reason(name: str, x: Tensor) -> str | None:
-    """Why the extension cannot take `x`, or None."""
+def _reason(name: str, x: Tensor, cache: Tensor | None) -> str | None:
+    """Why the extension cannot take `x`, called `name`, and the cache; or None."""
     if not HAS_EXTENSION:
         return (
             "cogvx_kernels._C is not built (pip install -v --no-build-isolation -e . in the "
@@ -137,7 +138,23 @@ def _reason(name: str, x: Tensor) -> str | None:
 
     if x.is_cuda and not kernel.HAS_CUDA:
         return "cogvx_kernels._C was built without CUDA (there was no nvcc)"
-    return None if x.device.type in ("cpu", "cuda", "meta") else f"{name} is on {x.device}"
+    if x.device.type not in ("cpu", "cuda", "meta"):
+        return f"{name} is on {x.device}"
+    return _backend.transform_reason(**{name: x}, cache=cache)
+
+
+# --- under autocast --------------------------------------------------------------------------
+
+
+def _differ(cache: Tensor | None, other: Tensor) -> bool:
+    """True if autocast is on and the two are floating-point tensors of unlike dtypes."""
+    return (
+        _autocast.enabled(other)
+        and isinstance(cache, Tensor)
+        and cache.dtype != other.dtype
+        and cache.dtype in _autocast.FLOATS
+        and other.dtype in _autocast.FLOATS
+    )
 
 
 # --- the public functions --------------------------------------------------------------------
@@ -169,7 +186,8 @@ def frame_cache_append(
 
     Returns:
         joined: (batch, channels, kept + frames, height + 2·padding, width + 2·padding), new, dense
-        and bit for bit what came.
+        and bit for bit what came. Under autocast cache and frames may differ in dtype: joined has
+        the one to which they promote, as torch.cat has, and the cache keeps its own.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -178,6 +196,14 @@ def frame_cache_append(
     Source: arXiv 2408.06072, section 2.1 (temporally causal convolution).
     """
     op = "frame_cache_append"
+    if _differ(cache, frames):
+        copy, frames = _autocast.cast(_autocast.promoted(cache, frames), cache, frames)
+        joined = frame_cache_append(
+            copy, frames, start=start, padding=padding, memory_format=memory_format, backend=backend
+        )
+        if copy is not cache:
+            cache.copy_(copy)
+        return joined
     _check_pair(op, cache, "frames", frames, start)
     _check_inplace(op, ("cache",), cache=cache, frames=frames)
     _checks.integer(op, "padding", padding, 0, 2**15, "(rows and columns on each side)")
@@ -189,16 +215,14 @@ def frame_cache_append(
     channels_last = memory_format is torch.channels_last_3d
     if memory_format is None:
         channels_last = _has_channels_last(frames)
-    if _backend.choose(backend, op, _reason("frames", frames), frames):
+    if _backend.choose(backend, op, _reason("frames", frames, cache), frames):
         from . import kernel
 
         return kernel.append(cache, frames, start, padding, channels_last)
     joined, following = frame_cache_join_reference(cache, frames, start=start)
     cache.copy_(following)
     joined = F.pad(joined, (padding,) * 4)
-    return joined.contiguous(
-        memory_format=torch.channels_last_3d if channels_last else torch.contiguous_format
-    )
+    return dense(joined, channels_last)
 
 
 def frame_cache_push(
@@ -209,9 +233,11 @@ def frame_cache_push(
     Arguments and errors are those of `frame_cache_append`.
     """
     op = "frame_cache_push"
+    if _differ(cache, frames):
+        (frames,) = _autocast.cast(cache.dtype, frames)
     _check_pair(op, cache, "frames", frames, start)
     _check_inplace(op, ("cache",), cache=cache, frames=frames)
-    if _backend.choose(backend, op, _reason("frames", frames), frames):
+    if _backend.choose(backend, op, _reason("frames", frames, cache), frames):
         from . import kernel
 
         kernel.push(cache, frames, start)
@@ -231,7 +257,8 @@ def frame_cache_exchange(
         cache: as in `frame_cache_append`.
         joined: (batch, channels, kept + frames, height, width), any strides, for example the
             middle of a padded buffer; its first `kept` frames are overwritten.
-        start, backend: as in `frame_cache_append`.
+        start, backend: as in `frame_cache_append`. Under autocast cache and joined may differ in
+            dtype, and each keeps its own.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -239,6 +266,11 @@ def frame_cache_exchange(
             cache and joined overlap in memory.
     """
     op = "frame_cache_exchange"
+    if _differ(cache, joined):
+        (copy,) = _autocast.cast(joined.dtype, cache)
+        frame_cache_exchange(copy, joined, start=start, backend=backend)
+        cache.copy_(copy)
+        return
     _check_pair(op, cache, "joined", joined, start)
     _check_inplace(op, ("cache", "joined"), cache=cache, joined=joined)
     kept = cache.shape[2]
@@ -246,7 +278,7 @@ def frame_cache_exchange(
         raise ValueError(
             f"{op}: joined must have room for the {kept} frames of cache; got {tuple(joined.shape)}"
         )
-    if _backend.choose(backend, op, _reason("joined", joined), joined):
+    if _backend.choose(backend, op, _reason("joined", joined, cache), joined):
         from . import kernel
 
         kernel.exchange(cache, joined, start)
@@ -276,7 +308,8 @@ def frame_cache_join(
     Returns:
         (joined, next): (batch, channels, kept + frames, height, width) and the next cache, both
         new, in the memory format of `frames`. Gradients for cache and frames, any number of times;
-        nothing is kept for the backward.
+        nothing is kept for the backward. Under autocast cache and frames may differ in dtype, and
+        both results have the one to which they promote, as torch.cat has.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -285,6 +318,8 @@ def frame_cache_join(
     Source: arXiv 2408.06072, section 2.1 (temporally causal convolution).
     """
     op = "frame_cache_join"
+    if _differ(cache, frames):
+        cache, frames = _autocast.cast(_autocast.promoted(cache, frames), cache, frames)
     _checks.integer(op, "kept", kept, 0, 2**15, "(frames)")
     if cache is not None:
         _check_pair(op, cache, "frames", frames, start)
@@ -293,6 +328,6 @@ def frame_cache_join(
         _check_start(op, "frames", start, kept, frames.shape[2])
         if start is None:
             raise ValueError(f"{op}: start must be given where cache is None; got None")
-    if _backend.choose(backend, op, _reason("frames", frames), frames):
+    if _backend.choose(backend, op, _reason("frames", frames, cache), frames):
         return _frame_cache_join(cache, frames, kept, start, _has_channels_last(frames))
     return frame_cache_join_reference(cache, frames, kept=kept, start=start)

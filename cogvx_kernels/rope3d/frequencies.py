@@ -5,7 +5,8 @@ pair of dims that turn: first the pairs of the time axis, then of height, then o
 as wide as the head dims it turns, because both dims of a pair share an angle.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,12 @@ def split_headdim(headdim: int) -> tuple[int, int, int]:
     Height and width get the even number nearest to 3/8 of headdim (ties up, but time keeps at
     least 2), time the rest; 8, 16, 16 of 40 and 32, 48, 48 of 128. At 64 it is CogVideoX's split.
 
-    Raises ValueError if headdim is odd or less than 6.
+    Raises TypeError if headdim is no integer, ValueError if it is odd or less than 6.
     """
+    if not _is_integer(headdim):
+        raise TypeError(
+            f"split_headdim: headdim must be an integer; got {_checks.describe(headdim)}"
+        )
     if headdim % 2 or headdim < 6:
         raise ValueError(f"split_headdim: headdim must be even and at least 6; got {headdim}")
     side = 2 * ((3 * headdim + 8) // 16)  # 3/8 of headdim, to the nearest even number, ties up
@@ -44,10 +49,11 @@ def crop_positions(
     base_grid  (height, width) in tokens of the training size; 30, 45 for 480x720
     returns    three 1-D fp32 tensors: frames, height, width
 
-    Source: fact sheet section 3.2; diffusers' get_resize_crop_region_for_grid and linspace grid.
+    Raises TypeError for sizes that are no integers, ValueError for sizes below 1.
+    Source: diffusers' get_resize_crop_region_for_grid and linspace grid of get_3d_rotary_pos_embed.
     """
     frames, height, width = _grid("crop_positions", grid)
-    base_height, base_width = base_grid
+    base_height, base_width = _sizes("crop_positions", "base_grid", base_grid, AXES[1:])
     if height / width > base_height / base_width:
         crop_height, crop_width = base_height, round(base_height / height * width)
     else:
@@ -70,10 +76,14 @@ def slice_positions(
     max_grid  (height, width) in tokens that the model knows; None for no bound
     returns   three 1-D fp32 tensors: frames, height, width
 
-    Raises ValueError if the grid is larger than max_grid. Source: fact sheet section 3.3.
+    Raises TypeError for sizes that are no integers, ValueError for sizes below 1 or a grid larger
+    than max_grid. Source: diffusers' get_3d_rotary_pos_embed with grid_type="slice".
     """
     sizes = _grid("slice_positions", grid)
-    for axis, size, bound in zip(AXES[1:], sizes[1:], max_grid or sizes[1:], strict=True):
+    bounds = sizes[1:]
+    if max_grid is not None:
+        bounds = _sizes("slice_positions", "max_grid", max_grid, AXES[1:])
+    for axis, size, bound in zip(AXES[1:], sizes[1:], bounds, strict=True):
         if size > bound:
             raise ValueError(
                 f"slice_positions: grid {sizes} exceeds max_grid {max_grid} in {axis}: "
@@ -104,10 +114,17 @@ def rope3d_tables(
     frequencies  instead of theta: three tensors (split[i] // 2,), radians per position
     precision    in which angles are computed; float32 as in CogVideoX, float64 as in Wan
 
-    Raises ValueError if shapes do not fit. The tables lie on the device of the positions.
-    Source: fact sheet section 3.1; arXiv 2408.06072, section 2.2.
+    Raises TypeError for what is no tensor or no integer, ValueError if shapes do not fit. The
+    tables lie on the device of the positions.
+    Source: diffusers' get_3d_rotary_pos_embed; arXiv 2408.06072, section 2.2.
     """
     op = "rope3d_tables"
+    split = _integers(op, "split", split, ("time", "height", "width"))
+    _check_tensors(op, "positions", positions, "(frames, height, width), or one (video_len, 3)")
+    if not isinstance(precision, torch.dtype) or not precision.is_floating_point:
+        raise TypeError(
+            f"{op}: precision must be a floating-point dtype; got {_checks.describe(precision)}"
+        )
     if len(split) != 3 or any(dims < 0 or dims % 2 for dims in split) or not sum(split):
         raise ValueError(f"{op}: split must be three even numbers of dims; got {tuple(split)}")
     if frequencies is None:
@@ -115,6 +132,7 @@ def rope3d_tables(
         frequencies = [
             1.0 / theta ** (torch.arange(0, dims, 2, dtype=precision) / dims) for dims in split
         ]
+    _check_tensors(op, "frequencies", frequencies, "(split[i] // 2,)")
     if [tuple(f.shape) for f in frequencies] != [(dims // 2,) for dims in split]:
         raise ValueError(
             f"{op}: frequencies must be tensors of shapes {[(dims // 2,) for dims in split]} for "
@@ -140,11 +158,42 @@ def rope3d_tables(
     return angles.cos().float(), angles.sin().float()
 
 
+def _check_tensors(op: str, name: str, value: Sequence[Tensor] | Tensor, shapes: str) -> None:
+    several = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(each, Tensor) for each in several):
+        raise TypeError(
+            f"{op}: {name} must be three tensors {shapes}; got {_checks.describe(value)}"
+        )
+
+
 def _grid(op: str, grid: Sequence[int]) -> tuple[int, int, int]:
-    if len(grid) != 3 or any(size < 1 for size in grid):
-        raise ValueError(f"{op}: grid must be positive (frames, height, width); got {tuple(grid)}")
-    frames, height, width = grid
+    frames, height, width = _sizes(op, "grid", grid, AXES)
     return frames, height, width
+
+
+def _sizes(op: str, name: str, value: Sequence[int], axes: Sequence[str]) -> tuple[int, ...]:
+    """Positive integers, one for each axis."""
+    sizes = _integers(op, name, value, axes)
+    if len(sizes) != len(axes) or any(size < 1 for size in sizes):
+        raise ValueError(f"{op}: {name} must be positive ({', '.join(axes)}); got {sizes}")
+    return sizes
+
+
+def _integers(op: str, name: str, value: Sequence[int], axes: Sequence[str]) -> tuple[int, ...]:
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        numbers = tuple(value)
+        if all(_is_integer(number) for number in numbers):
+            return numbers
+    raise TypeError(
+        f"{op}: {name} must be integers ({', '.join(axes)}); got {_checks.describe(value)}"
+    )
+
+
+def _is_integer(value: Any) -> bool:
+    """True for integers of Python, torch and NumPy; a torch.SymInt of a traced shape is one."""
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() and not value.dim()
+    return isinstance(value, (int, torch.SymInt)) or hasattr(value, "__index__")
 
 
 def _linspace(start: float, stop: float, count: int) -> Tensor:

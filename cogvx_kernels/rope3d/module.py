@@ -1,4 +1,4 @@
-"""The drop-ins: what a model's attention holds instead of its own norms and rotation."""
+"""Modules for an attention: rotary position, with or without the norms of q and k."""
 
 from torch import Tensor, nn
 
@@ -15,6 +15,16 @@ class RoPE3D(nn.Module):
         self.backend = backend
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, text_len: int = 0) -> Tensor:
+        """Turn the video tokens of x.
+
+        Args:
+            x: (batch, seqlen, nheads, headdim), text first.
+            cos, sin: (seqlen - text_len, rotary_dim // 2) fp32, of `rope3d_tables`.
+            text_len: tokens that do not turn.
+
+        Returns:
+            A new tensor of x's shape and dtype.
+        """
         return rope3d(
             x, cos, sin, text_len=text_len, interleaved=self.interleaved, backend=self.backend
         )
@@ -27,7 +37,8 @@ class QKNormRoPE3D(nn.Module):
     """`qk_norm_rope3d` as a module: the two norms of an attention, and its rotation.
 
     The norms are plain torch modules named as in diffusers, so that the keys of the state dict are
-    `norm_q.weight`, `norm_q.bias`, `norm_k.weight`, `norm_k.bias`, whatever the backend.
+    `norm_q.weight`, `norm_q.bias`, `norm_k.weight`, `norm_k.bias`, whatever the backend. Their eps
+    is 1e-6 in CogVideoX, Wan, HunyuanVideo and Mochi.
     """
 
     def __init__(
@@ -58,6 +69,17 @@ class QKNormRoPE3D(nn.Module):
         text_len: int = 0,
         inplace: bool = False,
     ) -> tuple[Tensor, Tensor]:
+        """Normalise every head of q and k, and turn the video tokens.
+
+        Args:
+            q, k: (batch, seqlen, nheads, headdim), text first; k may have fewer heads.
+            cos, sin: (seqlen - text_len, rotary_dim // 2) fp32, of `rope3d_tables`.
+            text_len: tokens that are normalised and do not turn.
+            inplace: overwrite q and k; refused where a gradient is wanted.
+
+        Returns:
+            (q, k), each of its shape and dtype.
+        """
         return qk_norm_rope3d(
             q,
             k,

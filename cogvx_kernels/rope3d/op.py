@@ -1,9 +1,11 @@
 """The door: checks, the choice of the way, and the torch ops behind it with their gradients."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .. import _backend, _checks
+from .. import _autocast, _backend, _checks
 from .reference import qk_norm_rope3d_reference, rope3d_reference
 
 HEADS = ("batch", "seqlen", "nheads", "headdim")
@@ -124,14 +126,20 @@ _qk_norm_rope3d.register_autograd(_qk_norm_rope3d_backward, setup_context=_qk_no
 
 
 def _check_rope(
-    op: str, name: str, x: Tensor, cos: Tensor, sin: Tensor, text_len: int, interleaved: bool
+    op: str,
+    name: str,
+    x: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    text_len: int,
+    interleaved: bool,
 ) -> None:
     _checks.tensor(op, name, x, HEADS)
     _checks.flag(op, "interleaved", interleaved)
     batch, seqlen, nheads, headdim = x.shape
     _checks.integer(op, "text_len", text_len, 0, seqlen, f"(the seqlen of {name})")
-    for table_name, table in (("cos", cos), ("sin", sin)):
-        _checks.tensor(op, table_name, table, ("video_len", "rotary_dim // 2"))
+    for table_name, value in (("cos", cos), ("sin", sin)):
+        table = _checks.tensor(op, table_name, value, ("video_len", "rotary_dim // 2"))
         wide = torch.float64 if x.dtype is torch.float64 else torch.float32
         _checks.dtype(op, table_name, table, (torch.float32, wide))
         _checks.same_device(op, table_name, table, name, x)
@@ -146,6 +154,7 @@ def _check_rope(
             op, table_name, table, (seqlen - text_len, half), "(video_len, rotary_dim // 2)",
             lambda: f" for {name} of shape {tuple(x.shape)} and text_len={text_len}",
         )  # fmt: skip
+    assert cos is not None and sin is not None
     _checks.shape(op, "sin", sin, cos.shape, "the shape of cos")
 
 
@@ -185,11 +194,49 @@ def _check_inplace(op: str, q: Tensor, k: Tensor, affine: dict[str, Tensor | Non
             )
 
 
-def _reason(name: str, x: Tensor) -> str | None:
-    """Why the kernels cannot take `x`, or None."""
+def _reason(name: str, x: Tensor, **others: Tensor | None) -> str | None:
+    """Why the kernels cannot take `x`, called `name`, and the others; or None."""
     if x.shape[-1] % 2:
         return f"{name} has headdim {x.shape[-1]}; the kernel takes even ones"
-    return _backend.triton_reason(name, x)
+    reason = _backend.triton_reason(name, x)
+    return reason or _backend.transform_reason(**{name: x}, **others)
+
+
+# --- under autocast --------------------------------------------------------------------------
+
+
+def _tables(x: Tensor, *tables: Tensor | None) -> tuple[Any, ...]:
+    """Tables in the dtype in which `x` turns, at least fp32."""
+    return _autocast.cast(torch.promote_types(x.dtype, torch.float32), *tables)
+
+
+def _qk_norm_rope3d_under_autocast(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    inplace: bool,
+    **settings: Any,
+) -> tuple[Tensor, Tensor]:
+    """Unlike q and k meet in the dtype to which they promote, and go back to their own."""
+    dtype = _autocast.promoted(q, k)
+    wide_q, wide_k = _autocast.cast(dtype, q, k)
+    affine = _autocast.parameters(dtype, q_weight, q_bias, k_weight, k_bias)
+    arguments = (wide_q, wide_k, *affine, *_tables(wide_q, cos, sin))
+    with _autocast.off(q):
+        if wide_q is q and wide_k is k:
+            return qk_norm_rope3d(*arguments, inplace=inplace, **settings)
+        _checks.flag("qk_norm_rope3d", "inplace", inplace)
+        new_q, new_k = qk_norm_rope3d(*arguments, **settings)
+    if inplace:
+        names = ("q_weight", "q_bias", "k_weight", "k_bias")
+        _check_inplace("qk_norm_rope3d", q, k, dict(zip(names, affine, strict=True)))
+        return q.copy_(new_q), k.copy_(new_k)
+    return new_q.to(q.dtype), new_k.to(k.dtype)
 
 
 # --- the public functions --------------------------------------------------------------------
@@ -210,23 +257,32 @@ def rope3d(
         x: (batch, seqlen, nheads, headdim), any strides; the first `text_len` tokens are text. q
             and k of one packed projection, (batch, seqlen, 3 · nheads · headdim), turn in one call
             as its first 2 · nheads heads.
-        cos, sin: (video_len, rotary_dim // 2) fp32, of `rope3d_tables`; rotary_dim <= headdim.
-            Constants: they get no gradient.
+        cos, sin: (video_len, rotary_dim // 2) fp32, as `rope3d_tables` makes them of the grid of
+            tokens; rotary_dim <= headdim. Constants: they get no gradient.
         text_len: tokens that pass, 0 to seqlen.
         interleaved: pairs are dims (2j, 2j + 1), as in CogVideoX; else (j, j + rotary_dim / 2).
         backend: "auto", "kernel" or "reference".
 
     Returns:
         A new contiguous tensor of x's shape and dtype; computed in at least fp32, rounded once.
+        Under autocast too; tables in 16 bits, as products make them there, are then cast to fp32.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
         RuntimeError: backend="kernel" and the kernel cannot run, or a table requires a gradient.
 
+    Example:
+        >>> cos, sin = rope3d_tables(slice_positions((13, 30, 45)), split=(16, 24, 24))
+        >>> q = rope3d(q, cos, sin, text_len=226)  # q (batch, 226 + 13 * 30 * 45, nheads, 64)
+
     Source: arXiv 2104.09864, section 3.4; arXiv 2408.06072, section 2.2.
     """
+    if _autocast.enabled(x):
+        cos, sin = _tables(x, cos, sin)
+        with _autocast.off(x):
+            return rope3d(x, cos, sin, text_len=text_len, interleaved=interleaved, backend=backend)
     _check_rope("rope3d", "x", x, cos, sin, text_len, interleaved)
-    if _backend.choose(backend, "rope3d", _reason("x", x), x):
+    if _backend.choose(backend, "rope3d", _reason("x", x, cos=cos, sin=sin), x):
         return _rope3d(x, cos, sin, text_len, interleaved, False)
     return rope3d_reference(x, cos, sin, text_len=text_len, interleaved=interleaved)
 
@@ -234,12 +290,12 @@ def rope3d(
 def qk_norm_rope3d(
     q: Tensor,
     k: Tensor,
-    q_weight: Tensor | None,
-    q_bias: Tensor | None,
-    k_weight: Tensor | None,
-    k_bias: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
+    q_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     *,
     text_len: int = 0,
     norm: str = "layer",
@@ -254,31 +310,47 @@ def qk_norm_rope3d(
         q, k: (batch, seqlen, nheads, headdim), any strides, for example views of one packed qkv
             projection, which are read where they are; k may have fewer heads than q.
         q_weight, q_bias, k_weight, k_bias: (headdim,) of the norm, or None; fp32 or q's dtype.
-        cos, sin, text_len, interleaved, backend: as in `rope3d`. All tokens are normalised.
-        norm: "layer" (CogVideoX) or "rms".
-        eps: added to the variance; 1e-6 in the released models.
+        cos, sin: must be given, by name where the weights are left out; (video_len,
+            rotary_dim // 2) fp32, as `rope3d_tables` makes them of the grid of tokens.
+        text_len: tokens that are normalised and do not turn, 0 to seqlen.
+        norm: "layer" (CogVideoX) or "rms" (Wan, HunyuanVideo, Mochi).
+        eps: added to the variance: 1e-6 in the norms of q and k of CogVideoX and of the others.
+        interleaved: pairs are dims (2j, 2j + 1), as in CogVideoX; else (j, j + rotary_dim / 2).
         inplace: overwrite q and k and return them; refused where a gradient is wanted.
+        backend: "auto", "kernel" or "reference".
 
     Returns:
         (q, k) of the same shapes and dtype, new and contiguous unless inplace; computed in at
         least fp32, rounded once. Gradients for q, k and the weights and biases; what is kept for
-        the backward is the inputs as they are.
+        the backward is the inputs as they are. Under autocast q and k may differ in dtype and each
+        keeps its own, as in torch's norms; weights and tables may have any.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
         RuntimeError: backend="kernel" and the kernel cannot run; inplace under grad; a table
             requires a gradient.
 
+    Example, of a model whose norms have no weights:
+        >>> cos, sin = rope3d_tables(slice_positions((13, 30, 45)), split=(16, 24, 24))
+        >>> q, k = qk_norm_rope3d(q, k, cos=cos, sin=sin, text_len=226, norm="rms")
+
     Source: arXiv 2408.06072, section 2.2.
     """
+    if _autocast.enabled(q):
+        return _qk_norm_rope3d_under_autocast(
+            q, k, q_weight, q_bias, k_weight, k_bias, cos, sin, inplace, text_len=text_len,
+            norm=norm, eps=eps, interleaved=interleaved, backend=backend,
+        )  # fmt: skip
     affine = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
     _check_rope("qk_norm_rope3d", "q", q, cos, sin, text_len, interleaved)
     _check_qk_norm_rope("qk_norm_rope3d", q, k, affine, norm, eps)
     _checks.flag("qk_norm_rope3d", "inplace", inplace)
     if inplace:
         _check_inplace("qk_norm_rope3d", q, k, affine)
+    assert cos is not None and sin is not None
     arguments = (q, k, q_weight, q_bias, k_weight, k_bias, cos, sin)
-    if _backend.choose(backend, "qk_norm_rope3d", _reason("q", q), q):
+    reason = _reason("q", q, k=k, **affine, cos=cos, sin=sin)
+    if _backend.choose(backend, "qk_norm_rope3d", reason, q):
         if inplace:
             _qk_norm_rope3d_inplace(*arguments, text_len, norm, float(eps), interleaved)
             return q, k

@@ -39,12 +39,12 @@ def rope3d_reference(
 def qk_norm_rope3d_reference(
     q: Tensor,
     k: Tensor,
-    q_weight: Tensor | None,
-    q_bias: Tensor | None,
-    k_weight: Tensor | None,
-    k_bias: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
+    q_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     *,
     text_len: int = 0,
     norm: str = "layer",
@@ -58,11 +58,15 @@ def qk_norm_rope3d_reference(
 
     q, k           (batch, seqlen, nheads, headdim); k may have fewer heads
     weight, bias   (headdim,), shared by all heads, or None
+    cos, sin       as in `rope3d_reference`; they must be given
     returns        q and k, each of its own shape and dtype, rounded once, after the rotation
 
     Source: CogVideoX (arXiv 2408.06072), section 2.2; eps 1e-6 as in the released models, which
     round between the two steps where this rounds once.
     """
+
+    if cos is None or sin is None:
+        raise TypeError("qk_norm_rope3d_reference: cos and sin must be tensors; got None")
 
     def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -72,10 +76,8 @@ def qk_norm_rope3d_reference(
         x = x if weight is None else x * weight
         return x if bias is None else x + bias
 
-    def rotate(x: Tensor) -> Tensor:
-        return rope3d_reference(x, cos, sin, text_len=text_len, interleaved=interleaved)
-
-    return (
-        rotate(normalise(q, q_weight, q_bias)).to(q.dtype),
-        rotate(normalise(k, k_weight, k_bias)).to(k.dtype),
+    q_out, k_out = (
+        rope3d_reference(x, cos, sin, text_len=text_len, interleaved=interleaved)
+        for x in (normalise(q, q_weight, q_bias), normalise(k, k_weight, k_bias))
     )
+    return q_out.to(q.dtype), k_out.to(k.dtype)

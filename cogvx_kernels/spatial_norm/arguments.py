@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _checks
+from .._launch import dense
 
 VIDEO = ("batch", "channels", "frames", "height", "width")
 LATENTS = ("batch", "channels", "latent_frames", "latent_height", "latent_width")
@@ -39,9 +40,7 @@ def like(x: Tensor | None, of: Tensor) -> Tensor:
 
 def as_promised(x: Tensor, out: Tensor) -> Tensor:
     """The law's result, in the memory format that the kernel's would have."""
-    last = x.shape[1] > 1 and x.stride(1) == 1
-    form = torch.channels_last_3d if last else torch.contiguous_format
-    return out.contiguous(memory_format=form)
+    return dense(out, x.shape[1] > 1 and x.stride(1) == 1)
 
 
 # --- what may go in ---------------------------------------------------------------------------

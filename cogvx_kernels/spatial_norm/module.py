@@ -1,4 +1,4 @@
-"""The drop-in: the norm of a residual block, and the convolutions that make its modulation."""
+"""Module for the norm of a residual block, with the convolutions that make its modulation."""
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ class SpatialNormSiLU(nn.Module):
     With `zq_channels` the keys of the state dict are those of diffusers' CogVideoXSpatialNorm3D:
     `norm_layer`, `conv_y.conv` and `conv_b.conv`, each with weight and bias; else `weight` and
     `bias`, as nn.GroupNorm has them. The convolutions are of one pixel, at the size of the latents.
+    The default eps is that of CogVideoX's VAE, 1e-6; nn.GroupNorm's own is 1e-5.
     """
 
     def __init__(
@@ -53,9 +54,23 @@ class SpatialNormSiLU(nn.Module):
         cache: Tensor | None = None,
         start: str | None = None,
     ) -> Tensor:
-        """x (batch, channels, frames, height, width); zq (batch, zq_channels, latent frames, latent
-        height, latent width), for a module with `zq_channels`. `leads` None: the first frame has a
-        latent frame to itself if the number of frames is odd, which is diffusers' rule.
+        """SiLU of the norm, modulated by the latents.
+
+        Args:
+            x: (batch, channels, frames, height, width).
+            zq: (batch, zq_channels, latent frames, latent height, latent width), for a module with
+                `zq_channels`; height and width are whole multiples of the latents'.
+            leads: the first frame has a latent frame to itself; None: if the number of frames is
+                odd, which is diffusers' rule.
+            offset: (channels,), added to x first, or None.
+            moments: (batch, frames if per_frame else 1, num_groups, 2) of `residual_moments`, or
+                None to compute them.
+            cache: (batch, channels, kept, height, width), overwritten with the last frames of the
+                result, which then begins with what was cached; or None.
+            start: "replicate" or "zeros" where the clip begins, with a cache.
+
+        Returns:
+            A new tensor of x's shape and dtype, of kept + frames frames with a cache.
         """
         y = b = None
         if self.modulated:

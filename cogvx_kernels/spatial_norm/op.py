@@ -1,9 +1,11 @@
 """The door: checks, the choice of the way, and the torch ops behind it with their gradients."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .. import _backend, _checks
+from .. import _autocast, _backend, _checks
 from .arguments import (
     VIDEO,
     as_promised,
@@ -18,6 +20,7 @@ from .arguments import (
     reason,
     refuse_grad,
     wants_grad,
+    wide_of,
 )
 from .eager import residual_moments_eager, spatial_norm_silu_eager
 from .reference import residual_moments_reference, spatial_norm_silu_reference
@@ -230,13 +233,31 @@ def _in_parts(*tensors: Tensor | None) -> bool:
     return on_cpu and not wants_grad(*tensors) and not torch.compiler.is_compiling()
 
 
+def _spatial_norm_silu_under_autocast(
+    x: Tensor, weight: Any, bias: Any, y: Any, b: Any, offset: Any, moments: Any, cache: Any,
+    **settings: Any,
+) -> Tensor:  # fmt: skip
+    """A cache of another dtype than the result is updated through a copy of it."""
+    dtype = _autocast.promoted(x, y, b, cache)
+    wide, y, b, copy = _autocast.cast(dtype, x, y, b, cache)
+    weight, bias, offset = _autocast.parameters(dtype, weight, bias, offset)
+    (moments,) = _autocast.cast(wide_of(wide), moments)
+    with _autocast.off(x):
+        out = spatial_norm_silu(
+            wide, weight, bias, y, b, offset, moments=moments, cache=copy, **settings
+        )
+    if copy is not cache:
+        cache.copy_(copy)
+    return out
+
+
 # --- the public functions --------------------------------------------------------------------
 
 
 def spatial_norm_silu(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     y: Tensor | None = None,
     b: Tensor | None = None,
     offset: Tensor | None = None,
@@ -261,7 +282,7 @@ def spatial_norm_silu(
             the latents', and frame f reads latent frame f · latents // frames.
         offset: (channels,), added to x first, or None: the bias of a convolution before.
         num_groups: divides the channels.
-        eps: added to the variance; 1e-6 in the released models.
+        eps: added to the variance: 1e-6 in the VAEs of CogVideoX and HunyuanVideo.
         per_frame: statistics within each frame; else over all frames of x.
         leads: the first of several frames has the first latent frame to itself.
         silu: False for n · y + b.
@@ -278,6 +299,9 @@ def spatial_norm_silu(
         A new tensor of x's shape and dtype, or of kept + frames frames; channels_last_3d if x's
         channels are neighbours, else contiguous. Computed in at least fp32, rounded once. Gradients
         for every tensor; what is kept for the backward is the inputs as they are, and statistics.
+        Under autocast dtypes may be mixed, and the result has the one to which x, y, b and a cache
+        promote, as norm(x) * y + b has; weight, bias and offset are a layer's and do not count. The
+        norm itself counts as x's dtype, where torch's on CUDA gives fp32.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -286,6 +310,11 @@ def spatial_norm_silu(
     Source: arXiv 2209.09002, section 3.2 (spatial norm); arXiv 2408.06072 (CogVideoX).
     """
     op = "spatial_norm_silu"
+    if _autocast.enabled(x):
+        return _spatial_norm_silu_under_autocast(
+            x, weight, bias, y, b, offset, moments, cache, num_groups=num_groups, eps=eps,
+            per_frame=per_frame, leads=leads, silu=silu, start=start, backend=backend,
+        )  # fmt: skip
     check_video(op, x, num_groups, per_frame)
     check_vectors(op, x, weight=weight, bias=bias, offset=offset)
     check_latents(op, x, leads, y=y, b=b)
@@ -300,11 +329,14 @@ def spatial_norm_silu(
         refuse_grad(
             op, cache=cache, x=x, weight=weight, bias=bias, y=y, b=b, offset=offset, moments=moments
         )
-    if _backend.choose(backend, op, reason(x), x):
+    transform = _backend.transform_reason(
+        x=x, weight=weight, bias=bias, y=y, b=b, offset=offset, moments=moments, cache=cache
+    )
+    if _backend.choose(backend, op, reason(x) or transform, x):
         if cache is None:
             return _spatial_norm_silu(*tensors, *settings)[0]
         return _spatial_norm_silu_behind(cache, *tensors, *settings, start or "")
-    if _in_parts(*tensors):
+    if transform is None and _in_parts(*tensors):
         return spatial_norm_silu_eager(*tensors, *settings, cache, start)
     out = spatial_norm_silu_reference(
         *tensors[:-1], num_groups=num_groups, eps=eps, per_frame=per_frame, leads=leads, silu=silu,
@@ -333,7 +365,8 @@ def residual_moments(
         (sum, moments): the sum rounded once to x's dtype, in the memory format that
         `spatial_norm_silu` of x would have; mean and variance of the sum as it was rounded,
         (batch, frames if per_frame else 1, num_groups, 2), in at least fp32. Gradients for every
-        tensor, through both; what is kept for the backward is what is returned.
+        tensor, through both; what is kept for the backward is what is returned. Under autocast the
+        sum has the dtype to which x and h promote; the offset is a layer's and does not count.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -342,15 +375,24 @@ def residual_moments(
     Source: group norm, arXiv 1803.08494; the residual blocks of arXiv 2408.06072's VAE.
     """
     op = "residual_moments"
+    if _autocast.enabled(x):
+        dtype = _autocast.promoted(x, h)
+        x, h = _autocast.cast(dtype, x, h)
+        (offset,) = _autocast.parameters(dtype, offset)
+        with _autocast.off(x):
+            return residual_moments(
+                x, h, offset, num_groups=num_groups, per_frame=per_frame, backend=backend
+            )
     check_video(op, x, num_groups, per_frame)
     _checks.tensor(op, "h", h, VIDEO)
     _checks.dtype(op, "h", h, (x.dtype,))
     _checks.same_device(op, "h", h, "x", x)
     _checks.shape(op, "h", h, x.shape, "the shape of x")
     check_vectors(op, x, offset=offset)
-    if _backend.choose(backend, op, reason(x), x):
+    transform = _backend.transform_reason(x=x, h=h, offset=offset)
+    if _backend.choose(backend, op, reason(x) or transform, x):
         return _residual_moments(x, h, offset, num_groups, per_frame)
-    if _in_parts(x, h, offset):
+    if transform is None and _in_parts(x, h, offset):
         return residual_moments_eager(x, h, offset, num_groups, per_frame)
     total, moments = residual_moments_reference(
         x, h, offset, num_groups=num_groups, per_frame=per_frame

@@ -4,6 +4,8 @@ Straight-line torch. It computes in at least fp32 and rounds once, to the dtype 
 gradients come from autograd.
 """
 
+from itertools import groupby
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,8 +13,8 @@ from torch import Tensor
 
 def spatial_norm_silu_reference(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     y: Tensor | None = None,
     b: Tensor | None = None,
     offset: Tensor | None = None,
@@ -116,8 +118,11 @@ def _of_channels(vector: Tensor, f: Tensor) -> Tensor:
 
 def _nearest(latents: Tensor, f: Tensor, leads: bool) -> Tensor:
     """Latents at f's frames, height and width, by the nearest-neighbour rule."""
-    index = torch.tensor(latent_of_frame(f.shape[2], latents.shape[2], leads), device=f.device)
-    wide = latents.to(f.dtype).index_select(2, index.to(torch.int64))
+    wide = latents.to(f.dtype)
+    # Not by an index tensor, which would have to be a DTensor where the latents are.
+    runs = groupby(latent_of_frame(f.shape[2], latents.shape[2], leads))
+    frames = [wide[:, :, i : i + 1].expand(-1, -1, len(list(run)), -1, -1) for i, run in runs]
+    wide = torch.cat(frames, 2) if frames else wide[:, :, :0]
     for dim in (3, 4):
         wide = wide.repeat_interleave(f.shape[dim] // max(latents.shape[dim], 1), dim)
     return wide

@@ -1,4 +1,4 @@
-"""The drop-in: a causal convolution along frames that owns its weight."""
+"""Module for a causal convolution along frames."""
 
 from typing import Any
 
@@ -55,6 +55,16 @@ class TemporalConv(nn.Module):
         self.backend = backend
 
     def forward(self, x: Tensor, cache: Tensor | None = None) -> Tensor:
+        """Convolve a clip, or a chunk of it behind the frames before.
+
+        Args:
+            x: (batch, in_channels, frames, height, width), or (batch, in_channels, frames).
+            cache: (batch, in_channels, kernel_size - 1, ...), the frames before x, only read; None
+                where the clip begins with x.
+
+        Returns:
+            (batch, out_channels, (frames - 1) // stride + 1, ...), new, of x's dtype.
+        """
         return temporal_conv(
             x,
             self.weight,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import _backend, _checks
+from .. import _autocast, _backend, _checks
 from .reference import temporal_conv_reference
 
 VIDEO = ("batch", "in_channels", "frames", "height", "width")
@@ -210,7 +210,8 @@ def temporal_conv(
         (batch, out_channels, (frames - 1) // stride + 1, …), new, of x's dtype; channels-last if
         x has its channels side by side, else contiguous. Sums in at least fp32, rounded once.
         Gradients for x, weight, bias and cache. What is kept for the backward is the arguments as
-        they are; with an activation it computes the pre-activation again.
+        they are; with an activation it computes the pre-activation again. Under autocast all of
+        them are cast to its dtype, which is the result's, as in F.conv3d.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -219,8 +220,18 @@ def temporal_conv(
     Source: arXiv 1609.03499, section 2.1; arXiv 2408.06072, section 2.1.
     """
     op = "temporal_conv"
+    if _autocast.enabled(x):
+        x, weight, bias, cache = _autocast.cast(_autocast.dtype(x), x, weight, bias, cache)
+        with _autocast.off(x):
+            return temporal_conv(
+                x, weight, bias, cache=cache, stride=stride, start=start, activation=activation,
+                backend=backend,
+            )  # fmt: skip
     _check(op, x, weight, bias, cache, stride, start, activation)
-    if not _backend.choose(backend, op, _backend.triton_reason("x", x), x):
+    reason = _backend.triton_reason("x", x) or _backend.transform_reason(
+        x=x, weight=weight, bias=bias, cache=cache
+    )
+    if not _backend.choose(backend, op, reason, x):
         return temporal_conv_reference(
             x, weight, bias, cache=cache, stride=stride, start=start, activation=activation
         )

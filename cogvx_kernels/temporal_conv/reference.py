@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._launch import dense
+
 
 def temporal_conv_reference(
     x: Tensor,
@@ -67,5 +69,4 @@ def temporal_conv_reference(
     if bias is not None:
         y = y + bias.to(wide)[:, None, None, None]
     y = (F.silu(y) if activation == "silu" else y).to(x.dtype)
-    last = x.shape[1] > 1 and x.stride(1) == 1
-    return y.contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)
+    return dense(y, x.shape[1] > 1 and x.stride(1) == 1)

@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cogvx_kernels._opinfo import OpInfo
-from cogvx_kernels.testing import materialize
+from cogvx_kernels.testing import OPS, as_tuple, materialize
 
 from .calls import EVERY_OP
 
@@ -99,6 +100,7 @@ def test_wrong_arguments_are_named(info):
             assert said.startswith(f"{info.name}: "), (name, what, said)
             assert re.search(rf"\b{name}\b", said), (name, what, said)
             assert re.search(r"; got |takes float32|cannot run", said), (name, what, said)
+            assert not re.search(r"\b(\w+) or \1\b", said), (name, what, said)
         else:
             lenient.add((name, what))
     assert not lenient, f"accepted: {sorted(lenient)}"
@@ -109,3 +111,29 @@ def test_wrong_arguments_are_named(info):
 def test_a_missing_argument_is_python_s_own_error(info):
     with pytest.raises(TypeError, match="missing .* required positional argument"):
         info.op()
+
+
+OPTIONAL = {
+    "expert_adaln": ("text_shift", "text_scale", "weight", "bias"),
+    "gated_residual": ("text_gate",),
+    "gated_residual_adaln": ("text_gate", "text_shift", "text_scale", "weight", "bias"),
+    "qk_norm_rope3d": ("q_weight", "q_bias", "k_weight", "k_bias"),
+    "expert_ffn": ("up_bias", "down_bias"),
+    "spatial_norm_silu": ("weight", "bias"),
+    "temporal_conv": ("bias",),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_arguments_that_a_model_lacks_may_be_left_out(name):
+    """Those of text, and of norms or layers without parameters: as if they were None."""
+    info = OPS[name]
+    arguments = materialize(info.samples[0], torch.float32)
+    for tensor in info.tokens if "text_len" in arguments else ():
+        arguments[tensor] = arguments[tensor][:, arguments["text_len"] :]
+    arguments |= {"text_len": 0} if "text_len" in arguments else {}
+    short = {n: x for n, x in arguments.items() if n not in OPTIONAL[name]}
+    full = {**arguments, **dict.fromkeys(OPTIONAL[name])}
+    for function in (partial(info.op, backend="reference"), info.reference):
+        for a, b in zip(as_tuple(function(**short)), as_tuple(function(**full)), strict=True):
+            assert torch.equal(a, b)

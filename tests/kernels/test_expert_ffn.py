@@ -441,3 +441,75 @@ def test_swiglu_wants_pairs_of_rows():
     up, bias, down, down_bias = experts(1)
     with pytest.raises(ValueError, match='up must have an even number of rows for activation="swi'):
         ck.expert_ffn(tokens(), up[:, :-1], bias[:, :-1], down, down_bias, activation="swiglu")
+
+
+def linears(bias=True, rows=FFN_DIM, dtype=torch.float32):
+    up, down = nn.Linear(DIM, rows, bias, dtype=dtype), nn.Linear(FFN_DIM, DIM, bias, dtype=dtype)
+    return up.to(device()), down.to(device())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_from_linears_is_the_plain_composition(count, activation, bias):
+    """With copies of the weights: what is trained afterwards is the module."""
+    rows = 2 * FFN_DIM if activation == "swiglu" else FFN_DIM
+    pairs = [linears(bias, rows) for _ in range(count)]
+    for layer in pairs[0]:
+        layer.weight.requires_grad_(False)  # of all experts there is one parameter
+    module = ck.ExpertFFN.from_linears(pairs, activation, backend="reference")
+    x = tokens()
+    parts = x.split([TEXT, VIDEO], 1) if count == 2 else [x]
+    expected = []
+    for (up, down), part in zip(pairs, parts, strict=True):
+        hidden = up(part)
+        if activation == "swiglu":
+            values, gates = hidden.chunk(2, -1)
+            hidden = values * F.silu(gates)
+        else:
+            hidden = F.gelu(hidden, approximate="tanh")
+        expected.append(down(hidden))
+    expected = torch.cat(expected, 1)
+    ours = module(x, text_len=TEXT)
+    torch.testing.assert_close(ours, expected)
+    assert module.up.requires_grad is (count == 2)
+    assert (module.up_bias is not None) is bias and len(module.up) == count
+    assert module.up.data_ptr() != pairs[0][0].weight.data_ptr()
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def hooked():
+    layer = nn.Linear(FFN_DIM, DIM)
+    layer.register_forward_hook(lambda *_: None)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("second", "error", "message"),
+    [
+        (lambda: (linears()[0], nn.Linear(FFN_DIM, DIM + 1)), ValueError,
+         r"the weight of down of pairs\[1\] must be \(out, in\) = \(32, 48\) .*; got \(33, 48\)"),
+        (lambda: linears(rows=FFN_DIM + 2), ValueError, r"the weight of up of pairs\[1\] must be"),
+        (lambda: linears(bias=False), ValueError, r"got up of pairs\[1\] with no bias"),
+        (lambda: linears(dtype=torch.bfloat16), TypeError, r"must be float32; got bfloat16"),
+        (lambda: [x.to("meta") for x in linears()], ValueError, r"must be on the device of up of"),
+        (lambda: linears()[:1], TypeError, r"pairs\[1\] must be two layers, \(up, down\)"),
+        (lambda: linears()[0], TypeError, r"pairs\[1\] must be two layers"),
+        (lambda: (Scaled(DIM, FFN_DIM), linears()[1]), TypeError, r"up of pairs.1. .*; got Scaled"),
+        (lambda: (linears()[0], hooked()), TypeError, r"down of pairs.1. must be an nn.Linear"),
+    ],
+)  # fmt: skip
+def test_from_linears_refuses_what_does_not_fit(second, error, message):
+    with pytest.raises(error, match="ExpertFFN.from_linears: .*" + message):
+        ck.ExpertFFN.from_linears([linears(), second()])
+
+
+def test_from_linears_refuses_no_experts_and_odd_gates():
+    with pytest.raises(TypeError, match="pairs must be a sequence of .* got \\[\\]"):
+        ck.ExpertFFN.from_linears([])
+    with pytest.raises(ValueError, match="up of pairs.0. must have an even number of rows.*got 47"):
+        ck.ExpertFFN.from_linears([linears(rows=47)], "swiglu")

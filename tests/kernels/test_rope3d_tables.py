@@ -135,3 +135,33 @@ def test_tables_refuse_positions_of_other_shapes():
         ck.rope3d_tables(torch.zeros(4, 2), (2, 2, 2))
     with pytest.raises(ValueError, match="positions must be"):
         ck.rope3d_tables([torch.zeros(2), torch.zeros(2)], (2, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ck.slice_positions("abc"), r"slice_positions: grid must be integers \(frames,"),
+        (lambda: ck.slice_positions((1, 2.5, 3)), r"slice_positions: grid must be integers"),
+        (lambda: ck.slice_positions((1, 2, 3), 45), r"slice_positions: max_grid must be integers"),
+        (lambda: ck.crop_positions(None), r"crop_positions: grid must be integers .*; got None"),
+        (lambda: ck.crop_positions((1, 2, 3), "ab"), r"crop_positions: base_grid must be integers"),
+        (lambda: ck.split_headdim("64"), r"split_headdim: headdim must be an integer; got '64'"),
+        (lambda: ck.rope3d_tables("abc", SPLIT), r"positions must be three tensors \(frames,"),
+        (lambda: ck.rope3d_tables((1, 2, 3), SPLIT), r"positions must be three tensors"),
+        (lambda: ck.rope3d_tables(torch.ones(4, 3), "abc"), r"split must be integers \(time,"),
+        (lambda: ck.rope3d_tables(torch.ones(4, 3), SPLIT, frequencies=[1, 2, 3]),
+         r"frequencies must be three tensors \(split\[i\] // 2,\)"),
+        (lambda: ck.rope3d_tables(torch.ones(4, 3), SPLIT, precision="float32"),
+         r"precision must be a floating-point dtype; got 'float32'"),
+    ],
+)  # fmt: skip
+def test_what_is_no_number_or_tensor_is_refused_by_name(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_integers_of_any_kind_are_sizes():
+    wanted = ck.slice_positions((1, 2, 3))
+    for grid in (torch.zeros(1, 2, 3).shape, torch.tensor([1, 2, 3]), [1, 2, 3]):
+        for ours, theirs in zip(ck.slice_positions(grid), wanted, strict=True):
+            assert torch.equal(ours, theirs)
