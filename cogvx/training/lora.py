@@ -29,7 +29,7 @@ def add_adapters(transformer: ExpertTransformer, rank: int) -> None:
 
 
 def save_adapters(transformer: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
-    """Writes what `pipe.load_lora_weights(folder)` of diffusers reads.
+    """Write what `CogVideoX.load_lora(folder)` reads, and diffusers' `load_lora_weights(folder)`.
 
     transformer  with adapters; weights: its state
     """
