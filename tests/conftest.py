@@ -74,13 +74,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @functools.cache
 def _speed() -> str:
-    """What a time of this run is to be compared by: the speed of Python on this machine."""
-    started, total = time.process_time(), 0
-    for i in range(2_000_000):
-        total += i
-    return (
-        f"this machine adds 20 million integers in {10 * (time.process_time() - started):.1f} CPU s"
-    )
+    """What a time of this run is to be compared by: how fast a script of Python's adds."""
+    started = time.process_time()
+    exec("total = 0\nfor i in range(2_000_000):\n    total += i", {})
+    seconds = 10 * (time.process_time() - started)
+    return f"this machine adds 20 million integers in {seconds:.1f} CPU s"
 
 
 def _where() -> str:
