@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import re
+import shlex
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,14 +112,17 @@ def opened(path: PathLike) -> Iterator[tuple[Any, Any]]:
 
 def _container(path: PathLike, file: BinaryIO) -> Any:
     # Without a name, so that FFmpeg goes by the bytes alone and never opens another file.
+    # A photo with others behind it (a gain map, a depth map, MPF) looks like motion JPEG.
+    photo = file.read(3) == b"\xff\xd8\xff" and b"MPF\0" in file.read(1 << 18)
+    file.seek(0)
     try:
-        return pyav().open(file, options=OPTIONS)
+        return pyav().open(file, format="jpeg_pipe" if photo else None, options=OPTIONS)
     except pyav().FFmpegError as error:
         if error.errno != errno.EINVAL:
             raise
         raise VideoError(
             f"{path}: is no video of a format that is read ({' '.join(SUFFIXES)}), or a truncated "
-            f"or damaged one. ffmpeg -i {os.path.basename(path)} clip.mp4 converts many others"
+            f"or damaged one. ffmpeg -i {quoted(path)} clip.mp4 converts many others"
         ) from error
 
 
@@ -128,7 +132,7 @@ def _check_format(path: PathLike, container: Any, file: BinaryIO) -> None:
         raise VideoError(
             f"{path}: is a stream without a container ({container.format.long_name}), whose frames "
             "have no times. Put it into one, at its frame rate: "
-            f"ffmpeg -framerate 25 -i {os.path.basename(path)} -c copy clip.mp4"
+            f"ffmpeg -framerate 25 -i {quoted(path)} -c copy clip.mp4"
         )
     if name == "webp_pipe":
         position = file.tell()
@@ -138,7 +142,7 @@ def _check_format(path: PathLike, container: Any, file: BinaryIO) -> None:
         if header.startswith(b"VP8X") and header[8] & 2:
             raise VideoError(
                 f"{path}: is an animated WebP, which FFmpeg does not decode. Save it as GIF, for "
-                f"example: magick {os.path.basename(path)} clip.gif"
+                f"example: magick {quoted(path)} clip.gif"
             )
 
 
@@ -152,15 +156,16 @@ def _shown_stream(path: PathLike, container: Any) -> Any:
     best = container.streams.best("video")
     if best not in streams:
         best = max(streams, key=lambda stream: bool(stream.disposition & kinds.default))
-    if best.disposition & kinds.dependent:
+    tiles = [stream for stream in streams if stream.disposition & kinds.dependent]
+    if tiles and not best.disposition & kinds.default:  # which a picture that is whole has
         raise VideoError(
-            f"{path}: is a photo in {len(streams)} tiles (HEIC or AVIF), which are not put "
+            f"{path}: is a photo in {len(tiles)} tiles (HEIC or AVIF), which are not put "
             "together. Save it as JPEG or PNG"
         )
     if best.codec_context is None:
         raise VideoError(
             f"{path}: is coded in a way that this FFmpeg cannot decode. Convert it to H.264: "
-            f"ffmpeg -i {os.path.basename(path)} clip.mp4"
+            f"ffmpeg -i {quoted(path)} clip.mp4"
         )
     return best
 
@@ -192,6 +197,11 @@ def _size_in_logs(file: BinaryIO) -> tuple[int, int]:
         logging.set_level(level)
     found = re.search(r"size (\d+)x(\d+) (?:exceeds|is invalid)", " ".join(log[2] for log in logs))
     return (int(found[2]), int(found[1])) if found else (0, 0)
+
+
+def quoted(path: PathLike) -> str:
+    """A path as a command takes it."""
+    return shlex.quote(os.fspath(path))
 
 
 def check_count(path: PathLike, count: int) -> None:

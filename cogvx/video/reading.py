@@ -48,6 +48,7 @@ from .container import (
     opened,
     precise,
     pyav,
+    quoted,
 )
 
 
@@ -302,17 +303,18 @@ def _orientation(path: PathLike, picture: Any) -> tuple[int, bool]:
     a, b, _, c, d, *_ = _display_matrix(picture) or [0] * 9
     if not (a or b or c or d):
         return 0, False
-    straight, across = min(abs(a), abs(d)), min(abs(b), abs(c))
-    if max(abs(b), abs(c)) > straight / 100 and max(abs(a), abs(d)) > across / 100:
+    (across, along), (low, high) = sorted((abs(b), abs(c))), sorted((abs(a), abs(d)))
+    upright, turned = low > 100 * along, across > 100 * high
+    if not (upright or turned):
         rows = ", ".join(f"{value / (1 << 16):g}" for value in (a, b, c, d))
         raise VideoError(
             f"{path}: must be shown upright, mirrored or turned by quarter turns; its display "
-            f"matrix is {rows}. ffmpeg -i {os.path.basename(path)} turned.mp4 draws it as shown"
+            f"matrix is {rows}. ffmpeg -i {quoted(path)} turned.mp4 draws it as shown"
         )
     mirrored = a * d < b * c
     if mirrored:  # x counts from the other side
         a, b = -a, -b
-    if straight > across:
+    if upright:
         return (0 if a > 0 else 2), mirrored
     return (1 if c > 0 else 3), mirrored
 

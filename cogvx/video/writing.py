@@ -2,6 +2,7 @@
 
 import math
 import os
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from fractions import Fraction
@@ -25,12 +26,14 @@ from .container import (
     precise,
     pyav,
 )
+from .lettering import WIDTH, lettered
 
 WRITTEN = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".gif": "gif"}
 GIF_RATES = 0.01, 50  # a GIF counts hundredths of a second; viewers slow down a delay of one
 SIDE_LIMIT = 16384  # of x264
 QUALITY = 15  # x264's crf: 0 is lossless, 18 is said to look it
 GAP = 2  # pixels between the pictures of a sheet
+MARGIN = 4  # pixels around its text
 
 
 def check_video_output(
@@ -103,27 +106,72 @@ def write_video(
     return number + 1
 
 
-def write_contact_sheet(path: PathLike, video: Tensor, most: int = 12) -> None:
-    """A PNG of up to `most` frames of a clip, evenly spaced, row by row."""
-    frames = video[0, torch.linspace(0, video.shape[1] - 1, min(most, video.shape[1])).long()]
+def write_contact_sheet(
+    path: PathLike, video: Tensor, most: int = 12, caption: str | None = None
+) -> None:
+    """A PNG of up to `most` frames of a clip, evenly spaced, the first and the last among them.
+
+    With a caption it stands above the pictures, and the number of each frame below it.
+    """
+    chosen = _evenly(video.shape[1], most)
+    frames = video[0, chosen]
+    if caption is not None:
+        numbers = [_label(f"frame {n}", video.shape[-1]) for n in chosen]
+        frames = torch.cat([frames, torch.stack(numbers).to(frames)], 2)
     columns = math.ceil(math.sqrt(len(frames) * video.shape[-2] / video.shape[-1]))
     blank = frames.new_ones(-len(frames) % columns, *frames.shape[1:])
-    write_sheet(path, torch.cat([frames, blank]).unflatten(0, (-1, columns)))
+    sheet = _sheet(torch.cat([frames, blank]).unflatten(0, (-1, columns)))
+    if caption is not None:
+        width = sheet.shape[-1]
+        lines = textwrap.wrap(caption, max(1, (width - 2 * MARGIN) // _advance(width))) or [""]
+        sheet = torch.cat([*(_label(line, width).to(sheet) for line in lines), sheet], 1)
+    _write_png(path, sheet)
 
 
 def write_sheet(path: PathLike, rows: Tensor) -> None:
     """A PNG of pictures in rows and columns: (rows, columns, 3, height, width) in [-1, 1]. Between
     them are lines of `GAP` pixels in gray."""
-    av = pyav()
+    _write_png(path, _sheet(rows))
+
+
+def _sheet(rows: Tensor) -> Tensor:
+    """(rows, columns, 3, height, width) -> (3, height, width), with gray lines between them."""
     apart = F.pad(rows, (0, GAP, 0, GAP))
-    sheet = apart.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # (3, height, width)
-    picture = _to_picture(os.fspath(path), sheet[:, :-GAP, :-GAP])
+    return apart.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)[:, :-GAP, :-GAP]
+
+
+def _write_png(path: PathLike, sheet: Tensor) -> None:
+    av = pyav()
+    picture = _to_picture(os.fspath(path), sheet)
     codec = av.CodecContext.create("png", "w")
     codec.width, codec.height, codec.pix_fmt = picture.width, picture.height, "rgb24"
     codec.time_base = picture.time_base = Fraction(1)
     with atomic_path(path) as temporary:
         packets = [*codec.encode(picture), *codec.encode(None)]
         Path(temporary).write_bytes(b"".join(bytes(packet) for packet in packets))
+
+
+def _evenly(count: int, most: int) -> list[int]:
+    """Up to `most` of `count` frames: every so many if that leaves half of them, else rounded."""
+    if count <= most:
+        return list(range(count))
+    for step in range(2, count):
+        kept = (count - 1) // step + 1
+        if (count - 1) % step == 0 and most // 2 <= kept <= most:
+            return list(range(0, count, step))
+    return torch.linspace(0, count - 1, most).round().long().tolist()
+
+
+def _advance(width: int) -> int:
+    """Pixels from letter to letter in a picture of this width: large letters if it is large."""
+    return (WIDTH + 1) * (2 if width >= 160 else 1)
+
+
+def _label(text: str, width: int) -> Tensor:
+    """A line of black text on white, (3, height, width); what is too long is cut off."""
+    ink = lettered(text, _advance(width) // (WIDTH + 1))
+    room = F.pad(ink, (MARGIN, max(0, width - MARGIN - ink.shape[1]), MARGIN, MARGIN))[:, :width]
+    return (1 - 2 * room).expand(3, -1, -1)
 
 
 def _rate(path: PathLike, fps: float) -> Fraction:

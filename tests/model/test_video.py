@@ -14,6 +14,7 @@ from cogvx.video import (
     PSNR,
     VideoError,
     check_video_output,
+    lettering,
     open_video,
     probe,
     psnr,
@@ -311,6 +312,61 @@ def test_a_picture_is_read(tmp_path):
     second = torch.from_numpy(pixels[:272, 640 + gap :]).movedim(2, 0) / 127.5 - 1
     assert (second - clip[0, 1]).abs().max() < 1e-6  # of six of eight
     assert (pixels[:, 640 : 640 + gap] == 128).all()  # gray, whatever the pictures are
+
+
+def pixels_of(path):
+    """The first channel of a picture, as it was before it was rounded to 8 bits."""
+    with av.open(path) as file:
+        pixels = next(file.decode()).to_ndarray(format="rgb24")
+    return torch.from_numpy(pixels[..., 0]) / 127.5 - 1
+
+
+@pytest.mark.parametrize(
+    "count, most, chosen",
+    [
+        (1, 12, [0]),
+        (5, 12, [0, 1, 2, 3, 4]),
+        (17, 12, [0, 2, 4, 6, 8, 10, 12, 14, 16]),
+        (49, 12, [0, 6, 12, 18, 24, 30, 36, 42, 48]),
+        (8, 6, [0, 1, 3, 4, 6, 7]),  # 7 is a prime
+    ],
+)
+def test_a_sheet_has_evenly_spaced_frames_with_the_last(tmp_path, count, most, chosen):
+    clip = torch.linspace(-1, 1, count).view(1, -1, 1, 1, 1).expand(1, count, 3, 8, 8)
+    write_contact_sheet(tmp_path / "a.png", clip, most)
+    sheet = pixels_of(tmp_path / "a.png")
+    pitch = 8 + writing.GAP
+    rows, columns = (round((side + writing.GAP) / pitch) for side in sheet.shape)
+    levels = [sheet[pitch * r + 4, pitch * c + 4] for r in range(rows) for c in range(columns)]
+    wanted = torch.tensor([*(clip[0, n, 0, 0, 0] for n in chosen), *[1.0] * 9])
+    assert (torch.stack(levels) - wanted[: len(levels)]).abs().max() < 0.01
+
+
+def test_a_sheet_carries_its_sentence_and_the_numbers_of_its_frames(tmp_path):
+    clip = torch.full((1, 17, 3, 200, 200), -0.5)
+    write_contact_sheet(tmp_path / "a.png", clip, caption="A clip, of nothing")
+    write_contact_sheet(tmp_path / "b.png", clip, caption="a clip, of something")
+    write_contact_sheet(tmp_path / "c.png", clip, caption=" ".join(["long"] * 40))
+    one, other, long = (pixels_of(tmp_path / f"{name}.png") for name in "abc")
+    high = 2 * lettering.HEIGHT + 2 * writing.MARGIN
+    assert one.shape == (high + 3 * (200 + high) + 2 * writing.GAP, 3 * 200 + 2 * writing.GAP)
+    head = lettering.lettered("a clip, of nothing", 2)
+    assert torch.equal(1 - 2 * head, one[4 : 4 + head.shape[0], 4 : 4 + head.shape[1]])
+    number = lettering.lettered("frame 16", 2)
+    below = one[-high + 4 : -4, -200 + 4 : -200 + 4 + number.shape[1]]
+    assert torch.equal(1 - 2 * number, below)
+    assert not torch.equal(one[:high], other[:high]) and torch.equal(one[high:], other[high:])
+    assert torch.equal(long[-one.shape[0] + high :], one[high:])  # its caption has more lines
+    assert (long.shape[0] - one.shape[0]) % high == 0 and long.shape[0] > one.shape[0] + high
+
+
+def test_letters_are_all_different_and_what_has_none_is_a_box():
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789,.- "
+    seen = {tuple(lettering.lettered(letter).flatten().tolist()) for letter in letters}
+    assert len(seen) == len(letters)
+    assert lettering.lettered("ab", 3).shape == (24, 36)
+    assert torch.equal(lettering.lettered("A"), lettering.lettered("a"))
+    assert torch.equal(lettering.lettered("ä")[:, :5], lettering.BOX)
 
 
 def test_jpeg_is_read(tmp_path):

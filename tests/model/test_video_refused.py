@@ -6,10 +6,11 @@ import zlib
 
 import av
 import pytest
+from PIL import Image
 
 from cogvx.video import VideoError, open_video, probe, read_image
 
-from .clips import BIKES, write_levels
+from .clips import BIKES, copy_packets, write_levels
 
 
 def write_png(path, height, width):
@@ -91,6 +92,49 @@ def test_a_picture_that_would_fill_the_memory(tmp_path, height, width):
         read_image(path, 64, 64)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert (after - before) * 1024 < 100e6
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "bmp", "webp", "gif", "tiff"])
+def test_the_size_of_a_picture_that_is_too_large_is_said(tmp_path, kind):
+    """Files that are small, with headers that are not."""
+    path = tmp_path / f"a.{kind}"
+    if kind == "png":
+        write_png(path, 16000, 9000)
+    else:
+        Image.new("RGB", (48, 32)).save(path)
+    data = bytearray(path.read_bytes())
+    if kind == "jpg":
+        struct.pack_into(">HH", data, data.index(b"\xff\xc0") + 5, 16000, 9000)
+        data[-2:-2] = bytes(1 << 20)  # fewer could not be so large a picture
+    elif kind == "bmp":
+        struct.pack_into("<II", data, 18, 9000, 16000)
+    elif kind == "webp":
+        struct.pack_into("<HH", data, data.index(b"\x9d\x01\x2a") + 3, 9000, 16000)
+    elif kind == "gif":
+        struct.pack_into("<HH", data, 6, 9000, 16000)
+    elif kind == "tiff":
+        for tag, value in ((256, 9000), (257, 16000)):
+            struct.pack_into("<I", data, data.index(struct.pack("<HHI", tag, 4, 1)) + 8, value)
+    path.write_bytes(data)
+    with pytest.raises(VideoError, match="must have at most 67,108,864 pixels; got 16000x9000"):
+        read_image(path, 64, 64)
+
+
+def test_a_stream_that_appears_late_and_large(tmp_path):
+    """FLV and MPEG have no list of streams, so that FFmpeg opens decoders without our limit."""
+    write_levels(tmp_path / "a.flv", [50, 60], size=(400, 400), codec="flv", format="flv")
+
+    def larger(number, data):
+        bits = f"{int.from_bytes(data, 'big'):0{8 * len(data)}b}"
+        assert int(bits[33:49], 2) == 400  # the width, after 17 + 5 + 8 + 3 bits
+        bits = bits[:33] + f"{60000:016b}" * 2 + bits[65:]
+        return int(bits, 2).to_bytes(len(data), "big")
+
+    path = copy_packets(tmp_path / "a.flv", tmp_path / "b.flv", larger, "flv")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(VideoError, match="at most 67,108,864 pixels; got 60000x60000"):
+        probe(path)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 100e6
 
 
 def test_a_header_that_promises_a_million_frames(tmp_path):
