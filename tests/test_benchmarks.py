@@ -218,7 +218,7 @@ def test_both_halves_of_the_vae_have_rows(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.rest)])
 def test_a_block_on_kernels_saves_little(tmp_path, dtype):
     """Of what diffusers keeps for the backward at most 0.6, with equal gradients."""
     pytest.importorskip("diffusers")
