@@ -11,24 +11,35 @@ Angles = tuple[Tensor, Tensor]  # cos and sin
 
 
 class Memo:
-    """What was last made of two tensors, for as long as they are the same ones and unchanged: all
-    blocks and steps of a pipeline's run are given the same."""
+    """The last result of a function of two tensors, returned again while they are the same objects
+    and unchanged: all blocks and steps of a pipeline's run are given the same tables."""
 
     def __init__(self) -> None:
-        self._of: tuple[Any, ...] = ()
-        self._made: Any = None
+        self._kept: _Kept | None = None
 
     def __call__(self, make: Callable[[Tensor, Tensor], Any], cos: Tensor, sin: Tensor) -> Any:
-        if torch.compiler.is_compiling():
+        # A tensor of inference mode does not count its changes.
+        if torch.compiler.is_compiling() or cos.is_inference() or sin.is_inference():
             return make(cos, sin)
-        of = (make, *((weakref.ref(x), _version(x)) for x in (cos, sin)))
-        if of != self._of:
-            self._of, self._made = of, make(cos, sin)
-        return self._made
+        kept = self._kept  # read once: another thread may replace it
+        if kept is None or not kept.is_of(make, cos, sin):
+            kept = self._kept = _Kept(make, cos, sin)
+        return kept.result
 
 
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version  # those of inference mode have none
+class _Kept:
+    def __init__(self, make: Callable[[Tensor, Tensor], Any], cos: Tensor, sin: Tensor) -> None:
+        self.make = make
+        self.tables = [(weakref.ref(x), x._version) for x in (cos, sin)]
+        with torch.inference_mode(False):  # or a later training step could not use it
+            self.result = make(cos, sin)
+
+    def is_of(self, make: Callable[[Tensor, Tensor], Any], *tables: Tensor) -> bool:
+        # Two weak references are compared by what they refer to, and tensors element by element.
+        return make is self.make and all(
+            ref() is x and version == x._version
+            for (ref, version), x in zip(self.tables, tables, strict=True)
+        )
 
 
 def of_pairs(cos: Tensor, sin: Tensor) -> Angles | str:
