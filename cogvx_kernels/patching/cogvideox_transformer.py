@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._backend import transform_reason
 from ..expert_adaln import expert_adaln, gated_residual, gated_residual_adaln
 from ..rope3d import qk_norm_rope3d, rope3d
 from ..untouched import wrapped
@@ -16,7 +17,7 @@ from . import forwards
 from .angles import Angles, of_pairs
 from .attention import attended, choose_as_diffusers
 from .family import Family, Kind
-from .site import Patch, unusual
+from .site import Calls, Patch, unusual
 
 Rows = tuple[Tensor, ...]  # six of (batch, dim), of one norm: see `_shifts` and `_gates`
 
@@ -33,30 +34,37 @@ def block(
 ) -> tuple[Tensor, Tensor]:
     """Of CogVideoXBlock: both norms, gates and sums in three passes over the joint sequence."""
     site = self._cogvx
-    reason = unusual(self.norm1.norm, nn.LayerNorm) or unusual(self.norm2.norm, nn.LayerNorm)
+    reason = (
+        transform_reason(
+            hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, temb=temb
+        )
+        or unusual(self.norm1.norm, nn.LayerNorm)
+        or unusual(self.norm2.norm, nn.LayerNorm)
+    )
     if reason:
         site.miss("adaln", reason)
         return forwards.own(self)(
             self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, attention_kwargs
         )
     text_len = encoder_hidden_states.shape[1]
-    backend = site.patch.backend
+    call = Calls(site.patch)
     x = joint(encoder_hidden_states, hidden_states)
     first, second = (
         n.linear(n.silu(temb)).to(x.dtype).chunk(6, dim=1) for n in (self.norm1, self.norm2)
     )
-    h = expert_adaln(
-        x, *_shifts(first), *_affine(self.norm1.norm),
-        text_len=text_len, eps=self.norm1.norm.eps, backend=backend,
+    h = call(
+        expert_adaln, x, *_shifts(first), *_affine(self.norm1.norm),
+        text_len=text_len, eps=self.norm1.norm.eps,
     )  # fmt: skip
     y = _attended(self.attn1, h, text_len, image_rotary_emb, attention_kwargs or {})
-    x, h = gated_residual_adaln(
+    x, h = call(
+        gated_residual_adaln,
         x, y.to(x.dtype), *_gates(first), *_shifts(second), *_affine(self.norm2.norm),
-        text_len=text_len, eps=self.norm2.norm.eps, backend=backend,
+        text_len=text_len, eps=self.norm2.norm.eps,
     )  # fmt: skip
     y = self.ff(h)
-    x = gated_residual(x, y.to(x.dtype), *_gates(second), text_len=text_len, backend=backend)
-    site.hit("adaln", 2)
+    x = call(gated_residual, x, y.to(x.dtype), *_gates(second), text_len=text_len)
+    site.hit("adaln", call.reason, 2)
     text, video = x.split([text_len, x.shape[1] - text_len], dim=1)
     return video, text
 
@@ -78,8 +86,9 @@ def attention(
     assert encoder_hidden_states is not None
     text_len = encoder_hidden_states.shape[1]
     x = joint(encoder_hidden_states, hidden_states) if text_len else hidden_states
-    y = _attention(self, x, *tables)
-    self._cogvx.hit("rope")
+    call = Calls(self._cogvx.patch)
+    y = _attention(self, call, x, *tables)
+    self._cogvx.hit("rope", call.reason)
     text, video = y.split([text_len, y.shape[1] - text_len], dim=1)
     return video, text
 
@@ -96,7 +105,8 @@ def joint(text: Tensor, video: Tensor) -> Tensor:
 
 def _adjacent(text: Tensor, video: Tensor) -> bool:
     return (
-        text.dtype == video.dtype
+        transform_reason(text=text, video=video) is None  # else there is no storage to look at
+        and text.dtype == video.dtype
         and text.shape[0] == video.shape[0]
         and text.shape[2] == video.shape[2]
         and text.stride() == video.stride()
@@ -140,7 +150,7 @@ def _attended(
     return joint(text, video) if text.shape[1] else video
 
 
-def _attention(attn: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _attention(attn: Any, call: Calls, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Over the joint sequence x (batch, seqlen, dim); the last tokens turn, one for each row."""
     if type(attn.processor).__name__ == FUSED:
         layers = [attn.to_qkv]
@@ -150,13 +160,12 @@ def _attention(attn: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
     q, k, v = (z.unflatten(2, (attn.heads, -1)) for z in (q, k, v))
     text_len = x.shape[1] - cos.shape[0]
-    backend = attn._cogvx.patch.backend
     if attn.norm_q is None:
-        q, k = (rope3d(z, cos, sin, text_len=text_len, backend=backend) for z in (q, k))
+        q, k = (call(rope3d, z, cos, sin, text_len=text_len) for z in (q, k))
     else:
-        q, k = qk_norm_rope3d(
-            q, k, *_affine(attn.norm_q), *_affine(attn.norm_k), cos, sin,
-            text_len=text_len, eps=attn.norm_q.eps, backend=backend,
+        q, k = call(
+            qk_norm_rope3d, q, k, *_affine(attn.norm_q), *_affine(attn.norm_k), cos, sin,
+            text_len=text_len, eps=attn.norm_q.eps,
             # A hook on a projection may have kept what it gave.
             inplace=not torch.is_grad_enabled() and not any(wrapped(layer) for layer in layers),
         )  # fmt: skip
@@ -179,6 +188,10 @@ def _tables(
     if text is None or attention_mask is not None or others:
         given = [*others, *(["attention_mask"] if attention_mask is not None else [])]
         return f"it was called with {', '.join(given) or 'no text'}"
+    cos, sin = image_rotary_emb or (None, None)
+    reason = transform_reason(hidden_states=video, encoder_hidden_states=text, cos=cos, sin=sin)
+    if reason:
+        return reason
     norms = (attn.norm_q, attn.norm_k)
     if (norms[0] is None) != (norms[1] is None):
         return "only one of q and k is normalised"
@@ -188,13 +201,14 @@ def _tables(
             return reason
     if norms[0] is not None and norms[0].eps != norms[1].eps:
         return "the norms of q and k have different eps"
-    if image_rotary_emb is None:
+    if cos is None or sin is None:
         none = video.new_empty((0, attn.inner_dim // attn.heads // 2), dtype=torch.float32)
         return none, none
-    cos, sin = image_rotary_emb
     rows = {video.shape[1]} if text.shape[1] else range(video.shape[1] + 1)
     if cos.dtype != torch.float32 or cos.ndim != 2 or cos.shape[0] not in rows:
         return f"image_rotary_emb is {cos.dtype} of shape {tuple(cos.shape)}"
+    if cos.requires_grad or sin.requires_grad:
+        return "image_rotary_emb requires a gradient"
     angles: Angles | str = attn._cogvx.patch.angles(of_pairs, cos, sin)
     return angles
 

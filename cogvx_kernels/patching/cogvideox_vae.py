@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._backend import transform_reason
 from ..conv3d import LIMIT, conv3d, trouble
 from ..frame_cache import frame_cache_append, frame_cache_join
 from ..resample import doubled, halved, pictures, video
 from ..spatial_norm import spatial_norm_silu
 from . import forwards
 from .family import Family, Kind
-from .site import unusual
+from .site import NO_KERNEL, Calls, Site, unusual
 
 
 class Frames:
@@ -49,23 +50,28 @@ class Frames:
 def causal_conv(self: Any, inputs: Tensor, conv_cache: Any = None) -> tuple[Tensor, Any]:
     """Of CogVideoXCausalConv3d."""
     site = self._cogvx
+    past = conv_cache.read() if isinstance(conv_cache, Frames) else conv_cache
+    reason = transform_reason(inputs=inputs, conv_cache=past)
     if self.pad_mode == "replicate":
-        site.miss("cache", "its padding in time is not causal")
-        return forwards.own(self)(self, inputs, conv_cache)
-    site.hit("cache")
+        reason = "its padding in time is not causal"
+    if reason:
+        site.miss("cache", reason)
+        return forwards.own(self)(self, inputs, past)
     kept = self.time_kernel_size - 1
     if not kept:
+        site.hit("cache", "a convolution of one frame keeps no frames")
         return self.conv(inputs), None
-    backend = site.patch.backend
+    call = Calls(site.patch)
     if _functional():
-        past = conv_cache.read() if isinstance(conv_cache, Frames) else conv_cache
         start = "replicate" if past is None else None
-        joined, past = frame_cache_join(past, inputs, kept=kept, start=start, backend=backend)
+        joined, past = call(frame_cache_join, past, inputs, kept=kept, start=start)
+        site.hit("cache", call.reason)
         return self.conv(joined), past
     frames, start = _slot(conv_cache, inputs, kept, site.patch.fast)
-    joined = frame_cache_append(
-        frames, inputs, start=start, memory_format=_format(site.patch.fast), backend=backend
+    joined = call(
+        frame_cache_append, frames, inputs, start=start, memory_format=_format(site.patch.fast)
     )
+    site.hit("cache", call.reason)
     return self.conv(joined), Frames(frames)
 
 
@@ -104,8 +110,10 @@ def spatial_norm(
     if reason:
         site.miss("norm", reason)
         return forwards.own(self)(self, f, zq, conv_cache)
-    site.hit("norm")
-    return _normalised(self, f, zq, site.patch.backend, silu=False), {}
+    call = Calls(site.patch)
+    out = _normalised(call, self, f, zq, silu=False)
+    site.hit("norm", call.reason)
+    return out, {}
 
 
 def safe_conv(self: Any, input: Tensor) -> Tensor:
@@ -113,10 +121,13 @@ def safe_conv(self: Any, input: Tensor) -> Tensor:
     site = self._cogvx
     plain = self.padding_mode == "zeros" and {*self.stride, *self.dilation, self.groups} == {1}
     plain = plain and not isinstance(self.padding, str) and self.padding[0] == 0
+    reason = transform_reason(input=input)
     if not plain:
-        site.miss("conv", "it has a stride, a dilation, groups or another padding")
+        reason = "it has a stride, a dilation, groups or another padding"
+    if reason:
+        site.miss("conv", reason)
         return forwards.own(self)(self, input)
-    site.hit("conv")
+    site.hit("conv", NO_KERNEL)
     small = (
         input.numel() * input.element_size() <= LIMIT and trouble(input.device, input.dtype) is None
     )
@@ -129,10 +140,13 @@ def upsample(self: Any, inputs: Tensor) -> Tensor:
     """Of CogVideoXUpsample3D: frames that come in pairs are convolved once."""
     site = self._cogvx
     conv = self.conv
+    reason = transform_reason(inputs=inputs)
     if conv.kernel_size != (3, 3) or conv.stride != (1, 1) or conv.padding != (1, 1):
-        site.miss("resample", "its convolution is not of 3x3 with a stride of 1")
+        reason = "its convolution is not of 3x3 with a stride of 1"
+    if reason:
+        site.miss("resample", reason)
         return forwards.own(self)(self, inputs)
-    site.hit("resample")
+    site.hit("resample", NO_KERNEL)
     frames = inputs.shape[2]
     single = frames % 2 if self.compress_time else frames
     if site.patch.fast and unusual(conv, nn.Conv2d) is None:
@@ -146,18 +160,21 @@ def upsample(self: Any, inputs: Tensor) -> Tensor:
 
 def downsample(self: Any, x: Tensor) -> Tensor:
     """Of CogVideoXDownsample3D: means of pairs of frames where they lie."""
-    self._cogvx.hit("resample")
+    reason = transform_reason(x=x)
+    if reason:
+        self._cogvx.miss("resample", reason)
+        return forwards.own(self)(self, x)
+    self._cogvx.hit("resample", NO_KERNEL)
     if self.compress_time:
         x = halved(x, x.shape[2] % 2)
     return video(self.conv(F.pad(pictures(x), (0, 1, 0, 1))), len(x))
 
 
 def _norm_and_conv(
-    site: Any, norm: nn.Module, causal: Any, x: Tensor, zq: Tensor | None, past: Any
+    site: Site, norm: nn.Module, causal: Any, x: Tensor, zq: Tensor | None, past: Any
 ) -> tuple[Tensor, Any]:
     """The convolution of what the norm makes of x, and what the convolution remembers."""
-    site.hit("norm")
-    backend = site.patch.backend
+    call = Calls(site.patch)
     of_conv = causal.__dict__.get("_cogvx")
     if (
         of_conv is None
@@ -165,23 +182,27 @@ def _norm_and_conv(
         or causal.pad_mode == "replicate"
         or _functional()
     ):
-        return causal(_normalised(norm, x, zq, backend), conv_cache=past)
-    of_conv.hit("cache")
+        h = _normalised(call, norm, x, zq)
+        site.hit("norm", call.reason)
+        return causal(h, conv_cache=past)
     frames, start = _slot(past, x, causal.time_kernel_size - 1, site.patch.fast)
-    joined = _normalised(norm, x, zq, backend, cache=frames, start=start)
+    joined = _normalised(call, norm, x, zq, cache=frames, start=start)
+    site.hit("norm", call.reason)
+    of_conv.hit("cache", call.reason)
     return causal.conv(joined), Frames(frames)
 
 
-def _normalised(norm: Any, x: Tensor, zq: Tensor | None, backend: str, **options: Any) -> Tensor:
+def _normalised(call: Calls, norm: Any, x: Tensor, zq: Tensor | None, **options: Any) -> Tensor:
     """SiLU of the norm of x; modulated by zq, if that is given, as it is: y and b of its own size
     are read by the nearest-neighbour rule, which commutes with a convolution of one pixel."""
     layer, y, b = norm, None, None
     if zq is not None:
         layer, y, b = norm.norm_layer, norm.conv_y.conv(zq), norm.conv_b.conv(zq)
     frames = x.shape[2]
-    return spatial_norm_silu(
-        x, layer.weight, layer.bias, y, b, num_groups=layer.num_groups, eps=layer.eps,
-        leads=zq is not None and frames > 1 and frames % 2 == 1, backend=backend, **options,
+    return call(
+        spatial_norm_silu, x, layer.weight, layer.bias, y, b,
+        num_groups=layer.num_groups, eps=layer.eps,
+        leads=zq is not None and frames > 1 and frames % 2 == 1, **options,
     )  # fmt: skip
 
 
@@ -210,6 +231,9 @@ def _unlike_norm(norm: Any, f: Tensor, zq: Tensor | None) -> str | None:
         return "there are no latents to modulate it"
     if any(side % of for side, of in zip(f.shape[3:], zq.shape[3:], strict=True)):
         return f"{tuple(f.shape[3:])} pixels are no multiple of {tuple(zq.shape[3:])} latents"
+    reason = transform_reason(f=f, zq=zq)
+    if reason:
+        return reason
     return unusual(norm.norm_layer, nn.GroupNorm)
 
 
@@ -220,6 +244,9 @@ def _unlike_block(block: Any, x: Tensor, temb: Tensor | None, zq: Tensor | None)
         return f"its nonlinearity is a {type(block.nonlinearity).__name__}"
     if block.training and block.dropout.p:
         return "it drops activations"
+    reason = transform_reason(inputs=x, zq=zq)
+    if reason:
+        return reason
     for norm in (block.norm1, block.norm2):
         spatial = type(norm).__name__ == "CogVideoXSpatialNorm3D"
         reason = _unlike_norm(norm, x, zq) if spatial else unusual(norm, nn.GroupNorm)

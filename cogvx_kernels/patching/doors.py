@@ -53,8 +53,8 @@ def patch(
         mode: "exact": ops that move data, or change the order of doing things, give the same bits
             in fp32, and all others stay within the project's rule of numerics; "fast" also takes
             ways whose bits differ, all of them within that rule.
-        strict: raise if anything of diffusers in `obj` is not supported; else leave it as it is,
-            and say so in the report.
+        strict: raise if `obj`, or anything of diffusers in it, is not supported; else leave it as
+            it is, and say so in the report.
         backend: of every op: "auto", "kernel" or "reference".
 
     Returns:
@@ -69,9 +69,7 @@ def patch(
     _checks.choice("patch", "backend", backend, _backend.BACKENDS)
     models, skipped = _models(obj)
     if strict and skipped:
-        raise UnsupportedModelError(
-            f"patch: {_listed(skipped)}. Supported: {_names()}. strict=False leaves it as it is"
-        )
+        raise _unsupported("patch", skipped, "; strict=False leaves it as it is")
     wanted = {name: _wanted(model.family, only) for name, model in models.items()}
     _check_only(only, models)
     plans = {
@@ -96,9 +94,13 @@ def unpatch(obj: Any) -> None:
     """Takes out what `patch` put in: every forward is again the one it was. Hooks that have come in
     between stay. Nothing happens to what is not patched.
 
-    A model that several pipelines share is one model: it is unpatched for all of them.
+    A model that several pipelines share is one model: it is unpatched for all of them. Raises
+    UnsupportedModelError for an object in which `patch` knows no model.
     """
-    for model in _models(obj)[0].values():
+    models, skipped = _models(obj)
+    if not models:
+        raise _unsupported("unpatch", skipped)
+    for model in models.values():
         _undo(model)
 
 
@@ -120,7 +122,8 @@ def patched(obj: Any, *args: Any, **options: Any) -> Iterator[Report]:
 
 
 def explain(obj: Any) -> Report:
-    """What is patched in `obj`, how often each op has run, and why it did not where it did not."""
+    """The report of `patch`: what is patched in `obj`, how often the kernel, the reference and the
+    model's own forward have run for each op, and why."""
     return _report(obj, *_models(obj))
 
 
@@ -206,15 +209,15 @@ def _undo(model: Model) -> None:
 
 
 def _models(obj: Any) -> tuple[dict[str, Model], dict[str, str]]:
-    """The models in `obj` that are known, by name, and what else of diffusers is in it: why not."""
+    """The models in `obj` that are known, by name, and why the rest of diffusers in it is not; of
+    an object in which nothing is known, why."""
     obj = _unwrapped(obj)
     components = getattr(obj, "components", None)
+    parts = {}
     if isinstance(obj, nn.Module):
         parts = {"": obj}
     elif isinstance(components, Mapping):
         parts = {n: _unwrapped(x) for n, x in components.items() if isinstance(x, nn.Module)}
-    else:
-        parts = {}
     models = {}
     skipped = {}
     for name, part in parts.items():
@@ -222,16 +225,25 @@ def _models(obj: Any) -> tuple[dict[str, Model], dict[str, str]]:
         if model:
             models[name] = model
         elif not name or type(part).__module__.startswith("diffusers."):
-            skipped[name or "it"] = f"{type(part).__name__} is not supported"
-    if not models:
-        skipped = skipped or {"it": f"a {type(obj).__name__} has no model of diffusers in it"}
-        raise UnsupportedModelError(f"patch: {_listed(skipped)}. Supported: {_names()}")
+            skipped[name or "obj"] = f"{type(part).__name__} is not supported"
+    if not models and not skipped:
+        skipped = {"obj": f"{_named(obj)} has no model of diffusers in it"}
     return models, skipped
+
+
+def _named(obj: Any) -> str:
+    """An object, for a message: a class is often given where one of its instances is meant."""
+    return f"the class {obj.__name__}" if isinstance(obj, type) else f"{type(obj).__name__}"
+
+
+def _unsupported(where: str, skipped: Mapping[str, str], hint: str = "") -> UnsupportedModelError:
+    return UnsupportedModelError(f"{where}: {_listed(skipped)}. Supported: {_names()}{hint}")
 
 
 def _unwrapped(obj: Any) -> Any:
     """Beneath `torch.compile`."""
-    return obj.__dict__["_modules"]["_orig_mod"] if hasattr(obj, "_orig_mod") else obj
+    compiled = isinstance(obj, nn.Module) and "_orig_mod" in obj._modules
+    return obj._modules["_orig_mod"] if compiled else obj
 
 
 def model_of(obj: Any) -> Model | None:
@@ -253,7 +265,8 @@ def _check_only(only: Sequence[str] | None, models: Mapping[str, Model]) -> None
         return
     if isinstance(only, str):
         raise ValueError(f'patch: only must be a list of names, such as ["{only}"]; got "{only}"')
-    known = {n for model in models.values() for n in (model.family.group, *model.family.ops)}
+    families = [model.family for model in models.values()] or FAMILIES
+    known = {name for family in families for name in (family.group, *family.ops)}
     unknown = sorted(set(only) - known)
     if unknown or not only:
         raise ValueError(
@@ -273,7 +286,7 @@ def _report(obj: Any, models: Mapping[str, Model], skipped: Mapping[str, str]) -
         for name, model in models.items()
         if _options(model.module) is not None
     }
-    return Report(type(_unwrapped(obj)).__name__, patches, skipped)
+    return Report(_named(_unwrapped(obj)), patches, skipped)
 
 
 def _listed(reasons: Mapping[str, str]) -> str:

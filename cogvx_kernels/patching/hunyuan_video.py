@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._backend import transform_reason
 from ..expert_adaln import expert_adaln, gated_residual, gated_residual_adaln
 from ..rope3d import qk_norm_rope3d
 from ..untouched import wrapped
@@ -21,7 +22,7 @@ from .angles import Angles, of_pairs
 from .attention import attended, choose_as_diffusers
 from .cogvideox_transformer import joint
 from .family import Family, Kind
-from .site import Patch, unusual
+from .site import Calls, unusual
 
 PROCESSOR = "HunyuanVideoAttnProcessor2_0"
 
@@ -106,19 +107,20 @@ def _double(
 ) -> tuple[Tensor, Tensor]:
     """The norms, gates and sums of a stream in three passes over it."""
     site = block._cogvx
+    call = Calls(site.patch)
     of_text = Modulation(_rows(block.norm1_context, temb, text))
     y, y_text = block.attn(
-        hidden_states=_normed(block.norm1.norm, site.patch, video, of_video),
-        encoder_hidden_states=_normed(block.norm1_context.norm, site.patch, text, of_text),
+        hidden_states=_normed(block.norm1.norm, call, video, of_video),
+        encoder_hidden_states=_normed(block.norm1_context.norm, call, text, of_text),
         attention_mask=attention_mask,
         image_rotary_emb=rotary,
     )
-    video, h = _gated_and_normed(block.norm2, site.patch, video, y, of_video)
-    text, h_text = _gated_and_normed(block.norm2_context, site.patch, text, y_text, of_text)
+    video, h = _gated_and_normed(block.norm2, call, video, y, of_video)
+    text, h_text = _gated_and_normed(block.norm2_context, call, text, y_text, of_text)
     y, y_text = block.ff(h), block.ff_context(h_text)
-    video = _gated(site.patch, video, y, of_video, MLP)
-    text = _gated(site.patch, text, y_text, of_text, MLP)
-    site.hit("adaln", 2)
+    video = _gated(call, video, y, of_video, MLP)
+    text = _gated(call, text, y_text, of_text, MLP)
+    site.hit("adaln", call.reason, 2)
     return video, text
 
 
@@ -182,9 +184,10 @@ def _single(
 ) -> tuple[Tensor, Tensor]:
     """Norm, gate and sum in two passes over video and text."""
     site = block._cogvx
+    call = Calls(site.patch)
     lengths = [video.shape[1], text.shape[1]]
     x = joint(video, text)
-    h = _normed(block.norm.norm, site.patch, x, modulation)
+    h = _normed(block.norm.norm, call, x, modulation)
     hidden = block.act_mlp(block.proj_mlp(h))
     video, text = h.split(lengths, dim=1)
     y, y_text = block.attn(
@@ -194,8 +197,8 @@ def _single(
         image_rotary_emb=rotary,
     )
     y = block.proj_out(torch.cat([joint(y, y_text), hidden], dim=2))
-    x = _gated(site.patch, x, y, modulation, ATTENTION)
-    site.hit("adaln")
+    x = _gated(call, x, y, modulation, ATTENTION)
+    site.hit("adaln", call.reason)
     video, text = x.split(lengths, dim=1)
     return video, text
 
@@ -205,26 +208,25 @@ def _rows(norm: Any, emb: Tensor, x: Tensor) -> tuple[Tensor, ...]:
     return tuple(rows.unflatten(1, (-1, x.shape[2])).unbind(1))
 
 
-def _normed(norm: nn.LayerNorm, patch: Patch, x: Tensor, m: Modulation) -> Tensor:
-    return expert_adaln(
-        x, *m.shifts(ATTENTION), norm.weight, norm.bias,
-        text_len=m.first_len, eps=norm.eps, backend=patch.backend,
+def _normed(norm: nn.LayerNorm, call: Calls, x: Tensor, m: Modulation) -> Tensor:
+    return call(
+        expert_adaln, x, *m.shifts(ATTENTION), norm.weight, norm.bias,
+        text_len=m.first_len, eps=norm.eps,
     )  # fmt: skip
 
 
 def _gated_and_normed(
-    norm: nn.LayerNorm, patch: Patch, x: Tensor, y: Tensor, m: Modulation
+    norm: nn.LayerNorm, call: Calls, x: Tensor, y: Tensor, m: Modulation
 ) -> tuple[Tensor, Tensor]:
-    return gated_residual_adaln(
+    return call(
+        gated_residual_adaln,
         x, y.to(x.dtype), *m.gates(ATTENTION), *m.shifts(MLP), norm.weight, norm.bias,
-        text_len=m.first_len, eps=norm.eps, backend=patch.backend,
+        text_len=m.first_len, eps=norm.eps,
     )  # fmt: skip
 
 
-def _gated(patch: Patch, x: Tensor, y: Tensor, m: Modulation, at: int) -> Tensor:
-    return gated_residual(
-        x, y.to(x.dtype), *m.gates(at), text_len=m.first_len, backend=patch.backend
-    )
+def _gated(call: Calls, x: Tensor, y: Tensor, m: Modulation, at: int) -> Tensor:
+    return call(gated_residual, x, y.to(x.dtype), *m.gates(at), text_len=m.first_len)
 
 
 def _unlike_double(
@@ -270,13 +272,14 @@ def strange(norm: Any, *names: str) -> str | None:
 
 
 def unfit(emb: Tensor, *streams: Tensor) -> str | None:
-    """Why rows of an embedding would be broadcast to tokens, or widen them; None if not."""
+    """Why rows of an embedding would be broadcast to tokens, or widen them, or none of them are
+    plain tensors; None if ops can take them."""
     for x in streams:
         if emb.ndim != 2 or x.ndim != 3 or emb.shape[0] != x.shape[0]:
             return f"temb is {tuple(emb.shape)} and tokens are {tuple(x.shape)}"
         if torch.promote_types(emb.dtype, x.dtype) != x.dtype:
             return f"temb is {emb.dtype} and tokens are {x.dtype}"
-    return None
+    return transform_reason(temb=emb, tokens=streams)
 
 
 # --- attention -------------------------------------------------------------------------------
@@ -298,6 +301,7 @@ def attention(
             self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs
         )
     assert encoder_hidden_states is not None
+    call = Calls(self._cogvx.patch)
     lengths = [hidden_states.shape[1], encoder_hidden_states.shape[1]]
     if self.add_q_proj is None:
         # Text is turned by no angle: the same bits.
@@ -307,15 +311,14 @@ def attention(
         )
         x = joint(hidden_states, encoder_hidden_states)
         layers = self.to_q, self.to_k, self.to_v
-        q, k, v = _qkv(self, layers, (self.norm_q, self.norm_k), x, (cos, sin))
+        q, k, v = _qkv(self, call, layers, (self.norm_q, self.norm_k), x, (cos, sin))
     else:
         own = self.to_q, self.to_k, self.to_v
         added = self.add_q_proj, self.add_k_proj, self.add_v_proj
         unturned = tables[0][:0], tables[1][:0]
-        of_video = _qkv(self, own, (self.norm_q, self.norm_k), hidden_states, tables)
-        of_text = _qkv(
-            self, added, (self.norm_added_q, self.norm_added_k), encoder_hidden_states, unturned
-        )
+        norms, of_added = (self.norm_q, self.norm_k), (self.norm_added_q, self.norm_added_k)
+        of_video = _qkv(self, call, own, norms, hidden_states, tables)
+        of_text = _qkv(self, call, added, of_added, encoder_hidden_states, unturned)
         q, k, v = (torch.cat(both, dim=1) for both in zip(of_video, of_text, strict=True))
     y = attended(self, q, k, v, attention_mask).flatten(2).to(q.dtype)
     video, text = y.split(lengths, dim=1)
@@ -323,22 +326,26 @@ def attention(
         video = self.to_out[1](self.to_out[0](video))
     if getattr(self, "to_add_out", None) is not None:
         text = self.to_add_out(text)
-    self._cogvx.hit("rope")
+    self._cogvx.hit("rope", call.reason)
     return video, text
 
 
 def _qkv(
-    attn: Any, layers: tuple[Any, ...], norms: tuple[Any, Any], x: Tensor, tables: Angles
+    attn: Any,
+    call: Calls,
+    layers: tuple[Any, ...],
+    norms: tuple[Any, Any],
+    x: Tensor,
+    tables: Angles,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(batch, seqlen, nheads, headdim) each; the last tokens turn, one for each row of tables."""
     q, k, v = (layer(x).unflatten(2, (attn.heads, -1)) for layer in layers)
     of_q, of_k = norms
-    q, k = qk_norm_rope3d(
-        q, k, of_q.weight, None, of_k.weight, None, *tables,
+    q, k = call(
+        qk_norm_rope3d, q, k, of_q.weight, None, of_k.weight, None, *tables,
         text_len=x.shape[1] - tables[0].shape[0], norm="rms", eps=of_q.eps,
         # A hook on a projection may have kept what it gave.
         inplace=not torch.is_grad_enabled() and not any(wrapped(layer) for layer in layers[:2]),
-        backend=attn._cogvx.patch.backend,
     )  # fmt: skip
     return q, k, v
 
@@ -357,6 +364,10 @@ def _tables(
         return f"its processor is a {processor}"
     if text is None or not text.shape[1] or image_rotary_emb is None or others:
         return f"it was called with {', '.join(others) or 'no text or no image_rotary_emb'}"
+    cos, sin = image_rotary_emb
+    reason = transform_reason(hidden_states=video, encoder_hidden_states=text, cos=cos, sin=sin)
+    if reason:
+        return reason
     norms = [attn.norm_q, attn.norm_k]
     if attn.add_q_proj is not None:
         norms += [attn.norm_added_q, attn.norm_added_k]
@@ -364,10 +375,11 @@ def _tables(
         reason = strange(norm, "RMSNorm") or _unlike_norm(norm, attn.norm_q, video)
         if reason:
             return reason
-    cos, sin = image_rotary_emb
     wanted = (video.shape[1], attn.inner_dim // attn.heads)
     if cos.dtype != torch.float32 or cos.shape != wanted or cos.device != video.device:
         return f"image_rotary_emb is {cos.dtype} of shape {tuple(cos.shape)} on {cos.device}"
+    if cos.requires_grad or sin.requires_grad:
+        return "image_rotary_emb requires a gradient"
     angles: Angles | str = attn._cogvx.patch.angles(of_pairs, cos, sin)
     return angles
 

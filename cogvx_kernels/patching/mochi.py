@@ -15,6 +15,7 @@ from ..expert_adaln import expert_adaln, gated_residual, gated_residual_adaln
 from . import forwards
 from .family import Family, Kind
 from .hunyuan_video import strange, unfit
+from .site import Calls
 
 NO_TEXT = None, None  # each stream is alone
 
@@ -34,28 +35,28 @@ def block(
     if reason:
         site.miss("adaln", reason)
         return forwards.own(self)(self, video, text, temb, encoder_attention_mask, image_rotary_emb)
-    backend = site.patch.backend
+    call = Calls(site.patch)
     scale, *rest = _rows(self.norm1, temb, video)
     of_text: list[Tensor] = []
     if self.context_pre_only:
         norm = self.norm1_context
-        text_scale = norm.linear_1(norm.silu(temb).to(text.dtype))
+        text_scale = norm.linear_1(norm.silu(temb).to(text.dtype)).to(text.dtype)
         text_eps = norm.norm.norm.eps
     else:
         text_scale, *of_text = _rows(self.norm1_context, temb, text)
         text_eps = self.norm1_context.norm.eps
     y, y_text = self.attn1(
-        hidden_states=_normed(video, scale, self.norm1.norm.eps, backend),
-        encoder_hidden_states=_normed(text, text_scale, text_eps, backend),
+        hidden_states=_normed(call, video, scale, self.norm1.norm.eps),
+        encoder_hidden_states=_normed(call, text, text_scale, text_eps),
         image_rotary_emb=image_rotary_emb,
         attention_mask=encoder_attention_mask,
     )
     norms = self.norm2, self.norm3, self.norm4
-    video = _added(video, y, self.ff, norms, rest, backend)
+    video = _added(call, video, y, self.ff, norms, rest)
     if not self.context_pre_only:
         norms = self.norm2_context, self.norm3_context, self.norm4_context
-        text = _added(text, y_text, self.ff_context, norms, of_text, backend)
-    site.hit("adaln", 2)
+        text = _added(call, text, y_text, self.ff_context, norms, of_text)
+    site.hit("adaln", call.reason, 2)
     return video, text
 
 
@@ -64,25 +65,25 @@ def _rows(norm: Any, emb: Tensor, x: Tensor) -> tuple[Tensor, ...]:
     return tuple(norm.linear(norm.silu(emb)).to(x.dtype).chunk(4, dim=1))
 
 
-def _normed(x: Tensor, scale: Tensor, eps: float, backend: str) -> Tensor:
+def _normed(call: Calls, x: Tensor, scale: Tensor, eps: float) -> Tensor:
     shift = torch.zeros_like(scale)
-    return expert_adaln(x, shift, scale, *NO_TEXT, None, None, norm="rms", eps=eps, backend=backend)
+    return call(expert_adaln, x, shift, scale, *NO_TEXT, None, None, norm="rms", eps=eps)
 
 
 def _added(
-    x: Tensor, y: Tensor, ff: Any, norms: tuple[Any, ...], rows: list[Tensor], backend: str
+    call: Calls, x: Tensor, y: Tensor, ff: Any, norms: tuple[Any, ...], rows: list[Tensor]
 ) -> Tensor:
     """A stream with what attention gives, and then with what its feed-forward makes of that."""
     gate, scale, mlp_gate = rows
     after_attention, before_ff, after_ff = (norm.norm.eps for norm in norms)
     zero = torch.zeros_like(scale)
-    y = _normed(y.to(x.dtype), zero, after_attention, backend)
-    x, h = gated_residual_adaln(
-        x, y, gate.tanh(), None, zero, scale, *NO_TEXT, None, None,
-        norm="rms", eps=before_ff, backend=backend,
+    y = _normed(call, y.to(x.dtype), zero, after_attention)
+    x, h = call(
+        gated_residual_adaln,
+        x, y, gate.tanh(), None, zero, scale, *NO_TEXT, None, None, norm="rms", eps=before_ff,
     )  # fmt: skip
-    y = _normed(ff(h).to(x.dtype), zero, after_ff, backend)
-    return gated_residual(x, y, mlp_gate.tanh(), None, backend=backend)
+    y = _normed(call, ff(h).to(x.dtype), zero, after_ff)
+    return call(gated_residual, x, y, mlp_gate.tanh(), None)
 
 
 def _unlike(block: Any) -> str | None:

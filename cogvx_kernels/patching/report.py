@@ -1,7 +1,7 @@
 """What a patch did and does, for people to read."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .site import Patch
@@ -11,14 +11,22 @@ from .site import Patch
 class Row:
     """One op in one model.
 
+    A call is one norm, rotation, convolution or resampling that the op did in place of the model;
+    a block with two norms makes two calls in one forward. Calls in compiled code are not counted.
+
     Attributes:
         component: the model's name in the pipeline, or "" where it was patched alone.
         model: its class.
         op: the op.
-        sites: how many places of the model it is in.
-        hit: in how many of them it has run.
-        calls: how often.
-        fallbacks: why calls went the model's own way -> how many did.
+        sites: how many norms, rotations, ... of the model the op is put in for.
+        hit: how many of them it has been called for.
+        calls: how often in all: `kernel` and all of `reference`.
+        kernel: how many calls the kernel took.
+        reference: why calls took the reference, in plain torch -> how many did.
+        fallbacks: why calls were left to the model's own forward -> how many were.
+        modules: how many modules the op is in.
+        not_called: names of those that have not been called yet.
+        compiled: a compiler has traced some of them.
     """
 
     component: str
@@ -27,7 +35,12 @@ class Row:
     sites: int
     hit: int
     calls: int
+    kernel: int
+    reference: Mapping[str, int]
     fallbacks: Mapping[str, int]
+    modules: int
+    not_called: tuple[str, ...]
+    compiled: bool
 
 
 class Report:
@@ -70,14 +83,8 @@ class Report:
         lines = [head]
         for component, patch in self._patches.items():
             lines.append(f"  {component + ': ' if component else ''}{patch.model}")
-            for row in (_row(component, patch, op) for op in patch.ops):
-                lines.append(
-                    f"    {row.op:<10} {row.hit:>4} of {row.sites:<4} sites, {row.calls:,} calls"
-                )
-                lines += [
-                    f"               {count:,} calls went the model's own way: {reason}"
-                    for reason, count in row.fallbacks.items()
-                ]
+            for op in patch.ops:
+                lines += _lines(_row(component, patch, op), patch)
         lines += [f"  left as it is: {name}: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
 
@@ -91,17 +98,71 @@ def path(component: str, name: str) -> str:
 
 def _row(component: str, patch: Patch, op: str) -> Row:
     sites = [site for site in patch.sites if site.does(op)]
+    kernel = 0
+    reference: Counter[str] = Counter()
     fallbacks: Counter[str] = Counter()
     for site in sites:
-        for (missed, reason), count in site.misses.items():
-            if missed == op:
-                fallbacks[reason] += count
+        for (name, why), count in site.hits.items():
+            if name == op and why is None:
+                kernel += count
+            elif name == op and why is not None:
+                reference[why] += count
+        for (name, why), count in site.misses.items():
+            if name == op:
+                fallbacks[why] += count
     return Row(
         component,
         patch.model,
         op,
-        sum(site.places[op] for site in sites),
-        sum(site.places[op] for site in sites if site.hits[op]),
-        sum(site.hits[op] for site in sites),
-        fallbacks,
+        sites=sum(site.places[op] for site in sites),
+        hit=sum(site.places[op] for site in sites if _ran(site.hits, op)),
+        calls=kernel + reference.total(),
+        kernel=kernel,
+        reference=reference,
+        fallbacks=fallbacks,
+        modules=len(sites),
+        not_called=tuple(
+            site.name for site in sites if not _ran(site.hits, op) and not _ran(site.misses, op)
+        ),
+        compiled=any(site.compiled for site in sites),
     )
+
+
+def _ran(counts: Iterable[tuple[str, str | None]], op: str) -> bool:
+    return any(name == op for name, _ in counts)
+
+
+def _lines(row: Row, patch: Patch) -> list[str]:
+    """A row of the report, and beneath it the reasons and what was not called."""
+    if not (row.calls or row.fallbacks or row.compiled):
+        return [f"    {row.op:<10} in {_counted(row.modules, 'module')}, not called yet"]
+    lines = [
+        f"{_counted(row.calls, 'call')} in {row.modules - len(row.not_called)} of "
+        f"{_counted(row.modules, 'module')}: kernel {row.kernel:,}, "
+        f"reference {row.calls - row.kernel:,}"
+    ]
+    for ran, reasons in (("reference", row.reference), ("model's own forward", row.fallbacks)):
+        lines += [f"{ran}, {_counted(n, 'call')}: {why}" for why, n in reasons.items()]
+    if row.compiled:
+        lines.append("compiled: calls in compiled code are not counted")
+    elif row.not_called:
+        lines.append("not called: " + ", ".join(_groups(row, patch)))
+    return [f"    {row.op:<10} {lines[0]}", *(f"{'':15}{line}" for line in lines[1:])]
+
+
+def _groups(row: Row, patch: Patch) -> list[str]:
+    """Modules that were not called, of how many, in each child of the model."""
+    in_all = Counter(_child(site.name) for site in patch.sites if site.does(row.op))
+    missing = Counter(map(_child, row.not_called))
+    return [
+        f"{count:,} of {_counted(in_all[child], 'module')}{f' in {child}' if child else ''}"
+        for child, count in missing.items()
+    ]
+
+
+def _child(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -7,13 +7,19 @@ pickle is of the model alone, and loads where this package is not installed.
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .. import _backend
 from ..untouched import wrapped
 from .angles import Memo
+
+T = TypeVar("T")
+
+# Why the reference: of ops that `patch` does in plain torch.
+NO_KERNEL = "it is plain torch, and has no kernel"
 
 
 class Patch:
@@ -55,26 +61,35 @@ class Site:
         patch: of the model that it is in.
         name: the module's, within that model.
         places: op -> how many calls of it one forward of the module makes.
-        hits: op -> how many it has made. Calls in compiled code are not counted.
+        hits: (op, reason) -> how many it has made: by the reference, for that reason, or by the
+            kernel, where the reason is None. Calls in compiled code are not counted.
         misses: (op, reason) -> how many calls went the model's own way.
+        compiled: a compiler has traced the module's forward.
     """
 
     def __init__(self, patch: Patch, name: str, places: dict[str, int]) -> None:
         self.patch = patch
         self.name = name
         self.places = dict(places)
-        self.hits: Counter[str] = Counter()
+        self.hits: Counter[tuple[str, str | None]] = Counter()
         self.misses: Counter[tuple[str, str]] = Counter()
+        self.compiled = False
 
     def does(self, op: str) -> bool:
         return op in self.places
 
-    def hit(self, op: str, times: int = 1) -> None:
-        if op in self.places and not torch.compiler.is_compiling():
-            self.hits[op] += times
+    def hit(self, op: str, reason: str | None, times: int = 1) -> None:
+        """Count calls of an op: of the reference, for a reason, or of the kernel, for None."""
+        if torch.compiler.is_compiling():
+            self.compiled = True
+        elif op in self.places:
+            self.hits[op, reason] += times
 
     def miss(self, op: str, reason: str) -> None:
-        if op in self.places and not torch.compiler.is_compiling():
+        """Count a call that is left to the model, and why."""
+        if torch.compiler.is_compiling():
+            self.compiled = True
+        elif op in self.places:
             self.misses[op, reason] += 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Site":
@@ -86,8 +101,22 @@ class Site:
         return type(None), ()
 
 
-def site_of(module: nn.Module) -> Site | None:
-    return module.__dict__.get("_cogvx")
+class Calls:
+    """Calls of ops in one forward, with the backend that the patch was given.
+
+    Attributes:
+        reason: why one of them took the reference; None if all took the kernel.
+    """
+
+    def __init__(self, patch: Patch) -> None:
+        self.backend = patch.backend
+        self.reason: str | None = None
+
+    def __call__(self, op: Callable[..., T], *args: Any, **options: Any) -> T:
+        out = op(*args, backend=self.backend, **options)
+        if not torch.compiler.is_compiling():
+            self.reason = self.reason or _backend.last_reason()
+        return out
 
 
 def unusual(module: nn.Module, kind: type[nn.Module]) -> str | None:

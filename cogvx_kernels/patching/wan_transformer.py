@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._backend import transform_reason
 from ..expert_adaln import expert_adaln, gated_residual, gated_residual_adaln
 from ..rope3d import rope3d
 from . import forwards
 from .angles import Angles
 from .attention import attended, choose_as_diffusers
 from .family import Family, Kind
-from .site import unusual
+from .site import Calls, unusual
 
 PROCESSOR = "WanAttnProcessor"
 
@@ -36,32 +37,32 @@ def block(
     if reason:
         site.miss("adaln", reason)
         return forwards.own(self)(self, x, encoder_hidden_states, temb, rotary_emb)
-    backend = site.patch.backend
+    call = Calls(site.patch)
     rows = (self.scale_shift_table + temb.float()).unbind(-2)
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows
-    h = expert_adaln(
-        x, shift, scale, None, None, *_affine(self.norm1), eps=self.norm1.eps, backend=backend
-    )
+    h = call(expert_adaln, x, shift, scale, None, None, *_affine(self.norm1), eps=self.norm1.eps)
     y = self.attn1(h, None, None, rotary_emb).to(x.dtype)
     if _unlike_norm(self.norm2, x) is None:
         # A norm without a modulation: one by nothing.
         none = gate.new_zeros(gate.shape[-1]).expand_as(gate)
-        x, h = gated_residual_adaln(
-            x, y, gate, None, none, none, None, None, *_affine(self.norm2),
-            eps=self.norm2.eps, backend=backend,
+        x, h = call(
+            gated_residual_adaln,
+            x, y, gate, None, none, none, None, None, *_affine(self.norm2), eps=self.norm2.eps,
         )  # fmt: skip
     else:
-        x = gated_residual(x, y, gate, None, backend=backend)
+        x = call(gated_residual, x, y, gate, None)
         h = self.norm2(x.float()).type_as(x)
     y = self.attn2(h, encoder_hidden_states, None, None).to(x.dtype)
     whole = gate.new_ones(gate.shape[-1]).expand_as(gate)  # the sum after attn2 has no gate
-    x, h = gated_residual_adaln(
+    x, h = call(
+        gated_residual_adaln,
         x, y, whole, None, ffn_shift, ffn_scale, None, None, *_affine(self.norm3),
-        eps=self.norm3.eps, backend=backend,
+        eps=self.norm3.eps,
     )  # fmt: skip
     y = self.ffn(h).to(x.dtype)
-    site.hit("adaln", 2)
-    return gated_residual(x, y, ffn_gate, None, backend=backend)
+    x = call(gated_residual, x, y, ffn_gate, None)
+    site.hit("adaln", call.reason, 2)
+    return x.to(hidden_states.dtype)  # under autocast the modulation, in fp32, has widened it
 
 
 def attention(
@@ -81,14 +82,15 @@ def attention(
         )
     assert rotary_emb is not None
     patch = self._cogvx.patch
+    call = Calls(patch)
     if self.fused_projections:
         q, k, v = self.to_qkv(hidden_states).chunk(3, dim=-1)
     else:
         q, k, v = (to(hidden_states) for to in (self.to_q, self.to_k, self.to_v))
     cos, sin = patch.angles(_halved, *rotary_emb)
     q, k, v = (x.unflatten(2, (self.heads, -1)) for x in (self.norm_q(q), self.norm_k(k), v))
-    q, k = (rope3d(x, cos, sin, backend=patch.backend) for x in (q, k))
-    self._cogvx.hit("rope")
+    q, k = (call(rope3d, x, cos, sin) for x in (q, k))
+    self._cogvx.hit("rope", call.reason)
     y = attended(self, q, k, v, attention_mask).flatten(2).type_as(q)
     return self.to_out[1](self.to_out[0](y))
 
@@ -115,6 +117,9 @@ def _unlike_norm(norm: Any, x: Tensor) -> str | None:
 
 def _unlike_block(block: Any, x: Tensor, temb: Tensor) -> str | None:
     """Why this block, or this call of it, is not the one that is known here, or None."""
+    reason = transform_reason(hidden_states=x, temb=temb)
+    if reason:
+        return reason
     batch, seqlen, dim = x.shape
     groups = {1, seqlen} if temb.ndim == 4 else {6}
     if temb.shape[0] != batch or temb.shape[1] not in groups or temb.shape[-2:] != (6, dim):
@@ -135,6 +140,9 @@ def _unlike_attention(
         return f"its processor is a {processor}"
     if text is not None or rotary is None or attn.add_k_proj is not None or others:
         return "it is no attention of a video's tokens to themselves"
+    reason = transform_reason(hidden_states=x, rotary_emb=rotary)
+    if reason:
+        return reason
     headdim = attn.inner_dim // attn.heads
     for table in rotary:
         known = table.dtype in (torch.float32, torch.bfloat16, torch.float16)

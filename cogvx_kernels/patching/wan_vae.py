@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._backend import transform_reason
 from ..frame_cache import frame_cache_append
 from . import forwards
 from .family import Family, Kind
+from .site import NO_KERNEL, Calls
 
 
 def causal_conv(self: Any, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
@@ -22,9 +24,9 @@ def causal_conv(self: Any, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
     if reason:
         site.miss("cache", reason)
         return forwards.own(self)(self, x, cache_x)
-    site.hit("cache")
     sides, _, _, _, before, _ = self._padding
     if not before:
+        site.hit("cache", "a convolution of one frame reads no frames before it")
         return nn.Conv3d.forward(self, x)
     if cache_x is None:
         past, start = x.new_empty((*x.shape[:2], before, *x.shape[3:])), "zeros"
@@ -32,22 +34,20 @@ def causal_conv(self: Any, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
         # A copy, for the op to write to; zeros before it where the clip is not that long yet.
         missing = before - cache_x.shape[2]
         past, start = F.pad(cache_x.to(x.device), (0, 0, 0, 0, missing, 0)), None
-    joined = frame_cache_append(past, x, start=start, padding=sides, backend=site.patch.backend)
+    call = Calls(site.patch)
+    joined = call(frame_cache_append, past, x, start=start, padding=sides)
+    site.hit("cache", call.reason)
     return nn.Conv3d.forward(self, joined)
 
 
 def upsample(self: Any, x: Tensor) -> Tensor:
     """Of WanUpsample: pixels are copied, in the dtype that they have."""
     site = self._cogvx
-    reason = None
-    if self.mode not in ("nearest", "nearest-exact"):
-        reason = f"its mode is {self.mode!r}"
-    elif _recorded(x):
-        reason = RECORDED
+    reason = _unlike_upsample(self, x)
     if reason:
         site.miss("resample", reason)
         return forwards.own(self)(self, x)
-    site.hit("resample")
+    site.hit("resample", NO_KERNEL)
     return nn.Upsample.forward(self, x)
 
 
@@ -58,8 +58,18 @@ def _recorded(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def _unlike_upsample(upsample: Any, x: Tensor) -> str | None:
+    """Why this module, or this call of it, is not the one that is known here, or None."""
+    if upsample.mode not in ("nearest", "nearest-exact"):
+        return f"its mode is {upsample.mode!r}"
+    return transform_reason(x=x) or (RECORDED if _recorded(x) else None)
+
+
 def _unlike_conv(conv: Any, x: Tensor, past: Tensor | None) -> str | None:
     """Why this convolution, or this call of it, is not the one that is known here, or None."""
+    reason = transform_reason(x=x, cache_x=past)
+    if reason:
+        return reason
     left, right, top, bottom, before, after = conv._padding
     if not left == right == top == bottom or after or conv.padding_mode != "zeros":
         return f"its padding is {conv._padding}, {conv.padding_mode}"

@@ -13,6 +13,7 @@ from torch import nn
 import cogvx_kernels as ck
 from tests.model.tiny_pipeline import KINDS
 from tests.patching.small import (
+    NEAR,
     assert_untouched,
     clip,
     double,
@@ -186,7 +187,7 @@ def test_every_op_runs_at_every_site(mode):
     assert (report["adaln"].sites, report["rope"].sites) == (2 * layers, layers)
     of_norms = 2 * sum(type(m).__name__ == "CogVideoXSpatialNorm3D" for m in pipe.vae.modules())
     assert report["cache"].sites == causal - of_norms
-    assert f"adaln         {2 * layers} of {2 * layers}" in str(report)
+    assert f"adaln      {2 * layers} calls in {layers} of {layers} modules: kernel 0" in str(report)
     assert "mode" in str(report) and mode in str(report)
 
 
@@ -216,7 +217,7 @@ def test_what_is_not_as_known_goes_the_models_own_way_and_says_so():
     assert report["adaln"].fallbacks == {"a LayerNorm is a MyLayerNorm": 1}
     assert report["rope"].fallbacks == {"a LayerNorm has hooks": 1}
     assert (report["adaln"].hit, report["rope"].hit) == (2, 1)
-    assert "1 calls went the model's own way: a LayerNorm is a MyLayerNorm" in str(report)
+    assert "model's own forward, 1 call: a LayerNorm is a MyLayerNorm" in str(report)
 
 
 def test_another_processor_is_left_to_itself():
@@ -260,6 +261,53 @@ def test_tables_written_anew_in_place_are_read_anew():
         found = model(**arguments).sample
     with torch.no_grad():
         assert torch.allclose(found, model(**arguments).sample, atol=1e-5)
+
+
+def test_two_tables_that_are_both_alive_are_told_apart():
+    """Of another size, and of the same size with other values: by turns, as two resolutions are."""
+    model = transformer()
+    calls = [inputs(model), inputs(model, frames=5), inputs(model)]
+    calls[2]["image_rotary_emb"] = tuple(-x for x in calls[2]["image_rotary_emb"])
+    with torch.no_grad():
+        wanted = [model(**arguments).sample for arguments in calls]
+        ck.patch(model)
+        for _ in range(2):
+            for arguments, right in zip(calls, wanted, strict=True):
+                assert relative(model(**arguments).sample, right.double()) < NEAR
+
+
+def test_tables_that_do_not_count_their_changes_are_read_every_time():
+    model = transformer()
+    with torch.inference_mode():
+        arguments = inputs(model)
+        cos, sin = arguments["image_rotary_emb"]
+        assert cos.is_inference()
+        with ck.patched(model):
+            model(**arguments)
+            sin.neg_()
+            found = model(**arguments).sample
+        assert torch.allclose(found, model(**arguments).sample, atol=1e-5)
+
+
+def test_tables_first_read_in_inference_mode_are_of_use_in_training():
+    model = transformer()
+    arguments = inputs(model)
+    ck.patch(model)
+    with torch.inference_mode():
+        model(**arguments)
+    model(**arguments).sample.sum().backward()
+    assert all(p.grad is not None for p in model.transformer_blocks.parameters())
+
+
+def test_a_gradient_of_the_tables_is_left_to_the_model():
+    model = transformer()
+    arguments = inputs(model)
+    cos, sin = arguments["image_rotary_emb"]
+    arguments["image_rotary_emb"] = (cos.requires_grad_(), sin)
+    attn, (x, text) = model.transformer_blocks[0].attn1, torch.randn(2, 2, 12, 32).unbind()
+    report = ck.patch(model, ["rope"])
+    attn(x, text[:, :7], image_rotary_emb=(cos, sin))
+    assert report["rope"].fallbacks == {"image_rotary_emb requires a gradient": 1}
 
 
 # --- in and out ------------------------------------------------------------------------------

@@ -2,14 +2,19 @@
 
 import copy
 import types
+from unittest.mock import MagicMock
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, CogVideoXPipeline
 from torch import nn
+from transformers import T5Config, T5EncoderModel
 
 import cogvx_kernels as ck
 from tests.patching.small import assert_untouched, latents, pipeline, transformer, vae
+
+
+T5 = T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
 
 
 def test_what_is_not_known_is_refused_by_name():
@@ -18,6 +23,30 @@ def test_what_is_not_known_is_refused_by_name():
             ck.patch(thing)
         with pytest.raises(ck.UnsupportedModelError):
             ck.unpatch(thing)
+
+
+@pytest.mark.parametrize(
+    ("thing", "said"),
+    [
+        (nn.Linear(2, 2), "Linear is not supported"),
+        (T5EncoderModel(T5), "T5EncoderModel is not supported"),
+        ("CogVideoX-5b", "str has no model of diffusers in it"),
+        (None, "NoneType has no model of diffusers in it"),
+        (CogVideoXPipeline, "the class CogVideoXPipeline has no model of diffusers in it"),
+        (types.SimpleNamespace(components={}), "SimpleNamespace has no model of diffusers in it"),
+        (MagicMock(), "MagicMock has no model of diffusers in it"),
+    ],
+    ids=["linear", "transformers", "str", "None", "class", "empty", "mock"],
+)
+def test_an_object_that_is_not_supported_is_left_as_it_is_and_the_report_says_so(thing, said):
+    with pytest.raises(ck.UnsupportedModelError, match=f"^patch: obj: {said}.*strict=False"):
+        ck.patch(thing)
+    with ck.patched(thing, ["rope"], strict=False) as report:
+        assert report.skipped == {"obj": said} and report.rows == [] and report.mode is None
+        assert f"not patched\n  left as it is: obj: {said}" in str(report)
+        assert str(ck.explain(thing)) == str(report)
+    with pytest.raises(ValueError, match="only must name some of adaln, cache, .* got rop"):
+        ck.patch(thing, ["rop"], strict=False)
 
 
 def test_an_unknown_part_of_a_pipeline_is_refused_or_left_and_named():
