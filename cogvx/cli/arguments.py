@@ -3,7 +3,7 @@
 import argparse
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,17 @@ def count(text: str) -> int:
     return int(text)
 
 
-def whole(text: str) -> int:
-    """A whole number, 0 too."""
-    if not re.fullmatch(r"\d{1,9}", text):
-        raise argparse.ArgumentTypeError(f"must be a whole number, not negative; got {text!r}")
-    return int(text)
+def between(low: int, high: int) -> Callable[[str], int]:
+    """A whole number in [low, high]."""
+
+    def whole(text: str) -> int:
+        if not re.fullmatch(r"\d{1,9}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number from {low} to {high}; got {text!r}"
+            )
+        return int(text)
+
+    return whole
 
 
 def seed(text: str) -> int:

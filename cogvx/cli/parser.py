@@ -271,7 +271,8 @@ def _train(commands: Any) -> None:
                         help="train only this; by default all that the recipe has")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
                         help="replaces a value of the recipe, such as "
-                        "transformer_training.steps=100; may be repeated")  # fmt: skip
+                        "transformer_training.steps=100; may be repeated; by default "
+                        "none")  # fmt: skip
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard's files")
     arguments.add_device(parser)
 
@@ -283,9 +284,9 @@ def _score(commands: Any) -> None:
         "cogvx score --prompts 50",
     )  # fmt: skip
     arguments.add_model(parser, default="tiny")
-    parser.add_argument("--prompts", type=arguments.count, default=200, metavar="N",
+    parser.add_argument("--prompts", type=arguments.between(1, 10_000), default=200, metavar="N",
                         help="number of sentences; default %(default)s")  # fmt: skip
-    parser.add_argument("--skip", type=arguments.whole, default=0, metavar="N",
+    parser.add_argument("--skip", type=arguments.between(0, 10_000), default=0, metavar="N",
                         help="leave out the first N sentences; default %(default)s")  # fmt: skip
     arguments.add_sampling(parser)
     arguments.add_machine(parser, tiles=False)

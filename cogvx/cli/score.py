@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from ..data.scoring import NAMES, Scores, held_out_prompts, score_model, score_vae
+from ..data.scoring import NAMES, Scores, score_model, score_vae
 from ..pipeline import CogVideoX
 from . import loading
 from .console import Console
@@ -13,7 +13,6 @@ from .console import Console
 
 @torch.no_grad()
 def score(options: argparse.Namespace, console: Console) -> None:
-    held_out_prompts(options.prompts, options.skip)  # refuses more than there are
     device, folder = loading.device_of(options), loading.model_of(options)
     transformer, _ = loading.read_configs(folder)
     console.progress("load weights")

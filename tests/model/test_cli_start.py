@@ -35,3 +35,26 @@ print(callable(rope3d), callable(conv3d), callable(cogvx_kernels.rope3d))
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout == "True True True\n"
+
+
+TORCH_FREE = """
+import contextlib, io, sys
+from cogvx.cli import main
+from cogvx_kernels.__main__ import main as kernels
+lines = [
+    ["--help"], ["--version"], [], ["genrate"], ["generate", "--help"], ["train", "--help"],
+    ["encode", "x", "--tilling"], ["generate", "--promt", "x"], ["plan", "--preset", "6b"],
+    ["completion", "bash"], ["completion", "fish"],
+]
+with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    codes = [main(words) for words in lines]
+    codes += [kernels(words) for words in (["--help"], ["--version"], ["verfy"])]
+print(codes, "torch" in sys.modules)
+"""
+
+
+def test_help_and_typos_need_no_torch():
+    done = subprocess.run(
+        [sys.executable, "-c", TORCH_FREE], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[0, 0, 2, 2, 0, 0, 2, 2, 2, 0, 0, 0, 0, 2] False\n"
