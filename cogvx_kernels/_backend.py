@@ -110,13 +110,14 @@ def transform_reason(**tensors: Tensor | Sequence[Tensor] | None) -> str | None:
     if transform:
         return "a torch.func transform is active, and the kernel has rules for none"
     for name, value in tensors.items():
-        for x in value if isinstance(value, list | tuple) else (value,):
+        if value is None or (type(value) is Tensor and not dual):
+            continue
+        for x in (value,) if isinstance(value, Tensor) else value:
             # Without a __torch_dispatch__ of its own a subclass is a tensor with memory.
-            if x is None or type(x).__torch_dispatch__ is Tensor.__torch_dispatch__:
-                pass
-            elif type(x).__name__ not in TRACED:
+            wraps = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+            if wraps and type(x).__name__ not in TRACED:
                 return f"{name} is a {type(x).__name__}, and the kernel takes plain tensors"
-            if dual and x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            if dual and forward_ad.unpack_dual(x).tangent is not None:
                 return f"{name} has a tangent, and the kernel has no forward-mode derivative"
     return None
 

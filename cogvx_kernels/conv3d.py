@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks
+from . import _backend, _checks
+from ._launch import dense
 
 WAYS = ("auto", "whole", "planes")
 
@@ -91,6 +92,7 @@ def conv3d(
     wanted = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias)
     )
+    wanted = wanted or _backend.transform_reason(x=x, weight=weight, bias=bias) is not None
     join = _joined if wanted else _written
     return join(x, cuts, partial(_piece, x, weight.shape[2:4], padding, convolve))
 
@@ -136,20 +138,22 @@ def _whole(
         return torch.empty(
             shape, dtype=x.dtype, device="meta", memory_format=_format(_channels_last(x))
         )
-    if _takes_onednn(x):
+    if _takes_onednn(x, weight, bias):
         return torch.mkldnn_convolution(x, weight, bias, padding, (1, 1, 1), (1, 1, 1), 1)
     out = F.conv3d(x, weight, bias, padding=padding)
     if _channels_last(x):  # torch's slow algorithm, that of small calls on a CPU, forgets it
-        return out.contiguous(memory_format=torch.channels_last_3d)
+        return dense(out, channels_last=True)
     return out
 
 
-def _takes_onednn(x: Tensor) -> bool:
+def _takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether to call oneDNN by name. Torch keeps small calls from it, at a tenth of its speed."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():  # it cannot be traced
         return False
     plain = x.device.type == "cpu" and x.dtype is torch.float32 and type(x) is Tensor
     if not plain or torch.is_autocast_enabled("cpu"):
+        return False
+    if _backend.transform_reason(x=x, weight=weight, bias=bias) is not None:
         return False
     return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
@@ -159,8 +163,7 @@ def _planes(
 ) -> Tensor:
     """Of one sample: all its frames with each plane of the kernel, the first with the bias."""
     channels_last = _channels_last(x) or _channels_last(weight)
-    near = torch.channels_last if channels_last else torch.contiguous_format
-    images = x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=near)
+    images = dense(x.transpose(1, 2).flatten(0, 1), channels_last)
     count = x.shape[2] - weight.shape[2] + 1
     first = F.conv2d(images[:count], weight[:, :, 0], bias, padding=padding[1:])
     total = first.to(torch.promote_types(first.dtype, torch.float32))
@@ -168,7 +171,7 @@ def _planes(
         part = images[plane : plane + count]
         total = total.add_(F.conv2d(part, weight[:, :, plane], padding=padding[1:]))
     out = total.unflatten(0, (1, count)).transpose(1, 2)
-    return out.to(first.dtype, memory_format=_format(channels_last))
+    return dense(out.to(first.dtype), channels_last)
 
 
 # --- cut and joined --------------------------------------------------------------------------

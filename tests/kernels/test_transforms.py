@@ -1,5 +1,6 @@
 """Function transforms, forward-mode derivatives and DTensor through every op: right, or refused."""
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fw
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
@@ -199,6 +201,36 @@ def test_subclasses_with_memory_of_their_own_run_on_the_kernel(device):
     [expected] = call.on("kernel")(x)
     for same in (x.as_subclass(Labelled), torch.nn.Parameter(x)):
         assert torch.equal(call.on("kernel")(same)[0], expected)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("way", ["whole", "planes"])
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_conv3d(pieces, way, grad, mesh, device, monkeypatch):
+    """Recording gradients or not, in one call or in pieces; as torch's convolution."""
+    x, v = torch.randn(2, 3, 2, 4, 5, 5, device=device)
+    x, v = (z.contiguous(memory_format=torch.channels_last_3d) for z in (x, v))
+    weight, bias = torch.randn(3, 2, 3, 3, 3, device=device), torch.randn(3, device=device)
+    if pieces > 1:
+        module = importlib.import_module("cogvx_kernels.conv3d")
+        monkeypatch.setattr(module, "LIMIT", x[:1].nbytes)
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ck.conv3d(x, weight, bias, way=way)
+
+    def plain(*arguments: Tensor) -> Tensor:
+        return F.conv3d(*arguments, padding=(0, 1, 1))
+
+    primals, tangents = (x, weight, bias), (v, torch.randn_like(weight), torch.randn_like(bias))
+    expected = torch.func.jvp(plain, primals, tangents)[1]
+    whole = [distribute_tensor(z, mesh, [Replicate()]) for z in primals]
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(torch.func.jvp(ours, primals, tangents)[1], expected)
+        each = torch.vmap(ours, (0, None, None))(torch.stack([x, v]), weight, bias)
+        torch.testing.assert_close(each[1], plain(v, weight, bias))
+        of_weights = torch.vmap(ours, (None, 0, None))(x, weight[None], bias)
+        torch.testing.assert_close(of_weights[0], plain(x, weight, bias))
+        torch.testing.assert_close(ours(*whole).to_local(), plain(x, weight, bias))
 
 
 @pytest.mark.parametrize("op", ["append", "push", "exchange"])
