@@ -12,7 +12,8 @@ works on the joint sequence, text first and then video; `text_len` says where vi
   where both share them, one call with `text_len` serves the joint sequence.
 
 Parameters stay where they are: `AfterBlock` is made of the same modules, so that a state dict of
-one loads into the other. Gradients go through every op. Run: python -m examples.mmdit_block
+one loads into the other. Gradients go through every op, and under torch.autocast both blocks have
+the same dtypes. Run: python -m examples.mmdit_block
 """
 
 from collections.abc import Sequence
@@ -125,7 +126,7 @@ def normed_and_turned(of: Stream, x: Tensor, cos: Tensor, sin: Tensor) -> Sequen
     """q, k and v of a stream, whose last tokens turn: as many as the tables have rows."""
     q, k, v = of.heads(x)
     q, k = qk_norm_rope3d(
-        q, k, of.norm_q.weight, None, of.norm_k.weight, None, cos, sin,
+        q, k, q_weight=of.norm_q.weight, k_weight=of.norm_k.weight, cos=cos, sin=sin,
         text_len=x.shape[1] - len(cos), norm="rms", eps=EPS,
     )  # fmt: skip
     return q, k, v
@@ -145,7 +146,7 @@ class AfterBlock(nn.Module):
         attn, ffn = video.rows(temb)
 
         h = expert_adaln(
-            x, attn.shift, attn.scale, text_attn.shift, text_attn.scale, None, None,
+            x, attn.shift, attn.scale, text_attn.shift, text_attn.scale,
             text_len=text_len, eps=EPS,
         )  # fmt: skip
         h_text, h = split(h, text_len)
@@ -156,8 +157,7 @@ class AfterBlock(nn.Module):
 
         x, h = gated_residual_adaln(
             x, join(text.out(y_text), video.out(y)), attn.gate, text_attn.gate,
-            ffn.shift, ffn.scale, text_ffn.shift, text_ffn.scale, None, None,
-            text_len=text_len, eps=EPS,
+            ffn.shift, ffn.scale, text_ffn.shift, text_ffn.scale, text_len=text_len, eps=EPS,
         )  # fmt: skip
         y = expert_ffn(
             h, [text.up.weight, video.up.weight], [text.up.bias, video.up.bias],

@@ -1,6 +1,6 @@
-"""The law: adaptive LayerNorm and gated residual, with a modulation of each modality's own.
+"""Reference of the adaptive LayerNorm and the gated residual, text and video modulated apart.
 
-Straight-line torch. It computes in at least fp32 and rounds once, to the dtype of its input;
+Plain PyTorch. It computes in at least fp32 and rounds once, to the dtype of its input;
 gradients come from autograd.
 """
 

@@ -1,6 +1,6 @@
-"""The law: a feed-forward of two linear layers, each token through its own experts.
+"""Reference of a feed-forward of two linear layers, each token through its own experts.
 
-Straight-line torch. It computes in at least fp32 and rounds to the dtype of its input what has to
+Plain PyTorch. It computes in at least fp32 and rounds to the dtype of its input what has to
 lie in memory: the hidden activation, between the two products; where a token has several experts,
 what each of them gives; and the result. Gradients come from autograd.
 """

@@ -1,4 +1,4 @@
-"""The door: checks, the choice of the way, and the differentiable op with its gradient."""
+"""Public API: argument checks, backend dispatch, custom-op registration, autograd."""
 
 import importlib.util
 

@@ -1,7 +1,7 @@
-"""The law: what lies before a chunk, and what the next one finds there.
+"""Reference of the frame cache: what lies before a chunk, and what the next chunk finds.
 
-Straight-line torch. Nothing is computed: every element keeps its bits, in any dtype. The in-place
-ops are this law and a copy; gradients come from autograd.
+Plain PyTorch. Nothing is computed: every element keeps its bits, in any dtype. The in-place
+ops are this and a copy; gradients come from autograd.
 """
 
 import torch

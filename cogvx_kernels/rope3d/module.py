@@ -38,7 +38,7 @@ class QKNormRoPE3D(nn.Module):
 
     The norms are plain torch modules named as in diffusers, so that the keys of the state dict are
     `norm_q.weight`, `norm_q.bias`, `norm_k.weight`, `norm_k.bias`, whatever the backend. Their eps
-    is 1e-6 in CogVideoX, Wan, HunyuanVideo and Mochi.
+    is 1e-6 in CogVideoX and HunyuanVideo; Mochi has 1e-5.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The door: checks, the choice of the way, and the torch ops behind it with their gradients."""
+"""Public API: argument checks, backend dispatch, custom-op registration, autograd."""
 
 from typing import Any
 
@@ -313,8 +313,8 @@ def qk_norm_rope3d(
         cos, sin: must be given, by name where the weights are left out; (video_len,
             rotary_dim // 2) fp32, as `rope3d_tables` makes them of the grid of tokens.
         text_len: tokens that are normalised and do not turn, 0 to seqlen.
-        norm: "layer" (CogVideoX) or "rms" (Wan, HunyuanVideo, Mochi).
-        eps: added to the variance: 1e-6 in the norms of q and k of CogVideoX and of the others.
+        norm: "layer" (CogVideoX) or "rms" (HunyuanVideo, Mochi).
+        eps: added to the variance: 1e-6 in CogVideoX and HunyuanVideo; Mochi has 1e-5.
         interleaved: pairs are dims (2j, 2j + 1), as in CogVideoX; else (j, j + rotary_dim / 2).
         inplace: overwrite q and k and return them; refused where a gradient is wanted.
         backend: "auto", "kernel" or "reference".

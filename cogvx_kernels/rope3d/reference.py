@@ -1,6 +1,6 @@
-"""The law: rotary position over frames, height and width, after normalising q and k.
+"""Reference of rotary position over frames, height and width, and the norms of q and k.
 
-Straight-line torch. It computes in at least fp32 and rounds once, to the dtype of its input;
+Plain PyTorch. It computes in at least fp32 and rounds once, to the dtype of its input;
 gradients come from autograd.
 """
 

@@ -1,6 +1,6 @@
-"""The law: group norm of a video, modulated by latents, with SiLU; and a residual's statistics.
+"""Reference of the group norm of a video, modulated by latents, and of its statistics.
 
-Straight-line torch. It computes in at least fp32 and rounds once, to the dtype of its input;
+Plain PyTorch. It computes in at least fp32 and rounds once, to the dtype of its input;
 gradients come from autograd.
 """
 

@@ -1,4 +1,4 @@
-"""The door: checks, the choice of the way, and the torch ops behind it with their gradients."""
+"""Public API: argument checks, backend dispatch, custom-op registration, autograd."""
 
 import torch
 from torch import Tensor

@@ -1,6 +1,6 @@
-"""The law: a causal convolution along frames, pixel by pixel.
+"""Reference of a causal convolution along frames, pixel by pixel.
 
-Straight-line torch. It computes in at least fp32 and rounds once, to the dtype of its input;
+Plain PyTorch. It computes in at least fp32 and rounds once, to the dtype of its input;
 gradients come from autograd.
 """
 
