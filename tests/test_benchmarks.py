@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cogvx_kernels.testing import OPS, SIZES
+from tests.harness.selection import rest
 
 from .model.training.recipes import small
 
@@ -218,7 +219,7 @@ def test_both_halves_of_the_vae_have_rows(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.rest)])
+@pytest.mark.parametrize("dtype", ["float32", rest("bfloat16")])
 def test_a_block_on_kernels_saves_little(tmp_path, dtype):
     """Of what diffusers keeps for the backward at most 0.6, with equal gradients."""
     pytest.importorskip("diffusers")

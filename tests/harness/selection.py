@@ -7,12 +7,18 @@ its parameters once, not in every combination of them.
 import argparse
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
 from zlib import crc32
 
 import pytest
 
 Part = tuple[int, int]  # number of a part, from 0, and of how many; (0, 0) is none, (0, 1) is all
 COLLECTED = pytest.StashKey[list[pytest.Item]]()  # all that was found
+
+
+def rest(*values: Any) -> Any:
+    """A row of `parametrize` that the default leaves out, where others show the same."""
+    return pytest.param(*values, marks=pytest.mark.rest)
 
 
 def add_options(parser: pytest.Parser) -> None:

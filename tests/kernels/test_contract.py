@@ -21,6 +21,7 @@ from torch.autograd.gradcheck import GradcheckError
 from cogvx_kernels import _backend, testing
 from cogvx_kernels._opinfo import OpInfo, Sample, TensorSpec
 from cogvx_kernels.testing import compare, evaluate, materialize
+from tests.harness.selection import rest
 
 from .calls import (
     DTYPES,
@@ -45,7 +46,6 @@ if _backend.INTERPRETED:
     from tests.harness.workers import run_cases
 
 FUZZ_CHUNKS = 40
-DEFAULT_CHUNKS = 1  # of them in a run that is not of all tests
 
 
 # --- one case, and everything that is checked of it ------------------------------------------
@@ -112,10 +112,7 @@ def test_samples(info, dtype, seed):
 @interpreted
 @pytest.mark.parametrize(
     "chunk",
-    [
-        pytest.param(i, marks=[pytest.mark.rest] if i >= DEFAULT_CHUNKS else [])
-        for i in range(FUZZ_CHUNKS)
-    ],
+    [0, *(rest(chunk) for chunk in range(1, FUZZ_CHUNKS))],
 )
 def test_random_cases(chunk, fuzz, seed):
     """`--fuzz N` cases in all. Case i of seed S is case 0 of seed S + i: so can one be repeated."""
@@ -181,7 +178,7 @@ def test_variants_change_no_value(info, device):
 
 
 @EVERY_OP
-@pytest.mark.parametrize("number", ["one", pytest.param("more", marks=pytest.mark.rest)])
+@pytest.mark.parametrize("number", ["one", rest("more")])
 def test_every_subset_of_gradients(info, number, device):
     """The ones asked for have the bits they have when all are; nothing else gets one.
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import cogvx_kernels as ck
+from tests.harness.selection import rest
 from tests.patching.small import NEAR, inputs, latents, predicted, relative, transformer, vae
 
 
@@ -36,6 +37,10 @@ def test_a_compiled_transformer(first, recompiles):
             found = compiled(**inputs(model)).sample
     assert relative(found, wanted.double()) < NEAR
     assert len(seen) == 1
+    report = ck.explain(model)
+    assert all(row.compiled and not row.calls and not row.fallbacks for row in report.rows)
+    assert "compiled: calls in compiled code are not counted" in str(report)
+    assert "not called" not in str(report)
 
 
 def test_blocks_compiled_one_for_all(recompiles):
@@ -50,6 +55,7 @@ def test_blocks_compiled_one_for_all(recompiles):
     for _ in range(2):
         assert relative(predicted(model), wanted.double()) < NEAR
     assert len(seen) == 1
+    assert all(row.compiled for row in ck.explain(model).rows)
 
 
 def test_patched_after_it_was_compiled_and_has_run(recompiles):
@@ -68,7 +74,7 @@ def test_patched_after_it_was_compiled_and_has_run(recompiles):
     assert torch.equal(found, predicted(model))
 
 
-@pytest.mark.parametrize("mode", ["exact", pytest.param("fast", marks=pytest.mark.rest)])
+@pytest.mark.parametrize("mode", ["exact", rest("fast")])
 def test_a_compiled_decoder(mode, recompiles):
     backend, seen = recompiles
     model = vae()

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, AutoencoderKLCogVideoX
 
 import cogvx_kernels as ck
 from cogvx.memory import LiveBytes
+from tests.harness.selection import rest
 from tests.patching.small import latents, vae
 
 
@@ -34,7 +35,7 @@ def stream(model, z, **options):
 # --- bytes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("frames", "height", "width"), [(13, 60, 90), (21, 96, 170)])
+@pytest.mark.parametrize(("frames", "height", "width"), [(13, 60, 90), rest(21, 96, 170)])
 def test_a_decode_of_a_released_size_keeps_six_tenths_of_the_bytes_alive(frames, height, width):
     """49x480x720 and 81x768x1360 in bf16, counted from shapes."""
     with torch.device("meta"):
