@@ -1,0 +1,107 @@
+"""Install the wheel with one extra at a time into a new environment, and do that extra's job there.
+
+    python -m tests.install.check            no extra, text, video, train, bench
+    python -m tests.install.check text       these alone
+
+An extra that is only tried where all of them are lacks a package sooner or later, unnoticed. Each
+environment sees what its extra declares and nothing else. What all share, torch and the other
+dependencies of the package itself, is installed once and linked into each, as hard links, not as a
+path to it. Versions are those of constraints.txt. Exit status 0 if every job was done.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+JOBS = ROOT / "tests" / "install" / "jobs.py"
+EXTRAS = ("text", "video", "train", "bench")
+NONE = "none"
+AT_ONCE = 2  # environments; pip and Python use one core each
+
+
+class Failed(Exception):
+    """A command of a check failed; its output is the message."""
+
+
+def main(names: Sequence[str]) -> int:
+    unknown = set(names) - {NONE, *EXTRAS}
+    if unknown:
+        print(f"no extra {', '.join(sorted(unknown))}; there are {', '.join((NONE, *EXTRAS))}")
+        return 2
+    extras = [name for name in EXTRAS if name in (names or EXTRAS)]
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="cogvx-install-") as temporary:
+        folder = Path(temporary)
+        try:
+            wheel = build(folder)
+            _say("wheel", begin, wheel.name)
+            base = folder / "base"
+            venv.create(base)  # without pip: that of this environment installs
+            check(base, NONE, wheel)
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                jobs = [pool.submit(_in_a_copy, base, name, wheel) for name in extras]
+                for job in jobs:
+                    job.result()
+        except Failed as failure:
+            print(failure)
+            return 1
+    print(f"install checks: all done in {time.monotonic() - begin:.0f} s")
+    return 0
+
+
+def build(folder: Path) -> Path:
+    """The wheel of the working tree, against the torch of this environment."""
+    for old in (ROOT / "build").glob("lib*"):  # setuptools would pack modules that are gone
+        shutil.rmtree(old)
+    options = ("--no-build-isolation", "--no-deps", "--wheel-dir", str(folder))
+    _run(sys.executable, "-m", "pip", "wheel", "-q", *options, str(ROOT), cwd=folder)
+    [wheel] = folder.glob("cogvx-*.whl")
+    return wheel
+
+
+def _in_a_copy(base: Path, extra: str, wheel: Path) -> None:
+    environment = base.with_name(extra)
+    shutil.copytree(base, environment, symlinks=True, copy_function=os.link)
+    check(environment, extra, wheel)
+
+
+def check(environment: Path, extra: str, wheel: Path) -> None:
+    """Install the wheel with an extra into an environment, and run the extra's job."""
+    begin = time.monotonic()
+    python = environment / "bin" / "python"
+    wanted = f"cogvx{'' if extra == NONE else f'[{extra}]'} @ {wheel.as_uri()}"
+    pip = (sys.executable, "-m", "pip", "--python", str(python))
+    # bytecode of what is imported is written then; that of all of torch would take minutes
+    options = ("-q", "--no-compile", "-c", str(ROOT / "constraints.txt"))
+    _run(*pip, "install", *options, wanted, cwd=environment)
+    _run(*pip, "check", cwd=environment)
+    work = environment / "work"
+    work.mkdir(exist_ok=True)
+    _run(str(python), "-I", str(JOBS), extra, cwd=work)
+    _say(extra, begin, "done")
+
+
+def _run(*command: str, cwd: Path) -> None:
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+    settings.pop("PYTHONPATH", None)
+    ran = subprocess.run(
+        command, cwd=cwd, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if ran.returncode:
+        raise Failed(f"{ran.stdout}\nfailed, status {ran.returncode}: {' '.join(command)}")
+
+
+def _say(what: str, begin: float, how: str) -> None:
+    print(f"install check  {what:<6} {time.monotonic() - begin:5.0f} s  {how}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,97 @@
+"""What each extra is for, done once: `python -I jobs.py EXTRA`, in an empty folder, by the Python of
+an environment that holds the package with this extra alone. `tests.install.check` makes them."""
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+SCRIPTS = Path(sysconfig.get_path("scripts"))
+
+
+def script(name, *arguments):
+    """Run a command of the package; its standard output."""
+    ran = subprocess.run([SCRIPTS / name, *arguments], stdout=subprocess.PIPE, text=True)
+    assert ran.returncode == 0, f"{name} {' '.join(arguments)}: status {ran.returncode}"
+    return ran.stdout
+
+
+def none():
+    """Import, the commands, one op."""
+    import torch
+
+    import cogvx
+    import cogvx_kernels
+
+    for package in (cogvx, cogvx_kernels):
+        assert Path(package.__file__).is_relative_to(sys.prefix), package.__file__
+    assert "torch" in script("cogvx-kernels", "doctor")
+    assert script("cogvx", "--version").startswith("cogvx ")
+    x, angles = torch.randn(1, 5, 2, 8), torch.randn(3, 4)
+    out = cogvx_kernels.rope3d(x, angles.cos(), angles.sin(), text_len=2)
+    assert torch.equal(out[:, :2], x[:, :2]) and not torch.equal(out, x)
+
+
+def text():
+    """Embeddings of a prompt, by a T5 whose tokenizer is a spiece.model alone."""
+    from cogvx.text import T5TextEncoder
+
+    runpy.run_path(str(TESTS / "model" / "released_text.py"))["write_text_encoder"]("t5", 32)
+    assert not Path("t5/tokenizer/tokenizer.json").exists()
+    states = T5TextEncoder.from_pretrained("t5").encode(["rain falls on quiet leaves"], 226)
+    assert states.shape == (1, 226, 32) and states.isfinite().all()
+
+
+def video():
+    """A clip through the VAE of the packaged model."""
+    from cogvx.data import ProceduralClips
+    from cogvx.video import write_video
+
+    clip = ProceduralClips(frames=9, height=64, width=64)[0].video
+    write_video("clip.mp4", clip[None], 8)
+    options = ("--model", "tiny", "--out", "again.mp4", "--json")
+    found = json.loads(script("cogvx", "reconstruct", "clip.mp4", *options))
+    assert Path("again.mp4").stat().st_size > 1000 and found["psnr_db"] > 10, found
+
+
+def train():
+    """Two steps of adapters of the packaged model, with their curves."""
+    from cogvx.training import Recipe, train
+
+    steps = {"steps": 2, "batch_size": 1, "warmup": 0, "log_every": 1, "save_every": 2}
+    recipe = {
+        "model": "tiny",
+        "data": {
+            "clips": 2,
+            "frames": 5,
+            "height": 32,
+            "width": 32,
+            "workers": 0,
+            "places": 16,
+            "window": 3,
+        },  # fmt: skip
+        "transformer_training": {**steps, "sample_every": 2, "lora_rank": 2},
+    }
+    train(Recipe.from_dict(recipe), Path("lora"))
+    for name in ("*.safetensors", "*.png"):
+        assert list(Path("lora").rglob(name)), name
+
+
+def bench():
+    """A row of the benchmark suite, with its picture."""
+    shutil.copytree(TESTS.parent / "benchmarks", "benchmarks")  # it is not part of the wheel
+    options = ("--op", "gated_residual", "--providers", "eager", "--pass", "forward", "--quick")
+    command = [sys.executable, "-m", "benchmarks", *options, "--out", "out"]
+    assert subprocess.run(command).returncode == 0
+    assert len(Path("out/results.csv").read_text().splitlines()) > 1
+    assert list(Path("out").glob("*.png"))
+
+
+JOBS = {job.__name__: job for job in (none, text, video, train, bench)}
+
+if __name__ == "__main__":
+    JOBS[sys.argv[1]]()
