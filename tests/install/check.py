@@ -59,12 +59,18 @@ def main(names: Sequence[str]) -> int:
 
 def build(folder: Path) -> Path:
     """The wheel of the working tree, against the torch of this environment."""
-    for old in (ROOT / "build").glob("lib*"):  # setuptools would pack modules that are gone
-        shutil.rmtree(old)
     options = ("--no-build-isolation", "--no-deps", "--wheel-dir", str(folder))
+    _remove_packed()
     _run(sys.executable, "-m", "pip", "wheel", "-q", *options, str(ROOT), cwd=folder)
+    _remove_packed()
     [wheel] = folder.glob("cogvx-*.whl")
     return wheel
+
+
+def _remove_packed() -> None:
+    """Modules of an earlier build, which setuptools would pack again when they are gone."""
+    for old in (ROOT / "build").glob("lib*"):
+        shutil.rmtree(old)
 
 
 def _in_a_copy(base: Path, extra: str, wheel: Path) -> None:

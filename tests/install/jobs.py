@@ -1,5 +1,8 @@
-"""What each extra is for, done once: `python -I jobs.py EXTRA`, in an empty folder, by the Python of
-an environment that holds the package with this extra alone. `tests.install.check` makes them."""
+"""What each extra is for, done once: `python -I jobs.py EXTRA`, in an empty folder.
+
+Python is that of an environment that holds the package with this extra alone, which
+`tests.install.check` makes.
+"""
 
 import json
 import runpy
