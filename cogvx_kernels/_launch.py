@@ -32,4 +32,9 @@ def dense(x: Tensor, channels_last: bool) -> Tensor:
 
     As Tensor.contiguous(memory_format=...), which torch.vmap does not take.
     """
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x.contiguous()
+    if not channels_last:
+        return x.contiguous()
+    rows = x.movedim(1, -1)
+    # A tensor without elements calls itself contiguous with any strides.
+    rows = rows.contiguous() if x.numel() else rows.clone(memory_format=torch.contiguous_format)
+    return rows.movedim(-1, 1)

@@ -127,8 +127,8 @@ def _has_channels_last(x: Tensor) -> bool:
     return x.shape[1] > 1 and several and x.stride(1) == 1
 
 
-def _reason(name: str, x: Tensor, cache: Tensor | None) -> str | None:
-    """Why the extension cannot take `x`, called `name`, and the cache; or None."""
+def _reason(name: str, x: Tensor) -> str | None:
+    """Why the extension cannot take `x`, or None."""
     if not HAS_EXTENSION:
         return (
             "cogvx_kernels._C is not built (pip install -v --no-build-isolation -e . in the "
@@ -138,9 +138,7 @@ def _reason(name: str, x: Tensor, cache: Tensor | None) -> str | None:
 
     if x.is_cuda and not kernel.HAS_CUDA:
         return "cogvx_kernels._C was built without CUDA (there was no nvcc)"
-    if x.device.type not in ("cpu", "cuda", "meta"):
-        return f"{name} is on {x.device}"
-    return _backend.transform_reason(**{name: x}, cache=cache)
+    return None if x.device.type in ("cpu", "cuda", "meta") else f"{name} is on {x.device}"
 
 
 # --- under autocast --------------------------------------------------------------------------
@@ -215,7 +213,8 @@ def frame_cache_append(
     channels_last = memory_format is torch.channels_last_3d
     if memory_format is None:
         channels_last = _has_channels_last(frames)
-    if _backend.choose(backend, op, _reason("frames", frames, cache), frames):
+    reason = _reason("frames", frames) or _backend.transform_reason(frames=frames, cache=cache)
+    if _backend.choose(backend, op, reason, frames):
         from . import kernel
 
         return kernel.append(cache, frames, start, padding, channels_last)
@@ -237,7 +236,8 @@ def frame_cache_push(
         (frames,) = _autocast.cast(cache.dtype, frames)
     _check_pair(op, cache, "frames", frames, start)
     _check_inplace(op, ("cache",), cache=cache, frames=frames)
-    if _backend.choose(backend, op, _reason("frames", frames, cache), frames):
+    reason = _reason("frames", frames) or _backend.transform_reason(frames=frames, cache=cache)
+    if _backend.choose(backend, op, reason, frames):
         from . import kernel
 
         kernel.push(cache, frames, start)
@@ -278,7 +278,8 @@ def frame_cache_exchange(
         raise ValueError(
             f"{op}: joined must have room for the {kept} frames of cache; got {tuple(joined.shape)}"
         )
-    if _backend.choose(backend, op, _reason("joined", joined, cache), joined):
+    reason = _reason("joined", joined) or _backend.transform_reason(joined=joined, cache=cache)
+    if _backend.choose(backend, op, reason, joined):
         from . import kernel
 
         kernel.exchange(cache, joined, start)
@@ -328,6 +329,7 @@ def frame_cache_join(
         _check_start(op, "frames", start, kept, frames.shape[2])
         if start is None:
             raise ValueError(f"{op}: start must be given where cache is None; got None")
-    if _backend.choose(backend, op, _reason("frames", frames, cache), frames):
+    reason = _reason("frames", frames) or _backend.transform_reason(frames=frames, cache=cache)
+    if _backend.choose(backend, op, reason, frames):
         return _frame_cache_join(cache, frames, kept, start, _has_channels_last(frames))
     return frame_cache_join_reference(cache, frames, kept=kept, start=start)
