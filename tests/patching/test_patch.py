@@ -167,6 +167,9 @@ def test_on_the_kernels_too():
         assert relative(pipe.transformer(**arguments).sample, predicted.double()) < 1e-5
     assert report["rope"].hit == report["rope"].sites
     assert not any(row.fallbacks for row in report.rows)
+    for op in ("adaln", "rope", "norm"):
+        assert report[op].kernel == report[op].calls > 0 and not report[op].reference
+    assert "kernel 2, reference 0" in str(report)
 
 
 # --- every site is hit -----------------------------------------------------------------------
@@ -189,6 +192,39 @@ def test_every_op_runs_at_every_site(mode):
     assert report["cache"].sites == causal - of_norms
     assert f"adaln      {2 * layers} calls in {layers} of {layers} modules: kernel 0" in str(report)
     assert "mode" in str(report) and mode in str(report)
+
+
+def test_the_report_says_what_ran_and_why_and_what_was_not_called():
+    pipe = pipeline()
+    report = ck.patch(pipe, backend="reference")
+    assert "rope       in 2 modules, not called yet" in str(report)
+    with torch.no_grad():
+        pipe.vae.decode(latents(3, side=2))
+        pipe.transformer(**inputs(pipe.transformer))
+    why = 'backend="reference" was requested'
+    assert report["rope"].reference == {why: 2} and report["rope"].kernel == 0
+    assert report["rope"].not_called == ()
+    assert report["resample"].reference == {"it is plain torch, and has no kernel": 3}
+    cache, text = report["cache"], str(report)
+    assert {name.partition(".")[0] for name in cache.not_called} == {"encoder"}
+    assert cache.calls == sum(cache.reference.values())
+    called, unused = cache.modules - len(cache.not_called), len(cache.not_called)
+    assert (
+        f"cache      {cache.calls} calls in {called} of {cache.modules} modules: kernel 0" in text
+    )
+    assert f"not called: {unused} of {unused} modules in encoder" in text
+    assert f"rope       2 calls in 2 of 2 modules: kernel 0, reference 2\n{'':15}reference" in text
+    assert f"reference, 2 calls: {why}" in text and "sites" not in text
+
+
+def test_the_report_says_why_a_cpu_runs_the_reference():
+    model = transformer()
+    report = ck.patch(model)
+    with torch.no_grad():
+        model(**inputs(model))
+    [why] = report["adaln"].reference
+    assert report["adaln"].reference[why] == report["adaln"].calls == 4
+    assert f"reference, 4 calls: {why}" in str(report)
 
 
 def test_counts_go_on_and_calls_are_counted():

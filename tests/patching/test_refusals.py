@@ -13,7 +13,6 @@ from transformers import T5Config, T5EncoderModel
 import cogvx_kernels as ck
 from tests.patching.small import assert_untouched, latents, pipeline, transformer, vae
 
-
 T5 = T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
 
 
