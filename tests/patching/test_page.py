@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import cogvx_kernels as ck
-from tests.patching.small import latents, pipeline
+from tests.patching.small import embeds, generate, latents, pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "using-it-in-your-code.md").read_text()
@@ -45,10 +45,33 @@ def test_links_lead_somewhere():
         assert (ROOT / "docs" / link).exists(), link
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=["patch", "stream"])
-def test_the_code_runs(snippet):
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["generate", "patch", "stream"])
+def test_the_code_runs(snippet, tmp_path, monkeypatch):
     pipe = pipeline()
+    monkeypatch.chdir(tmp_path)
+    # It has no text encoder: the embeddings of any prompt, and a clip of two steps.
+    monkeypatch.setattr(pipe, "encode_prompt", lambda *of, **options: tuple(embeds().values()))
+    few = {"num_inference_steps": 2, "num_frames": 9, "height": 32, "width": 32}
+    call = type(pipe).__call__
+    monkeypatch.setattr(type(pipe), "__call__", lambda *of, **options: call(*of, **few, **options))
     names = {"pipe": pipe, "vae": pipe.vae, "latents": latents(5).transpose(1, 2), "ck": ck}
     exec(snippet, names)
     if "state" in names:
         assert names["state"].ended and names["video"].shape[1] == 8
+    if "report" in names:
+        assert all(row.calls for row in names["report"].rows)
+        assert Path("kite.mp4").stat().st_size > 0
+    assert len(SNIPPETS) == 3
+
+
+def test_the_report_of_the_page_is_the_one_that_is_printed():
+    """All of it that is the same on every machine: what was called, and what was not."""
+    pipe = pipeline()
+    report = ck.patch(pipe)
+    generate(pipe)
+    [page] = re.findall(r"```\n(CogVideoXPipeline, .*?)```", PAGE, re.DOTALL)
+    lines = [line.partition(": kernel")[0] for line in page.splitlines()]
+    shown = [line for line in lines if "reference, " not in line]
+    assert len(shown) > 7
+    for line in shown:
+        assert line in str(report), line
