@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..extras import extra
 from ..files import atomic_path, check_writable
 from .container import (
     BT709,
@@ -26,7 +27,6 @@ from .container import (
     precise,
     pyav,
 )
-from .lettering import WIDTH, lettered
 
 WRITTEN = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".gif": "gif"}
 GIF_RATES = 0.01, 50  # a GIF counts hundredths of a second; viewers slow down a delay of one
@@ -111,7 +111,8 @@ def write_contact_sheet(
 ) -> None:
     """A PNG of up to `most` frames of a clip, evenly spaced, the first and the last among them.
 
-    With a caption it stands above the pictures, and the number of each frame below it.
+    With a caption it stands above the pictures, and the number of each frame below it; that takes
+    Pillow, which the extra `video` brings.
     """
     chosen = _evenly(video.shape[1], most)
     frames = video[0, chosen]
@@ -123,7 +124,8 @@ def write_contact_sheet(
     sheet = _sheet(torch.cat([frames, blank]).unflatten(0, (-1, columns)))
     if caption is not None:
         width = sheet.shape[-1]
-        lines = textwrap.wrap(caption, max(1, (width - 2 * MARGIN) // _advance(width))) or [""]
+        letters = (width - 2 * MARGIN) // _font(width).getlength("m")  # the widest letter
+        lines = textwrap.wrap(caption, max(1, int(letters))) or [""]
         sheet = torch.cat([*(_label(line, width).to(sheet) for line in lines), sheet], 1)
     _write_png(path, sheet)
 
@@ -162,16 +164,21 @@ def _evenly(count: int, most: int) -> list[int]:
     return torch.linspace(0, count - 1, most).round().long().tolist()
 
 
-def _advance(width: int) -> int:
-    """Pixels from letter to letter in a picture of this width: large letters if it is large."""
-    return (WIDTH + 1) * (2 if width >= 160 else 1)
+def _font(width: int) -> Any:
+    """Pillow's own font, in a size that suits a picture of this width."""
+    fonts = extra("PIL.ImageFont", "write_contact_sheet", "cogvx[video]")
+    return fonts.load_default(size=20 if width >= 160 else 10)
 
 
 def _label(text: str, width: int) -> Tensor:
-    """A line of black text on white, (3, height, width); what is too long is cut off."""
-    ink = lettered(text, _advance(width) // (WIDTH + 1))
-    room = F.pad(ink, (MARGIN, max(0, width - MARGIN - ink.shape[1]), MARGIN, MARGIN))[:, :width]
-    return (1 - 2 * room).expand(3, -1, -1)
+    """A line of black text on white, (3, height, width) in [-1, 1]; what is too long is cut off."""
+    font = _font(width)
+    height = sum(font.getmetrics()) + 2 * MARGIN
+    line = extra("PIL.Image", "write_contact_sheet", "cogvx[video]").new("L", (width, height), 255)
+    drawing = extra("PIL.ImageDraw", "write_contact_sheet", "cogvx[video]").Draw(line)
+    drawing.text((MARGIN, MARGIN), text, fill=0, font=font)
+    pixels = torch.frombuffer(bytearray(line.tobytes()), dtype=torch.uint8).view(height, width)
+    return (pixels / 127.5 - 1).expand(3, -1, -1)
 
 
 def _rate(path: PathLike, fps: float) -> Fraction:
