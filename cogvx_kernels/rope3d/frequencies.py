@@ -80,7 +80,7 @@ def slice_positions(
     than max_grid. Source: diffusers' get_3d_rotary_pos_embed with grid_type="slice".
     """
     sizes = _grid("slice_positions", grid)
-    bounds = sizes[1:]
+    bounds: tuple[int, ...] = sizes[1:]
     if max_grid is not None:
         bounds = _sizes("slice_positions", "max_grid", max_grid, AXES[1:])
     for axis, size, bound in zip(AXES[1:], sizes[1:], bounds, strict=True):
