@@ -124,8 +124,7 @@ def write_contact_sheet(
     sheet = _sheet(torch.cat([frames, blank]).unflatten(0, (-1, columns)))
     if caption is not None:
         width = sheet.shape[-1]
-        letters = (width - 2 * MARGIN) // _font(width).getlength("m")  # the widest letter
-        lines = textwrap.wrap(caption, max(1, int(letters))) or [""]
+        lines = _wrapped(caption, width)
         sheet = torch.cat([*(_label(line, width).to(sheet) for line in lines), sheet], 1)
     _write_png(path, sheet)
 
@@ -168,6 +167,16 @@ def _font(width: int) -> Any:
     """Pillow's own font, in a size that suits a picture of this width."""
     fonts = extra("PIL.ImageFont", "write_contact_sheet", "cogvx[video]")
     return fonts.load_default(size=20 if width >= 160 else 10)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """The text in the longest lines that fit a picture of this width."""
+    font, room = _font(width), width - 2 * MARGIN
+    for letters in range(max(1, len(text)), 0, -1):
+        lines = textwrap.wrap(text, letters) or [""]
+        if all(font.getlength(line) <= room for line in lines):
+            break
+    return lines
 
 
 def _label(text: str, width: int) -> Tensor:
