@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,9 @@ def download(
             }
             _check_space(name, sum(missing.values()), cache)
             try:
-                folder = hub.snapshot_download(**chosen, token=token, allow_patterns=files)
+                folder = hub.snapshot_download(
+                    **chosen, token=token, allow_patterns=files, tqdm_class=_bar(name)
+                )
             except Exception as error:
                 if not (_of_network(error) or isinstance(error, RuntimeError)):
                     raise
@@ -167,6 +170,17 @@ def weights_of(stem: str, names: Iterable[str], variant: str | None) -> set[str]
         rf"{stem}{dot}(-\d+-of-\d+)?\.safetensors|{stem}\.safetensors\.index{dot}\.json"
     )
     return {name for name in names if pattern.fullmatch(name)}
+
+
+def _bar(name: str) -> type:
+    """The hub's progress bar, which is not drawn where there is no terminal."""
+    tqdm = extra("huggingface_hub.utils", name, "huggingface_hub").tqdm
+
+    def begin(self: Any, *args: Any, **options: Any) -> None:
+        hidden = options.pop("disable", None) or not sys.stderr.isatty()
+        tqdm.__init__(self, *args, disable=hidden, **options)
+
+    return type("Bar", (tqdm,), {"__init__": begin})
 
 
 def _check_space(name: str, size: int, cache: Path) -> None:

@@ -554,7 +554,8 @@ def _has_text_encoder(folder: Path) -> bool:
     if (folder / "model_index.json").is_file():
         entry = read_json(folder / "model_index.json", CONFIG_BYTES).get("text_encoder")
         return isinstance(entry, list) and any(entry)
-    return (folder / "text_encoder").is_dir()
+    # of a model on the hub, the tokenizer is downloaded before the encoder
+    return any((folder / name).is_dir() for name in ("text_encoder", "tokenizer"))
 
 
 def _warn_of_range(sources: dict[str, Any]) -> None:
