@@ -1,7 +1,8 @@
 """Builds cogvx_kernels._C from csrc/: C++ always, CUDA when nvcc is there. The rest is pyproject.
 
 COGVX_CUDA=1 insists on the CUDA half, COGVX_CUDA=0 forbids it; TORCH_CUDA_ARCH_LIST chooses its
-architectures. Nothing is downloaded, no GPU is asked. Without a compiler there is simply no _C.
+architectures. Nothing is downloaded, no GPU is asked. Without a compiler there is simply no _C, and
+none from an isolated build (`pip install .`), where there is no torch to build against.
 """
 
 import os
@@ -11,26 +12,34 @@ import subprocess
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
 
 try:
-    import pybind11
     import torch
-    from torch.utils import cpp_extension
-except ImportError as error:
-    raise SystemExit(
-        f"cogvx is built against the torch that will run it, but here: {error}. Install torch, "
-        "setuptools, wheel, pybind11 and ninja, then: pip install --no-build-isolation ."
-    ) from error
+except ImportError:
+    torch = None
+
+if torch is not None:
+    try:
+        import pybind11
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        raise SystemExit(
+            f"cogvx is built against the torch that will run it, but here: {error}. Install "
+            "setuptools, wheel, pybind11 and ninja, then: pip install --no-build-isolation ."
+        ) from error
 
 ROOT = Path(__file__).resolve().parent
 ASKED = os.environ.get("COGVX_CUDA", "")
-TORCH = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
+TORCH = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2]) if torch else ()
 
 
 def find_cuda() -> tuple[str, str]:
     """What nvcc says of its folders and "", or "" and why there is no CUDA half."""
     if ASKED == "0":
         return "", "COGVX_CUDA=0 forbids it"
+    if torch is None:
+        return "", "no torch to build against; --no-build-isolation takes the one that is installed"
     if torch.version.hip or (torch.version.cuda is None and TORCH < (2, 13)):
         return "", f"torch {torch.__version__} has no CUDA; use a CUDA build, or torch >= 2.13"
     places = [f"{os.environ[n]}/bin" for n in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(n)]
@@ -74,7 +83,7 @@ def extension(cuda: str):
     return ext
 
 
-class Build(cpp_extension.BuildExtension):
+class Build(cpp_extension.BuildExtension if torch else build_ext):
     def build_extensions(self) -> None:
         [ext] = self.extensions
         self.build_temp = f"build/torch-{torch.__version__}"  # lasts, so ninja finds its objects
@@ -95,5 +104,6 @@ class Build(cpp_extension.BuildExtension):
 cuda, why_not = find_cuda()
 if why_not and ASKED == "1":
     raise SystemExit(f"COGVX_CUDA=1 insists on the CUDA half of cogvx, but {why_not}.")
-print(f"cogvx: the CUDA half of cogvx_kernels._C is {'left out: ' + why_not if why_not else 'in'}")
-setup(ext_modules=[extension(cuda)], cmdclass={"build_ext": Build})
+what = "the CUDA half of cogvx_kernels._C" if torch else "cogvx_kernels._C"
+print(f"cogvx: {what} is {'left out: ' + why_not if why_not else 'in'}")
+setup(**({"ext_modules": [extension(cuda)], "cmdclass": {"build_ext": Build}} if torch else {}))
