@@ -55,7 +55,9 @@ def generate(options: argparse.Namespace, console: Console) -> None:
     job = _checked(options)
     loading.warn_if_long(console, job.flops, job.device, job.dtype)
     console.progress("load weights")
-    pipe = CogVideoX.from_pretrained(job.folder, job.dtype, job.device, options.backend)
+    pipe = CogVideoX.from_pretrained(
+        job.folder, job.dtype, job.device, options.backend, variant=options.variant
+    )
     for path, scale in _adapters(options):
         pipe.load_lora(path, scale)
     pipe.generate(

@@ -34,6 +34,7 @@ def plan(options: argparse.Namespace, console: Console) -> None:
         text = T5_PARAMETERS * dtype.itemsize
     if options.model is not None:
         text = loading.text_encoder_bytes(_folder(options))
+    console.progress("plan")
     made = forecast(
         transformer,
         vae,

@@ -16,7 +16,8 @@ def score(options: argparse.Namespace, console: Console) -> None:
     device, folder = loading.device_of(options), loading.model_of(options)
     transformer, _ = loading.read_configs(folder)
     console.progress("load weights")
-    pipe = CogVideoX.from_pretrained(folder, loading.dtype_of(options, transformer), device)
+    dtype = loading.dtype_of(options, transformer)
+    pipe = CogVideoX.from_pretrained(folder, dtype, device, variant=options.variant)
     console.progress("VAE")
     decibels = score_vae(pipe.vae)
     scores, control = score_model(
