@@ -15,6 +15,7 @@ import torch
 from cogvx import CheckpointError, CogVideoX, load_transformer, load_vae
 from cogvx.assets import located
 from cogvx.checkpoint import load_scheduler
+from cogvx.cli import main
 from cogvx.hub import is_hub_name, needed
 from cogvx.text import T5TextEncoder
 
@@ -88,6 +89,14 @@ def test_a_model_by_its_name_is_the_model_of_the_folder(hub, own, released, monk
     again = CogVideoX.from_pretrained(NAME, local_files_only=True)
     assert torch.equal(again.generate("a", **CLIP), expected)
     assert len(hub.requests) == count
+
+
+def test_a_name_on_the_command_line(hub, released, tmp_path):
+    size = ("--steps", "1", "--frames", "9", "--height", "32", "--width", "32")
+    for model, out in ((NAME, "name.mp4"), (str(released), "folder.mp4")):
+        options = ("--model", model, "--out", str(tmp_path / out), *size, "--seed", "0", "--quiet")
+        assert main(["generate", "--prompt", "a", *options]) == 0
+    assert (tmp_path / "name.mp4").read_bytes() == (tmp_path / "folder.mp4").read_bytes()
 
 
 def test_a_part_alone_is_downloaded(hub, released, tmp_path):
