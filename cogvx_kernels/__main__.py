@@ -5,6 +5,7 @@ import importlib
 import sys
 
 from . import __version__
+from .tools import options
 
 TOOLS = {
     "verify": "every op against its reference, on this GPU or in Triton's interpreter",
@@ -17,6 +18,8 @@ TOOLS = {
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in TOOLS:
+        if parse := getattr(options, argv[0], None):
+            parse(argv[1:])  # --help or a typo ends here, before torch is imported
         # Imported when named: torch takes seconds, and only some of them can do without Triton.
         return importlib.import_module(f"cogvx_kernels.tools.{argv[0]}").main(argv[1:])
     if argv == ["--version"]:

@@ -14,7 +14,7 @@ if not _backend.HAS_TRITON:
 
 from cogvx_kernels._opinfo import Budget  # noqa: E402
 from cogvx_kernels.testing import OPS  # noqa: E402
-from cogvx_kernels.tools import aot  # noqa: E402
+from cogvx_kernels.tools import aot, options  # noqa: E402
 from tests.harness.selection import rest
 
 from .test_tools import type_in  # noqa: E402
@@ -31,6 +31,10 @@ def compiled(request):
     done = type_in("aot", "--target", request.param, "--json", "-")
     assert done.returncode in (0, 1), done.stderr
     return request.param, json.loads(done.stdout)["kernels"], done
+
+
+def test_targets_can_be_named_without_torch():
+    assert options.TARGETS == tuple(aot.TARGETS)
 
 
 def test_every_kernel_is_within_its_budget(compiled):

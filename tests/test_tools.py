@@ -15,7 +15,7 @@ import torch
 from cogvx_kernels import _backend
 from cogvx_kernels.__main__ import TOOLS, main
 from cogvx_kernels.testing import OPS, Verdict
-from cogvx_kernels.tools import doctor, passed, verify
+from cogvx_kernels.tools import doctor, options, passed, verify
 
 needs_triton = pytest.mark.skipif(not _backend.HAS_TRITON, reason="Triton is not installed")
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +35,12 @@ def test_help_names_every_tool(capsys):
     assert all(name in said for name in TOOLS)
     assert main(["nonsense"]) == 2
     assert "no tool is called 'nonsense'" in capsys.readouterr().err
+    assert main(["verfy"]) == 2 and "did you mean verify?" in capsys.readouterr().err
+    assert main(["--version"]) == 0
+
+
+def test_ops_can_be_named_without_torch():
+    assert options.OPS == tuple(OPS)
 
 
 # --- verify ----------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ spills and access widths are read from the binary, and the intermediate code is 
 64 bits, no fp64, every masked load with a value for masked lanes, no atomics.
 """
 
-import argparse
 import collections
 import dataclasses
 import importlib
@@ -32,6 +31,7 @@ from triton.runtime.jit import JITFunction
 from .._backend import INTERPRETED
 from .._opinfo import SIZES, Budget, OpInfo, Sample
 from ..testing import OPS, materialize
+from . import options as command_line
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -243,12 +243,7 @@ def _read_amdgcn(compiled: Any) -> Usage:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="cogvx-kernels aot", description=__doc__)
-    parser.add_argument("--op", choices=OPS, action="append", help="default: all")
-    parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
-    parser.add_argument("--samples", action="store_true", help="every small sample instead")
-    parser.add_argument("--json", metavar="FILE", help="also write the reports there ('-': only)")
-    options = parser.parse_args(argv)
+    options = command_line.aot(argv)
     if INTERPRETED:
         print("cogvx-kernels aot: the interpreter compiles nothing; unset TRITON_INTERPRET",
               file=sys.stderr)  # fmt: skip

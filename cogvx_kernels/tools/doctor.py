@@ -1,6 +1,5 @@
 """`cogvx-kernels doctor`: what is installed here, what will run where and why, and what is lost."""
 
-import argparse
 import importlib
 import importlib.metadata
 import importlib.util
@@ -15,6 +14,7 @@ import torch
 from .. import __version__, _backend, _checks
 from ..conv3d import trouble
 from ..testing import OPS
+from . import options as command_line
 
 OLDEST_TORCH = (2, 10)
 OLDEST_TRITON = (3, 6)
@@ -61,10 +61,7 @@ def examine() -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="cogvx-kernels doctor", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
-    parser.add_argument("--short", action="store_true", help="print a few lines")
-    options = parser.parse_args(argv)
+    options = command_line.doctor(argv)
     facts = examine()
     if options.json:
         print(json.dumps(facts, indent=1))

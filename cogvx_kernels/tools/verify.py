@@ -7,7 +7,6 @@ the cases took, in all processes together. What misses the rule is printed in fu
 exit status 1. An op that has passed here before is not compared again while nothing has changed.
 """
 
-import argparse
 import json
 import math
 import multiprocessing
@@ -27,6 +26,7 @@ import torch
 from .. import __version__, _backend, _checks
 from .._opinfo import SIZES, OpInfo, Sample
 from ..testing import OPS, Verdict, compare
+from . import options as command_line
 from .passed import Passes
 
 ROW = "{:21}{:43}{:10}{:10}{:>7}  {}"
@@ -176,7 +176,7 @@ class _Progress:
 
 
 def main(argv: list[str]) -> int:
-    options = _options(argv)
+    options = command_line.verify(argv)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     reason = _reason(device)
     if reason:
@@ -222,29 +222,6 @@ def main(argv: list[str]) -> int:
         facts = {"cogvx": __version__, "torch": torch.__version__, "device": _describe(device)}
         Path(options.json).write_text(json.dumps({**facts, "rows": report}, indent=1) + "\n")
     return 1 if misses or (new and not report) else 0
-
-
-def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="cogvx-kernels verify", description=__doc__)
-    parser.add_argument("--op", choices=OPS, action="append", help="default: all")
-    parser.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU if there is one")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
-    parser.add_argument("--quick", action="store_true", help="every fourth sample of each op")
-    parser.add_argument("--all-rows", action="store_true", help="print a row for each case")
-    parser.add_argument("--again", action="store_true",
-                        help="compare what has passed before too, as --json and --all-rows "
-                        "do")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs; default 0")
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        metavar="N",
-        help="processes; default: 1 on a GPU, else one for each core, 8 at most",
-    )
-    options = parser.parse_args(argv)
-    if options.jobs is not None and options.jobs < 1:
-        parser.error(f"argument --jobs: must be 1 or more; got {options.jobs}")
-    return options
 
 
 def _reason(device: str) -> str | None:

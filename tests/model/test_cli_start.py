@@ -49,6 +49,9 @@ lines = [
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
     codes = [main(words) for words in lines]
     codes += [kernels(words) for words in (["--help"], ["--version"], ["verfy"])]
+    for words in (["verify", "--help"], ["doctor", "--jsno"], ["aot", "--target", "sm_1"]):
+        with contextlib.suppress(SystemExit):
+            kernels(words)
 print(codes, "torch" in sys.modules)
 """
 

@@ -1,0 +1,61 @@
+"""Options of the tools. Imports no torch, so that --help and a typo are answered at once."""
+
+import argparse
+
+# As in `cogvx_kernels.testing.OPS` and `aot.TARGETS`, which tests compare.
+OPS = (
+    "rope3d",
+    "qk_norm_rope3d",
+    "expert_adaln",
+    "gated_residual",
+    "gated_residual_adaln",
+    "expert_ffn",
+    "spatial_norm_silu",
+    "residual_moments",
+    "temporal_conv",
+    "frame_cache_join",
+)
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def verify(argv: list[str]) -> argparse.Namespace:
+    parser = _parser("verify", "Compare every op's kernel with its reference, and both with fp64.")
+    parser.add_argument("--op", choices=OPS, action="append", help="default: all")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU if there is one")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
+    parser.add_argument("--quick", action="store_true", help="every fourth sample of each op")
+    parser.add_argument("--all-rows", action="store_true", help="print a row for each case")
+    parser.add_argument("--again", action="store_true",
+                        help="compare what has passed before too, as --json and --all-rows "
+                        "do")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the random inputs; default 0")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="processes; default: 1 on a GPU, else one for each core, 8 at most",
+    )
+    options = parser.parse_args(argv)
+    if options.jobs is not None and options.jobs < 1:
+        parser.error(f"argument --jobs: must be 1 or more; got {options.jobs}")
+    return options
+
+
+def doctor(argv: list[str]) -> argparse.Namespace:
+    parser = _parser("doctor", "Print what is installed, what will run where, and what is lost.")
+    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+    parser.add_argument("--short", action="store_true", help="print a few lines")
+    return parser.parse_args(argv)
+
+
+def aot(argv: list[str]) -> argparse.Namespace:
+    parser = _parser("aot", "Compile every kernel for GPUs that are not here; check its budget.")
+    parser.add_argument("--op", choices=OPS, action="append", help="default: all")
+    parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
+    parser.add_argument("--samples", action="store_true", help="every small sample instead")
+    parser.add_argument("--json", metavar="FILE", help="also write the reports there ('-': only)")
+    return parser.parse_args(argv)
+
+
+def _parser(tool: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"cogvx-kernels {tool}", description=description)
