@@ -76,6 +76,8 @@ def _remove_packed() -> None:
 def _in_a_copy(base: Path, extra: str, wheel: Path) -> None:
     environment = base.with_name(extra)
     shutil.copytree(base, environment, symlinks=True, copy_function=os.link)
+    for command in (environment / "bin").glob("cogvx*"):
+        command.unlink()  # its first line names the Python of `base`
     check(environment, extra, wheel)
 
 

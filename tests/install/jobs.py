@@ -16,10 +16,10 @@ TESTS = Path(__file__).resolve().parents[1]
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 
 
-def script(name, *arguments):
-    """Run a command of the package; its standard output."""
-    ran = subprocess.run([SCRIPTS / name, *arguments], stdout=subprocess.PIPE, text=True)
-    assert ran.returncode == 0, f"{name} {' '.join(arguments)}: status {ran.returncode}"
+def output(*command):
+    """Run a command; its standard output."""
+    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    assert ran.returncode == 0, f"{' '.join(map(str, command))}: status {ran.returncode}"
     return ran.stdout
 
 
@@ -32,8 +32,8 @@ def none():
 
     for package in (cogvx, cogvx_kernels):
         assert Path(package.__file__).is_relative_to(sys.prefix), package.__file__
-    assert "torch" in script("cogvx-kernels", "doctor")
-    assert script("cogvx", "--version").startswith("cogvx ")
+    assert "torch" in output(SCRIPTS / "cogvx-kernels", "doctor")
+    assert output(SCRIPTS / "cogvx", "--version").startswith("cogvx ")
     x, angles = torch.randn(1, 5, 2, 8), torch.randn(3, 4)
     out = cogvx_kernels.rope3d(x, angles.cos(), angles.sin(), text_len=2)
     assert torch.equal(out[:, :2], x[:, :2]) and not torch.equal(out, x)
@@ -56,8 +56,8 @@ def video():
 
     clip = ProceduralClips(frames=9, height=64, width=64)[0].video
     write_video("clip.mp4", clip[None], 8)
-    options = ("--model", "tiny", "--out", "again.mp4", "--json")
-    found = json.loads(script("cogvx", "reconstruct", "clip.mp4", *options))
+    command = (sys.executable, "-I", "-m", "cogvx", "reconstruct", "clip.mp4")
+    found = json.loads(output(*command, "--model", "tiny", "--out", "again.mp4", "--json"))
     assert Path("again.mp4").stat().st_size > 1000 and found["psnr_db"] > 10, found
 
 
@@ -88,8 +88,7 @@ def bench():
     """A row of the benchmark suite, with its picture."""
     shutil.copytree(TESTS.parent / "benchmarks", "benchmarks")  # it is not part of the wheel
     options = ("--op", "gated_residual", "--providers", "eager", "--pass", "forward", "--quick")
-    command = [sys.executable, "-m", "benchmarks", *options, "--out", "out"]
-    assert subprocess.run(command).returncode == 0
+    output(sys.executable, "-m", "benchmarks", *options, "--out", "out")
     assert len(Path("out/results.csv").read_text().splitlines()) > 1
     assert list(Path("out").glob("*.png"))
 
