@@ -1,7 +1,9 @@
 """Fast modules for video diffusion in torch, each tested against a plain-torch reference.
 
 Importing this package imports no torch and no Triton, asks for no GPU and builds nothing: each name
-is loaded from its module when it is first used (PEP 562).
+is loaded from its module when it is first used (PEP 562). Where torch is there already, the ops are
+registered at once, so that `torch.export.load` and `torch.jit.load` know `torch.ops.cogvx`; so
+import torch first where a program is loaded.
 """
 
 import importlib
@@ -154,3 +156,7 @@ class _Package(types.ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+
+if "torch" in sys.modules:
+    for _module in _MODULES:
+        importlib.import_module(f".{_module}", __name__)

@@ -289,6 +289,14 @@ print(loaded, torch.cuda.is_initialized())
     assert run_python(code).split("\n")[0] == "[] False"
 
 
+def test_ops_are_registered_by_an_import_after_torch():
+    code = """
+import torch, cogvx_kernels
+print(torch.ops.cogvx.rope3d.default, torch.ops.cogvx.frame_cache_join.default)
+"""
+    assert run_python(code).split() == ["cogvx.rope3d.default", "cogvx.frame_cache_join.default"]
+
+
 def test_without_triton_the_references_run_and_doctor_says_so():
     code = """
 import sys
