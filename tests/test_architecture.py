@@ -233,7 +233,7 @@ def test_the_model_uses_public_names_of_the_kernels(path):
 
 @pytest.mark.parametrize("path", MODEL_FILES)
 def test_the_model_runs_without_its_extras(path):
-    always = {"safetensors", "tqdm", "tomli"}
+    always = {"safetensors", "tomli"}
     optional = MODEL_OPTIONAL.get(path)
     assert roots(path) <= always | {optional}
     for statement in in_functions(path):
