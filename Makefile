@@ -34,7 +34,7 @@ OTHERS := triton==$(TRITON)
 test: $(SIDE)/.ready
 	PYTHONPATH=$(CURDIR)/$(SIDE) python -c 'import triton; print("triton", triton.__version__)'
 	PYTHONPATH=$(CURDIR)/$(SIDE) $(PYTEST) --all --fuzz 200 \
-	    tests/kernels/test_contract.py -k 'random_cases or (samples and bf16)'
+	    tests/kernels/test_contract.py -k 'random_cases or (samples and bf16 and again)'
 else ifdef DIFFUSERS
 # patch and its tests on an older diffusers, with what that asked for
 SIDE := $(VENV)/diffusers-$(DIFFUSERS)

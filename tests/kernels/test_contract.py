@@ -103,9 +103,11 @@ def hold_all(cases: list[tuple[Any, ...]]) -> None:
 @interpreted
 @EVERY_OP
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_samples(info, dtype, seed):
+@pytest.mark.parametrize("again", [False, rest(True)], ids=["once", "again"])
+def test_samples(info, dtype, again, seed):
+    kind = DTYPES[dtype]
     hold_all(
-        [(s.reason, info, s, DTYPES[dtype], seed % 1000 + i) for i, s in enumerate(info.samples)]
+        [(s.reason, info, s, kind, seed % 1000 + i, again) for i, s in enumerate(info.samples)]
     )
 
 
