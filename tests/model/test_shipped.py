@@ -12,7 +12,7 @@ import torch
 from cogvx import CogVideoX
 from cogvx.assets import SHIPPED, located
 from cogvx.checkpoint import CheckpointError, load_vae
-from cogvx.cli import _parser
+from cogvx.cli import parser
 from cogvx.data.scoring import NAMES, score_model, score_vae
 from cogvx.training import Recipe
 
@@ -56,7 +56,7 @@ def test_one_command_makes_it_again():
     """`make tiny` takes the recipes of the package; the second begins with what the first makes."""
     makefile = (Path(__file__).parents[2] / "Makefile").read_text()
     commands = re.findall(r"^\tcogvx (train .*)$", makefile, re.MULTILINE)
-    first, second = (_parser().parse_args(command.split()) for command in commands)
+    first, second = (parser.make().parse_args(command.split()) for command in commands)
     assert first.recipe == "tiny" and TINY.samefile(Path(second.recipe).parent)
     assert REFINED.model == str(first.out) and second.out != first.out
     clips = Recipe.read("tiny").data
@@ -91,5 +91,5 @@ def test_clips_show_what_their_sentences_say(pipe):
 
 
 def test_an_unknown_word_is_told_with_those_it_knows(pipe):
-    with pytest.raises(ValueError, match=r"of the words .*circle.*; got 'hexagon'"):
+    with pytest.raises(ValueError, match=r"got 'hexagon'. It knows: .*circle"):
         pipe.generate("a red hexagon moves right")
