@@ -349,7 +349,8 @@ class CogVideoX:
             output: "video" or "latents", which are scaled and still padded, as in diffusers.
             callback: see `cogvx.pipeline.denoise.denoise`.
             progress: called with a stage ("text", "encode", "denoise", "decode"), how much of it
-                is done and how much there is: texts, chunks of the VAE, steps.
+                is done and how much there is: texts, chunks of the VAE, steps. First when the stage
+                begins, with nothing done.
             save_latents: a file for the latents, written before they are decoded (`decode_saved`).
             checkpoint_every: also write it after every so many steps.
             resume: such a file; what it has done is not done again. The result is the same, bit for
@@ -418,6 +419,7 @@ class CogVideoX:
             has = self._resumed(resume, record, seed, random)
             record, conditions, state = has.record, has.conditions, has.state
         if conditions is not None:  # None: the file had all steps
+            progress("denoise", state.done, len(walk))
             run = denoise(
                 self.transformer, solver, walk, state, conditions, request, random, callback
             )

@@ -27,6 +27,8 @@ def embeddings(
     text, negative = inputs.prompt_embeds, inputs.negative_prompt_embeds
     total = (text is None) + (request.guided and request.uncond == "prompt" and negative is None)
     done = 0
+    if total:
+        progress("text", done, total)
     if text is None:
         text = _encode(text_encoder, inputs.prompts, request)
         done += 1

@@ -32,7 +32,7 @@ def encode(
             the weights; frames by the rule of `cogvx.frames`, sides multiples of 8.
         tiling: cut frames that are larger than a tile; None never does.
         slicing: take the clips of the batch one by one.
-        progress: called with (chunks done, chunks in all) after each chunk.
+        progress: called with (chunks done, chunks in all): at the beginning, and after each chunk.
 
     Raises:
         TypeError, ValueError: an argument is not as above; nothing has been computed.
@@ -172,6 +172,9 @@ def _joined(pieces: Iterable[Tensor], size: int, dim: int) -> Tensor:
 
 
 def _ticker(total: int, progress: Progress | None) -> Callable[[], None]:
-    """A function that counts its calls and reports them."""
+    """A function that counts its calls and reports them; that none is done is reported at once."""
+    if progress is None:
+        return lambda: None
+    progress(0, total)
     done = iter(range(1, total + 1))
-    return (lambda: progress(next(done), total)) if progress is not None else (lambda: None)
+    return lambda: progress(next(done), total)

@@ -70,7 +70,7 @@ def test_latents_saved_decode_to_the_video(tmp_path):
     video = pipe.generate("a", steps=2, num_frames=9, save_latents=path)
     told = []
     came = pipe.decode_saved(path, progress=lambda *now: told.append(now))
-    assert torch.equal(came, video) and told == [("decode", 1, 1)]
+    assert torch.equal(came, video) and told == [("decode", 0, 1), ("decode", 1, 1)]
     asked = {"prompt": "a", "steps": 2, "num_frames": 9, "resume": path}
     assert torch.equal(pipe.generate(**asked), video)  # and nothing is denoised
     latents = pipe.generate(**asked, output="latents")
