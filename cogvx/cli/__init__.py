@@ -34,8 +34,8 @@ OPTIONS = {
 }
 # Classes and functions that errors begin with; who types a command knows none of them.
 CALLEES = re.compile(
-    r"(?:cogvx|trajectory|forecast|plan|train|convert|load_lora|open_video|read_image|read_video|"
-    r"write_video|write_tensors|stream_encode|stream_decode|held_out_prompts|"
+    r"\A(?:cogvx|build_transformer|build_vae|trajectory|forecast|plan|train|convert|load_lora|"
+    r"open_video|read_image|read_video|write_video|write_tensors|stream_encode|stream_decode|held_out_prompts|"
     r"(?:CogVideoX|CausalVAE|ExpertTransformer|T5TextEncoder|WordTextEncoder|TransformerConfig|"
     r"VAEConfig|Tiling)(?:\.\w+)?): "
 )
@@ -99,7 +99,7 @@ def _warnings() -> Iterator[None]:
     """Warnings worded as the errors, each once."""
 
     def show(message: Warning | str, *where: Any, **more: Any) -> None:
-        print(f"cogvx: warning: {message}", file=sys.stderr)
+        print(f"cogvx: warning: {CALLEES.sub('', str(message), 1)}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.showwarning = show
@@ -122,13 +122,14 @@ def _as_typed(message: str, options: argparse.Namespace) -> str:
 
     "trajectory: num_steps must be …" becomes "--steps must be …", where the command has --steps.
     """
-    message = CALLEES.sub("", message, 1) if CALLEES.match(message) else message
+    message = CALLEES.sub("", message, 1)
     found = re.match(r"(\w+)(?: and (\w+))? must ", message)
     names = [OPTIONS.get(name, name) for name in found.groups() if name] if found else []
     if found is None or not all(name in options for name in names):
         return message
     subject = " and ".join(f"--{name.replace('_', '-')}" for name in names)
-    return f"{subject} must {message[found.end() :]}"
+    wanted = re.sub(r"^be None\b", "be left out", message[found.end() :])
+    return f"{subject} must {wanted}"
 
 
 def _end(console: Console, status: int, message: str) -> int:

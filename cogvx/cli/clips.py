@@ -22,14 +22,13 @@ from ..text import T5TextEncoder
 from ..vae import CausalVAE, DiagonalGaussian, Tiling
 from ..video import PSNR, WRITTEN, Clip, check_video_output, open_video, write_video
 from .console import Console
-from .loading import VAESource, device_of, dtype_of, model_of, tiling_of
+from .loading import VAESource, device_of, dtype_of, model_of, tiling_of, usual_fps
 from .outputs import claimed, output
 
 if sys.platform != "win32":
     import resource
 
 VIDEOS = tuple(WRITTEN)
-DEFAULT_FPS = 8.0
 OF_A_FILE = ("mode", "sample", "fps", "tiling", "force")  # options of `encode`
 
 
@@ -43,7 +42,6 @@ def encode(options: argparse.Namespace, console: Console) -> None:
     source.warn_if_long(console, *_latent_size(clip, source.config), "encode")
     vae = source.load(console)
     done = partial(console.progress, "encode")
-    done(0, len(frame_rule.encode_plan(clip.frames, vae.config)))
     if tiling is not None:
         known = vae.encode(clip.read().to(_like(vae)), tiling=tiling, progress=done)
     else:
@@ -110,7 +108,8 @@ def decode(options: argparse.Namespace, console: Console) -> None:
     console.hold(output(options.out, options.force, VIDEOS))
     source, has = VAESource.of(options), saved.read(options.latents)
     _check_latents(options.latents, has, source.config)
-    fps = float(has.record.get("fps", DEFAULT_FPS)) if options.fps is None else options.fps
+    usual = has.record.get("fps", usual_fps(source.transformer))
+    fps = float(usual) if options.fps is None else options.fps
     ratio = source.config.spatial_compression_ratio
     frames, _, height, width = has.state.latents.shape[1:]
     check_video_output(options.out, fps, ratio * height, ratio * width)
@@ -230,6 +229,7 @@ def _compared(video: Iterator[Tensor], clip: Clip, measure: PSNR, done: Any) -> 
 
 
 def _ticked(chunks: Iterator[Any], total: int, done: Any) -> Iterator[Any]:
+    done(0, total)
     for number, chunk in enumerate(chunks, 1):
         done(number, total)
         yield chunk

@@ -81,7 +81,7 @@ def generate(options: argparse.Namespace, console: Console) -> None:
     except (ValueError, RuntimeError, OSError) as error:
         raise RuntimeError(
             f"{error}. The latents are saved: cogvx decode {latents} --model {options.model} "
-            f"--out {options.out} (--tiling needs less memory)"
+            f"--out {options.out} --fps {job.fps:g} (--tiling needs less memory)"
         ) from error
     facts = {"frames": frames, "fps": job.fps, "seed": seed, "latents": str(latents)}
     console.say({**facts, "out": str(options.out), "seconds": console.seconds})
@@ -111,8 +111,7 @@ def _checked(options: argparse.Namespace) -> Job:
     }
     request = _request(transformer, vae, given)
     steps = SOLVERS[request.scheduler](noise).trajectory(request.steps, request.strength)
-    usual_fps = 8.0 if transformer.patch_size_t is None else 16.0
-    fps = usual_fps if options.fps is None else options.fps
+    fps = loading.usual_fps(transformer) if options.fps is None else options.fps
     check_video_output(options.out, fps, request.height, request.width)
     _check_budget(options, request, transformer, vae, dtype, folder)
     if adapters:
@@ -139,7 +138,9 @@ def _request(transformer: TransformerConfig, vae: VAEConfig, given: dict[str, An
 def _adapters(options: argparse.Namespace) -> list[tuple[Path, float]]:
     """The files of `--lora`, each with its scale."""
     scales = options.lora_scale or [1.0]
-    if len(scales) not in (1, len(options.lora)) or (options.lora_scale and not options.lora):
+    if options.lora_scale and not options.lora:
+        raise ValueError("--lora-scale must come with --lora; got none")
+    if len(scales) not in (1, len(options.lora)):
         raise ValueError(
             f"--lora-scale must be given once, or once for each of {len(options.lora)} --lora; got "
             f"{len(scales)}"

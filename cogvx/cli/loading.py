@@ -62,12 +62,21 @@ def model_of(options: argparse.Namespace, parts: Sequence[str] | None = None) ->
     return located(options.model, parts=parts, revision=options.revision, variant=options.variant)
 
 
+def usual_fps(transformer: TransformerConfig | None) -> float:
+    """Frames a second of a model's videos: 16 for CogVideoX 1.5, which patches frames, else 8."""
+    return 16.0 if transformer is not None and (transformer.patch_size_t or 1) > 1 else 8.0
+
+
 def read_configs(folder: Path) -> tuple[TransformerConfig | None, VAEConfig | None]:
     """The configs in a model's folder; no weights are read."""
     transformer = _config(folder / "transformer", TransformerConfig)
     vae = _config(folder / "vae", VAEConfig)
     if transformer is None and vae is None:
-        raise ValueError(f"{folder}: must be a model's folder, with transformer/ or vae/ in it")
+        what = "one without them" if folder.is_dir() else "no folder of that name"
+        raise ValueError(
+            f"{folder}: must be a model's folder, with transformer/ or vae/ in it, or a name on "
+            f"the Hugging Face hub, such as THUDM/CogVideoX-5b; got {what}"
+        )
     return transformer, vae
 
 
@@ -170,8 +179,10 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.1) 
 
 
 def duration(seconds: float) -> str:
-    """25 min, or 3 h 20 min."""
+    """25 min, 3 h 20 min, or 12 days."""
     minutes = round(seconds / 60)
+    if minutes >= 2 * 24 * 60:
+        return f"{round(minutes / (24 * 60)):,} days"
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 

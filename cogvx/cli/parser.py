@@ -184,7 +184,9 @@ def _decode(commands: Any) -> None:
     parser.add_argument("latents", type=Path, help="a .safetensors file")
     arguments.add_output(parser, "the video, .mp4, .mov, .mkv or .gif")
     arguments.add_vae(parser)
-    arguments.add_fps(parser, "by default as recorded in the latents, else 8")
+    arguments.add_fps(
+        parser, "by default as recorded in the latents, else 8, or 16 for CogVideoX 1.5"
+    )
     arguments.add_machine(parser)
 
 

@@ -83,12 +83,18 @@ def said(capsys, *words):
         (["--frames", "12"], "--frames must have"),
         (["--width", "100"], "multiple of 16"),
         (["--height", "7"], "multiple of 16"),
-        (["--image", "clip.mp4"], "text- and video-to-video"),
+        (
+            ["--image", "clip.mp4"],
+            "--image must be left out; got one: this is a text-",
+        ),
         (["--video", "no.mp4"], "no.mp4"),
         (["--video", "clip.mp4", "--steps", "1", "--strength", "0.5"], "--strength must"),
         (["--lora", "no.safetensors"], "no.safetensors"),
         (["--lora", "clip.mp4"], "clip.mp4"),
-        (["--lora-scale", "2"], "--lora-scale must be given once"),
+        (["--lora-scale", "2"], "--lora-scale must come with --lora"),
+        (["--lora", "a", *("--lora-scale", "2") * 2], "--lora-scale must be given once"),
+        (["--model", "CogVideoX"], "THUDM/CogVideoX-5b; got no folder of that name"),
+        (["--model", "."], "THUDM/CogVideoX-5b; got one without them"),
         (["--device", "moon"], "--device must be one of those that are here, cpu"),
         (["--device", "meta"], "--device must be one of those that are here, cpu"),
         (["--device", "cpu:1"], "--device must be one of those that are here, cpu"),
@@ -311,3 +317,10 @@ def test_progress_where_there_is_no_terminal(monkeypatch):
 def test_clocks():
     assert [consoles.clock(n) for n in (0, 65, 7380)] == ["0:00", "1:05", "2:03:00"]
     assert [loading.duration(n) for n in (660, 12000)] == ["11 min", "3 h 20 min"]
+    assert loading.duration(2.1e8) == "2,431 days"
+
+
+@pytest.mark.parametrize("patch, fps", [(None, 8), (1, 8), (2, 16)])
+def test_only_models_that_patch_frames_are_at_16_fps(patch, fps):
+    config = tiny_pipeline.transformer_config("5b", patch_size_t=patch)
+    assert loading.usual_fps(config) == fps and loading.usual_fps(None) == 8
