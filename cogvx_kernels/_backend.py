@@ -31,6 +31,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton decides when a kernel is decorated, so a later change of the variable has no effect there.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
+# Set by `tools.interpreter.install`.
+interprets_bfloat16 = False
+
 # Of tracers, which record a call of the kernel and run nothing.
 TRACED = ("FakeTensor", "FunctionalTensor")
 
@@ -88,6 +91,11 @@ def triton_reason(name: str, x: Tensor) -> str | None:
     if x.is_meta:
         return None  # nothing runs: the op says what shapes would come out
     if INTERPRETED:
+        if x.dtype is torch.bfloat16 and not interprets_bfloat16:
+            return (
+                f"{name} is bfloat16, which Triton's interpreter computes wrongly; "
+                "cogvx_kernels.tools.interpreter.install() corrects it"
+            )
         return None if x.device.type in ("cpu", "cuda") else f"{name} is on {x.device}"
     if not x.is_cuda:
         return (
@@ -106,9 +114,11 @@ def transform_reason(**tensors: Tensor | Sequence[Tensor] | None) -> str | None:
     can. Kernels read memory: they know nothing of `torch.func` transforms (grad, vmap, jvp, ...),
     of tangents of forward-mode differentiation, and of tensors that hold others, such as DTensor.
     """
-    transform, dual = _levels()
-    if transform:
+    if _in_transform():
         return "a torch.func transform is active, and the kernel has rules for none"
+    dual = forward_ad._current_level >= 0  # a compiler guards on what it reads here
+    if dual and torch.compiler.is_compiling():
+        return "a level of dual tensors is open, and a compiler does not see which have a tangent"
     for name, value in tensors.items():
         if value is None or (type(value) is Tensor and not dual):
             continue
@@ -122,12 +132,10 @@ def transform_reason(**tensors: Tensor | Sequence[Tensor] | None) -> str | None:
     return None
 
 
-def _levels() -> tuple[bool, bool]:
-    """True for an active torch.func transform; True within a level of forward-mode duals."""
-    transform = torch._C._functorch.maybe_current_level() is not None
-    return transform, forward_ad._current_level >= 0
+def _in_transform() -> bool:
+    return torch._C._functorch.maybe_current_level() is not None
 
 
-# A compiler guards on both, and calls the function as it traces. This is what
+# A compiler guards on transforms, and calls the function as it traces. This is what
 # torch.compiler.assume_constant_result does after it has imported the compiler.
-_levels.__dict__["_dynamo_marked_constant"] = True
+_in_transform.__dict__["_dynamo_marked_constant"] = True

@@ -23,6 +23,8 @@ from triton.runtime.interpreter import (
     TensorHandle,
 )
 
+from .. import _backend
+
 
 def round_to_bfloat16(x: np.ndarray) -> np.ndarray:
     """Bits of fp32 values rounded to bfloat16, to nearest even; NaN stays NaN."""
@@ -44,6 +46,7 @@ def install() -> None:
         _cure_indices()
         _cure_launches()
         _save_time()
+        _backend.interprets_bfloat16 = True
 
 
 def _is_bfloat16(x: TensorHandle) -> bool:

@@ -361,3 +361,17 @@ def test_what_autocast_does_not_cast_is_refused_by_name():
             ck.expert_adaln([1.0], gate, gate)
         meta = ck.gated_residual(*(z.to("meta") for z in (x, x, gate)))
     assert meta.shape == x.shape
+
+
+@pytest.mark.skipif(not _backend.INTERPRETED, reason="about the interpreter")
+def test_bfloat16_in_an_uncorrected_interpreter(monkeypatch):
+    """Its products of bfloat16 are wrong by orders of magnitude: the reference runs."""
+    monkeypatch.setattr(_backend, "interprets_bfloat16", False)
+    x, ffn = torch.randn(ROWS), ck.ExpertFFN(DIM, 16)
+    with torch.no_grad(), torch.autocast("cpu", BF16):
+        ffn(x, text_len=TEXT)
+        assert "x is bfloat16, which Triton's interpreter" in str(_backend.last_reason())
+        ffn.backend = "kernel"
+        with pytest.raises(RuntimeError, match="cannot run: x is bfloat16.*install"):
+            ffn(x, text_len=TEXT)
+    ffn(x, text_len=TEXT)

@@ -190,6 +190,24 @@ def test_transforms_inside_a_compiled_function(transform, device):
     torch.testing.assert_close(compiled(x), step(x))
 
 
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_dual_tensors_through_a_compiled_function(compiler, device):
+    """A compiler sees no tangents: within a level of dual tensors it takes the reference, also for
+    a function that was compiled outside one."""
+    torch._dynamo.reset()
+    call = Call(OPS["rope3d"], device)
+    [x], [direction] = call.inputs, call.directions
+    compiled = torch.compile(call.on("auto"), fullgraph=True, backend=compiler)
+    forced = torch.compile(call.on("kernel"), backend=compiler)
+    [expected] = call.on("kernel")(direction)  # it is linear
+    torch.testing.assert_close(compiled(x), call.on("kernel")(x))
+    with fw.dual_level():
+        found = fw.unpack_dual(compiled(fw.make_dual(x, direction))[0]).tangent
+        torch.testing.assert_close(found, expected)
+        with pytest.raises(Exception, match="a level of dual tensors is open|Observed exception"):
+            forced(fw.make_dual(x, direction))
+
+
 def test_subclasses_with_memory_of_their_own_run_on_the_kernel(device):
     """Without a __torch_dispatch__ a subclass is a tensor like any other; so is a parameter."""
 
