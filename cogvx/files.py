@@ -4,6 +4,7 @@ What is read here may have been made to do harm: names that lead elsewhere, pipe
 JSON that swells. Everything is refused before it is opened or parsed, with a `CheckpointError`.
 """
 
+import codecs
 import contextlib
 import glob
 import itertools
@@ -208,7 +209,10 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     except RecursionError as error:
         raise CheckpointError(f"{where}: must not nest so deeply") from error
     except ValueError as error:
-        came = "" if data.lstrip()[:1] in (b"{", b"[") else recognized(data)
+        marked = data.startswith(codecs.BOM_UTF8)  # which transformers does not read either
+        came = "a byte-order mark before it: save it as UTF-8 without" if marked else ""
+        if not marked and data.lstrip()[:1] not in (b"{", b"["):
+            came = recognized(data)
         why = f"got {came}" if came else error
         raise CheckpointError(f"{where}: must be JSON; {why}") from error
     if not isinstance(value, dict):

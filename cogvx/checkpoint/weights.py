@@ -50,7 +50,8 @@ class Weights:
     """
 
     def __init__(self, folder: Path, variant: str | None = None, stem: str = STEM) -> None:
-        if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", variant):
+        word = variant if isinstance(variant, str) else ""
+        if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", word):
             raise ValueError(f"variant must be a short word, as in fp16; got {shown(variant)}")
         self.folder = folder
         self.files: list[TensorFile] = []

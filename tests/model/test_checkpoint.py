@@ -187,8 +187,9 @@ def test_dtype_variant_and_device(tiny, tmp_path):
     with pytest.raises(CheckpointError, match="pass variant='fp16', which is what there is"):
         load_transformer(tmp_path)
     assert_same(load_transformer(tmp_path, torch.bfloat16, variant="fp16"), half)
-    with pytest.raises(ValueError, match="variant must be a short word"):
-        load_transformer(tmp_path, variant="../x")
+    for wrong in ("../x", "", 16):
+        with pytest.raises(ValueError, match="variant must be a short word"):
+            load_transformer(tmp_path, variant=wrong)
     with pytest.raises(TypeError, match="dtype must be a floating torch.dtype"):
         load_transformer(tmp_path, torch.int32)
     assert load_transformer(tmp_path, device="meta", variant="fp16").proj_out.weight.is_meta

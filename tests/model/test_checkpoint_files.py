@@ -102,6 +102,13 @@ def test_json_files_are_bounded(name, folder):
         load_transformer(folder)
 
 
+def test_a_byte_order_mark_is_named(folder):
+    path = folder / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    with pytest.raises(CheckpointError, match="got a byte-order mark before it: save it as UTF-8"):
+        load_transformer(folder)
+
+
 def outside(folder, name="outside.safetensors"):
     """The weights, where an index must not reach; if it does, they load."""
     os.replace(folder / WEIGHTS, folder.parent / name)
