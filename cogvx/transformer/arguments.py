@@ -44,7 +44,7 @@ def check_arguments(
         raise TypeError(
             f"{WHERE}: latents must be {_name(dtype)} as the model is; got {_name(latents.dtype)}"
         )
-    if tokens.dtype != latents.dtype and not (autocast and projected):
+    if tokens.dtype != latents.dtype and not autocast:
         raise TypeError(
             f"{WHERE}: text must be {_name(latents.dtype)} as latents are; got "
             f"{_name(tokens.dtype)}"

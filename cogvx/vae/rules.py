@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import frames
+from ..autocast import autocast_dtype
 from ..config import VAEConfig
 from ..threads import suited_threads
 from .decoder import Decoder
@@ -71,7 +72,9 @@ class Way:
         if 0 in x.shape:
             raise self._wrong(ValueError, f"{dims} with nothing empty", f"{tuple(x.shape)}")
         weight = self.module.conv_out.weight
-        if x.dtype != weight.dtype:
+        # Under autocast the coder casts what enters it, as torch's layers do.
+        cast = x.is_floating_point() and autocast_dtype(x.device) is not None
+        if x.dtype != weight.dtype and not cast:
             raise self._wrong(TypeError, f"{weight.dtype} as the weights", f"{x.dtype}")
         if x.device != weight.device:
             raise self._wrong(ValueError, f"on {weight.device} as the weights", f"{x.device}")

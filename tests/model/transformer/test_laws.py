@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import gc
+import itertools
 import math
 import weakref
 
@@ -235,8 +236,12 @@ def test_autocast(experts):
     wanted = model(*arguments)
     with torch.autocast("cpu", torch.bfloat16):
         got = model(*arguments)
-        mixed = model(*(x.bfloat16() for x in arguments[:2]), arguments[2])
-    for output in (got, mixed):
+        latents, text, timestep = arguments
+        mixed = [
+            model(latents.to(a), text.to(b), timestep)
+            for a, b in itertools.product([torch.bfloat16, torch.float32], repeat=2)
+        ]
+    for output in (got, *mixed):
         assert (output - wanted).norm() < 0.05 * wanted.norm()  # bf16 keeps 8 bits: 0.4 % a step
     got.float().square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -86,6 +86,11 @@ def test_another_dtype_than_the_weights_is_refused(dtype):
             call(empty(*shape, dtype=dtype))
 
 
+def test_under_autocast_integers_are_refused():
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="got torch.uint8"):
+        vae.encode(empty(1, 9, 3, 16, 16, dtype=torch.uint8))
+
+
 def test_another_device_than_the_weights_is_refused():
     with pytest.raises(ValueError, match="latents must be on cpu as the weights; got meta"):
         vae.decode(empty(1, 3, 4, 2, 2, device="meta"))

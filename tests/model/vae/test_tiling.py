@@ -113,3 +113,21 @@ def test_gradients_flow_through_blended_tiles():
         z = torch.randn(1, 3, 2, 4, 4, requires_grad=True)
         vae.decode(z, tiling=Tiling(16, 16, 0.5, 0.5)).square().mean().backward()
     assert z.grad.abs().amin() > 0
+
+
+@pytest.mark.parametrize("tiling", (None, Tiling(32, 32)))
+def test_under_autocast_floating_dtypes_may_differ_from_the_weights(tiling):
+    """As with torch's layers: values are rounded to autocast's dtype first."""
+    vae = CausalVAE(CONFIG)
+    video, latents = torch.randn(1, 9, 3, 48, 48), torch.randn(1, 3, 2, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        (mean, clip), *others = (
+            (
+                vae.encode(video.to(dtype), tiling=tiling).mean,
+                vae.decode(latents.to(dtype), tiling=tiling),
+            )
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+    for other_mean, other_clip in others:
+        torch.testing.assert_close(other_mean.float(), mean.float(), rtol=0.02, atol=0.02)
+        torch.testing.assert_close(other_clip.float(), clip.float(), rtol=0.02, atol=0.02)
