@@ -1,7 +1,9 @@
 """Install the wheel with one extra at a time into a new environment, and do that extra's job there.
 
-    python -m tests.install.check            no extra, text, video, train, bench
+    python -m tests.install.check            no extra, text, video, train, bench, generate
     python -m tests.install.check text       these alone
+
+"generate" is no extra but text and video together, with diffusers, as for a released model.
 
 An extra that is only tried where all of them are lacks a package sooner or later, unnoticed. Each
 environment sees what its extra declares and nothing else. What all share, torch and the other
@@ -22,7 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = ROOT / "tests" / "install" / "jobs.py"
-EXTRAS = ("text", "video", "train", "bench")
+EXTRAS = ("text", "video", "train", "bench", "generate")
+TOGETHER = {"generate": ("text,video", "diffusers")}  # extras, and what else is installed
 NONE = "none"
 AT_ONCE = 2  # environments; pip and Python use one core each
 
@@ -85,11 +88,12 @@ def check(environment: Path, extra: str, wheel: Path) -> None:
     """Install the wheel with an extra into an environment, and run the extra's job."""
     begin = time.monotonic()
     python = environment / "bin" / "python"
-    wanted = f"cogvx{'' if extra == NONE else f'[{extra}]'} @ {wheel.as_uri()}"
+    extras, *others = TOGETHER.get(extra, (extra,))
+    wanted = f"cogvx{'' if extra == NONE else f'[{extras}]'} @ {wheel.as_uri()}"
     pip = (sys.executable, "-m", "pip", "--python", str(python))
     # bytecode of what is imported is written then; that of all of torch would take minutes
     options = ("-q", "--no-compile", "-c", str(ROOT / "constraints.txt"))
-    _run(*pip, "install", *options, wanted, cwd=environment)
+    _run(*pip, "install", *options, wanted, *others, cwd=environment)
     _run(*pip, "check", cwd=environment)
     work = environment / "work"
     work.mkdir(exist_ok=True)
@@ -108,7 +112,7 @@ def _run(*command: str, cwd: Path) -> None:
 
 
 def _say(what: str, begin: float, how: str) -> None:
-    print(f"install check  {what:<6} {time.monotonic() - begin:5.0f} s  {how}", flush=True)
+    print(f"install check  {what:<8} {time.monotonic() - begin:5.0f} s  {how}", flush=True)
 
 
 if __name__ == "__main__":

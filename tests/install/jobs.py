@@ -5,6 +5,7 @@ Python is that of an environment that holds the package with this extra alone, w
 """
 
 import json
+import os
 import runpy
 import shutil
 import subprocess
@@ -93,7 +94,46 @@ def bench():
     assert list(Path("out").glob("*.png"))
 
 
-JOBS = {job.__name__: job for job in (none, text, video, train, bench)}
+def generate():
+    """A model as it is released, by path and by hub name: `cogvx generate` with a LoRA, and patch.
+
+    With the extras text and video, and diffusers, which whoever patches its models has.
+    """
+    sys.path.append(str(TESTS.parent))  # behind the environment, whose packages are to run
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from tests.model import tiny_pipeline
+    from tests.model.hub_server import Hub
+
+    tiny_pipeline.save_released(Path("model"))
+    assert not Path("model/tokenizer/tokenizer.json").exists()
+    layer = "transformer.transformer_blocks.0.attn1.to_out.0"
+    width = tiny_pipeline.transformer_config("5b").hidden_size
+    pair = {f"{layer}.lora_A.weight": (2, width), f"{layer}.lora_B.weight": (width, 2)}
+    save_file({key: torch.ones(shape) for key, shape in pair.items()}, "lora.safetensors")
+    small = ("--frames", "9", "--height", "32", "--width", "32", "--steps", "2", "--seed", "0")
+    prompt = ("--prompt", "a panda plays the guitar")
+    with Hub(Path("model")) as hub:
+        os.environ.update(HF_ENDPOINT=hub.url, HF_HOME=str(Path("hub").resolve()))
+
+        def made(model, out, *options):
+            command = (sys.executable, "-I", "-m", "cogvx", "generate", "--model", model)
+            output(*command, *prompt, *small, *options, "--out", f"{out}.mp4")
+            return load_file(f"{out}.latents.safetensors")["latents"]
+
+        plain = made("model", "plain")
+        adapted = made("model", "adapted", "--lora", "lora.safetensors")
+        assert (plain - adapted).abs().max() > 0.01
+        assert torch.equal(adapted, made(hub.name, "of-the-hub", "--lora", "lora.safetensors"))
+        program = Path(__file__).with_name("patched.py")
+        assert (
+            output(sys.executable, "-I", program, "model", hub.name).count("kernel 0, reference")
+            == 10
+        )
+
+
+JOBS = {job.__name__: job for job in (none, text, video, train, bench, generate)}
 
 if __name__ == "__main__":
     JOBS[sys.argv[1]]()
