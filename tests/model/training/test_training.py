@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from safetensors.torch import load_file
 from cogvx import CogVideoX
 from cogvx.checkpoint import load_vae
 from cogvx.cli import main
+from cogvx.cli import score as cli_score
 from cogvx.data import LatentClips, ProceduralClips
+from cogvx.data.scoring import score_vae
 from cogvx.training import stages, train
 from cogvx.training.losses import VelocityLoss
 from cogvx.training.run import Run
@@ -73,8 +76,8 @@ def test_what_it_leaves(whole):
 
 def test_latents_have_the_scale_that_the_transformer_wants(whole):
     pipe = CogVideoX.from_pretrained(whole)
-    clips = ProceduralClips("train", 64, 5, 16, 16)
-    video = torch.stack([clips[i].video for i in range(64)])
+    clips = ProceduralClips("train", stages.MEASURED, 5, 16, 16)
+    video = torch.stack([clips[i].video for i in range(stages.MEASURED)])
     with torch.no_grad():
         latents = pipe.vae.config.scaling_factor * pipe.vae.encode(video).mean
     assert latents.square().mean().sqrt() == pytest.approx(1, abs=1e-3)
@@ -214,7 +217,8 @@ def test_more_steps_make_it_better(tmp_path):
         assert points[-1]["loss"] < 0.8 * points[0]["loss"]
 
 
-def test_it_is_scored_and_shown(whole, tmp_path, capsys):
+def test_it_is_scored_and_shown(whole, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli_score, "score_vae", partial(score_vae, clips=4))
     model = ["--model", str(whole), "--steps", "2"]
     assert main(["score", *model, "--prompts", "4", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
