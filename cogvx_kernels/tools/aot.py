@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -196,22 +196,24 @@ def in_parallel(
 
 def _read_cubin(accesses: bool, compiled: Any) -> Usage:
     """Registers and stack from the resource table, widths from the disassembly, if asked for."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(compiled.asm["cubin"])
-
-        def dump(flag: str) -> str:
-            done = subprocess.run([tool, flag, path], capture_output=True, text=True, check=True)
-            return done.stdout
-
-        usage, sass = dump("-res-usage"), dump("-sass") if accesses else ""
+    cubin = compiled.asm["cubin"]
+    usage, sass = _dump(cubin, "-res-usage"), _dump(cubin, "-sass") if accesses else ""
     found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage!r}")
     registers, stack, local = map(int, found.groups())
     loads, stores = (widths(p, sass) for p in (r"\bLDG(?:STS)?((?:\.\w+)*)", r"\bSTG((?:\.\w+)*)"))
     return registers, stack + local, compiled.metadata.shared, loads, stores
+
+
+@cache  # kernels of other options may be the same code
+def _dump(cubin: bytes, flag: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        done = subprocess.run([tool, flag, path], capture_output=True, text=True, check=True)
+    return done.stdout
 
 
 def widths(pattern: str, sass: str) -> dict[int, int]:

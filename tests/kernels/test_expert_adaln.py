@@ -10,6 +10,7 @@ from torch import nn
 import cogvx_kernels as ck
 from cogvx_kernels import _backend
 from cogvx_kernels.testing import OPS, SIZES, compare, cotangents, evaluate, judge, materialize
+from tests.harness.selection import rest
 
 BATCH, TEXT, VIDEO, DIM = 2, 3, 12, 48
 BOTH_WAYS = pytest.mark.parametrize(
@@ -324,7 +325,7 @@ def test_in_place_refuses_overlapping_elements():
 
 @NEEDS_TRITON
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", rest("inductor")])
 def test_in_place_compiled_changes_the_same_memory(compiler):
     torch._dynamo.reset()
     y, gate, text_gate = on_device(rows(2), *modulation(2))

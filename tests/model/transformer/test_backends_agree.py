@@ -8,6 +8,7 @@ import torch
 from cogvx.config import TransformerConfig
 from cogvx.transformer import ExpertTransformer, load_balancing_loss
 from cogvx_kernels import _backend
+from tests.harness.selection import rest
 
 from .tiny import EXPERTS, ROPE, shaken
 
@@ -88,7 +89,7 @@ def test_kernels_in_half_err_as_references_do(name, dtype, device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["shared", "routed"])
+@pytest.mark.parametrize("name", [rest("shared"), "routed"])
 def test_compiles_to_one_graph(name, device):
     """With gradients, and with modulations made ahead and a projected text."""
     torch._dynamo.reset()
