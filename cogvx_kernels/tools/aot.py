@@ -6,6 +6,7 @@ spills and access widths are read from the binary, and the intermediate code is 
 64 bits, no fp64, every masked load with a value for masked lanes, no atomics.
 """
 
+import bisect
 import collections
 import dataclasses
 import importlib
@@ -13,12 +14,13 @@ import itertools
 import json
 import multiprocessing
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,13 +162,17 @@ def lint(ttir: str) -> list[str]:
 def reports(name: str, target: str) -> list[tuple[Report, Budget | None]]:
     """A report for each budget of an op on a target."""
     info, found = OPS[name], list[tuple[Report, Budget | None]]()
+    launched = []
     for size, convention in dict.fromkeys((b.size, b.convention) for b in info.budgets):
         budgets = [b for b in info.budgets if (b.size, b.convention) == (size, convention)]
         at_size = info.conventions[convention] if convention else info.at_size
         sample = at_size(SIZES[size])
         for compiled in compile_launches(info, sample, budgets[0].dtype, TARGETS[target]):
-            report = inspect(info, size, target, compiled)
-            found += [(report, b) for b in budgets if b.kernel == report.kernel]
+            launched.append((size, budgets, compiled))
+    _disassemble(*(compiled for _, _, compiled in launched))
+    for size, budgets, compiled in launched:
+        report = inspect(info, size, target, compiled)
+        found += [(report, b) for b in budgets if b.kernel == report.kernel]
     return found
 
 
@@ -196,8 +202,13 @@ def in_parallel(
 
 def _read_cubin(accesses: bool, compiled: Any) -> Usage:
     """Registers and stack from the resource table, widths from the disassembly, if asked for."""
-    cubin = compiled.asm["cubin"]
-    usage, sass = _dump(cubin, "-res-usage"), _dump(cubin, "-sass") if accesses else ""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(compiled.asm["cubin"])
+        usage = _nvidia("cuobjdump", "-res-usage", path)
+    if accesses:
+        _disassemble(compiled)
+    sass = _sass[compiled.asm["cubin"]] if accesses else ""
     found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage!r}")
@@ -206,14 +217,46 @@ def _read_cubin(accesses: bool, compiled: Any) -> Usage:
     return registers, stack + local, compiled.metadata.shared, loads, stores
 
 
-@cache  # kernels of other options may be the same code
-def _dump(cubin: bytes, flag: str) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def _nvidia(tool: str, *words: str | Path) -> str:
+    program = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+    return subprocess.run([program, *words], capture_output=True, text=True, check=True).stdout
+
+
+_sass: dict[bytes, str] = {}  # of a cubin, its instructions
+
+
+def _disassemble(*kernels: Any) -> None:
+    """Fill `_sass` for the kernels of a target that come as cubins and are not in it.
+
+    In one run of nvdisasm over the code of all: its start takes ten times as long as its work.
+    """
+    new = {x.asm["cubin"]: x for x in kernels if "cubin" in x.asm and x.asm["cubin"] not in _sass}
+    if not new:
+        return
+    arch = next(iter(new.values())).metadata.target.arch
+    code = [_instructions(cubin) for cubin in new]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        done = subprocess.run([tool, flag, path], capture_output=True, text=True, check=True)
-    return done.stdout
+        path = Path(folder, "code.bin")
+        path.write_bytes(b"".join(code))
+        listing = _nvidia("nvdisasm", "-b", f"SM{arch}{'a' if arch >= 90 else ''}", path)
+    ends = list(itertools.accumulate(map(len, code)))
+    lines: list[list[str]] = [[] for _ in code]
+    for address, line in re.findall(r"/\*([0-9a-f]{4,})\*/(.*)", listing):
+        lines[bisect.bisect_right(ends, int(address, 16))].append(line)
+    _sass.update((cubin, "\n".join(own)) for cubin, own in zip(new, lines, strict=True))
+
+
+def _instructions(cubin: bytes) -> bytes:
+    """The sections .text.* of an ELF file of 64 bits, as they follow each other."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<3H", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    strings = sections[names][4]
+    return b"".join(
+        cubin[start : start + length]
+        for name, _, _, _, start, length in sections
+        if cubin.startswith(b".text.", strings + name)
+    )
 
 
 def widths(pattern: str, sass: str) -> dict[int, int]:
