@@ -101,7 +101,8 @@ def test_a_wrong_config_is_refused_by_name(case):
     with pytest.raises((TypeError, ValueError), match=said) as error:
         config.from_dict(values)
     assert str(error.value).startswith(config.__name__)
-    assert len(str(error.value)) < 300
+    about_the_value = str(error.value).partition(" The keys are ")[0]
+    assert len(about_the_value) < 300
 
 
 @pytest.mark.parametrize("name", OF_PRESETS)

@@ -17,6 +17,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:In CPU autocast"),
     # Torch's own, where forward-mode derivatives decompose an operation.
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
+    # Torch batches the upsampling of Wan's decoder one by one, and says so.
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),
 ]
 
 
@@ -46,11 +48,19 @@ def subclass(f, x):
     return torch.stack([out.a, out.b])
 
 
+# Their own forward writes masks in place, which `functionalize` does not allow.
+IN_PLACE = ["HunyuanVideo", "HunyuanVideo I2V", "FramePack"]
+
+
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 @pytest.mark.parametrize("transform", [jvp, vmap, grad, dual, functionalize, subclass])
 @pytest.mark.parametrize("name", EVERY)
 def test_a_transform_of_a_patched_model_is_that_of_the_model(name, transform, mode):
     model, x, f = EVERY[name]()
+    if transform is functionalize and name in IN_PLACE:
+        with pytest.raises(RuntimeError, match="mutating a non-functional tensor"):
+            transform(f, x)
+        return
     # Flash attention has no forward-mode derivative.
     with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(transform is grad):
         wanted = transform(f, x)
