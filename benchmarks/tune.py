@@ -98,9 +98,9 @@ SWEEPS: Mapping[str, Sweep] = {
     "expert_ffn": Sweep(
         "cogvx_kernels.expert_ffn.kernel", _FFN, _FFN, "cogvx-grouped", _fits_hopper
     ),
-    "spatial_norm_silu": Sweep("cogvx_kernels.spatial_norm.plan", _NORM, _NORM),
+    "spatial_norm_silu": Sweep("cogvx_kernels.spatial_norm.device_utils", _NORM, _NORM),
     "residual_moments": Sweep(
-        "cogvx_kernels.spatial_norm.moments",
+        "cogvx_kernels.spatial_norm.statistics",
         {"STRIP": (256, 512, 1024, 2048)},
         {"STRIP": (1024,)},  # it passes a gradient on
     ),

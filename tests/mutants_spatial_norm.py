@@ -1,8 +1,8 @@
 """Seeded bugs of `spatial_norm`: (name, file, old, new, tests), as `tests.mutants` takes them."""
 
-KERNEL, MOMENTS, GRADIENTS, TILES, PLAN, EAGER, OP = (
+KERNEL, STATISTICS, GRADIENTS, DEVICE, CPU, OP = (
     f"cogvx_kernels/spatial_norm/{name}.py"
-    for name in ("kernel", "moments", "gradients", "tiles", "plan", "eager", "op")
+    for name in ("kernel", "statistics", "gradients", "device_utils", "cpu", "op")
 )
 
 LAWS, SAMPLES = "test_spatial_norm", "test_samples and spatial_norm_silu"
@@ -10,39 +10,39 @@ LAWS, SAMPLES = "test_spatial_norm", "test_samples and spatial_norm_silu"
 SPATIAL_NORM_MUTANTS = tuple(
     (name, file, old, new, tests)
     for file, name, old, new, tests in (
-        (MOMENTS, "squares about zero, not about a shift",
+        (STATISTICS, "squares about zero, not about a shift",
          "shift = tl.where(tl.abs(shift) < float(\"inf\"), shift, 0.0)", "shift = 0.0 * shift",
          LAWS),
-        (MOMENTS, "an infinity taken from itself",
+        (STATISTICS, "an infinity taken from itself",
          "shift = tl.where(tl.abs(shift) < float(\"inf\"), shift, 0.0)", "shift = shift + 0.0",
          "special_values and residual_moments"),
-        (MOMENTS, "lanes without a pixel in the sums",
+        (STATISTICS, "lanes without a pixel in the sums",
          "        tile = tl.where(mask, tile - of_channels(shift, P), 0.0)\n        sums",
          "        tile = tile - of_channels(shift, P)\n        sums", LAWS),
-        (MOMENTS, "the last strip as long as the others",
+        (STATISTICS, "the last strip as long as the others",
          "each = tl.minimum(pixels - (row % strips) * strip, strip)",
          "each = tl.minimum(pixels, strip) + 0 * row", LAWS),
-        (MOMENTS, "how far means lie apart forgotten",
+        (STATISTICS, "how far means lie apart forgotten",
          "about + count * (apart * apart)", "about + 0.0 * count * apart", LAWS),
-        (MOMENTS, "the variance of a sample, not of all",
+        (STATISTICS, "the variance of a sample, not of all",
          "squared / total)", "squared / (total - 1.0))", LAWS),
-        (MOMENTS, "statistics of the sum before its rounding",
+        (STATISTICS, "statistics of the sum before its rounding",
          "tile = store(total, batch, frame, row, col, channel, mask, tile, P).to(P.COMPUTE)",
          "store(total, batch, frame, row, col, channel, mask, tile, P)", LAWS),
-        (TILES, "eps forgotten", "tl.rsqrt(var + P.EPS)", "tl.rsqrt(var + 0.0 * P.EPS)",
+        (DEVICE, "eps forgotten", "tl.rsqrt(var + P.EPS)", "tl.rsqrt(var + 0.0 * P.EPS)",
          LAWS),
-        (TILES, "a leading frame shares its latent",
+        (DEVICE, "a leading frame shares its latent",
          "found = tl.where(frame == 0, 0, 1 + rest", "found = tl.where(frame == 0, 0, rest",
          LAWS),
-        (TILES, "statistics of the first frame for all",
+        (DEVICE, "statistics of the first frame for all",
          "unit = batch * sizes.frames + frame", "unit = batch * sizes.frames + 0 * frame",
          LAWS),
         (KERNEL, "the first row of latents for all",
          "latent(y, batch, source, of, cell", "latent(y, batch, source, 0 * of, cell",
          LAWS),
-        (TILES, "rows of a frame taken for one run of pixels",
+        (DEVICE, "rows of a frame taken for one run of pixels",
          "    if P.FLAT:", "    if P.FLAT or True:", LAWS),
-        (TILES, "offsets of 32 bits",
+        (DEVICE, "offsets of 32 bits",
          "start = (batch * video.batch + frame * video.frame) * ALIGN",
          "start = (batch * video.batch + frame * video.frame).to(tl.int32) * ALIGN",
          "32_bits and spatial_norm"),
@@ -74,7 +74,7 @@ SPATIAL_NORM_MUTANTS = tuple(
         (KERNEL, "the second run of pixels of a latent left out",
          "span = sizes.each * triton.cdiv(plan.RATIO, plan.RUN)", "span = sizes.each",
          SAMPLES),
-        (PLAN, "strides taken for multiples of 16",
+        (DEVICE, "strides taken for multiples of 16",
          "    return math.gcd(16, *strides)", "    return 16",
          SAMPLES),
         (OP, "the cache's oldest frame lost where a chunk is shorter",
@@ -82,9 +82,9 @@ SPATIAL_NORM_MUTANTS = tuple(
          "            joined[:, :, :kept] = cache[:, :, -1:]\n", LAWS),
         (OP, "the gradient of the variance without its two",
          "of_channels(2 * of_var)", "of_channels(of_var)", LAWS),
-        (EAGER, "in parts: a factor kept for a frame of other latents",
+        (CPU, "in parts: a factor kept for a frame of other latents",
          "if made != (latent, frame * per_frame):", "if maps is None:", LAWS),
-        (EAGER, "in parts: frames as if their means were one",
+        (CPU, "in parts: frames as if their means were one",
          "+ (apart - beyond).square()", "+ 0.0 * (apart - beyond).square()", LAWS),
     )
 )  # fmt: skip

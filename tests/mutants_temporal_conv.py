@@ -1,39 +1,39 @@
 """Seeded bugs of `temporal_conv`: (name, file, old, new, tests) each, as `tests.mutants.Mutant`."""
 
-TILES, KERNEL, DEPTHWISE, GRADIENTS = (
+DEVICE, KERNEL, DEPTHWISE, GRADIENTS = (
     f"cogvx_kernels/temporal_conv/{name}.py"
-    for name in ("tiles", "kernel", "depthwise", "gradients")
+    for name in ("device_utils", "kernel", "depthwise", "gradients")
 )
 
 TEMPORAL_CONV_MUTANTS = tuple(
     (name, file, old, new, "temporal_conv")
     for file, name, old, new in (
-        (TILES, "the future reaches the past",
+        (DEVICE, "the future reaches the past",
          "tl.maximum(place - (P.KERNEL - 1), 0)", "tl.maximum(place - (P.KERNEL - 2), 0)"),
-        (TILES, "the future reaches the past, behind a cache",
+        (DEVICE, "the future reaches the past, behind a cache",
          "start_of(now, batch, place - (P.KERNEL - 1), P)",
          "start_of(now, batch, place - (P.KERNEL - 2), P)"),
-        (TILES, "x's stride between channels for the cache's",
+        (DEVICE, "x's stride between channels for the cache's",
          "tl.where(past, tl.cast(then.inner, tl.int64), tl.cast(now.inner, tl.int64))",
          "tl.cast(now.inner, tl.int64)"),
-        (TILES, "one of the zeros before the clip counts",
+        (DEVICE, "one of the zeros before the clip counts",
          "tap = tl.maximum(P.KERNEL - 1 - tl.cast", "tap = tl.maximum(P.KERNEL - 2 - tl.cast"),
-        (TILES, "offsets of 32 bits between frames",
+        (DEVICE, "offsets of 32 bits between frames",
          "tl.cast(frame, tl.int64) * video.frame", "(frame * video.frame).to(tl.int32)"),
-        (TILES, "the first frame gets its own gradient alone",
+        (DEVICE, "the first frame gets its own gradient alone",
          "first = tl.where(place == P.KERNEL - 1, 0, place)", "first = place"),
-        (TILES, "taps of the other parity",
+        (DEVICE, "taps of the other parity",
          "low += (place - low) % P.STRIDE", "low += (place - low) % 1"),
-        (TILES, "a tap too few in the gradient",
+        (DEVICE, "a tap too few in the gradient",
          "tl.maximum(high - low + P.STRIDE, 0)", "tl.maximum(high - low, 0)"),
-        (TILES, "a gradient from beyond the last result",
+        (DEVICE, "a gradient from beyond the last result",
          "place - (tl.cast(results, tl.int64) - 1) * P.STRIDE",
          "place - tl.cast(results, tl.int64) * P.STRIDE"),
-        (TILES, "one pixel too many",
+        (DEVICE, "one pixel too many",
          "return pixel, pixel < count_of(sizes, P)", "return pixel, pixel <= count_of(sizes, P)"),
-        (TILES, "the slope of a SiLU is its gate",
+        (DEVICE, "the slope of a SiLU is its gate",
          "(1.0 + pre * (1.0 / (1.0 + tl.exp(pre))))", "1.0"),
-        (TILES, "a stride of 0 taken for side by side",
+        (DEVICE, "a stride of 0 taken for side by side",
          "else _pixel_stride(x)) == 1", "else _pixel_stride(x)) <= 1"),
         (KERNEL, "taps turned about",
          "weight_ptr + (tap * (P.OUT * P.IN) + cols[None, :] * P.IN",
@@ -52,7 +52,7 @@ TEMPORAL_CONV_MUTANTS = tuple(
         (KERNEL, "the gradient of what the activation gave", "        dout = dpre\n", ""),
         (KERNEL, "the gradient of a pre-activation rounded before it is summed",
          "wide = torch.promote_types(x.dtype, torch.float32)  # what", "wide = x.dtype  # what"),
-        (TILES, "a gradient's rest left out",
+        (DEVICE, "a gradient's rest left out",
          "tl.where(tl.abs(rest) < float(\"inf\"), rest, 0.0)", "rest * 0.0"),
         (KERNEL, "bias forgotten", "acc += bias.to(P.COMPUTE)[None, :]", "acc += 0.0"),
         (DEPTHWISE, "frames of a run side by side, whatever the stride",

@@ -35,22 +35,22 @@ WITHIN_A_ROOM = {
     "frequencies": set(),
     "routes": set(),
     "choices": set(),
-    "arguments": set(),
     "dense": {"reference"},
-    "eager": {"arguments", "reference"},
+    "validation": set(),
+    "cpu": {"reference", "validation"},
     "tiles": set(),
-    "plan": set(),
-    "moments": {"plan", "tiles"},
-    "gradients": {"tiles"},
-    "depthwise": {"tiles"},
-    "kernel": {"depthwise", "gradients", "moments", "plan", "tiles"},
-    "op": {"arguments", "choices", "dense", "eager", "kernel", "reference", "routes"},
+    "device_utils": set(),
+    "statistics": {"device_utils"},
+    "gradients": {"device_utils", "tiles"},
+    "depthwise": {"device_utils"},
+    "kernel": {"depthwise", "device_utils", "gradients", "statistics", "tiles"},
+    "op": {"choices", "cpu", "dense", "kernel", "reference", "routes", "validation"},
     "module": {"op", "reference"},
-    "opinfo": {"arguments", "op", "reference", "routes"},
+    "opinfo": {"op", "reference", "routes", "validation"},
     "__init__": {"frequencies", "module", "op", "reference"},
 }
 # The files of a room that are Triton's; a kernel that is not is the extension's.
-TRITON_FILES = ("depthwise", "gradients", "kernel", "moments", "plan", "tiles")
+TRITON_FILES = ("depthwise", "device_utils", "gradients", "kernel", "statistics", "tiles")
 NAMES_TRITON = {
     "cogvx_kernels/tools/aot.py",
     "cogvx_kernels/tools/interpreter.py",

@@ -8,7 +8,7 @@ frames that read them, so that the gradients of y and b come out finished, witho
 import triton
 import triton.language as tl
 
-from .tiles import (
+from .device_utils import (
     channels_of,
     columns_of,
     latent,

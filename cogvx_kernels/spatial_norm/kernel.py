@@ -1,4 +1,4 @@
-"""The way: statistics in one pass (`moments.py`), then norm, modulation and SiLU in another.
+"""The way: statistics in one pass (`statistics.py`), then norm, modulation and SiLU in another.
 
 The second pass goes by the latents: a program takes a few columns of them and some channels, folds
 statistics, weight, y and b into a factor and a term, and walks over the rows of pixels that share
@@ -12,13 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .._launch import on_device
-from .gradients import sums_kernel
-from .moments import STRIP, moments_fwd
-from .plan import WARPS, contiguous, plan_of, sizes_of, span_of, video_of
-from .tiles import (
+from .device_utils import (
+    WARPS,
     at,
     channels_of,
     columns_of,
+    contiguous,
     latent,
     latent_frame,
     load,
@@ -26,12 +25,18 @@ from .tiles import (
     of_channels,
     of_groups,
     pixels_of,
+    plan_of,
+    sizes_of,
     slope,
+    span_of,
     statistics,
     store,
     vector,
+    video_of,
     whole,
 )
+from .gradients import sums_kernel
+from .statistics import STRIP, moments_fwd
 
 __all__ = ["moments_fwd", "spatial_norm_bwd", "spatial_norm_fwd"]
 

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _backend, _checks
-from .arguments import (
+from .cpu import residual_moments_eager, spatial_norm_silu_eager
+from .reference import residual_moments_reference, spatial_norm_silu_reference
+from .validation import (
     VIDEO,
     as_promised,
     check_cache,
@@ -22,8 +24,6 @@ from .arguments import (
     wants_grad,
     wide_of,
 )
-from .eager import residual_moments_eager, spatial_norm_silu_eager
-from .reference import residual_moments_reference, spatial_norm_silu_reference
 
 # In the schemas below what depends on the frames of a chunk is not a number but a shape, so that
 # one compiled graph serves chunks of any length.

@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 from .._opinfo import Budget, Cost, OpInfo, Sample, Size, TensorSpec
-from .arguments import new_moments, new_video
 from .op import residual_moments, spatial_norm_silu
 from .reference import residual_moments_reference, spatial_norm_silu_reference
+from .validation import new_moments, new_video
 
 LAYOUTS = (
     "contiguous", "channels_last", "behind", "inset", "transposed", "offset", "strided", "expanded",

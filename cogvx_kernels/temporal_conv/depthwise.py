@@ -7,7 +7,7 @@ what they share once.
 import triton
 import triton.language as tl
 
-from .tiles import (
+from .device_utils import (
     cells,
     count_of,
     finish,

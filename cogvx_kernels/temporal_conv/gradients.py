@@ -7,7 +7,7 @@ the launcher, in their order.
 import triton
 import triton.language as tl
 
-from .tiles import cells, count_of, first_tap, frame_at, plus_product, source_of, unit_of
+from .device_utils import cells, count_of, first_tap, frame_at, plus_product, source_of, unit_of
 
 
 @triton.jit(do_not_specialize=["units", "each"])

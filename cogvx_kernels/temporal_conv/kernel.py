@@ -1,12 +1,12 @@
-"""The way: a matrix product for each tap, its rows the pixels of one frame, read where they lie.
+"""Triton kernels and launchers of temporal_conv: a matrix product for each tap, an implicit GEMM.
 
-Dense: a tile of pixels and channels of a frame of the result goes through the taps, and through the
-channels of each, in one loop; the frame that a tap reads, of x or of the cache, is a scalar choice
-(`tiles.py`), so nothing is padded, joined or unfolded. Depthwise is elementwise (`depthwise.py`).
-The gradient of x is the same with the taps turned about, and a first frame that stands for those
-before it sums what they get; gradients of weights (`gradients.py`) are sums over strips of rows,
-then over strips. Before them, with an activation, the forward runs again and makes the gradient of
-the pre-activation. Every sum has one order, and there are no atomics.
+Dense: a program computes one tile of pixels and channels of an output frame, in one loop over taps
+and input channels. The frame that a tap reads, of x or of the cache, is chosen by a scalar
+(`device_utils.py`), so nothing is padded, concatenated or unfolded. Depthwise is elementwise
+(`depthwise.py`). The gradient of x is the same product with the taps reversed; a replicated first
+frame also gets the gradients of its copies. Gradients of weights are sums over strips of rows, then
+over strips (`gradients.py`). With an activation, the backward first recomputes the forward to get
+the gradient of the pre-activation. Every sum has a fixed order; there are no atomics.
 """
 
 import math
@@ -20,8 +20,7 @@ from triton.runtime.driver import driver
 from .._backend import INTERPRETED
 from .._launch import on_device
 from .depthwise import depthwise_bwd_kernel, depthwise_fwd_kernel, depthwise_weight_kernel
-from .gradients import dense_weight_kernel
-from .tiles import (
+from .device_utils import (
     Plan,
     Sizes,
     cells,
@@ -42,6 +41,7 @@ from .tiles import (
     unit_of,
     video_of,
 )
+from .gradients import dense_weight_kernel
 
 # Reasoned from what compiles without spills, not yet measured.
 BLOCK_ROWS = 128

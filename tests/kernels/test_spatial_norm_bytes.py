@@ -27,8 +27,8 @@ def test_bytes_asked_for_are_near_the_least_possible(info, monkeypatch):
     Counted on a small part of the last block's video, in strips as long as the whole one's.
     """
     kernel = importlib.import_module("cogvx_kernels.spatial_norm.kernel")
-    plan = importlib.import_module("cogvx_kernels.spatial_norm.plan")
-    monkeypatch.setattr(plan, "PROGRAMS", 1)
+    device_utils = importlib.import_module("cogvx_kernels.spatial_norm.device_utils")
+    monkeypatch.setattr(device_utils, "PROGRAMS", 1)
     part = dataclasses.replace(SIZES["2b-480x720-49f"], height=1, width=4)
     arguments = materialize(info.at_size(part), torch.bfloat16)
     x = arguments["x"]

@@ -14,8 +14,9 @@ from cogvx_kernels.testing import cotangents, judge
 if not _backend.HAS_TRITON:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-kernel, tiles = (
-    importlib.import_module(f"cogvx_kernels.temporal_conv.{name}") for name in ("kernel", "tiles")
+kernel, device_utils = (
+    importlib.import_module(f"cogvx_kernels.temporal_conv.{name}")
+    for name in ("kernel", "device_utils")
 )
 
 BACKENDS = pytest.mark.parametrize("backend", ["kernel", "reference"])
@@ -347,12 +348,12 @@ def test_what_lies_well_is_not_copied(device):
         (last, True), (last[:, :, 2:], True), (last[:, :8], True), (last[..., :1], True),
         (x, False), (x[:, :, 2:], False), (x[:, ::2], False), (x[..., 1:3, :], False),
     ):  # fmt: skip
-        assert tiles.evenly_laid(video, channels) is video
+        assert device_utils.evenly_laid(video, channels) is video
     for video, channels in (
         (x, True), (last, False), (x[..., 1:], False), (last[..., 1:, :5], True),
         (x[..., ::2], False), (x[..., :1].expand_as(x), False), (x[:, :1].expand_as(x), True),
     ):  # fmt: skip
-        copy = tiles.evenly_laid(video, channels)
+        copy = device_utils.evenly_laid(video, channels)
         assert copy is not video and torch.equal(copy, video)
 
 

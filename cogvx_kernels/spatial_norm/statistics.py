@@ -13,8 +13,22 @@ import triton.language as tl
 from torch import Tensor
 
 from .._launch import on_device
-from .plan import WARPS, contiguous, plan_of, sizes_of, span_of, video_of
-from .tiles import channels_of, load, of_channels, over_pixels, pixels_of, store, vector, whole
+from .device_utils import (
+    WARPS,
+    channels_of,
+    contiguous,
+    load,
+    of_channels,
+    over_pixels,
+    pixels_of,
+    plan_of,
+    sizes_of,
+    span_of,
+    store,
+    vector,
+    video_of,
+    whole,
+)
 
 # Reasoned, not yet measured: as long as keeps a strip's parts at a hundredth of its bytes.
 STRIP = 1024  # pixels

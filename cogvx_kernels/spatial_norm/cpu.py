@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import new_video
 from .reference import latent_of_frame
+from .validation import new_video
 
 PIECE = 1 << 18  # elements, a megabyte in fp32
 
