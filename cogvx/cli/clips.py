@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import frames as frame_rule
 from ..checkpoint import CheckpointError
+from ..checkpoint.record import check_record, record_of_config, record_of_model
 from ..config import VAEConfig
 from ..data import FolderClips, encode_clips
 from ..pipeline import default_size, saved
@@ -50,7 +51,7 @@ def encode(options: argparse.Namespace, console: Console) -> None:
     generator = torch.Generator().manual_seed(options.seed)
     latents = known.sample(generator) if options.sample else known.mode()
     record = {
-        **saved.record_of_model("vae", vae),
+        **record_of_model("vae", vae),
         "padding": 0,
         "frames": clip.frames,
         "height": clip.height,
@@ -155,14 +156,14 @@ def reconstruct(options: argparse.Namespace, console: Console) -> None:
 
 def check_latents(path: Path, has: saved.Saved, vae: CausalVAE) -> None:
     """Raises CheckpointError unless a VAE with these very weights is to decode the latents."""
-    here = saved.record_of_model("vae", vae)
+    here = record_of_model("vae", vae)
     if has.record.get("vae.dtype") == here["vae.dtype"]:  # else the bits say nothing
-        saved.check_record(path, has.record, {"vae.weights": here["vae.weights"]})
+        check_record(path, has.record, {"vae.weights": here["vae.weights"]})
 
 
 def _check_latents(path: Path, has: saved.Saved, vae: VAEConfig) -> None:
     """Raises CheckpointError for latents of another kind of VAE, or with steps left."""
-    saved.check_record(path, has.record, saved.record_of_config("vae", vae))
+    check_record(path, has.record, record_of_config("vae", vae))
     if has.state.done < has.steps:
         raise CheckpointError(
             f"{path}: must hold latents after all steps; got {has.state.done} of {has.steps}: go "

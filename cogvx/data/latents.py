@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from ..checkpoint.record import check_record, record_of_model
 from ..checkpoint.tensors import TensorFile, write_tensors
 from ..files import CheckpointError, parse_json
-from ..pipeline import saved
 from ..text import TextEncoder
 from ..vae import CausalVAE
 from .procedural import Clip
@@ -64,7 +64,7 @@ def encode_clips(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     total = len(clips)  # type: ignore[arg-type]
-    record = {**saved.record_of_model("vae", vae), "clips": total}
+    record = {**record_of_model("vae", vae), "clips": total}
     for first in range(process * IN_A_FILE, total, processes * IN_A_FILE):
         path = folder / f"latents-{first // IN_A_FILE:05}.safetensors"
         last = min(first + IN_A_FILE, total)
@@ -105,7 +105,7 @@ class LatentClips(Dataset[LatentClip]):
 
     def __init__(self, folder: PathLike, vae: CausalVAE) -> None:
         self.folder = Path(folder)
-        record = saved.record_of_model("vae", vae)
+        record = record_of_model("vae", vae)
         paths = sorted(self.folder.glob("latents-*.safetensors"))
         if not paths:
             raise CheckpointError(
@@ -155,5 +155,5 @@ def _metadata(file: TensorFile, record: dict[str, Any]) -> dict[str, Any]:
     if file.metadata.get("format") != FORMAT:
         raise CheckpointError(f"{file.path}: must be latents of clips, as cogvx encode writes them")
     values = parse_json(file.metadata["record"].encode(), f"{file.path}: its record")
-    saved.check_record(file.path, values, record)
+    check_record(file.path, values, record)
     return values

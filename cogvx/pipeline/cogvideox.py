@@ -23,6 +23,7 @@ from ..checkpoint import (
 )
 from ..checkpoint.folder import DIFFUSERS_VERSION
 from ..checkpoint.folder import SOLVERS as SOLVER_CLASSES
+from ..checkpoint.record import Record, check_record, record_of_config, record_of_model
 from ..checkpoint.weights import variants_of
 from ..config import SchedulerConfig
 from ..files import CONFIG_BYTES, read_json
@@ -40,7 +41,7 @@ from .lora import Adapters
 from .names import takes_diffusers_names
 from .pictures import to_tensor
 from .request import Inputs, Request, default_size, resolve
-from .saved import Record, Saved
+from .saved import Saved
 
 PathLike = str | os.PathLike[str]
 LARGE = 3072  # the hidden size of the models of 5 billion parameters
@@ -501,10 +502,10 @@ class CogVideoX:
         seeds = [one.initial_seed() for one in each(generator)]
         return {
             **saved.record_of(request, inputs),
-            **saved.record_of_model("transformer", self.transformer, weights),
+            **record_of_model("transformer", self.transformer, weights),
             "lora": None if adapters is None else adapters.record(),
-            **saved.record_of_model("vae", self.vae),
-            **saved.record_of_config("scheduler", self.scheduler),
+            **record_of_model("vae", self.vae),
+            **record_of_config("scheduler", self.scheduler),
             "generator": ", ".join(one.device.type for one in each(generator)),
             "seed": seeds[0] if len(seeds) == 1 else seeds,
         }
@@ -517,7 +518,7 @@ class CogVideoX:
         wanted = {
             name: value for name, value in record.items() if seed is not None or name != "seed"
         }
-        saved.check_record(path, has.record, wanted)
+        check_record(path, has.record, wanted)
         if has.random is not None:
             states = has.random.view(len(each(generator)), -1)
             for one, state in zip(each(generator), states, strict=True):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.lora import LowRank, adapter_file, read_lora
+from ..checkpoint.record import fingerprint, hashed
 from ..transformer import ExpertTransformer
-from .saved import fingerprint, hashed
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,8 @@ the conditions (embeddings, the image's latents). Its metadata holds a record of
 everything asked for; a file is used only where the record agrees.
 """
 
-import ctypes
-import hashlib
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,19 +16,16 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import read_tensors, write_tensors
-from ..config import Config
+from ..checkpoint.record import Record, check_record, fingerprint, record_of_config, to_json
 from ..files import CheckpointError, check_writable, parse_json
-from ..transformer import ExpertTransformer
 from ..vae import CausalVAE, Tiling
 from .conditioning import Progress, decode
 from .denoise import Conditions, State
 from .request import Inputs, Request
 
 FORMAT = "cogvx latents 1"
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 PathLike = str | os.PathLike[str]
-Record = dict[str, Any]
 T = TypeVar("T", State, Conditions)
 
 
@@ -153,84 +147,8 @@ def check_saving(save_latents: PathLike | None, checkpoint_every: int | None) ->
             ) from error
 
 
-def check_record(path: PathLike, has: Record, wanted: Record) -> None:
-    """Raises CheckpointError, with every difference, unless `has` holds what `wanted` does."""
-    if told := differences(has, wanted):
-        raise CheckpointError(f"{Path(path)}: was made with other models or options: {told}")
-
-
-def differences(has: Record, wanted: Record) -> str:
-    """Where a record does not hold what is wanted, in words; "" if nowhere."""
-    return "; ".join(
-        f"{name} {_short(has.get(name))} there, {_short(value)} here"
-        for name, value in wanted.items()
-        if has.get(name) != value
-    )
-
-
 def record_of(request: Request, inputs: Inputs) -> Record:
     """What was asked for, in JSON's values; tensors by the hash of what they hold."""
     given = {**vars(inputs), "prompt": inputs.prompts}
     hashes = {name: fingerprint(v) for name, v in given.items() if isinstance(v, Tensor)}
-    return _plain({**asdict(request), **given, **hashes})
-
-
-def record_of_config(name: str, config: Config) -> Record:
-    """A model's config, each field under the model's name."""
-    return _plain({f"{name}.{key}": value for key, value in config.to_dict().items()})
-
-
-def record_of_model(
-    name: str,
-    model: ExpertTransformer | CausalVAE,
-    weights: Mapping[str, Tensor] | None = None,
-) -> Record:
-    """Config, dtype and weights of a model, each under the model's name.
-
-    weights: its tensors by name, where they are not those that it has now.
-    """
-    return {
-        **record_of_config(name, model.config),
-        f"{name}.dtype": str(next(model.parameters()).dtype),
-        f"{name}.weights": fingerprint_of_weights(
-            model.state_dict() if weights is None else weights
-        ),
-    }
-
-
-def fingerprint(tensor: Tensor) -> str:
-    """A hash of dtype, shape and every bit."""
-    plain = tensor.detach().cpu().contiguous()
-    size = plain.numel() * plain.element_size()
-    held = (ctypes.c_ubyte * size).from_address(plain.data_ptr()) if size else b""
-    return hashed(f"{plain.dtype} {tuple(plain.shape)}".encode(), held)
-
-
-def fingerprint_of_weights(state: Mapping[str, Tensor]) -> str:
-    """A hash over the names, dtypes and shapes of a model's tensors and the sum of each one's
-    bits, which is exact in any order: the same on every device, at the cost of one look."""
-    sums = [
-        tensor.detach().contiguous().view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
-        for tensor in state.values()
-    ]
-    said = [f"{name} {t.dtype} {tuple(t.shape)}" for name, t in state.items()]
-    values = torch.stack([total.cpu() for total in sums]).tolist()
-    return hashed(json.dumps([said, values]).encode())
-
-
-def hashed(*parts: Any) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:32]
-
-
-def _plain(values: Record) -> Record:
-    """The values as JSON gives them back."""
-    plain: Record = json.loads(json.dumps(values))
-    return plain
-
-
-def _short(value: Any) -> str:
-    said = json.dumps(value)
-    return said if len(said) <= 60 else f"{said[:60]}…"
+    return to_json({**asdict(request), **given, **hashes})

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.record import differences
 from ..files import CONFIG_BYTES, atomic_path, read_json, sync
-from ..pipeline.saved import differences
 from .recipe import Recipe
 
 PathLike = str | os.PathLike[str]

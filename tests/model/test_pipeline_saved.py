@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogvx.checkpoint import CheckpointError, read_tensors, write_tensors
-from cogvx.pipeline.saved import decode_saved, fingerprint, fingerprint_of_weights
+from cogvx.checkpoint.record import fingerprint, fingerprint_of_weights
+from cogvx.pipeline.saved import decode_saved
 
 from .tiny_pipeline import embeds, picture, tiny, vae_config
 
