@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cogvx_kernels import conv3d
-from cogvx_kernels.resample import folded, phases
+from cogvx_kernels.resample import phase_weights, pixel_phases
 
 from . import conditions, report
 from .__main__ import DTYPES
@@ -126,7 +126,7 @@ class Row:
 def ways(case: Case, weight: Tensor, bias: Tensor) -> Iterator[tuple[str, str, bool, Function]]:
     """(way, layout, with a bias or not, function of x in that layout); first the plain one."""
     padding = (0, case.kernel[1] // 2, case.kernel[2] // 2)
-    names = ("nearest", "folded", "phases") if case.doubled else ("whole", "planes")
+    names = ("nearest", "folded", "phases") if case.doubled else ("conv3d", "conv2d")
     for with_bias, way, layout in itertools.product((True, False), names, LAYOUTS):
         b = bias if with_bias else None
         w = weight.contiguous(memory_format=LAYOUTS[layout])
@@ -137,7 +137,7 @@ def ways(case: Case, weight: Tensor, bias: Tensor) -> Iterator[tuple[str, str, b
                 way,
                 layout,
                 with_bias,
-                partial(conv3d, weight=w, bias=b, padding=padding, way=way),
+                partial(conv3d, weight=w, bias=b, padding=padding, algo=way),
             )
 
 
@@ -153,12 +153,12 @@ def _doubled(way: str, layout: str, weight: Tensor) -> Callable[..., Tensor]:
 
         return nearest
     # Once: they are weights.
-    kernels = folded(weight).contiguous(memory_format=near)
+    kernels = phase_weights(weight).contiguous(memory_format=near)
     if way == "phases":
 
         def at_once(x: Tensor, bias: Tensor | None) -> Tensor:
             whole = F.conv2d(_pictures(x, near), kernels, padding=1)
-            small = phases(whole)  # (pictures, channels, height, row, width, column)
+            small = pixel_phases(whole)  # (pictures, channels, height, row, width, column)
             bias = small.new_zeros(()) if bias is None else bias.view(-1, 1, 1, 1, 1)
             count, channels, height, _, width, _ = small.shape
             out = _empty((count, channels, 2 * height, 2 * width), small, near)
@@ -247,7 +247,7 @@ def _truth(case: Case, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     x = F.interpolate(x, scale_factor=(1.0, 2.0, 2.0)) if case.doubled else x
     with torch.backends.cudnn.flags(allow_tf32=False), torch.no_grad():
         padding = (0, case.kernel[1] // 2, case.kernel[2] // 2)
-        return conv3d(x, weight, bias, padding, way="whole")
+        return conv3d(x, weight, bias, padding, algo="conv3d")
 
 
 def _weighed(function: Function, x: Tensor) -> tuple[float | None, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _backend, _checks
 from ._launch import dense
 
-WAYS = ("auto", "whole", "planes")
+ALGOS = ("auto", "conv3d", "conv2d")
 
 # Bytes of x, or of a result, that one call is given. 32-bit offsets reach 2^31 - 1 elements, of
 # which 2 GiB hold at most half; and cuDNN has failed above 2 GiB, where diffusers cuts as well.
@@ -51,7 +51,7 @@ def conv3d(
     bias: Tensor | None = None,
     padding: tuple[int, int, int] = (0, 1, 1),
     *,
-    way: str = "auto",
+    algo: str = "auto",
 ) -> Tensor:
     """F.conv3d with a stride of 1, whatever the size of x and whatever is installed.
 
@@ -61,8 +61,8 @@ def conv3d(
     weight: (out, in, k, rows, columns), bias: (out,) or None, dtype and device of x.
     padding: zeros before and after frames, rows and columns: none over frames, and of the others
         fewer than the kernel has.
-    way: "whole", torch's own 3-D convolution; "planes", k 2-D convolutions of all frames, added up
-        in at least fp32; "auto", planes where `trouble` knows of any, else whole.
+    algo: "conv3d", torch's own 3-D convolution; "conv2d", k 2-D convolutions of all frames, added up
+        in at least fp32; "auto", planes where `known_issue` knows of any, else whole.
 
     Returns (batch, out, frames - k + 1, ...), channels_last_3d if x is. Differentiable in x, weight
     and bias. A call of more than `LIMIT` bytes is cut by samples, then frames, then rows, and each
@@ -80,13 +80,13 @@ def conv3d(
     Raises TypeError or ValueError, naming the argument, for all that is not as above.
     """
     _check(x, weight, bias, padding)
-    _checks.choice("conv3d", "way", way, WAYS)
-    if way == "auto":
-        way = "whole" if trouble(x.device, x.dtype) is None else "planes"
-    way = way if len(x) else "whole"  # of no samples there is nothing to add up
-    convolve = partial(_whole if way == "whole" else _planes, weight=weight, bias=bias)
+    _checks.choice("conv3d", "algo", algo, ALGOS)
+    if algo == "auto":
+        algo = "conv3d" if known_issue(x.device, x.dtype) is None else "conv2d"
+    algo = algo if len(x) else "conv3d"  # of no samples there is nothing to add up
+    convolve = partial(_conv3d if algo == "conv3d" else _conv2d_sum, weight=weight, bias=bias)
     # Samples apart are views of frames in a row, which 2-D convolutions take as they are.
-    cuts = _cuts(x, weight, padding, apart=way == "planes")
+    cuts = _cuts(x, weight, padding, apart=algo == "conv2d")
     if all(len(slices) == 1 for slices in cuts):
         return convolve(x, padding)
     wanted = torch.is_grad_enabled() and any(
@@ -97,14 +97,14 @@ def conv3d(
     return join(x, cuts, partial(_piece, x, weight.shape[2:4], padding, convolve))
 
 
-def trouble(
+def known_issue(
     device: torch.device, dtype: torch.dtype, versions: Versions | None = None
 ) -> str | None:
     """Why torch's own 3-D convolution is not to be used there, or None; of what is installed,
     unless versions are given."""
     if device.type != "cuda":
         return None
-    release, cudnn, hip = versions or here()
+    release, cudnn, hip = versions or library_versions()
     if hip is not None:
         return "MIOpen expands the input of a 3-D convolution (im2col), which is slow and large"
     if dtype not in (torch.float16, torch.bfloat16) or cudnn is None:
@@ -118,7 +118,7 @@ def trouble(
     return None
 
 
-def here() -> Versions:
+def library_versions() -> Versions:
     """What is installed."""
     return Versions(str(torch.__version__), torch.backends.cudnn.version(), torch.version.hip)
 
@@ -127,10 +127,10 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
 
 
-# --- the two ways ----------------------------------------------------------------------------
+# --- algorithms ------------------------------------------------------------------------------
 
 
-def _whole(
+def _conv3d(
     x: Tensor, padding: tuple[int, int, int], *, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     if x.is_meta and not torch.is_grad_enabled():  # a convolution there forgets the layout
@@ -158,7 +158,7 @@ def _takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
-def _planes(
+def _conv2d_sum(
     x: Tensor, padding: tuple[int, int, int], *, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """Of one sample: all its frames with each plane of the kernel, the first with the bias."""

@@ -16,7 +16,9 @@ from torch import Tensor
 SAFE = 2**31 - 1
 
 
-def doubled(x: Tensor, weight: Tensor, bias: Tensor, single: int, *, fold: bool = True) -> Tensor:
+def upsample2x_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, single: int, *, fold: bool = True
+) -> Tensor:
     """Twice the height and width, by nearest neighbour and a 3x3 convolution with zeros around; and
     every frame twice but the first `single`.
 
@@ -28,7 +30,7 @@ def doubled(x: Tensor, weight: Tensor, bias: Tensor, single: int, *, fold: bool 
     batch, channels, frames, height, width = x.shape
     shape = (batch, len(weight), 2 * frames - single, 2 * height, 2 * width)
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
-    kernels = folded(weight) if fold else None
+    kernels = phase_weights(weight) if fold else None
     most = max(channels, len(weight))
     step = max(1, SAFE // max(1, 4 * batch * most * (height + 1) * (width + 1)))
     for start in (*range(0, single, step), *range(single, frames, step)):
@@ -40,18 +42,18 @@ def doubled(x: Tensor, weight: Tensor, bias: Tensor, single: int, *, fold: bool 
 
 def _convolve(x: Tensor, weight: Tensor, kernels: Tensor | None, bias: Tensor, out: Tensor) -> None:
     """The frames x into the ones of `out` that show them, one each or two."""
-    small, out = pictures(x), out.unflatten(2, (x.shape[2], -1))
+    small, out = fold_frames(x), out.unflatten(2, (x.shape[2], -1))
     if kernels is None:
         _put(F.conv2d(F.interpolate(small, scale_factor=2.0), weight, padding=1), bias, out)
     else:
         whole = F.conv2d(small, kernels, padding=1)
         # (batch, channels, pictures, 1 or 2, height, row, width, column)
-        _put(phases(whole), bias, out.unflatten(5, (-1, 2)).unflatten(4, (-1, 2)))
+        _put(pixel_phases(whole), bias, out.unflatten(5, (-1, 2)).unflatten(4, (-1, 2)))
 
 
 def _put(x: Tensor, bias: Tensor, out: Tensor) -> None:
     """Pictures, and the bias, into (batch, channels, pictures, 1 or 2, ...)."""
-    x = video(x, len(out)).unsqueeze(3).expand_as(out)
+    x = unfold_frames(x, len(out)).unsqueeze(3).expand_as(out)
     bias = bias.view(-1, *(1 for _ in x.shape[2:]))
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         out.copy_(x + bias)
@@ -59,7 +61,7 @@ def _put(x: Tensor, bias: Tensor, out: Tensor) -> None:
         torch.add(x, bias, out=out)
 
 
-def folded(weight: Tensor) -> Tensor:
+def phase_weights(weight: Tensor) -> Tensor:
     """The kernels of the four phases one after the other, (4 · out, in, 2, 2), of (out, in, 3, 3).
 
     In a row of taps a, b, c, even pixels meet a and b + c, odd ones a + b and c: with a zero on
@@ -71,7 +73,7 @@ def folded(weight: Tensor) -> Tensor:
     return channels_last.movedim(-1, 1)
 
 
-def phases(x: Tensor) -> Tensor:
+def pixel_phases(x: Tensor) -> Tensor:
     """The four phases out of one convolution with all their kernels.
 
     x        (pictures, 4 · channels, height + 1, width + 1)
@@ -87,7 +89,7 @@ def phases(x: Tensor) -> Tensor:
     )  # fmt: skip
 
 
-def halved(x: Tensor, leads: int) -> Tensor:
+def temporal_avg_pool(x: Tensor, leads: int) -> Tensor:
     """Half the frames, the means of pairs; a leading first one stays as it is.
 
     x: (batch, channels, frames, height, width), after `leads`, 0 or 1, an even number of frames.
@@ -97,11 +99,11 @@ def halved(x: Tensor, leads: int) -> Tensor:
     return torch.cat([first, means], dim=2) if leads else means
 
 
-def pictures(x: Tensor) -> Tensor:
+def fold_frames(x: Tensor) -> Tensor:
     """The frames of a video as pictures, (batch · frames, channels, height, width)."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def video(x: Tensor, batch: int) -> Tensor:
+def unfold_frames(x: Tensor, batch: int) -> Tensor:
     """Pictures as the frames of a video again."""
     return x.unflatten(0, (batch, -1)).transpose(1, 2)

@@ -243,10 +243,10 @@ import sys
 from benchmarks import conv
 
 right = conv.conv3d
-def wrong(x, weight, bias=None, padding=(0, 1, 1), *, way="auto"):
-    out = right(x, weight, bias, padding, way=way)
-    if way == "planes":
-        out -= right(x[:, :, 2:], weight[:, :, 2:], None, padding, way="whole")
+def wrong(x, weight, bias=None, padding=(0, 1, 1), *, algo="auto"):
+    out = right(x, weight, bias, padding, algo=algo)
+    if algo == "conv2d":
+        out -= right(x[:, :, 2:], weight[:, :, 2:], None, padding, algo="conv3d")
     return out
 conv.conv3d = wrong
 sys.exit(conv.main(sys.argv[1:]))
@@ -263,7 +263,7 @@ def test_convolutions_have_a_row_for_each_way(tmp_path):
     layouts = ("NCDHW", "NDHWC")
     assert seen == [
         (way, layout, bias)
-        for ways in (("whole", "planes"), ("nearest", "folded", "phases"))
+        for ways in (("conv3d", "conv2d"), ("nearest", "folded", "phases"))
         for bias in ("True", "False")
         for way in ways
         for layout in layouts
@@ -279,7 +279,7 @@ def test_a_wrong_convolution_gets_no_row(tmp_path):
     assert done.returncode == 1, done.stderr
     assert done.stdout.count("wrong, and not timed: 3x3x3, 64 to 64") == 4
     rows = json.loads((tmp_path / "conv.json").read_text())["rows"]
-    assert {row["way"] for row in rows} == {"whole"}
+    assert {row["way"] for row in rows} == {"conv3d"}
 
 
 # --- videos ------------------------------------------------------------------------------------

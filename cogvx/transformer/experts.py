@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cogvx_kernels import expert_ffn, modality
-from cogvx_kernels.untouched import is_untouched
+from cogvx_kernels.module_utils import is_unmodified
 
 from .plain import is_plain_linear
 
@@ -78,9 +78,9 @@ class FeedForward(nn.Module):
         """Whether its weights are all there is to it."""
         first, middle, last = self.net
         return (
-            is_untouched(self.net, nn.Sequential)
-            and is_untouched(first, GELUProjection)
-            and is_untouched(middle, nn.Identity)
+            is_unmodified(self.net, nn.Sequential)
+            and is_unmodified(first, GELUProjection)
+            and is_unmodified(middle, nn.Identity)
             and is_plain_linear(first.get_submodule("proj"))
             and is_plain_linear(last)
         )
@@ -170,7 +170,7 @@ class ExpertFeedForward(nn.Module):
         choices = self._choices(x, text_len)
         routing = tuple(c.routing for c in choices if c is not None)
         experts = [*self.text, *self.video]
-        if not all(is_untouched(e, FeedForward) and e.is_plain() for e in experts):
+        if not all(is_unmodified(e, FeedForward) and e.is_plain() for e in experts):
             text, video = modality.split(x, text_len)
             text = apart(text, choices[modality.TEXT], self.text)
             video = apart(video, choices[modality.VIDEO], self.video)

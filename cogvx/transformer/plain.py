@@ -7,13 +7,13 @@ module is called, and nowhere else.
 
 from torch import nn
 
-from cogvx_kernels.untouched import is_untouched
+from cogvx_kernels.module_utils import is_unmodified
 
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether `F.linear(x, module.weight, module.bias)` is all that calling it would do."""
     return (
-        is_untouched(module, nn.Linear)
+        is_unmodified(module, nn.Linear)
         and type(module.weight) is nn.Parameter
         and type(module.bias) is nn.Parameter
         and module.weight.is_floating_point()

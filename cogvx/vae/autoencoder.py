@@ -50,16 +50,16 @@ class CausalVAE(nn.Module):
         ways.set_backend(self, backend)
         self.backend = backend
 
-    def set_convolutions(self, way: str = "auto", fold: bool = True) -> None:
+    def set_convolutions(self, algo: str = "auto", fold: bool = True) -> None:
         """How convolutions are computed from now on, all to the same values within rounding.
 
-        way   "whole", as one 3-D convolution each; "planes", as one 2-D convolution for each frame
+        algo  "conv3d", one 3-D convolution each; "conv2d", one 2-D convolution for each frame
               of the kernel; "auto", whichever is known to be right on the device, see
               `cogvx_kernels.conv3d`
         fold  whether doubling a picture and convolving it is four small convolutions, see
               `Upsample3D`
         """
-        ways.set_convolutions(self, way, fold)
+        ways.set_convolutions(self, algo, fold)
 
     def lay_channels_last(self) -> None:
         """Lays the kernels out as the layers' tensors lie, once weights have been put in place."""

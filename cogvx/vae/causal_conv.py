@@ -84,7 +84,7 @@ class CausalConv(nn.Module):
 class CausalConv3d(CausalConv):
     """One 3-D kernel over frames, height and width: the released VAE's."""
 
-    way = "auto"  # of `cogvx_kernels.conv3d`
+    algo = "auto"  # of `cogvx_kernels.conv3d`
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class CausalConv3d(CausalConv):
 
     def _convolved(self, x: Tensor, bias: Tensor | None) -> Tensor:
         bias = None if bias is None else bias.to(x.dtype)
-        return conv3d(x, self.conv.weight.to(x.dtype), bias, self.padding, way=self.way)
+        return conv3d(x, self.conv.weight.to(x.dtype), bias, self.padding, algo=self.algo)
 
 
 class FactorizedConv3d(CausalConv):

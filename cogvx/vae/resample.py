@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogvx_kernels.resample import SAFE, doubled, halved, pictures, video
+from cogvx_kernels.resample import (
+    SAFE,
+    fold_frames,
+    temporal_avg_pool,
+    unfold_frames,
+    upsample2x_conv,
+)
 
 from ..autocast import weights_in
 from .norm import Flow, Modulation
@@ -33,13 +39,13 @@ class Downsample3D(nn.Module):
         Returns:
             (batch, channels, frames, height / 2, width / 2); with `time` frames / 2, rounded up.
         """
-        x = halved(flow.x, cache.leads) if self.time else flow.x
+        x = temporal_avg_pool(flow.x, cache.leads) if self.time else flow.x
         step = max(1, SAFE // max(1, x[:, :, :1].numel()))
         pieces = [self._convolved(piece) for piece in x.split(step, dim=2)]
         return Flow(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2))
 
     def _convolved(self, x: Tensor) -> Tensor:
-        return video(self.conv(F.pad(pictures(x), (0, 1, 0, 1))), len(x))
+        return unfold_frames(self.conv(F.pad(fold_frames(x), (0, 1, 0, 1))), len(x))
 
 
 class Upsample3D(nn.Module):
@@ -70,4 +76,4 @@ class Upsample3D(nn.Module):
         x, conv = flow.x, self.conv
         single = cache.leads if self.time else x.shape[2]  # so many stay so, and they come first
         weight, bias = weights_in(conv, x.dtype)
-        return Flow(doubled(x, weight, bias, int(single), fold=self.fold))
+        return Flow(upsample2x_conv(x, weight, bias, int(single), fold=self.fold))

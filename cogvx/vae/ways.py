@@ -1,4 +1,4 @@
-"""Which way the layers of a VAE go about their work: the same values, within rounding."""
+"""Which algo the layers of a VAE go about their work: the same values, within rounding."""
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from .norm import Norm
 from .resample import Upsample3D
 
 WITH_BACKEND = (CausalConv, Norm, ResnetBlock3D)
-WAYS = ("auto", "whole", "planes")
+ALGOS = ("auto", "conv3d", "conv2d")
 
 
 def set_backend(module: nn.Module, backend: str) -> None:
@@ -23,13 +23,13 @@ def set_backend(module: nn.Module, backend: str) -> None:
             child.backend = backend
 
 
-def set_convolutions(module: nn.Module, way: str = "auto", fold: bool = True) -> None:
-    """way: of `cogvx_kernels.conv3d`, as one convolution or as one of planes for each frame of the
+def set_convolutions(module: nn.Module, algo: str = "auto", fold: bool = True) -> None:
+    """algo: of `cogvx_kernels.conv3d`, as one convolution or as one of planes for each frame of the
     kernel. fold: see `Upsample3D`."""
-    check_choice("set_convolutions", "way", way, WAYS)
+    check_choice("set_convolutions", "algo", algo, ALGOS)
     for child in module.modules():
         if isinstance(child, CausalConv3d):
-            child.way = way
+            child.algo = algo
         elif isinstance(child, Upsample3D):
             child.fold = fold
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
-from ..untouched import is_untouched
+from ..module_utils import is_unmodified
 from .op import expert_ffn
 from .reference import ACTIVATIONS
 
@@ -156,7 +156,7 @@ def _check_linears(
             )
         for name, layer in zip(("up", "down"), pair, strict=True):
             # A quantised or adapted layer, or one with a hook, may compute something else.
-            if not isinstance(layer, nn.Module) or not is_untouched(layer, nn.Linear):
+            if not isinstance(layer, nn.Module) or not is_unmodified(layer, nn.Linear):
                 raise TypeError(
                     f"{where}: {name} of pairs[{i}] must be an nn.Linear without hooks; "
                     f"got {type(layer).__name__}"

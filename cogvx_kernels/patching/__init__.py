@@ -1,7 +1,7 @@
 """`patch(pipe)`: the kernels in models of diffusers, in one line, and out again in another."""
 
+from .api import UnsupportedModelError, explain, patch, patched, supported, unpatch
 from .cogvideox_stream import DecodeState, stream_decode
-from .doors import UnsupportedModelError, explain, patch, patched, supported, unpatch
 from .report import Report
 
 __all__ = [

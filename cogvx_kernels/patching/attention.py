@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from .site import Patch
+from .state import Patch
 
 
 def choose_as_diffusers(model: Any, patch: Patch) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from ..streaming import Cache, StreamState, stream
+from .api import UnsupportedModelError, model_of
 from .cogvideox_vae import FAMILY, Frames
-from .doors import UnsupportedModelError, model_of
 
 
 class ConvCache(Cache):

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from .._backend import transform_reason
 from ..expert_adaln import expert_adaln, gated_residual, gated_residual_adaln
+from ..module_utils import has_hooks
 from ..rope3d import qk_norm_rope3d, rope3d
-from ..untouched import wrapped
-from . import forwards
-from .angles import Angles, of_pairs
+from . import forward_swap
 from .attention import attended, choose_as_diffusers
-from .family import Family, Kind
-from .site import Calls, Patch, unusual
+from .registry import Family, ModulePatch
+from .rotary import Angles, of_pairs
+from .state import Calls, Patch, unusual
 
 Rows = tuple[Tensor, ...]  # six of (batch, dim), of one norm: see `_shifts` and `_gates`
 
@@ -43,7 +43,7 @@ def block(
     )
     if reason:
         site.miss("adaln", reason)
-        return forwards.own(self)(
+        return forward_swap.own(self)(
             self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, attention_kwargs
         )
     text_len = encoder_hidden_states.shape[1]
@@ -82,7 +82,7 @@ def attention(
     tables = _tables(self, hidden_states, encoder_hidden_states, **kwargs)
     if isinstance(tables, str):
         self._cogvx.miss("rope", tables)
-        return forwards.own(self)(self, hidden_states, encoder_hidden_states, **kwargs)
+        return forward_swap.own(self)(self, hidden_states, encoder_hidden_states, **kwargs)
     assert encoder_hidden_states is not None
     text_len = encoder_hidden_states.shape[1]
     x = joint(encoder_hidden_states, hidden_states) if text_len else hidden_states
@@ -167,7 +167,7 @@ def _attention(attn: Any, call: Calls, x: Tensor, cos: Tensor, sin: Tensor) -> T
             qk_norm_rope3d, q, k, *_affine(attn.norm_q), *_affine(attn.norm_k), cos, sin,
             text_len=text_len, eps=attn.norm_q.eps,
             # A hook on a projection may have kept what it gave.
-            inplace=not torch.is_grad_enabled() and not any(wrapped(layer) for layer in layers),
+            inplace=not torch.is_grad_enabled() and not any(has_hooks(layer) for layer in layers),
         )  # fmt: skip
     return attn.to_out[1](attn.to_out[0](attended(attn, q, k, v).flatten(2)))
 
@@ -241,9 +241,9 @@ FAMILY = Family(
         "adaln": "adaptive norms, gates and sums of a block in three passes over text and video",
         "rope": "norm and rotation of q and k in one pass; any attention backend",
     },
-    kinds=(
-        Kind("CogVideoXBlock", block, {"adaln": 2}),
-        Kind("Attention", attention, {"rope": 1}),
+    modules=(
+        ModulePatch("CogVideoXBlock", block, {"adaln": 2}),
+        ModulePatch("Attention", attention, {"rope": 1}),
     ),
     prepare=_prepare,
     undo=_undo,

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._backend import transform_reason
-from ..conv3d import LIMIT, conv3d, trouble
+from ..conv3d import LIMIT, conv3d, known_issue
 from ..frame_cache import frame_cache_append, frame_cache_join
-from ..resample import doubled, halved, pictures, video
+from ..resample import fold_frames, temporal_avg_pool, unfold_frames, upsample2x_conv
 from ..spatial_norm import spatial_norm_silu
-from . import forwards
-from .family import Family, Kind
-from .site import NO_KERNEL, Calls, Site, unusual
+from . import forward_swap
+from .registry import Family, ModulePatch
+from .state import NO_KERNEL, Calls, Site, unusual
 
 
 class Frames:
@@ -56,7 +56,7 @@ def causal_conv(self: Any, inputs: Tensor, conv_cache: Any = None) -> tuple[Tens
         reason = "its padding in time is not causal"
     if reason:
         site.miss("cache", reason)
-        return forwards.own(self)(self, inputs, past)
+        return forward_swap.own(self)(self, inputs, past)
     kept = self.time_kernel_size - 1
     if not kept:
         site.hit("cache", "a convolution of one frame keeps no frames")
@@ -87,7 +87,7 @@ def residual_block(
     reason = _unlike_block(self, inputs, temb, zq)
     if reason:
         site.miss("norm", reason)
-        return forwards.own(self)(self, inputs, temb, zq, conv_cache)
+        return forward_swap.own(self)(self, inputs, temb, zq, conv_cache)
     old = conv_cache or {}
     new = {}
     h, new["conv1"] = _norm_and_conv(site, self.norm1, self.conv1, inputs, zq, old.get("conv1"))
@@ -109,7 +109,7 @@ def spatial_norm(
     reason = _unlike_norm(self, f, zq)
     if reason:
         site.miss("norm", reason)
-        return forwards.own(self)(self, f, zq, conv_cache)
+        return forward_swap.own(self)(self, f, zq, conv_cache)
     call = Calls(site.patch)
     out = _normalised(call, self, f, zq, silu=False)
     site.hit("norm", call.reason)
@@ -126,10 +126,11 @@ def safe_conv(self: Any, input: Tensor) -> Tensor:
         reason = "it has a stride, a dilation, groups or another padding"
     if reason:
         site.miss("conv", reason)
-        return forwards.own(self)(self, input)
+        return forward_swap.own(self)(self, input)
     site.hit("conv", NO_KERNEL)
     small = (
-        input.numel() * input.element_size() <= LIMIT and trouble(input.device, input.dtype) is None
+        input.numel() * input.element_size() <= LIMIT
+        and known_issue(input.device, input.dtype) is None
     )
     if small and not site.patch.fast:
         return nn.Conv3d.forward(self, input)
@@ -145,13 +146,13 @@ def upsample(self: Any, inputs: Tensor) -> Tensor:
         reason = "its convolution is not of 3x3 with a stride of 1"
     if reason:
         site.miss("resample", reason)
-        return forwards.own(self)(self, inputs)
+        return forward_swap.own(self)(self, inputs)
     site.hit("resample", NO_KERNEL)
     frames = inputs.shape[2]
     single = frames % 2 if self.compress_time else frames
     if site.patch.fast and unusual(conv, nn.Conv2d) is None:
-        return doubled(inputs, conv.weight, conv.bias, single)
-    x = video(conv(F.interpolate(pictures(inputs), scale_factor=2.0)), len(inputs))
+        return upsample2x_conv(inputs, conv.weight, conv.bias, single)
+    x = unfold_frames(conv(F.interpolate(fold_frames(inputs), scale_factor=2.0)), len(inputs))
     if single == frames:
         return x
     order = torch.arange(frames, device=x.device).repeat_interleave(2)
@@ -163,11 +164,11 @@ def downsample(self: Any, x: Tensor) -> Tensor:
     reason = transform_reason(x=x)
     if reason:
         self._cogvx.miss("resample", reason)
-        return forwards.own(self)(self, x)
+        return forward_swap.own(self)(self, x)
     self._cogvx.hit("resample", NO_KERNEL)
     if self.compress_time:
-        x = halved(x, x.shape[2] % 2)
-    return video(self.conv(F.pad(pictures(x), (0, 1, 0, 1))), len(x))
+        x = temporal_avg_pool(x, x.shape[2] % 2)
+    return unfold_frames(self.conv(F.pad(fold_frames(x), (0, 1, 0, 1))), len(x))
 
 
 def _norm_and_conv(
@@ -275,12 +276,12 @@ FAMILY = Family(
         "conv": "3-D convolutions of any size, led around bad versions of cuDNN",
     },
     exact=("cache", "resample", "conv"),
-    kinds=(
-        Kind("CogVideoXCausalConv3d", causal_conv, {"cache": 1}, _remembers),
-        Kind("CogVideoXResnetBlock3D", residual_block, {"norm": 2}),
-        Kind("CogVideoXSpatialNorm3D", spatial_norm, {"norm": 1}, _stands_alone),
-        Kind("CogVideoXUpsample3D", upsample, {"resample": 1}),
-        Kind("CogVideoXDownsample3D", downsample, {"resample": 1}),
-        Kind("CogVideoXSafeConv3d", safe_conv, {"conv": 1}),
+    modules=(
+        ModulePatch("CogVideoXCausalConv3d", causal_conv, {"cache": 1}, _remembers),
+        ModulePatch("CogVideoXResnetBlock3D", residual_block, {"norm": 2}),
+        ModulePatch("CogVideoXSpatialNorm3D", spatial_norm, {"norm": 1}, _stands_alone),
+        ModulePatch("CogVideoXUpsample3D", upsample, {"resample": 1}),
+        ModulePatch("CogVideoXDownsample3D", downsample, {"resample": 1}),
+        ModulePatch("CogVideoXSafeConv3d", safe_conv, {"conv": 1}),
     ),
 )

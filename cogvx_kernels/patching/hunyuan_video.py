@@ -15,14 +15,14 @@ from torch.nn import functional as F
 
 from .._backend import transform_reason
 from ..expert_adaln import expert_adaln, gated_residual, gated_residual_adaln
+from ..module_utils import has_hooks
 from ..rope3d import qk_norm_rope3d
-from ..untouched import wrapped
-from . import forwards
-from .angles import Angles, of_pairs
+from . import forward_swap
 from .attention import attended, choose_as_diffusers
 from .cogvideox_transformer import joint
-from .family import Family, Kind
-from .site import Calls, unusual
+from .registry import Family, ModulePatch
+from .rotary import Angles, of_pairs
+from .state import Calls, unusual
 
 PROCESSOR = "HunyuanVideoAttnProcessor2_0"
 
@@ -63,7 +63,9 @@ def double_block(
     reason = _unlike_double(self, streams, temb, "AdaLayerNormZero")
     if reason:
         self._cogvx.miss("adaln", reason)
-        return forwards.own(self)(self, *streams, temb, attention_mask, freqs_cis, *args, **kwargs)
+        return forward_swap.own(self)(
+            self, *streams, temb, attention_mask, freqs_cis, *args, **kwargs
+        )
     modulation = Modulation(_rows(self.norm1, temb, hidden_states))
     return _double(self, *streams, temb, modulation, attention_mask, freqs_cis)
 
@@ -86,7 +88,7 @@ def token_replace_double_block(
     )
     if reason:
         self._cogvx.miss("adaln", reason)
-        return forwards.own(self)(self, *streams, temb, attention_mask, freqs_cis, *of_first)
+        return forward_swap.own(self)(self, *streams, temb, attention_mask, freqs_cis, *of_first)
     assert token_replace_emb is not None and num_tokens is not None
     modulation = Modulation(
         _rows(self.norm1, temb, hidden_states),
@@ -139,7 +141,7 @@ def single_block(
     reason = _unlike_single(self, streams, temb, "AdaLayerNormZeroSingle")
     if reason:
         self._cogvx.miss("adaln", reason)
-        return forwards.own(self)(
+        return forward_swap.own(self)(
             self, *streams, temb, attention_mask, image_rotary_emb, *args, **kwargs
         )
     modulation = Modulation(_rows(self.norm, temb, hidden_states))
@@ -164,7 +166,9 @@ def token_replace_single_block(
     )
     if reason:
         self._cogvx.miss("adaln", reason)
-        return forwards.own(self)(self, *streams, temb, attention_mask, image_rotary_emb, *of_first)
+        return forward_swap.own(self)(
+            self, *streams, temb, attention_mask, image_rotary_emb, *of_first
+        )
     assert token_replace_emb is not None and num_tokens is not None
     modulation = Modulation(
         _rows(self.norm, temb, hidden_states),
@@ -297,7 +301,7 @@ def attention(
     tables = _tables(self, hidden_states, encoder_hidden_states, **cross_attention_kwargs)
     if isinstance(tables, str):
         self._cogvx.miss("rope", tables)
-        return forwards.own(self)(
+        return forward_swap.own(self)(
             self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs
         )
     assert encoder_hidden_states is not None
@@ -345,7 +349,7 @@ def _qkv(
         qk_norm_rope3d, q, k, of_q.weight, None, of_k.weight, None, *tables,
         text_len=x.shape[1] - tables[0].shape[0], norm="rms", eps=of_q.eps,
         # A hook on a projection may have kept what it gave.
-        inplace=not torch.is_grad_enabled() and not any(wrapped(layer) for layer in layers[:2]),
+        inplace=not torch.is_grad_enabled() and not any(has_hooks(layer) for layer in layers[:2]),
     )  # fmt: skip
     return q, k, v
 
@@ -406,16 +410,18 @@ FAMILY = Family(
         "adaln": "adaptive norms, gates and sums of a block, three passes over each stream",
         "rope": "norm and rotation of q and k in one pass",
     },
-    kinds=(
-        Kind("HunyuanVideoTransformerBlock", double_block, {"adaln": 2}),
-        Kind("HunyuanVideoSingleTransformerBlock", single_block, {"adaln": 1}),
-        Kind("HunyuanVideoTokenReplaceTransformerBlock", token_replace_double_block, {"adaln": 2}),
-        Kind(
+    modules=(
+        ModulePatch("HunyuanVideoTransformerBlock", double_block, {"adaln": 2}),
+        ModulePatch("HunyuanVideoSingleTransformerBlock", single_block, {"adaln": 1}),
+        ModulePatch(
+            "HunyuanVideoTokenReplaceTransformerBlock", token_replace_double_block, {"adaln": 2}
+        ),
+        ModulePatch(
             "HunyuanVideoTokenReplaceSingleTransformerBlock",
             token_replace_single_block,
             {"adaln": 1},
         ),
-        Kind("Attention", attention, {"rope": 1}, counts=_is_joint),
+        ModulePatch("Attention", attention, {"rope": 1}, counts=_is_joint),
     ),
     prepare=choose_as_diffusers,
 )

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..expert_adaln import expert_adaln, gated_residual, gated_residual_adaln
-from . import forwards
-from .family import Family, Kind
+from . import forward_swap
 from .hunyuan_video import strange, unfit
-from .site import Calls
+from .registry import Family, ModulePatch
+from .state import Calls
 
 NO_TEXT = None, None  # each stream is alone
 
@@ -34,7 +34,9 @@ def block(
     reason = _unlike(self) or unfit(temb, video, text)
     if reason:
         site.miss("adaln", reason)
-        return forwards.own(self)(self, video, text, temb, encoder_attention_mask, image_rotary_emb)
+        return forward_swap.own(self)(
+            self, video, text, temb, encoder_attention_mask, image_rotary_emb
+        )
     call = Calls(site.patch)
     scale, *rest = _rows(self.norm1, temb, video)
     of_text: list[Tensor] = []
@@ -108,5 +110,5 @@ FAMILY = Family(
     group="transformer",
     models=("MochiTransformer3DModel",),
     ops={"adaln": "adaptive norms, gates and sums of a block, five passes over each stream"},
-    kinds=(Kind("MochiTransformerBlock", block, {"adaln": 2}),),
+    modules=(ModulePatch("MochiTransformerBlock", block, {"adaln": 2}),),
 )

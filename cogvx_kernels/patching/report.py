@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from .site import Patch
+from .state import Patch
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from .._backend import transform_reason
 from ..expert_adaln import expert_adaln, gated_residual, gated_residual_adaln
 from ..rope3d import rope3d
-from . import forwards
-from .angles import Angles
+from . import forward_swap
 from .attention import attended, choose_as_diffusers
-from .family import Family, Kind
-from .site import Calls, unusual
+from .registry import Family, ModulePatch
+from .rotary import Angles
+from .state import Calls, unusual
 
 PROCESSOR = "WanAttnProcessor"
 
@@ -36,7 +36,7 @@ def block(
     reason = _unlike_block(self, x, temb)
     if reason:
         site.miss("adaln", reason)
-        return forwards.own(self)(self, x, encoder_hidden_states, temb, rotary_emb)
+        return forward_swap.own(self)(self, x, encoder_hidden_states, temb, rotary_emb)
     call = Calls(site.patch)
     rows = (self.scale_shift_table + temb.float()).unbind(-2)
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows
@@ -77,7 +77,7 @@ def attention(
     reason = _unlike_attention(self, hidden_states, encoder_hidden_states, rotary_emb, kwargs)
     if reason:
         self._cogvx.miss("rope", reason)
-        return forwards.own(self)(
+        return forward_swap.own(self)(
             self, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs
         )
     assert rotary_emb is not None
@@ -163,9 +163,9 @@ FAMILY = Family(
         "adaln": "norms, modulations, gates and sums of a block in four passes over its tokens",
         "rope": "rotation of q and of k in one pass each",
     },
-    kinds=(
-        Kind("WanTransformerBlock", block, {"adaln": 2}),
-        Kind("WanAttention", attention, {"rope": 1}, _is_of_video),
+    modules=(
+        ModulePatch("WanTransformerBlock", block, {"adaln": 2}),
+        ModulePatch("WanAttention", attention, {"rope": 1}, _is_of_video),
     ),
     prepare=choose_as_diffusers,
 )

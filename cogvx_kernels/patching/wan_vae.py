@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from .._backend import transform_reason
 from ..frame_cache import frame_cache_append
-from . import forwards
-from .family import Family, Kind
-from .site import NO_KERNEL, Calls
+from . import forward_swap
+from .registry import Family, ModulePatch
+from .state import NO_KERNEL, Calls
 
 
 def causal_conv(self: Any, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
@@ -23,7 +23,7 @@ def causal_conv(self: Any, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
     reason = _unlike_conv(self, x, cache_x)
     if reason:
         site.miss("cache", reason)
-        return forwards.own(self)(self, x, cache_x)
+        return forward_swap.own(self)(self, x, cache_x)
     sides, _, _, _, before, _ = self._padding
     if not before:
         site.hit("cache", "a convolution of one frame reads no frames before it")
@@ -46,7 +46,7 @@ def upsample(self: Any, x: Tensor) -> Tensor:
     reason = _unlike_upsample(self, x)
     if reason:
         site.miss("resample", reason)
-        return forwards.own(self)(self, x)
+        return forward_swap.own(self)(self, x)
     site.hit("resample", NO_KERNEL)
     return nn.Upsample.forward(self, x)
 
@@ -92,8 +92,8 @@ FAMILY = Family(
         "resample": "pictures made larger in their own dtype",
     },
     exact=("cache", "resample"),
-    kinds=(
-        Kind("WanCausalConv3d", causal_conv, {"cache": 1}),
-        Kind("WanUpsample", upsample, {"resample": 1}),
+    modules=(
+        ModulePatch("WanCausalConv3d", causal_conv, {"cache": 1}),
+        ModulePatch("WanUpsample", upsample, {"resample": 1}),
     ),
 )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import __version__, _backend, _checks
-from ..conv3d import trouble
+from ..conv3d import known_issue
 from ..testing import OPS
 from . import options as command_line
 
@@ -149,7 +149,7 @@ def _conv3d(warnings: list[str]) -> dict[str, str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ways = {}
     for dtype in CONVOLVED:
-        reason = trouble(device, dtype)
+        reason = known_issue(device, dtype)
         ways[_checks.dtype_name(dtype)] = (
             f"whole, by torch on {device}" if reason is None else "as 2-D planes, added up in fp32"
         )

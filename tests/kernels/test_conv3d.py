@@ -1,4 +1,4 @@
-"""Laws of conv3d: the other way and smaller pieces give the same, and what is trouble is known."""
+"""conv3d: both algorithms and smaller pieces give the same; known issues are avoided."""
 
 import importlib
 import itertools
@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cogvx_kernels.conv3d import Versions, conv3d, here, trouble
+from cogvx_kernels.conv3d import Versions, conv3d, known_issue, library_versions
 from cogvx_kernels.testing import LAYOUTS, judge
 
 # The function has the name of its module.
@@ -53,39 +53,39 @@ def pieces(monkeypatch):
     return seen
 
 
-# --- the two ways ----------------------------------------------------------------------------
+# --- both algorithms ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "behind", "inset", "strided"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
-def test_planes_are_the_whole(kernel, dtype, layout, device):
+def test_conv2d_sum_equals_conv3d(kernel, dtype, layout, device):
     """Bit for bit where sums are exact, with and without a bias, of one sample and of two."""
     for batch, with_bias in ((1, True), (2, False)):
         x = filled((batch, 4, 6, 5, 7), layout, DTYPES[dtype], device)
         weight, bias = weights((3, 4, *kernel), DTYPES[dtype], device)
         bias = bias if with_bias else None
-        ours = conv3d(x, weight, bias, padding_of(kernel), way="planes")
+        ours = conv3d(x, weight, bias, padding_of(kernel), algo="conv2d")
         truth = F.conv3d(x.double(), weight.double(), None if bias is None else bias.double(),
                          padding=padding_of(kernel))  # fmt: skip
         assert torch.equal(ours.double(), truth) and ours.dtype is DTYPES[dtype]
 
 
-@pytest.mark.parametrize("way", ["whole", "planes"])
+@pytest.mark.parametrize("algo", ["conv3d", "conv2d"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_within_the_rule(dtype, way, device, seed):
+def test_within_the_rule(dtype, algo, device, seed):
     torch.manual_seed(seed)
     x = filled((1, 64, 6, 20, 24), "channels_last", DTYPES[dtype], device, integers=False)
     weight, bias = weights((48, 64, 3, 3, 3), DTYPES[dtype], device, integers=False)
-    ours = conv3d(x, weight, bias, way=way)
+    ours = conv3d(x, weight, bias, algo=algo)
     truth = F.conv3d(*(t.double() for t in (x, weight, bias)), padding=PADDING)
-    plain = {"whole": F.conv3d, "planes": sum_of_planes}[way]
+    plain = {"conv3d": F.conv3d, "conv2d": conv2d_sum}[algo]
     yardstick = plain(*(t.float() for t in (x, weight, bias)), padding=PADDING).to(x.dtype)
     verdict = judge("out", ours, yardstick, truth, summed=True)
     assert verdict.ok, verdict
 
 
-def sum_of_planes(x, weight, bias, padding):
+def conv2d_sum(x, weight, bias, padding):
     """What planes are said to be, frame by frame, in torch's 2-D convolutions."""
     frames = range(x.shape[2] - weight.shape[2] + 1)
     planes = range(weight.shape[2])
@@ -96,44 +96,44 @@ def sum_of_planes(x, weight, bias, padding):
     return torch.stack(made, 2) + bias.view(-1, 1, 1, 1)
 
 
-@pytest.mark.parametrize("way", ["whole", "planes"])
+@pytest.mark.parametrize("algo", ["conv3d", "conv2d"])
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("channels", [(16, 8), (3, 16), (16, 3), (2, 2)], ids=str)
-def test_layout_stays(channels, cut, way, monkeypatch):
+def test_layout_stays(channels, cut, algo, monkeypatch):
     x, (weight, bias) = (
         filled((2, channels[0], 5, 8, 8)),
         weights((channels[1], channels[0], 3, 3, 3)),
     )
     if cut:
         monkeypatch.setattr(module, "LIMIT", x.nbytes // 4)
-    assert conv3d(x, weight, bias, way=way).is_contiguous()
+    assert conv3d(x, weight, bias, algo=algo).is_contiguous()
     x = x.contiguous(memory_format=torch.channels_last_3d)
-    out = conv3d(x, weight, bias, way=way)
+    out = conv3d(x, weight, bias, algo=algo)
     assert out.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 @pytest.mark.parametrize("reason", [None, "it is Monday"])
-def test_auto_goes_round_trouble(reason, monkeypatch, pieces):
+def test_auto_avoids_known_issues(reason, monkeypatch, pieces):
     asked = []
 
     def known(device, dtype):
         asked.append((device, dtype))
         return reason
 
-    monkeypatch.setattr(module, "trouble", known)
+    monkeypatch.setattr(module, "known_issue", known)
     x, (weight, bias) = filled((1, 4, 5, 6, 6)), weights((4, 4, 3, 3, 3))
     conv3d(x, weight, bias)
     assert len(pieces) == (reason is None) and asked == [(CPU, torch.float32)]
-    conv3d(x, weight, bias, way="whole")
-    conv3d(x, weight, bias, way="planes")
+    conv3d(x, weight, bias, algo="conv3d")
+    conv3d(x, weight, bias, algo="conv2d")
     assert len(pieces) == (reason is None) + 1 and len(asked) == 1  # of who says how, nobody asks
 
 
 # --- pieces ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["whole", "planes"])
-def test_pieces_are_the_whole(way, monkeypatch, pieces, seed):
+@pytest.mark.parametrize("algo", ["conv3d", "conv2d"])
+def test_pieces_equal_one_call(algo, monkeypatch, pieces, seed):
     """At any size and limit: bit for bit on integers, no piece too large, none too short."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
@@ -149,7 +149,7 @@ def test_pieces_are_the_whole(way, monkeypatch, pieces, seed):
         line = 4 * max(shape[1] * shape[4], truth.shape[1] * truth.shape[4])
         limit = draw.randint(1, 2 * line * shape[3] * shape[2])
         monkeypatch.setattr(module, "LIMIT", limit)
-        ours = conv3d(x, weight, bias, padding, way=way)
+        ours = conv3d(x, weight, bias, padding, algo=algo)
         case = f"{shape} {tuple(weight.shape)} {padding} of {limit} bytes"
         assert torch.equal(ours, truth), case
         for read, made in pieces:
@@ -184,51 +184,51 @@ def test_pieces_have_the_bits_of_the_whole(dtype, layout, monkeypatch, pieces, s
     assert all(read[1] * read[2] * read[3] > 20480 for read, _ in pieces)
 
 
-@pytest.mark.parametrize("way", ["whole", "planes"])
-def test_pieces_go_straight_to_their_place(way, monkeypatch):
+@pytest.mark.parametrize("algo", ["conv3d", "conv2d"])
+def test_pieces_go_straight_to_their_place(algo, monkeypatch):
     """Beside the result there is a piece, and of planes what one is made of."""
     from cogvx.memory import LiveBytes
 
     x, (weight, bias) = filled((1, 8, 18, 40, 40), "channels_last"), weights((8, 8, 3, 3, 3))
     monkeypatch.setattr(module, "LIMIT", x[:, :, :4].nbytes)
     with LiveBytes() as live, torch.no_grad():
-        out = conv3d(x, weight, bias, way=way)
+        out = conv3d(x, weight, bias, algo=algo)
     piece = out[:, :, :2].nbytes
-    assert live.peak <= out.nbytes + (2.1 if way == "whole" else 4.1) * piece
+    assert live.peak <= out.nbytes + (2.1 if algo == "conv3d" else 4.1) * piece
 
 
-@pytest.mark.parametrize("way", ["whole", "planes"])
+@pytest.mark.parametrize("algo", ["conv3d", "conv2d"])
 @pytest.mark.parametrize("pixels", [(480, 720), (768, 1360), (1536, 2720)], ids=str)
-def test_no_size_fails(pixels, way):
+def test_no_size_fails(pixels, algo):
     """Shapes of decoders, on the meta device: diffusers' own fails from batch 2, 8 and 1."""
     for batch, frames, channels in itertools.product(
         (*range(1, 13),), (3, 4, 10, 11), ((256, 128), (128, 3))
     ):
         x = torch.empty((batch, channels[0], frames, *pixels), dtype=torch.bfloat16, device="meta")
         weight = torch.empty((channels[1], channels[0], 3, 3, 3), dtype=x.dtype, device="meta")
-        out = conv3d(x, weight, way=way)
+        out = conv3d(x, weight, algo=algo)
         assert out.shape == (batch, channels[1], frames - 2, *pixels)
         cuts = module._cuts(x, weight, PADDING, apart=False)
         assert [s[-1].stop for s in cuts] == [batch, frames - 2, pixels[0]]
 
 
-@pytest.mark.parametrize("way", ["whole", "planes"])
-def test_of_no_samples(way):
+@pytest.mark.parametrize("algo", ["conv3d", "conv2d"])
+def test_of_no_samples(algo):
     weight, bias = weights((3, 4, 3, 3, 3))
-    assert conv3d(torch.empty(0, 4, 5, 6, 6), weight, bias, way=way).shape == (0, 3, 3, 6, 6)
+    assert conv3d(torch.empty(0, 4, 5, 6, 6), weight, bias, algo=algo).shape == (0, 3, 3, 6, 6)
 
 
 # --- gradients and compilers -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["whole", "planes"])
+@pytest.mark.parametrize("algo", ["conv3d", "conv2d"])
 @pytest.mark.parametrize("frames", [100, 3, 1], ids="limit of {} frames".format)
-def test_gradients(frames, way, monkeypatch):
+def test_gradients(frames, algo, monkeypatch):
     x = torch.randn(2, 2, 4, 4, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(2, dtype=torch.float64, requires_grad=True)
     monkeypatch.setattr(module, "LIMIT", frames * x[:1, :, :1].nbytes)
-    assert torch.autograd.gradcheck(lambda *a: conv3d(*a, way=way), (x, weight, bias))
+    assert torch.autograd.gradcheck(lambda *a: conv3d(*a, algo=algo), (x, weight, bias))
 
 
 def test_a_gradient_for_one_of_them_is_enough(monkeypatch):
@@ -240,26 +240,26 @@ def test_a_gradient_for_one_of_them_is_enough(monkeypatch):
         wanted.requires_grad_(False)
 
 
-@pytest.mark.parametrize("way", ["auto", "planes"])
-def test_compiles(way, monkeypatch):
+@pytest.mark.parametrize("algo", ["auto", "conv2d"])
+def test_compiles(algo, monkeypatch):
     x, (weight, bias) = filled((2, 2, 6, 4, 4)), weights((2, 2, 3, 3, 3))
     monkeypatch.setattr(module, "LIMIT", x[:1, :, :4].nbytes)
 
     def call(x):  # the second because on a CPU there is no trouble to look up
-        return conv3d(x, weight, bias, way=way), trouble(CUDA, torch.bfloat16)
+        return conv3d(x, weight, bias, algo=algo), known_issue(CUDA, torch.bfloat16)
 
     compiled = torch.compile(call, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x)[0], call(x)[0]) and compiled(x)[1] == call(x)[1]
 
 
-@pytest.mark.parametrize("way", ["whole", "planes"])
+@pytest.mark.parametrize("algo", ["conv3d", "conv2d"])
 @pytest.mark.parametrize("grad", [False, True])
-def test_under_autocast(grad, way):
+def test_under_autocast(grad, algo):
     """As any convolution there: 16 bits come out, whatever goes in."""
     x, (weight, bias) = filled((1, 2, 6, 4, 4)), weights((2, 2, 3, 3, 3))
     for given in (weight, weight.bfloat16()):
         with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
-            out = conv3d(x, given, bias, way=way)
+            out = conv3d(x, given, bias, algo=algo)
         assert out.dtype is torch.bfloat16
         assert torch.equal(out.float(), F.conv3d(x, weight, bias, padding=PADDING))
 
@@ -272,7 +272,7 @@ def test_without_a_gradient_it_is_the_same(kernel, layout):
         x, (weight, bias) = filled((batch, 4, 6, 5, 7), layout), weights((3, 4, *kernel))
         bias = bias if with_bias else None
         with torch.no_grad():
-            ours = conv3d(x, weight, bias, padding_of(kernel), way="whole")
+            ours = conv3d(x, weight, bias, padding_of(kernel), algo="conv3d")
         assert torch.equal(ours, F.conv3d(x, weight, bias, padding=padding_of(kernel)))
         near = torch.channels_last_3d if x.stride(1) == 1 else torch.contiguous_format
         assert ours.is_contiguous(memory_format=near)
@@ -307,17 +307,21 @@ def test_the_meta_device_keeps_layouts():
     ],
     ids=str,
 )
-def test_trouble(versions, dtype, known):
-    reason = trouble(CUDA, dtype, Versions(*versions))
+def test_known_issue(versions, dtype, known):
+    reason = known_issue(CUDA, dtype, Versions(*versions))
     assert (reason is None) if known is None else (known in reason)
-    assert trouble(CPU, dtype, Versions(*versions)) is None
+    assert known_issue(CPU, dtype, Versions(*versions)) is None
 
 
-def test_trouble_is_of_what_is_installed(monkeypatch):
-    monkeypatch.setattr(module, "here", lambda: Versions("2.9.1", 91002, None))
-    assert "2.9.1" in trouble(CUDA, torch.bfloat16)
+def test_known_issue_is_of_what_is_installed(monkeypatch):
+    monkeypatch.setattr(module, "library_versions", lambda: Versions("2.9.1", 91002, None))
+    assert "2.9.1" in known_issue(CUDA, torch.bfloat16)
     monkeypatch.undo()
-    assert here() == (torch.__version__, torch.backends.cudnn.version(), torch.version.hip)
+    assert library_versions() == (
+        torch.__version__,
+        torch.backends.cudnn.version(),
+        torch.version.hip,
+    )
 
 
 # --- wrong calls -----------------------------------------------------------------------------
@@ -347,7 +351,7 @@ def call(**changed):
         ({"padding": (0, 1, -1)}, ValueError, r"padding\[2\] must be in"),
         ({"padding": (0, 1.0, 1)}, TypeError, r"padding\[1\] must be an integer"),
         ({"padding": (1, 1)}, ValueError, "padding must be .frames, rows, columns."),
-        ({"way": "winograd"}, ValueError, 'way must be one of "auto", "whole", "planes"'),
+        ({"algo": "winograd"}, ValueError, 'algo must be one of "auto", "conv3d", "conv2d"'),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, dict) else "",
 )
@@ -360,10 +364,10 @@ def test_wrong_calls_are_named(changed, error, named):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("way", ["auto", "planes"])
+@pytest.mark.parametrize("algo", ["auto", "conv2d"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(128, 12, 480, 720), (256, 11, 96, 170)], ids=str)
-def test_in_16_bits_as_in_32(shape, layout, way):
+def test_in_16_bits_as_in_32(shape, layout, algo):
     """Right, and without a memory of its own, on the shapes that were wrong and large elsewhere."""
     torch.manual_seed(0)
     channels = shape[0]
@@ -371,10 +375,10 @@ def test_in_16_bits_as_in_32(shape, layout, way):
     weight, bias = weights((channels, channels, 3, 3, 3), torch.bfloat16, "cuda", integers=False)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    out = conv3d(x, weight, bias, way=way)
+    out = conv3d(x, weight, bias, algo=algo)
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before + x.nbytes
-    if way == "auto" and trouble(CUDA, x.dtype) is None:
+    if algo == "auto" and known_issue(CUDA, x.dtype) is None:
         assert peak <= 1.5 * (x.nbytes + out.nbytes)
     with torch.backends.cudnn.flags(allow_tf32=False):
         truth = F.conv3d(x.float(), weight.float(), bias.float(), padding=PADDING)

@@ -222,9 +222,9 @@ def test_subclasses_with_memory_of_their_own_run_on_the_kernel(device):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("way", ["whole", "planes"])
+@pytest.mark.parametrize("algo", ["conv3d", "conv2d"])
 @pytest.mark.parametrize("pieces", [1, 2])
-def test_conv3d(pieces, way, grad, mesh, device, monkeypatch):
+def test_conv3d(pieces, algo, grad, mesh, device, monkeypatch):
     """Recording gradients or not, in one call or in pieces; as torch's convolution."""
     x, v = torch.randn(2, 3, 2, 4, 5, 5, device=device)
     x, v = (z.contiguous(memory_format=torch.channels_last_3d) for z in (x, v))
@@ -234,7 +234,7 @@ def test_conv3d(pieces, way, grad, mesh, device, monkeypatch):
         monkeypatch.setattr(module, "LIMIT", x[:1].nbytes)
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return ck.conv3d(x, weight, bias, way=way)
+        return ck.conv3d(x, weight, bias, algo=algo)
 
     def plain(*arguments: Tensor) -> Tensor:
         return F.conv3d(*arguments, padding=(0, 1, 1))

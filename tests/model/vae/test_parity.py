@@ -86,7 +86,7 @@ def test_encode_equals_diffusers_for_every_valid_number_of_frames(tiny, count):
     assert apart(ours.encode(video).moments, their_encode(theirs, video)) < RELATIVE
 
 
-@pytest.mark.parametrize("options", ({"way": "planes"}, {"fold": False}), ids=str)
+@pytest.mark.parametrize("options", ({"algo": "conv2d"}, {"fold": False}), ids=str)
 def test_every_way_of_convolving_equals_diffusers(options):
     theirs, ours = pair("widths")
     ours.set_convolutions(**options)

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from . import forwards
-from .forwards import Forward
-from .site import Patch
+from . import forward_swap
+from .forward_swap import Forward
+from .state import Patch
 
 
 @dataclass(frozen=True)
-class Kind:
+class ModulePatch:
     """A class of modules, by name, and the function that takes the place of its forward.
 
     One function serves all modules of the kind. It has the parameters of the forward that it was
@@ -41,10 +41,10 @@ class Kind:
 
     def refuses(self, module: nn.Module) -> str | None:
         """Why a module of this name is not the one that is known, or None."""
-        theirs, ours = map(_parameters, (forwards.own(module), self.forward))
+        theirs, ours = map(_parameters, (forward_swap.own(module), self.forward))
         if theirs != ours:
             return f"its forward takes ({', '.join(theirs)}), and not ({', '.join(ours)})"
-        return forwards.obstacle(module)
+        return forward_swap.obstacle(module)
 
 
 def _parameters(forward: Forward) -> tuple[str, ...]:
@@ -65,16 +65,16 @@ class Family:
     group: str
     models: tuple[str, ...]
     ops: Mapping[str, str]
-    kinds: tuple[Kind, ...]
+    modules: tuple[ModulePatch, ...]
     exact: tuple[str, ...] = ()
     prepare: Callable[[Any, Patch], None] = field(default=lambda model, patch: None)
     undo: Callable[[Any], None] = field(default=lambda model: None)
 
-    def kind_of(self, module: nn.Module) -> Kind | None:
+    def module_patch(self, module: nn.Module) -> ModulePatch | None:
         """That of a class of diffusers, or of one made from it that has the same forward."""
         for base in type(module).__mro__:
-            for kind in self.kinds:
+            for kind in self.modules:
                 if base.__name__ == kind.name and base.__module__.startswith("diffusers."):
-                    same = base.__dict__.get("forward") is forwards.own(module)
+                    same = base.__dict__.get("forward") is forward_swap.own(module)
                     return kind if same else None
         return None

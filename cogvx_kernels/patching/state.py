@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import _backend
-from ..untouched import wrapped
-from .angles import Memo
+from ..module_utils import has_hooks
+from .rotary import Memo
 
 T = TypeVar("T")
 
@@ -127,6 +127,6 @@ def unusual(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """
     if type(module) is not kind:
         return f"a {kind.__name__} is a {type(module).__name__}"
-    if wrapped(module):
+    if has_hooks(module):
         return f"a {kind.__name__} has hooks"
     return None

@@ -11,15 +11,15 @@ from .. import _backend, _checks
 from . import (
     cogvideox_transformer,
     cogvideox_vae,
-    forwards,
+    forward_swap,
     hunyuan_video,
     mochi,
     wan_transformer,
     wan_vae,
 )
-from .family import Family, Kind
+from .registry import Family, ModulePatch
 from .report import Report, path
-from .site import Patch, Site
+from .state import Patch, Site
 
 MODES = ("exact", "fast")
 FAMILIES: tuple[Family, ...] = (
@@ -177,9 +177,9 @@ class _Plan:
     def __init__(self, model: Model, ops: tuple[str, ...], mode: str, backend: str) -> None:
         self.model = model
         self.patch = Patch(type(model.module).__name__, ops, mode, backend)
-        self.sites: list[tuple[nn.Module, Kind, Site]] = []
+        self.sites: list[tuple[nn.Module, ModulePatch, Site]] = []
         for name, module in model.module.named_modules():
-            kind = model.family.kind_of(module)
+            kind = model.family.module_patch(module)
             if kind is None or not set(kind.places) & set(ops):
                 continue
             reason = kind.refuses(module)
@@ -195,7 +195,7 @@ class _Plan:
         self.model.module.__dict__["_cogvx_patch"] = self.patch
         for module, kind, site in self.sites:
             module.__dict__["_cogvx"] = site
-            forwards.replace(module, kind.forward)
+            forward_swap.replace(module, kind.forward)
         self.model.family.prepare(self.model.module, self.patch)
 
 
@@ -205,7 +205,7 @@ def _undo(model: Model) -> None:
     model.family.undo(model.module)
     for module in model.module.modules():
         if module.__dict__.pop("_cogvx", None) is not None:
-            forwards.restore(module)
+            forward_swap.restore(module)
 
 
 def _models(obj: Any) -> tuple[dict[str, Model], dict[str, str]]:

@@ -9,7 +9,7 @@ from torch import nn
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def wrapped(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether something acts before or after the module's forward: its tensors may be elsewhere
     until it is called. A hook that is gone may have left the class's own `forward` behind."""
     held = module.__dict__.get("forward")
@@ -18,7 +18,7 @@ def wrapped(module: nn.Module) -> bool:
     return _hooked(module)
 
 
-def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether it is of that very class, with no hook and no `forward` of its own."""
     return type(module) is kind and "forward" not in module.__dict__ and not _hooked(module)
 
