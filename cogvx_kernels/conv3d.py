@@ -61,8 +61,8 @@ def conv3d(
     weight: (out, in, k, rows, columns), bias: (out,) or None, dtype and device of x.
     padding: zeros before and after frames, rows and columns: none over frames, and of the others
         fewer than the kernel has.
-    algo: "conv3d", torch's own 3-D convolution; "conv2d", k 2-D convolutions of all frames, added up
-        in at least fp32; "auto", planes where `known_issue` knows of any, else whole.
+    algo: "conv3d", torch's own 3-D convolution; "conv2d", k 2-D convolutions of all frames, summed
+        in at least fp32; "auto", "conv2d" where there is a `known_issue`, else "conv3d".
 
     Returns (batch, out, frames - k + 1, ...), channels_last_3d if x is. Differentiable in x, weight
     and bias. A call of more than `LIMIT` bytes is cut by samples, then frames, then rows, and each
