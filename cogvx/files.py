@@ -67,7 +67,7 @@ class CheckpointError(ValueError):
     """A folder or file does not hold what it should; the message names it, what and why."""
 
 
-def shown(value: object, limit: int = 80) -> str:
+def short_repr(value: object, limit: int = 80) -> str:
     """A stranger's value, fit to stand in a message."""
     if isinstance(value, int) and abs(value) >= 10**NUMBER_DIGITS:
         return "a huge integer"
@@ -75,7 +75,7 @@ def shown(value: object, limit: int = 80) -> str:
     return said if len(said) <= limit else f"{said[:limit]}…"
 
 
-def listed(lines: list[str], limit: int = 10) -> str:
+def format_list(lines: list[str], limit: int = 10) -> str:
     """The first lines, indented, and how many there are besides."""
     more = [f"… and {len(lines) - limit} more"] if len(lines) > limit else []
     return "".join(f"\n    {line}" for line in lines[:limit] + more)
@@ -98,7 +98,7 @@ def recognized(start: bytes) -> str:
         return "a web page (HTML), not the file that its link stands for: download it again"
     if text[:200].isascii() and text[:200].decode("ascii").replace("\n", "").isprintable():
         line = text[:60].decode("ascii").split("\n")[0]
-        return f"text, which begins {shown(line)}: an error of a server, perhaps"
+        return f"text, which begins {short_repr(line)}: an error of a server, perhaps"
     return ""
 
 
@@ -111,7 +111,7 @@ def member(folder: Path, name: object) -> Path:
     """
     if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name) or ".." in name:
         raise CheckpointError(
-            f"{folder}: a file must go by a plain name, without folders; got {shown(name)}"
+            f"{folder}: a file must go by a plain name, without folders; got {short_repr(name)}"
         )
     root = folder.resolve()
     try:
@@ -163,7 +163,7 @@ def open_regular(path: Path) -> BinaryIO:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be opened: {error}") from error
     except ValueError as error:  # a NUL in the name
-        raise CheckpointError(f"{shown(str(path))}: must be a path; {error}") from error
+        raise CheckpointError(f"{short_repr(str(path))}: must be a path; {error}") from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise CheckpointError(f"{path}: must be a regular file; it changed while it was opened")
@@ -216,7 +216,7 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
         why = f"got {came}" if came else error
         raise CheckpointError(f"{where}: must be JSON; {why}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: must hold a JSON object; got {shown(value)}")
+        raise CheckpointError(f"{where}: must hold a JSON object; got {short_repr(value)}")
     return value
 
 
@@ -224,7 +224,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {shown(key)} comes twice")
+            raise ValueError(f"the key {short_repr(key)} comes twice")
         found[key] = value
     return found
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .extras import extra
-from .files import listed
+from .files import format_list
 
 PathLike = str | os.PathLike[str]
 
@@ -152,7 +152,7 @@ def needed(
     if without:
         raise FileNotFoundError(
             f"{name}: must have weights as safetensors"
-            f"{'' if variant else ', without a variant'}; not so:{listed(without)}\n"
+            f"{'' if variant else ', without a variant'}; not so:{format_list(without)}\n"
             + ("" if variant else 'If they end in .fp16.safetensors, pass variant="fp16"')
         )
     if variant and not found:

@@ -272,7 +272,9 @@ def _encode(
     def run(pieces: Iterable[Tensor], state: EncodeState) -> Iterator[Tensor]:
         return (g.moments for g in vae.stream_encode(pieces, state, total=frames))
 
-    return _walk("encode", vae.encoder, run, EncodeState(), chunks, shape, out, tiling, (ratio, 1))
+    return _estimate(
+        "encode", vae.encoder, run, EncodeState(), chunks, shape, out, tiling, (ratio, 1)
+    )
 
 
 def _decode(
@@ -286,10 +288,12 @@ def _decode(
     def run(pieces: Iterable[Tensor], state: DecodeState) -> Iterator[Tensor]:
         return vae.stream_decode(pieces, state, total=latents)
 
-    return _walk("decode", vae.decoder, run, DecodeState(), chunks, shape, out, tiling, (1, ratio))
+    return _estimate(
+        "decode", vae.decoder, run, DecodeState(), chunks, shape, out, tiling, (1, ratio)
+    )
 
 
-def _walk(
+def _estimate(
     name: str,
     coder: Encoder | Decoder,
     run: Callable[[Iterable[Tensor], Any], Iterator[Tensor]],

@@ -20,11 +20,11 @@ from .config import PRESETS, Config, Preset, TransformerConfig, VAEConfig
 from .files import (
     CONFIG_BYTES,
     CheckpointError,
-    listed,
+    format_list,
     member,
     open_regular,
     recognized,
-    shown,
+    short_repr,
 )
 from .transformer import ExpertTransformer
 from .vae import CausalVAE
@@ -271,12 +271,12 @@ def _taken(what: str, model: nn.Module, tensors: Tensors, places: Mapping[str, P
             taken[name] = torch.cat([parts[block] for block in blocks])
     used = {place.key for place in places.values()}
     faults += [
-        f"{shown(key)}: expected nothing; got {list(tensor.shape)}"
+        f"{short_repr(key)}: expected nothing; got {list(tensor.shape)}"
         for key, tensor in tensors.items()
         if key not in used
     ]
     if faults:
-        raise CheckpointError(f"convert: the {what} does not fit its shapes:{listed(faults)}")
+        raise CheckpointError(f"convert: the {what} does not fit its shapes:{format_list(faults)}")
     return taken
 
 
@@ -289,9 +289,11 @@ def _read(paths: list[Path]) -> tuple[Tensors, Tensors]:
         strange = []
         for key, tensor in _load(file).items():
             if not isinstance(key, str) or not isinstance(tensor, Tensor):
-                strange.append(f"{shown(key)}: {type(tensor).__name__}")
+                strange.append(f"{short_repr(key)}: {type(tensor).__name__}")
             elif tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-                strange.append(f"{shown(key)}: {list(tensor.shape)}, of which most is not there")
+                strange.append(
+                    f"{short_repr(key)}: {list(tensor.shape)}, of which most is not there"
+                )
             elif DROPPED.match(key):
                 continue
             elif key.startswith(TRANSFORMER_PREFIX):
@@ -299,10 +301,10 @@ def _read(paths: list[Path]) -> tuple[Tensors, Tensors]:
             elif key.startswith((VAE_PREFIX, "encoder.", "decoder.")):
                 vae[key.removeprefix(VAE_PREFIX)] = tensor
             else:
-                strange.append(f"{shown(key)}: {list(tensor.shape)}")
+                strange.append(f"{short_repr(key)}: {list(tensor.shape)}")
         if strange:
             raise CheckpointError(
-                f"{file}: must hold {TRANSFORMER_PREFIX}… or a VAE; got also:{listed(strange)}"
+                f"{file}: must hold {TRANSFORMER_PREFIX}… or a VAE; got also:{format_list(strange)}"
             )
     if not transformer and not vae:
         raise CheckpointError(f"{paths[0]}: must hold {TRANSFORMER_PREFIX}… or a VAE; got neither")
@@ -317,7 +319,7 @@ def _states(path: Path) -> Path:
         with open_regular(member(path, "latest")) as file:
             tag = file.read(CONFIG_BYTES).decode("utf-8", "replace").strip()
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", tag):
-            raise CheckpointError(f"{path / 'latest'}: must name a folder; got {shown(tag)}")
+            raise CheckpointError(f"{path / 'latest'}: must name a folder; got {short_repr(tag)}")
         folder = path / tag
     else:
         folders = sorted(file.parent for file in path.glob(f"*/{STATES}"))

@@ -17,12 +17,12 @@ from .extras import extra, quiet_imports
 from .files import (
     CONFIG_BYTES,
     CheckpointError,
-    listed,
+    format_list,
     member,
     open_regular,
     read_json,
     recognized,
-    shown,
+    short_repr,
     unfinished,
 )
 from .hub import PARTS
@@ -129,8 +129,8 @@ class T5TextEncoder:
                 self._cut.add((prompt, max_length))
                 left_out = self.tokenizer.decode(whole[max_length - 1 : -1])
                 warnings.warn(
-                    f"the prompt {shown(prompt, 40)} has {len(whole)} tokens, of which the model "
-                    f"sees {max_length}; left out: {left_out!r}",
+                    f"the prompt {short_repr(prompt, 40)} has {len(whole)} tokens, of which the "
+                    f"model sees {max_length}; left out: {left_out!r}",
                     stacklevel=4,
                 )
 
@@ -175,7 +175,8 @@ def _read_model(folder: Path, dtype: torch.dtype | None, variant: str | None) ->
     values = read_json(member(folder, "config.json"), CONFIG_BYTES)
     if values.get("model_type", "t5") != "t5":
         raise CheckpointError(
-            f"{folder / 'config.json'}: model_type must be t5; got {shown(values['model_type'])}"
+            f"{folder / 'config.json'}: model_type must be t5; got "
+            f"{short_repr(values['model_type'])}"
         )
     with Weights(folder, variant, "model") as weights:
         dtype = dtype or weights.dtype()
@@ -193,7 +194,7 @@ def _read_model(folder: Path, dtype: torch.dtype | None, variant: str | None) ->
         names = sorted(found["missing_keys"])
         raise CheckpointError(
             f"{folder}: must hold all weights of a T5 encoder; {len(names)} are missing:"
-            f"{listed(names)}"
+            f"{format_list(names)}"
         )
     return model
 

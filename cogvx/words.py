@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .files import CONFIG_BYTES, CheckpointError, atomic_path, member, read_json, shown
+from .files import CONFIG_BYTES, CheckpointError, atomic_path, member, read_json, short_repr
 
 PathLike = str | os.PathLike[str]
 
@@ -46,15 +46,17 @@ class WordTextEncoder:
         if bad or not 1 <= len(set(words)) == len(words) <= WORDS_LIMIT:
             raise ValueError(
                 f"{CLASS}: words must be 1 to {WORDS_LIMIT} different ones of small letters, or a "
-                f"comma; got {len(words)}" + (f", with {shown(bad[0])}" if bad else "")
+                f"comma; got {len(words)}" + (f", with {short_repr(bad[0])}" if bad else "")
             )
         if not isinstance(places, int) or not 1 <= places <= PLACES_LIMIT:
             raise ValueError(
-                f"{CLASS}: places must be an integer in [1, {PLACES_LIMIT}]; got {shown(places)}"
+                f"{CLASS}: places must be an integer in [1, {PLACES_LIMIT}]; got "
+                f"{short_repr(places)}"
             )
         if not isinstance(window, int) or not 0 <= window <= WINDOW_LIMIT:
             raise ValueError(
-                f"{CLASS}: window must be an integer in [0, {WINDOW_LIMIT}]; got {shown(window)}"
+                f"{CLASS}: window must be an integer in [0, {WINDOW_LIMIT}]; got "
+                f"{short_repr(window)}"
             )
         self.words = tuple(words)
         self.places = places
@@ -82,7 +84,7 @@ class WordTextEncoder:
             if len(found) > max_length:
                 raise ValueError(
                     f"{CLASS}.encode: prompt must have at most {max_length} words, commas "
-                    f"included; got {len(found)} in {shown(prompt)}"
+                    f"included; got {len(found)} in {short_repr(prompt)}"
                 )
             row[: len(found)] = torch.tensor(found, dtype=torch.long)
         padded = F.pad(numbers, (self.window, self.window))
@@ -108,7 +110,7 @@ class WordTextEncoder:
 
     def _suggested(self, word: str) -> str:
         like = difflib.get_close_matches(word, self.words, n=1)
-        return shown(word) + (f" (did you mean {like[0]}?)" if like else "")
+        return short_repr(word) + (f" (did you mean {like[0]}?)" if like else "")
 
     def save_pretrained(self, folder: PathLike) -> None:
         """Writes `folder/text_encoder/config.json`, which `from_pretrained` reads."""
@@ -130,7 +132,7 @@ class WordTextEncoder:
         if values.get("_class_name") != CLASS or not isinstance(values.get("words"), list):
             raise CheckpointError(
                 f"{folder}/text_encoder/config.json: must be of a {CLASS} with its words; got "
-                f"{shown(values.get('_class_name'))}"
+                f"{short_repr(values.get('_class_name'))}"
             )
         try:
             return cls(values["words"], values.get("places", 0), values.get("window", 0))

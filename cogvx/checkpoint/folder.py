@@ -18,7 +18,7 @@ from ..files import (
     atomic_path,
     member,
     read_json,
-    shown,
+    short_repr,
     unfinished,
 )
 from ..transformer import ExpertTransformer
@@ -132,7 +132,7 @@ def load_scheduler(path: PathLike, **hub: Any) -> tuple[str, SchedulerConfig]:
     if not isinstance(name, str) or name not in solvers:
         raise CheckpointError(
             f"{folder / 'scheduler_config.json'}: _class_name must be among "
-            f"{', '.join(solvers)}; got {shown(name)}"
+            f"{', '.join(solvers)}; got {short_repr(name)}"
         )
     return solvers[name], _config(folder, "scheduler_config.json", SchedulerConfig, (name,))
 
@@ -218,7 +218,7 @@ def _component(path: PathLike, name: str, config: str, **hub: Any) -> Path:
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{shown(str(path))}: cannot be looked into: {error}") from error
+        raise CheckpointError(f"{short_repr(str(path))}: cannot be looked into: {error}") from error
     kind = "a file" if os.path.exists(folder) else "not there"
     raise CheckpointError(
         f"{folder}: must be a folder, with {config} or {name}/ in it, or a model's name on the "
@@ -232,7 +232,7 @@ def _config(folder: Path, name: str, kind: type[C], classes: tuple[str, ...]) ->
     if values.get("_class_name", classes[0]) not in classes:
         raise CheckpointError(
             f"{path}: _class_name must be {' or '.join(classes)}; got "
-            f"{shown(values['_class_name'])}"
+            f"{short_repr(values['_class_name'])}"
         )
     try:
         return kind.from_dict(values)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..files import CONFIG_BYTES, CheckpointError, listed, parse_json, read_json, shown
+from ..files import CONFIG_BYTES, CheckpointError, format_list, parse_json, read_json, short_repr
 from .tensors import Entry, TensorFile
 from .weights import FLOATING, PICKLES
 
@@ -160,7 +160,7 @@ def _matched(file: TensorFile, layers: Mapping[str, nn.Module]) -> dict[str, dic
         layer = match and _layer(match["layer"], layers, flat)
         other = next((kind for kind, pattern in OTHERS.items() if pattern.match(key)), None)
         if match is None or layer is None or other is not None:
-            fault(other or "of no layer of this transformer", shown(key)[1:-1])
+            fault(other or "of no layer of this transformer", short_repr(key)[1:-1])
             continue
         parts, part = found.setdefault(layer, {}), PARTS[match["side"], match["kind"]]
         if part in parts:
@@ -175,7 +175,7 @@ def _matched(file: TensorFile, layers: Mapping[str, nn.Module]) -> dict[str, dic
         fault("of LoRA", f"lora_A and lora_B of a layer, for example {next(iter(layers))}")
     if faults:
         report = "".join(
-            f"\n  {len(lines)} {kind}:{listed(lines)}" for kind, lines in faults.items()
+            f"\n  {len(lines)} {kind}:{format_list(lines)}" for kind, lines in faults.items()
         )
         raise CheckpointError(
             f"{file.path}: must be a LoRA of this transformer; nothing was loaded. Of its "
@@ -250,21 +250,26 @@ def _settings(file: TensorFile) -> dict[str, Any]:
         return {}
     kind = values.get("peft_type", "LORA")
     if kind != "LORA":
-        raise CheckpointError(f"{where}: peft_type must be LORA; got {shown(kind)}")
+        raise CheckpointError(f"{where}: peft_type must be LORA; got {short_repr(kind)}")
     if values.get("use_dora"):
         raise CheckpointError(f"{where}: use_dora must be false: DoRA is not supported")
     start = values.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
         raise CheckpointError(
-            f"{where}: init_lora_weights must not be {shown(start)}, which changes the weights of "
-            "the model too: save the adapter with path_initial_model_for_weight_conversion"
+            f"{where}: init_lora_weights must not be {short_repr(start)}, which changes the "
+            "weights of the model too: save the adapter with "
+            "path_initial_model_for_weight_conversion"
         )
     patterns = values.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
-        raise CheckpointError(f"{where}: alpha_pattern must be an object; got {shown(patterns)}")
+        raise CheckpointError(
+            f"{where}: alpha_pattern must be an object; got {short_repr(patterns)}"
+        )
     for name, value in {"lora_alpha": values.get("lora_alpha"), **patterns}.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise CheckpointError(f"{where}: {shown(name)} must be a number; got {shown(value)}")
+            raise CheckpointError(
+                f"{where}: {short_repr(name)} must be a number; got {short_repr(value)}"
+            )
     return {
         "alpha": values.get("lora_alpha"),
         "patterns": {_pattern(where, name): value for name, value in patterns.items()},
@@ -285,7 +290,7 @@ def _pattern(where: str, text: str) -> re.Pattern[str]:
         pass
     raise CheckpointError(
         f"{where}: names in alpha_pattern must be those of layers, or simple regular expressions; "
-        f"got {shown(text)}"
+        f"got {short_repr(text)}"
     )
 
 

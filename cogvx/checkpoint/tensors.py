@@ -22,7 +22,7 @@ from ..files import (
     atomic_path,
     open_regular,
     recognized,
-    shown,
+    short_repr,
 )
 
 HEADER_BYTES = 8 * MIB
@@ -67,7 +67,7 @@ class TensorFile:
                 file.seek(8)
                 raise CheckpointError(
                     f"{self.path}: must be {_said(file.read(length))}; got {size:,} bytes and "
-                    f"{shown(str(error), 200)}{_ends(self.path)}"
+                    f"{short_repr(str(error), 200)}{_ends(self.path)}"
                 ) from error
         self.metadata: dict[str, str] = self._file.metadata() or {}
 
@@ -84,8 +84,10 @@ class TensorFile:
         try:
             return self._file.get_tensor(name).clone()
         except (SafetensorError, RuntimeError, TypeError) as error:  # a shape beyond torch's, say
-            why = shown(str(error), 200)
-            raise CheckpointError(f"{self.path}: {shown(name)} cannot be read: {why}") from error
+            why = short_repr(str(error), 200)
+            raise CheckpointError(
+                f"{self.path}: {short_repr(name)} cannot be read: {why}"
+            ) from error
 
     def __enter__(self) -> "TensorFile":
         return self
@@ -155,11 +157,11 @@ def fill(
     for name, tensor in tensors.items():
         if not isinstance(name, str) or name == "__metadata__":
             raise TypeError(
-                f"write_tensors: names must be text, not __metadata__; got {shown(name)}"
+                f"write_tensors: names must be text, not __metadata__; got {short_repr(name)}"
             )
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_meta:
             raise TypeError(
-                f"write_tensors: {shown(name)} must be a dense tensor with data; got "
+                f"write_tensors: {short_repr(name)} must be a dense tensor with data; got "
                 f"{'one on meta' if isinstance(tensor, Tensor) else type(tensor).__name__}"
             )
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
@@ -174,7 +176,7 @@ def fill(
     except (KeyError, TypeError) as error:
         raise TypeError(
             f"write_tensors: dtypes must be among those of safetensors, and metadata text by text; "
-            f"got {shown(str(error), 200)}"
+            f"got {short_repr(str(error), 200)}"
         ) from error
     with TensorFile(path):
         pass  # what could not be read again replaces nothing

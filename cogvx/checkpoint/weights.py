@@ -18,11 +18,11 @@ from ..files import (
     INDEX_BYTES,
     CheckpointError,
     atomic_path,
-    listed,
+    format_list,
     member,
     read_json,
     remove_abandoned,
-    shown,
+    short_repr,
     sync,
     unfinished,
 )
@@ -52,7 +52,7 @@ class Weights:
     def __init__(self, folder: Path, variant: str | None = None, stem: str = STEM) -> None:
         word = variant if isinstance(variant, str) else ""
         if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", word):
-            raise ValueError(f"variant must be a short word, as in fp16; got {shown(variant)}")
+            raise ValueError(f"variant must be a short word, as in fp16; got {short_repr(variant)}")
         self.folder = folder
         self.files: list[TensorFile] = []
         self.place: dict[str, TensorFile] = {}
@@ -78,11 +78,14 @@ class Weights:
         path = member(self.folder, index)
         weight_map = read_json(path, INDEX_BYTES).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{path}: weight_map must name files; got {shown(weight_map)}")
+            raise CheckpointError(
+                f"{path}: weight_map must name files; got {short_repr(weight_map)}"
+            )
         for name, shard in weight_map.items():
             if not isinstance(shard, str) or not shard.endswith(".safetensors"):
                 raise CheckpointError(
-                    f"{path}: {shown(name)} must be in a .safetensors file; got {shown(shard)}"
+                    f"{path}: {short_repr(name)} must be in a .safetensors file; got "
+                    f"{short_repr(shard)}"
                 )
         shards = sorted(set(weight_map.values()))
         if len(shards) > SHARD_LIMIT:
@@ -105,7 +108,7 @@ class Weights:
             if weight_map.get(name) != shard and (name not in weight_map or counts[name] > 1)
         ]
         if faults:
-            raise CheckpointError(f"{path}: does not agree with its files:{listed(faults)}")
+            raise CheckpointError(f"{path}: does not agree with its files:{format_list(faults)}")
 
     def __enter__(self) -> "Weights":
         return self
@@ -141,8 +144,8 @@ class Weights:
         ]
         unexpected, misshapen, mistyped = [], [], []
         for name, file in self.place.items():
-            entry, where = file.entries[name], f"{shown(name)[1:-1]} in {file.path.name}"
-            shape = shown(list(entry.shape))
+            entry, where = file.entries[name], f"{short_repr(name)[1:-1]} in {file.path.name}"
+            shape = short_repr(list(entry.shape))
             if name not in wanted:
                 unexpected.append(f"{where}: expected nothing; got {shape}")
             elif entry.shape != wanted[name]:
@@ -156,7 +159,9 @@ class Weights:
             "of a dtype that weights do not have": mistyped,
         }
         report = "".join(
-            f"\n  {len(lines)} {kind}:{listed(lines)}" for kind, lines in kinds.items() if lines
+            f"\n  {len(lines)} {kind}:{format_list(lines)}"
+            for kind, lines in kinds.items()
+            if lines
         )
         if report:
             names = [file.path.name for file in self.files]
@@ -190,7 +195,7 @@ class Weights:
         if bad:
             raise CheckpointError(
                 f"{self.folder}: all weights must be finite; got NaN or infinity in {len(bad)} "
-                f"tensors:{listed(bad)}"
+                f"tensors:{format_list(bad)}"
             )
         model.load_state_dict(state, assign=True)
 

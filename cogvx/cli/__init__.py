@@ -34,7 +34,7 @@ OPTIONS = {
 }
 # Classes and functions that errors begin with; who types a command knows none of them.
 CALLEES = re.compile(
-    r"\A(?:cogvx|build_transformer|build_vae|trajectory|forecast|plan|train|convert|load_lora|"
+    r"\A(?:cogvx|build_transformer|build_vae|timestep_schedule|forecast|plan|train|convert|load_lora|"
     r"open_video|read_image|read_video|write_video|write_tensors|stream_encode|stream_decode|held_out_prompts|"
     r"(?:CogVideoX|CausalVAE|ExpertTransformer|T5TextEncoder|WordTextEncoder|TransformerConfig|"
     r"VAEConfig|Tiling)(?:\.\w+)?): "
@@ -120,7 +120,7 @@ def _message(error: BaseException, options: argparse.Namespace) -> str:
 def _as_typed(message: str, options: argparse.Namespace) -> str:
     """The message with options in the place of a function of the library and its arguments.
 
-    "trajectory: num_steps must be …" becomes "--steps must be …", where the command has --steps.
+    "timestep_schedule: num_steps must be …" becomes "--steps must be …" if the command has --steps.
     """
     message = CALLEES.sub("", message, 1)
     found = re.match(r"(\w+)(?: and (\w+))? must ", message)

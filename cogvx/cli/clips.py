@@ -17,7 +17,7 @@ from ..checkpoint import CheckpointError
 from ..checkpoint.record import check_record, record_of_config, record_of_model
 from ..config import VAEConfig
 from ..data import FolderClips, encode_clips
-from ..pipeline import default_size, saved
+from ..pipeline import default_size, resume
 from ..pipeline.denoise import State
 from ..text import T5TextEncoder
 from ..vae import CausalVAE, DiagonalGaussian, Tiling
@@ -60,9 +60,9 @@ def encode(options: argparse.Namespace, console: Console) -> None:
         "source": options.video.name,
     }
     scaled = State(vae.config.scaling_factor * latents)
-    saved.write(options.out, saved.Saved(record, 0, scaled))
+    resume.write(options.out, resume.Saved(record, 0, scaled))
     facts = {**_facts(clip), "latents": list(latents.shape), "out": str(options.out)}
-    console.say({**facts, "seconds": console.seconds})
+    console.print_summary({**facts, "seconds": console.seconds})
 
 
 def _encode_folder(options: argparse.Namespace, console: Console) -> None:
@@ -101,26 +101,26 @@ def _encode_folder(options: argparse.Namespace, console: Console) -> None:
         clips, vae, options.out, text_encoder=text_encoder, text_length=length, progress=done
     )
     facts = {"clips": len(made), "latents": list(made[0].moments.shape), "out": str(options.out)}
-    console.say({**facts, "seconds": console.seconds})
+    console.print_summary({**facts, "seconds": console.seconds})
 
 
 @torch.no_grad()
 def decode(options: argparse.Namespace, console: Console) -> None:
     console.hold(output(options.out, options.force, VIDEOS))
-    source, has = VAESource.of(options), saved.read(options.latents)
-    _check_latents(options.latents, has, source.config)
-    usual = has.record.get("fps", usual_fps(source.transformer))
+    source, saved = VAESource.of(options), resume.read(options.latents)
+    _check_latents(options.latents, saved, source.config)
+    usual = saved.record.get("fps", usual_fps(source.transformer))
     fps = float(usual) if options.fps is None else options.fps
     ratio = source.config.spatial_compression_ratio
-    frames, _, height, width = has.state.latents.shape[1:]
+    frames, _, height, width = saved.state.latents.shape[1:]
     check_video_output(options.out, fps, ratio * height, ratio * width)
     source.warn_if_long(console, frames, height, width, "decode")
     vae = source.load(console)
-    check_latents(options.latents, has, vae)
+    check_latents(options.latents, saved, vae)
     done = partial(console.progress, "decode")
-    frames = write_latents(options.out, vae, has, fps, tiling_of(options), done)
+    frames = write_latents(options.out, vae, saved, fps, tiling_of(options), done)
     facts = {"frames": frames, "fps": fps, "out": str(options.out)}
-    console.say({**facts, "seconds": console.seconds})
+    console.print_summary({**facts, "seconds": console.seconds})
 
 
 @torch.no_grad()
@@ -151,31 +151,31 @@ def reconstruct(options: argparse.Namespace, console: Console) -> None:
         "note": "seconds are of this run, reading and writing included: no benchmark",
         "out": str(options.out),
     }
-    console.say(facts)
+    console.print_summary(facts)
 
 
-def check_latents(path: Path, has: saved.Saved, vae: CausalVAE) -> None:
+def check_latents(path: Path, saved: resume.Saved, vae: CausalVAE) -> None:
     """Raises CheckpointError unless a VAE with these very weights is to decode the latents."""
     here = record_of_model("vae", vae)
-    if has.record.get("vae.dtype") == here["vae.dtype"]:  # else the bits say nothing
-        check_record(path, has.record, {"vae.weights": here["vae.weights"]})
+    if saved.record.get("vae.dtype") == here["vae.dtype"]:  # else the bits say nothing
+        check_record(path, saved.record, {"vae.weights": here["vae.weights"]})
 
 
-def _check_latents(path: Path, has: saved.Saved, vae: VAEConfig) -> None:
+def _check_latents(path: Path, saved: resume.Saved, vae: VAEConfig) -> None:
     """Raises CheckpointError for latents of another kind of VAE, or with steps left."""
-    check_record(path, has.record, record_of_config("vae", vae))
-    if has.state.done < has.steps:
+    check_record(path, saved.record, record_of_config("vae", vae))
+    if saved.state.done < saved.steps:
         raise CheckpointError(
-            f"{path}: must hold latents after all steps; got {has.state.done} of {has.steps}: go "
-            "on with cogvx generate --resume"
+            f"{path}: must hold latents after all steps; got {saved.state.done} of {saved.steps}: "
+            "go on with cogvx generate --resume"
         )
 
 
 def write_latents(
-    path: Path, vae: CausalVAE, has: saved.Saved, fps: float, tiling: Tiling | None, done: Any
+    path: Path, vae: CausalVAE, saved: resume.Saved, fps: float, tiling: Tiling | None, done: Any
 ) -> int:
     """Decodes to a file, in constant memory unless in tiles; returns the number of frames."""
-    raw = has.state.latents[:1, has.padding :] / vae.config.scaling_factor
+    raw = saved.state.latents[:1, saved.padding :] / vae.config.scaling_factor
     if tiling is not None:
         return write_video(path, vae.decode(raw.to(_like(vae)), tiling=tiling, progress=done), fps)
     plan = frame_rule.decode_plan(raw.shape[1], vae.config)

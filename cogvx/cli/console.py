@@ -83,7 +83,7 @@ class Console:
         """Since the command began."""
         return round(time.monotonic() - self.started, 3)
 
-    def say(self, facts: dict[str, Any], text: str | None = None) -> None:
+    def print_summary(self, facts: dict[str, Any], text: str | None = None) -> None:
         """The facts as JSON, or for people: `text`, or else a line for each fact."""
         self.close()
         if self.as_json:

@@ -84,7 +84,7 @@ def demo(options: argparse.Namespace, console: Console) -> None:
     if clip is not None:
         row = _reconstruct(pipe, clip, options.clip.name, beside, device)
         done.append({**row, "files": [str(beside)]})
-    console.say({"device": str(device), "runs": done}, _text(done, device, options))
+    console.print_summary({"device": str(device), "runs": done}, _text(done, device, options))
 
 
 def _write(path: Path, video: Tensor, prompt: str) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..checkpoint import load_scheduler
 from ..checkpoint.lora import read_lora
 from ..config import TransformerConfig, VAEConfig
-from ..pipeline import CogVideoX, default_size, saved
-from ..pipeline.request import Inputs, Request, resolve
+from ..pipeline import CogVideoX, default_size, resume
+from ..pipeline.params import Inputs, Request, resolve
 from ..plan import denoise_flops, forecast, vae_flops
 from ..schedulers import SOLVERS
 from ..transformer import ExpertTransformer
@@ -48,7 +48,7 @@ def generate(options: argparse.Namespace, console: Console) -> None:
         raise ValueError(f"{latents}: must be there to --resume; it is not")
     seed = options.seed
     if options.resume:
-        before = saved.read(latents).record
+        before = resume.read(latents).record
         seed = before.get("seed") if seed is None else seed
     elif seed is None:
         seed = int(torch.randint(1 << 31, ()))
@@ -74,9 +74,9 @@ def generate(options: argparse.Namespace, console: Console) -> None:
     del pipe  # what is denoised needs no transformer
     done = partial(console.progress, "decode")
     try:
-        has = saved.read(latents)
+        saved = resume.read(latents)
         frames = clips.write_latents(
-            options.out, vae, has, job.fps, loading.tiling_of(options), done
+            options.out, vae, saved, job.fps, loading.tiling_of(options), done
         )
     except (ValueError, RuntimeError, OSError) as error:
         raise RuntimeError(
@@ -84,7 +84,7 @@ def generate(options: argparse.Namespace, console: Console) -> None:
             f"--out {options.out} --fps {job.fps:g} (--tiling needs less memory)"
         ) from error
     facts = {"frames": frames, "fps": job.fps, "seed": seed, "latents": str(latents)}
-    console.say({**facts, "out": str(options.out), "seconds": console.seconds})
+    console.print_summary({**facts, "out": str(options.out), "seconds": console.seconds})
 
 
 def _checked(options: argparse.Namespace) -> Job:
@@ -110,7 +110,7 @@ def _checked(options: argparse.Namespace) -> Job:
         "image_latent_scale": options.image_latent_scale,
     }
     request = _request(transformer, vae, given)
-    steps = SOLVERS[request.scheduler](noise).trajectory(request.steps, request.strength)
+    steps = SOLVERS[request.scheduler](noise).timestep_schedule(request.steps, request.strength)
     fps = loading.usual_fps(transformer) if options.fps is None else options.fps
     check_video_output(options.out, fps, request.height, request.width)
     _check_budget(options, request, transformer, vae, dtype, folder)

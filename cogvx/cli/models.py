@@ -48,7 +48,7 @@ def plan(options: argparse.Namespace, console: Console) -> None:
         text_bytes=0 if options.no_text_encoder else text,
         budget=options.vram_budget,
     )
-    console.say(made.to_dict(), str(made))
+    console.print_summary(made.to_dict(), str(made))
 
 
 @torch.no_grad()
@@ -74,7 +74,9 @@ def params(options: argparse.Namespace, console: Console) -> None:
                 modules.update(encoder=built.encoder, decoder=built.decoder)
     counts = {name: sum(p.numel() for p in m.parameters()) for name, m in modules.items()}
     counts["total"] = sum(counts.values())
-    console.say(counts, "\n".join(f"{name:11} {count:15,}" for name, count in counts.items()))
+    console.print_summary(
+        counts, "\n".join(f"{name:11} {count:15,}" for name, count in counts.items())
+    )
 
 
 @torch.no_grad()
@@ -90,7 +92,7 @@ def convert(options: argparse.Namespace, console: Console) -> None:
     sat.convert(options.source, target, dtype, vae=options.vae, preset=options.preset)
     written = sorted(path for path in target.rglob("*") if path.is_file())
     names = [path.relative_to(target).as_posix() for path in written]
-    console.say({"out": str(target), "files": names, "seconds": console.seconds})
+    console.print_summary({"out": str(target), "files": names, "seconds": console.seconds})
 
 
 def _folder(options: argparse.Namespace) -> Path:

@@ -30,7 +30,7 @@ def score(options: argparse.Namespace, console: Console) -> None:
         progress=partial(console.progress, "clips"),
     )
     facts = {"psnr_db": round(decibels, 2), **scores.to_dict(), "control": control.to_dict()}
-    console.say({**facts, "seconds": console.seconds}, table(scores, control, decibels))
+    console.print_summary({**facts, "seconds": console.seconds}, table(scores, control, decibels))
 
 
 def table(scores: Scores, control: Scores, decibels: float) -> str:

@@ -28,4 +28,4 @@ def train(options: argparse.Namespace, console: Console) -> None:
     )
     last = {f"{stage}_{k}": v for stage, points in curves.items() for k, v in points[-1].items()}
     if curves:  # else this process is one beside the main one
-        console.say({**last, "seconds": console.seconds, "out": str(options.out)})
+        console.print_summary({**last, "seconds": console.seconds, "out": str(options.out)})

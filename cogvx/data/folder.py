@@ -15,7 +15,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from ..config import VAEConfig
-from ..files import CheckpointError, listed, open_regular, parse_json, shown
+from ..files import CheckpointError, format_list, open_regular, parse_json, short_repr
 from ..video import PICTURE_SUFFIXES, SUFFIXES, open_video
 from .procedural import Clip
 
@@ -55,7 +55,7 @@ class FolderClips(Dataset[Clip]):
         if self.left_out:
             warnings.warn(
                 f"{self.folder}: {len(self.names)} clips; left out, being neither clips nor "
-                f"captions:{listed(self.left_out, 100)}",
+                f"captions:{format_list(self.left_out, 100)}",
                 stacklevel=2,
             )
 
@@ -94,7 +94,7 @@ def _read(folder: Path, pictures: bool) -> tuple[dict[str, str], list[str]]:
         lines += [f"{name}: neither video nor caption" for name in left_out]
         raise ValueError(
             f"{folder}: must hold videos ({' '.join(suffixes)}), each with a caption in {METADATA} "
-            f"or in a .txt of its name; got {len(clips)} videos{listed(lines)}"
+            f"or in a .txt of its name; got {len(clips)} videos{format_list(lines)}"
         )
     return captions, left_out
 
@@ -136,18 +136,20 @@ def _of_metadata(path: Path, clips: set[str]) -> dict[str, str]:
         name, text = values.get("file_name"), values.get("text")
         if not isinstance(name, str) or not isinstance(text, str):
             raise CheckpointError(
-                f"{where}: must have the texts file_name and text; got {shown(values)}"
+                f"{where}: must have the texts file_name and text; got {short_repr(values)}"
             )
         parts = name.replace("\\", "/").split("/")
         if parts[0] == "" or ".." in parts or ":" in parts[0]:
             raise CheckpointError(
                 f"{where}: file_name must be a plain name or a path inside the folder; got "
-                f"{shown(name)}"
+                f"{short_repr(name)}"
             )
         name = "/".join(part for part in parts if part not in ("", "."))
         name = spelled.get(_composed(name), name)
         if name in captions:
-            raise CheckpointError(f"{where}: must name each clip once; got {shown(name)} again")
+            raise CheckpointError(
+                f"{where}: must name each clip once; got {short_repr(name)} again"
+            )
         captions[name] = text
     return captions
 

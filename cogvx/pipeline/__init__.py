@@ -1,8 +1,8 @@
 """Text, image or video in, video out."""
 
 from .cogvideox import CogVideoX
-from .request import default_dtype, default_size
-from .saved import decode_saved
+from .params import default_dtype, default_size
+from .resume import decode_saved
 
 __all__ = [
     "CogVideoX",

@@ -29,19 +29,19 @@ from ..config import SchedulerConfig
 from ..files import CONFIG_BYTES, read_json
 from ..hub import PARTS
 from ..plan import Plan, forecast
-from ..schedulers import SOLVERS, Generators, Solver, Trajectory, draw
+from ..schedulers import SOLVERS, Generators, Solver, TimestepSchedule, randn_tensor
 from ..text import T5TextEncoder, TextEncoder, check_packages
 from ..transformer import ExpertTransformer
 from ..vae import CausalVAE, Tiling
 from ..words import WordTextEncoder, is_words
-from . import saved
+from . import resume as saving
 from .conditioning import Progress, decode, embeddings, encoded, image_condition, noisy_video
-from .denoise import Callback, Conditions, State, denoise, each, generator_of
+from .denoise import Callback, Conditioning, State, denoise, each, make_generator
 from .lora import Adapters
 from .names import takes_diffusers_names
+from .params import Inputs, Request, default_size, resolve
 from .pictures import to_tensor
-from .request import Inputs, Request, default_size, resolve
-from .saved import Saved
+from .resume import Saved
 
 PathLike = str | os.PathLike[str]
 LARGE = 3072  # the hidden size of the models of 5 billion parameters
@@ -404,34 +404,36 @@ class CogVideoX:
             tiling=tiling,
             num_train_timesteps=self.scheduler.num_train_timesteps,
         )
-        saved.check_saving(save_latents, checkpoint_every)
+        saving.check_saving(save_latents, checkpoint_every)
         self._warn_of_half()
         _warn_of_range({"image": image, "video": video})
         progress = progress or _no_progress
         solver = SOLVERS[request.scheduler](self.scheduler, compat)
-        walk = solver.trajectory(request.steps, request.strength)
-        random, record = generator_of(seed, generator, request.batch), {}
+        timesteps = solver.timestep_schedule(request.steps, request.strength)
+        random, record = make_generator(seed, generator, request.batch), {}
         if save_latents is not None or resume is not None:
             record = self._record(request, inputs, random)
-        conditions: Conditions | None
+        conditioning: Conditioning | None
         if resume is None:
-            conditions, state = self._begin(inputs, request, solver, walk, random, tiling, progress)
+            conditioning, state = self._begin(
+                inputs, request, solver, timesteps, random, tiling, progress
+            )
         else:
-            has = self._resumed(resume, record, seed, random)
-            record, conditions, state = has.record, has.conditions, has.state
-        if conditions is not None:  # None: the file had all steps
-            progress("denoise", state.done, len(walk))
+            saved = self._resumed(resume, record, seed, random)
+            record, conditioning, state = saved.record, saved.conditioning, saved.state
+        if conditioning is not None:  # None: the file had all steps
+            progress("denoise", state.done, len(timesteps))
             run = denoise(
-                self.transformer, solver, walk, state, conditions, request, random, callback
+                self.transformer, solver, timesteps, state, conditioning, request, random, callback
             )
             for state in run:
                 due = checkpoint_every is not None and state.done % checkpoint_every == 0
-                if save_latents is not None and due and state.done < len(walk):
-                    now = Saved(record, len(walk), state, conditions, _states(random))
-                    saved.write(save_latents, now)
-                progress("denoise", state.done, len(walk))
+                if save_latents is not None and due and state.done < len(timesteps):
+                    now = Saved(record, len(timesteps), state, conditioning, _states(random))
+                    saving.write(save_latents, now)
+                progress("denoise", state.done, len(timesteps))
         if save_latents is not None:
-            saved.write(save_latents, Saved(record, len(walk), state))
+            saving.write(save_latents, Saved(record, len(timesteps), state))
         if output == "latents":
             return state.latents
         return decode(self.vae, state.latents[:, request.padding :], tiling, progress)
@@ -442,8 +444,8 @@ class CogVideoX:
         tiling: Tiling | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
-        """The video of latents that `generate` saved; see `cogvx.pipeline.saved.decode_saved`."""
-        return saved.decode_saved(self.vae, path, tiling, progress)
+        """The video of latents that `generate` saved; see `cogvx.pipeline.resume.decode_saved`."""
+        return saving.decode_saved(self.vae, path, tiling, progress)
 
     def plan(
         self,
@@ -474,11 +476,11 @@ class CogVideoX:
         inputs: Inputs,
         request: Request,
         solver: Solver,
-        walk: Trajectory,
+        timesteps: TimestepSchedule,
         generator: Generators,
         tiling: Tiling | None,
         progress: Progress,
-    ) -> tuple[Conditions, State]:
+    ) -> tuple[Conditioning, State]:
         """What the first step needs: text, then image or video, then noise, in this order."""
         weight = next(self.transformer.parameters())
         like = weight.new_empty(request.shape)
@@ -486,14 +488,16 @@ class CogVideoX:
         text, negative = text.to(like), None if negative is None else negative.to(like)
         if inputs.video is not None:
             raw = encoded(self.vae, inputs.video, generator, progress, tiling)
-            latents = noisy_video(raw, self.vae, request, solver, walk, generator, like)
-            return Conditions(text, negative), State(latents)
+            latents = noisy_video(raw, self.vae, request, solver, timesteps, generator, like)
+            return Conditioning(text, negative), State(latents)
         image = None
         if inputs.image is not None:
             raw = encoded(self.vae, inputs.image[:, None], generator, progress, tiling)
             image = image_condition(raw, self.vae, request, like)
-        latents = draw(like, generator) if inputs.latents is None else inputs.latents.to(like)
-        return Conditions(text, negative, image), State(latents)
+        latents = (
+            randn_tensor(like, generator) if inputs.latents is None else inputs.latents.to(like)
+        )
+        return Conditioning(text, negative, image), State(latents)
 
     def _record(self, request: Request, inputs: Inputs, generator: Generators) -> Record:
         """All that must be the same for a file of latents to be gone on with."""
@@ -501,7 +505,7 @@ class CogVideoX:
         weights = None if adapters is None else adapters.weights()
         seeds = [one.initial_seed() for one in each(generator)]
         return {
-            **saved.record_of(request, inputs),
+            **saving.record_of(request, inputs),
             **record_of_model("transformer", self.transformer, weights),
             "lora": None if adapters is None else adapters.record(),
             **record_of_model("vae", self.vae),
@@ -514,16 +518,16 @@ class CogVideoX:
         self, path: PathLike, record: Record, seed: int | None, generator: Generators
     ) -> Saved:
         """What a file holds, on the transformer's device, and the random numbers as they were."""
-        has = saved.read(path)
+        saved = saving.read(path)
         wanted = {
             name: value for name, value in record.items() if seed is not None or name != "seed"
         }
-        check_record(path, has.record, wanted)
-        if has.random is not None:
-            states = has.random.view(len(each(generator)), -1)
+        check_record(path, saved.record, wanted)
+        if saved.generator_states is not None:
+            states = saved.generator_states.view(len(each(generator)), -1)
             for one, state in zip(each(generator), states, strict=True):
                 one.set_state(state.clone())  # torch crashes on a view
-        return has.to(next(self.transformer.parameters()).device)
+        return saved.to(next(self.transformer.parameters()).device)
 
     def _model_index(self) -> dict[str, Any]:
         """What tells diffusers which of its classes read the folders."""

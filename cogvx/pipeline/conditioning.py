@@ -6,11 +6,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..schedulers import Generators, Solver, Trajectory, draw
+from ..schedulers import Generators, Solver, TimestepSchedule, randn_tensor
 from ..text import TextEncoder
 from ..vae import CausalVAE, Tiling
 from .denoise import each
-from .request import Inputs, Request, check_finite
+from .params import Inputs, Request, check_finite
 
 Progress = Callable[[str, int, int], None]
 
@@ -134,7 +134,7 @@ def noisy_video(
     vae: CausalVAE,
     request: Request,
     solver: Solver,
-    steps: Trajectory,
+    steps: TimestepSchedule,
     generator: Generators,
     like: Tensor,
 ) -> Tensor:
@@ -149,5 +149,5 @@ def noisy_video(
     latents = vae.config.scaling_factor * raw.to(like)
     padding = latents[:, :1].expand(-1, request.padding, -1, -1, -1)
     latents = torch.cat([padding, latents], 1).expand(request.shape)
-    noise = draw(latents, generator)
+    noise = randn_tensor(latents, generator)
     return solver.schedule.add_noise(latents, noise, steps.timesteps[0])

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..schedulers import Generators, Solver, Trajectory, dynamic_guidance
+from ..schedulers import Generators, Solver, TimestepSchedule, dynamic_guidance
 from ..threads import suited_threads
 from ..transformer import STEPS_AHEAD, ExpertTransformer, Modulations, ProjectedText
-from .request import Request, check_finite
+from .params import Request, check_finite
 
 OFS = 2.0  # the only one that CogVideoX1.5-5B-I2V was trained with
 
@@ -18,7 +18,7 @@ Callback = Callable[[int, int, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
-class Conditions:
+class Conditioning:
     """What every prediction is told.
 
     text      embeddings of the prompts, (batch, text_len, dim)
@@ -37,16 +37,16 @@ class State:
     """Where a run is: latents after `done` steps, and the solver's memory of the last of them."""
 
     latents: Tensor
-    memory: Tensor | None = None
+    prev_x0: Tensor | None = None
     done: int = 0
 
 
 def denoise(
     transformer: ExpertTransformer,
     solver: Solver,
-    steps: Trajectory,
+    steps: TimestepSchedule,
     state: State,
-    conditions: Conditions,
+    conditioning: Conditioning,
     request: Request,
     generator: Generators,
     callback: Callback | None = None,
@@ -62,41 +62,41 @@ def denoise(
     Raises FloatingPointError, naming the step, as soon as latents are not finite. (To know it, each
     step waits for the device; that is what a progress bar is about, too.)
     """
-    latents, memory = state.latents, state.memory
-    texts = told(transformer, conditions, request.cfg == "batch")
-    for index, modulations in times(transformer, steps, state.done):
+    latents, prev_x0 = state.latents, state.prev_x0
+    texts = prepare_text(transformer, conditioning, request.cfg == "batch")
+    for index, modulations in iter_modulations(transformer, steps, state.done):
         timestep = steps.timesteps[index]
         guidance = request.guidance
         if request.dynamic_guidance:
             guidance = dynamic_guidance(guidance, timestep, len(steps))
-        v = predict(transformer, latents, conditions.image, texts, modulations, guidance)
-        latents, memory = solver.step(latents, v, index, steps, memory, generator)
+        v = predict(transformer, latents, conditioning.image, texts, modulations, guidance)
+        latents, prev_x0 = solver.step(latents, v, index, steps, prev_x0, generator)
         check_finite(latents, f"step {index + 1} of {len(steps)}, timestep {timestep},")
         if callback is not None:
             changed = callback(index, timestep, latents)
             latents = latents if changed is None else changed.to(latents)
-        yield State(latents, memory, index + 1)
+        yield State(latents, prev_x0, index + 1)
 
 
-def told(
-    transformer: ExpertTransformer, conditions: Conditions, together: bool
+def prepare_text(
+    transformer: ExpertTransformer, conditioning: Conditioning, together: bool
 ) -> list[ProjectedText]:
     """The texts of every prediction of a step, in the order in which the transformer is asked.
 
     together  the negative text and the text in one batch, the negative half first; else one after
               the other, in half the memory
     """
-    if conditions.negative is None:
-        texts = [conditions.text]
+    if conditioning.negative is None:
+        texts = [conditioning.text]
     elif together:
-        texts = [torch.cat([conditions.negative, conditions.text])]
+        texts = [torch.cat([conditioning.negative, conditioning.text])]
     else:
-        texts = [conditions.negative, conditions.text]
+        texts = [conditioning.negative, conditioning.text]
     return [transformer.project_text(text) for text in texts]
 
 
-def times(
-    transformer: ExpertTransformer, steps: Trajectory, done: int
+def iter_modulations(
+    transformer: ExpertTransformer, steps: TimestepSchedule, done: int
 ) -> Iterator[tuple[int, Modulations]]:
     """The number of each step that is left, and its modulations.
 
@@ -147,7 +147,7 @@ def _values(transformer: ExpertTransformer, latents: Tensor, text: ProjectedText
     return text.tokens.numel() + patches * transformer.config.hidden_size
 
 
-def generator_of(seed: int | None, generator: Generators | None, batch: int) -> Generators:
+def make_generator(seed: int | None, generator: Generators | None, batch: int) -> Generators:
     """The caller's; or one of the seed, on the CPU; or of a seed that torch itself draws."""
     if generator is not None:
         if seed is not None:

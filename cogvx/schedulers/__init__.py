@@ -1,11 +1,11 @@
-"""Noise: how much there is at each timestep, and how a solver takes it away."""
+"""Noise schedule, timesteps and solvers (DDIM, DPM-Solver++)."""
 
 from .ddim import DDIM
 from .dpm import DPMSolver
 from .guidance import dynamic_guidance
 from .noise_schedule import NoiseSchedule
-from .solver import Generators, Solver, draw
-from .trajectory import Trajectory, trajectory
+from .solver import Generators, Solver, randn_tensor
+from .timesteps import TimestepSchedule, timestep_schedule
 
 SOLVERS: dict[str, type[Solver]] = {"ddim": DDIM, "dpm": DPMSolver}
 
@@ -16,8 +16,8 @@ __all__ = [
     "NoiseSchedule",
     "SOLVERS",
     "Solver",
-    "Trajectory",
-    "draw",
+    "TimestepSchedule",
+    "randn_tensor",
     "dynamic_guidance",
-    "trajectory",
+    "timestep_schedule",
 ]

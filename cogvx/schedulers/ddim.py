@@ -1,17 +1,17 @@
-"""DDIM: a straight walk along the model's answers, with no noise of its own."""
+"""DDIM, deterministic."""
 
 import math
 
 from torch import Tensor
 
 from .solver import Generators, Solver
-from .trajectory import Trajectory
+from .timesteps import TimestepSchedule
 
 
 class DDIM(Solver):
-    """x ← a·x + b·x0, with a = √((1-ᾱ')/(1-ᾱ)) and b = √ᾱ' - √ᾱ·a, where ' is the target.
+    """x ← a·x + b·x0, with a = √((1-ᾱ')/(1-ᾱ)) and b = √ᾱ' - √ᾱ·a, where ' is the next timestep.
 
-    Source: fact sheet section 5.3; arXiv 2010.02502, equation 12.
+    Source: `docs/model.md`, section 5.3; arXiv 2010.02502, equation 12.
     """
 
     name = "ddim"
@@ -21,18 +21,18 @@ class DDIM(Solver):
         x: Tensor,
         v: Tensor,
         index: int,
-        steps: Trajectory,
-        memory: Tensor | None = None,
+        steps: TimestepSchedule,
+        prev_x0: Tensor | None = None,
         generator: Generators | None = None,
     ) -> tuple[Tensor, None]:
-        """As `Solver.step`; nothing is remembered, and no noise drawn."""
+        """See `Solver.step`. Uses neither `prev_x0` nor `generator`."""
         timestep = steps.timesteps[index]
-        a, b = self.coefficients(timestep, steps.targets[index])
+        a, b = self.coefficients(timestep, steps.next_timesteps[index])
         x0 = self.schedule.x0_from_v(x, v, timestep)
         return (a * x + b * x0).to(x.dtype), None
 
-    def coefficients(self, timestep: int, target: int) -> tuple[float, float]:
-        """(a, b) of a step: 0 and 1 for the last, which gives x0."""
-        alpha, alpha_target = self.schedule.alpha(timestep), self.schedule.alpha(target)
-        a = math.sqrt((1 - alpha_target) / (1 - alpha))
-        return a, math.sqrt(alpha_target) - math.sqrt(alpha) * a
+    def coefficients(self, timestep: int, next_timestep: int) -> tuple[float, float]:
+        """Return (a, b) of a step; (0, 1) for the last, which returns x0."""
+        alpha, alpha_next = self.schedule.alpha(timestep), self.schedule.alpha(next_timestep)
+        a = math.sqrt((1 - alpha_next) / (1 - alpha))
+        return a, math.sqrt(alpha_next) - math.sqrt(alpha) * a

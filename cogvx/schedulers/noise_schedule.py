@@ -1,4 +1,4 @@
-"""How much signal is left at each timestep, and the algebra between x, x0, noise and v."""
+"""Noise schedule (zero terminal SNR), and conversions between x, x0, noise and v."""
 
 import math
 
@@ -7,23 +7,23 @@ from torch import Tensor
 
 from ..config import SchedulerConfig
 
-CLEAN = -1  # the timestep before 0: no noise at all
+FINAL = -1  # the timestep before 0: no noise at all
 
 Coefficient = float | Tensor
 
 
 class NoiseSchedule:
-    """x = √ᾱ·x0 + √(1-ᾱ)·noise, with ᾱ falling from almost 1 at timestep 0 to 0 at the last.
+    """Forward process x = √ᾱ·x0 + √(1-ᾱ)·noise; ᾱ falls from almost 1 at timestep 0 to 0.
 
-    The betas are the squares of an even walk from √beta_start to √beta_end and ᾱ is the running
-    product of 1 - beta. The signal-to-noise ratio is then divided by `snr_shift_scale`, and √ᾱ is
-    moved and stretched so that the last one is 0 and the first stays (zero terminal SNR).
+    √beta is linear from √beta_start to √beta_end and ᾱ is the cumulative product of 1 - beta. The
+    SNR is then divided by `snr_shift_scale`, and √ᾱ is shifted and scaled so that the last one is 0
+    and the first is unchanged (zero terminal SNR).
 
     alphas_cumprod  (num_train_timesteps,) float64, on the CPU whatever the device of the model:
                     a timestep given as an int costs no transfer and no synchronisation
 
     A timestep is an int for the whole batch, or a (batch,) integer tensor; 0 is the least noise,
-    num_train_timesteps - 1 the most, `CLEAN` none (int only). Source: fact sheet section 5.1;
+    num_train_timesteps - 1 the most, `FINAL` none (int only). Source: `docs/model.md`, section 5.1;
     arXiv 2305.08891, algorithm 1, for the terminal SNR.
     """
 
@@ -44,16 +44,16 @@ class NoiseSchedule:
         self._alphas: list[float] = alphas.tolist()
 
     def alpha(self, timestep: int) -> float:
-        """ᾱ at a timestep; 1 at `CLEAN`. Raises ValueError for one that is not of the schedule."""
-        if not CLEAN <= timestep < len(self._alphas):
+        """ᾱ at a timestep; 1 at `FINAL`. Raises ValueError for one out of range."""
+        if not FINAL <= timestep < len(self._alphas):
             raise ValueError(
-                f"NoiseSchedule: timestep must be in [0, {len(self._alphas) - 1}], or {CLEAN} for "
+                f"NoiseSchedule: timestep must be in [0, {len(self._alphas) - 1}], or {FINAL} for "
                 f"no noise; got {timestep}"
             )
-        return 1.0 if timestep == CLEAN else self._alphas[timestep]
+        return 1.0 if timestep == FINAL else self._alphas[timestep]
 
     def add_noise(self, x0: Tensor, noise: Tensor, timestep: int | Tensor) -> Tensor:
-        """√ᾱ·x0 + √(1-ᾱ)·noise: x0 as it is at a timestep, in x0's dtype.
+        """√ᾱ·x0 + √(1-ᾱ)·noise: x0 noised to a timestep, in x0's dtype.
 
         Computed in at least float32 and rounded once. (diffusers rounds ᾱ to the dtype of x0 before
         it takes 1 - ᾱ, so that in bfloat16 its first timesteps have no noise at all.)
@@ -62,15 +62,15 @@ class NoiseSchedule:
         return (signal * _wide(x0) + sigma * _wide(noise)).to(x0.dtype)
 
     def velocity(self, x0: Tensor, noise: Tensor, timestep: int | Tensor) -> Tensor:
-        """v = √ᾱ·noise - √(1-ᾱ)·x0, what the transformer is trained to predict; in x0's dtype."""
+        """v = √ᾱ·noise - √(1-ᾱ)·x0, the training target of the transformer; in x0's dtype."""
         signal, sigma = self._roots(timestep, x0)
         return (signal * _wide(noise) - sigma * _wide(x0)).to(x0.dtype)
 
     def x0_from_v(self, x: Tensor, v: Tensor, timestep: int | Tensor) -> Tensor:
-        """x0 = √ᾱ·x - √(1-ᾱ)·v, the inverse of the two above; -v where nothing of x0 is left.
+        """x0 = √ᾱ·x - √(1-ᾱ)·v, the inverse of the two above; -v at the last timestep.
 
         For an int each product is rounded to the dtype of its tensor and the difference to the
-        wider of the two, as diffusers steps: with x in bfloat16 and v in float32 it is float32.
+        wider of the two, as in diffusers: with x in bfloat16 and v in float32 it is float32.
         """
         signal, sigma = self._roots(timestep, x)
         return signal * x - sigma * v

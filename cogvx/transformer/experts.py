@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from cogvx_kernels import expert_ffn, modality
 from cogvx_kernels.module_utils import is_unmodified
 
-from .plain import is_plain_linear
+from .module_utils import is_plain_linear
 
 ROUTER_STD = 0.02
 
@@ -58,7 +58,7 @@ class FeedForward(nn.Module):
     """Up, GELU, down; (..., dim) -> (..., dim). The middle entry is diffusers' dropout of 0.
 
     `cogvx_kernels.expert_ffn` reads the weights where everything inside is plain, and the modules
-    are called where something is wrapped (`plain.py`).
+    are called where something is wrapped (`module_utils.py`).
     """
 
     def __init__(self, dim: int, ffn_dim: int, backend: str = "auto") -> None:
@@ -172,8 +172,8 @@ class ExpertFeedForward(nn.Module):
         experts = [*self.text, *self.video]
         if not all(is_unmodified(e, FeedForward) and e.is_plain() for e in experts):
             text, video = modality.split(x, text_len)
-            text = apart(text, choices[modality.TEXT], self.text)
-            video = apart(video, choices[modality.VIDEO], self.video)
+            text = run_unfused(text, choices[modality.TEXT], self.text)
+            video = run_unfused(video, choices[modality.VIDEO], self.video)
             return modality.join(text, video), routing
         if self.text_router is None and self.video_router is None:
             y = fused(experts, x, text_len=text_len, backend=self.backend)
@@ -240,7 +240,7 @@ def choose(logits: Tensor | None, top_k: int) -> Choice | None:
     return Choice(expert, weight, Routing(fraction, probability.mean((0, 1))))
 
 
-def apart(x: Tensor, choice: Choice | None, experts: nn.ModuleList) -> Tensor:
+def run_unfused(x: Tensor, choice: Choice | None, experts: nn.ModuleList) -> Tensor:
     """x (batch, any, dim) through experts that must be called, one after another.
 
     Tokens are brought together by expert and taken back by the inverse order, so that sums have one

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from cogvx_kernels import expert_adaln, gated_residual, gated_residual_adaln
 
-from .plain import is_plain_linear
+from .module_utils import is_plain_linear
 
 # Of a run, so many steps are made ahead at once: of 5B, 3.1 MB each in bfloat16.
 STEPS_AHEAD = 50
@@ -69,7 +69,7 @@ class Modulations:
             raise IndexError(f"Modulations: step must be in [0, {len(self)}); got {step}")
         return Modulations(self.values[step : step + 1])
 
-    def of_blocks(
+    def block_modulations(
         self, batch: int, dtype: torch.dtype
     ) -> tuple[list[tuple[Modulation, Modulation]], tuple[Tensor, Tensor]]:
         """What each block takes, and what the last norm takes, (batch, dim) each; views.

@@ -10,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 from cogvx_kernels import BACKENDS, gated_residual, modality
 
 from ..config import TransformerConfig, check_choice
-from .arguments import check_arguments, check_run, check_text
 from .attention import JointAttention, check_attention
 from .block import ExpertBlock
 from .embedding import JointEmbedding, ProjectedText, TimestepEmbedding
@@ -18,6 +17,7 @@ from .experts import ExpertFeedForward, FeedForward, Routing
 from .modulation import AdaLayerNorm, Branch, ExpertAdaLayerNorm, Modulation, Modulations, stacked
 from .patch import unpatchify
 from .positions import Tables, sincos_positions, token_grid
+from .validation import check_arguments, check_run, check_text
 
 WITH_BACKEND = (JointAttention, ExpertAdaLayerNorm, AdaLayerNorm, FeedForward, ExpertFeedForward)
 
@@ -127,17 +127,17 @@ class ExpertTransformer(nn.Module):
         batch, frames, _, height, width = latents.shape
         cos, sin = self.tables.rope(frames, height, width, latents.device).unbind(0)
         x = self.patch_embed(text, latents, self._positions(latents))
-        of_blocks: Sequence[Tensor | tuple[Modulation, Modulation]]
-        of_last: Tensor | tuple[Tensor, Tensor]
+        block_modulations: Sequence[Tensor | tuple[Modulation, Modulation]]
+        last_modulation: Tensor | tuple[Tensor, Tensor]
         if modulations is not None:
-            of_blocks, of_last = modulations.of_blocks(batch, x.dtype)
+            block_modulations, last_modulation = modulations.block_modulations(batch, x.dtype)
         else:
             assert timestep is not None  # or check_arguments would have said so
-            of_last = self._time(timestep, ofs, batch, latents.device, latents.dtype)
-            of_blocks = [of_last] * len(self.transformer_blocks)
+            last_modulation = self._time(timestep, ofs, batch, latents.device, latents.dtype)
+            block_modulations = [last_modulation] * len(self.transformer_blocks)
         text_len = (text.tokens if isinstance(text, ProjectedText) else text).shape[1]
-        video = self._walk(x, of_blocks, cos, sin, text_len, routing)
-        video = self.proj_out(self.norm_out(self.norm_final(video), of_last))
+        video = self._run_blocks(x, block_modulations, cos, sin, text_len, routing)
+        video = self.proj_out(self.norm_out(self.norm_final(video), last_modulation))
         return unpatchify(video, token_grid(self.config, frames, height, width), self.patch)
 
     def project_text(self, text: Tensor) -> ProjectedText:
@@ -176,10 +176,10 @@ class ExpertTransformer(nn.Module):
             if isinstance(module, WITH_BACKEND):
                 module.backend = backend
 
-    def _walk(
+    def _run_blocks(
         self,
         x: Tensor,
-        of_blocks: Sequence[Tensor | tuple[Modulation, Modulation]],
+        block_modulations: Sequence[Tensor | tuple[Modulation, Modulation]],
         cos: Tensor,
         sin: Tensor,
         text_len: int,
@@ -191,7 +191,7 @@ class ExpertTransformer(nn.Module):
         one tensor goes from block to block, and not two.
         """
         branch: Branch | None = None
-        for block, time in zip(self.transformer_blocks, of_blocks, strict=True):
+        for block, time in zip(self.transformer_blocks, block_modulations, strict=True):
             where = time, cos, sin, text_len
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, routed = checkpoint(block.whole, x, *where, use_reentrant=False)

@@ -12,7 +12,7 @@ from cogvx.cli import arguments
 from cogvx.cli.parser import FAMILY, make
 from cogvx.config import TransformerConfig, unknown_key
 from cogvx.data import scoring
-from cogvx.pipeline.request import CHOICES
+from cogvx.pipeline.params import CHOICES
 from cogvx.schedulers import SOLVERS
 from cogvx.training import STAGES
 from cogvx.vae import Tiling
@@ -104,7 +104,10 @@ def test_keys_of_a_table(capsys, tmp_path):
 @pytest.mark.parametrize(
     "message, typed",
     [
-        ("trajectory: num_steps must be in [1, 2]; got 3", "--steps must be in [1, 2]; got 3"),
+        (
+            "timestep_schedule: num_steps must be in [1, 2]; got 3",
+            "--steps must be in [1, 2]; got 3",
+        ),
         ("CogVideoX.generate: num_frames must have 1", "--frames must have 1"),
         ("CogVideoX.generate: height and width must be 8", "--height and --width must be 8"),
         ("CogVideoX.generate: negative_prompt must be one", "--negative must be one"),

@@ -14,8 +14,8 @@ from PIL import Image
 from cogvx.config import PRESETS
 from cogvx.pipeline import CogVideoX, cogvideox, default_dtype, request
 from cogvx.pipeline.conditioning import decode
+from cogvx.pipeline.params import default_size
 from cogvx.pipeline.pictures import to_tensor
-from cogvx.pipeline.request import default_size
 from cogvx.schedulers import NoiseSchedule
 from cogvx.transformer import ExpertTransformer
 from cogvx.vae import CausalVAE

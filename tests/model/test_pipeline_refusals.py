@@ -6,7 +6,7 @@ import torch
 
 from cogvx.config import PRESETS
 from cogvx.pipeline import CogVideoX
-from cogvx.pipeline.request import Inputs, resolve
+from cogvx.pipeline.params import Inputs, resolve
 from cogvx.transformer import ExpertTransformer
 from cogvx.vae import CausalVAE, Tiling
 

@@ -14,7 +14,7 @@ from cogvx.schedulers import (
     DPMSolver,
     NoiseSchedule,
     dynamic_guidance,
-    trajectory,
+    timestep_schedule,
 )
 
 ONE, THREE = SchedulerConfig(snr_shift_scale=1.0), SchedulerConfig(snr_shift_scale=3.0)
@@ -83,8 +83,8 @@ def test_ddim_coefficients():
     for config, rows in golden.items():
         solver = DDIM(config)
         for timestep, row in rows.items():
-            target = timestep - 20 if timestep > 19 else -1
-            assert solver.coefficients(timestep, target) == pytest.approx(row, abs=6e-8)
+            next_timestep = timestep - 20 if timestep > 19 else -1
+            assert solver.coefficients(timestep, next_timestep) == pytest.approx(row, abs=6e-8)
 
 
 def test_dpm_coefficients():
@@ -119,16 +119,16 @@ def test_timesteps_are_those_of_diffusers_for_every_number_of_steps():
     longer = []
     for num_steps in range(1, 1001):
         _, expected = listed_by_diffusers(ONE, num_steps)
-        came = trajectory(num_steps)
+        came = timestep_schedule(num_steps)
         if len(expected) > num_steps:
             longer.append(num_steps)
             assert expected[-1] == -1  # a step at the noisiest of all, because tables wrap around
             expected = expected[:-1]
         assert list(came.timesteps) == expected.tolist()
         # Each step ends where the next begins, and the last in no noise.
-        assert came.targets == (*came.timesteps[1:], -1)
+        assert came.next_timesteps == (*came.timesteps[1:], -1)
         assert came.timesteps[-1] >= 0 and came.timesteps[0] == 999
-        assert came == trajectory(num_steps, compat=True) or 1000 % num_steps
+        assert came == timestep_schedule(num_steps, compat=True) or 1000 % num_steps
     assert len(longer) == 62 and longer[0] == 61
 
 
@@ -138,26 +138,28 @@ def walk_beside_diffusers(name, config, num_steps, dtype=torch.float32, device="
     rejoin  after each step diffusers goes on from where we are
     """
     solver = SOLVERS[name](config, compat=True)
-    steps = solver.trajectory(num_steps)
+    steps = solver.timestep_schedule(num_steps)
     scheduler, timesteps = listed_by_diffusers(config, num_steps, name)
     seed = random.randrange(2**31)
     ours, other = (torch.Generator().manual_seed(seed) for _ in range(2))
     x = expected = torch.randn(SHAPE).to(device, dtype)
-    memory = old_x0 = None
+    prev_x0 = old_x0 = None
     for index, t in enumerate(timesteps):
         v = torch.randn(SHAPE).to(device)
-        x, memory = solver.step(x, v, index, steps, memory, ours)
+        x, prev_x0 = solver.step(x, v, index, steps, prev_x0, ours)
         if name == "ddim":
             expected = scheduler.step(v, t, expected, generator=other, return_dict=False)[0]
         else:
-            back = timesteps[index - 1] if index else None
-            expected, old_x0 = scheduler.step(v, old_x0, t, back, expected, generator=other)
-            assert memory.dtype == old_x0.dtype
+            prev_timestep = timesteps[index - 1] if index else None
+            expected, old_x0 = scheduler.step(
+                v, old_x0, t, prev_timestep, expected, generator=other
+            )
+            assert prev_x0.dtype == old_x0.dtype
         expected = expected.to(dtype)
         assert x.dtype == dtype
         yield x, expected
         if rejoin:
-            expected, old_x0 = x, memory
+            expected, old_x0 = x, prev_x0
     assert torch.equal(ours.get_state(), other.get_state())
 
 
@@ -195,48 +197,52 @@ def test_steps_in_bfloat16_are_those_of_diffusers_on_a_gpu(name, num_steps, devi
 @pytest.mark.parametrize("num_steps", [7, 30, 50, 60, 61, 999, 1000])
 def test_the_last_step_gives_x0(name, num_steps):
     solver = SOLVERS[name](ONE)
-    steps = solver.trajectory(num_steps)
-    x, v, memory = torch.randn(3, *SHAPE).unbind()
+    steps = solver.timestep_schedule(num_steps)
+    x, v, prev_x0 = torch.randn(3, *SHAPE).unbind()
     last = len(steps) - 1
-    came, _ = solver.step(x, v, last, steps, memory)
+    came, _ = solver.step(x, v, last, steps, prev_x0)
     assert torch.equal(came, solver.schedule.x0_from_v(x, v, steps.timesteps[last]))
 
 
 def test_compat_leaves_noise_after_60_steps():
     """What the default corrects: diffusers' last step of 60 ends at timestep 0."""
-    assert trajectory(60, compat=True).targets[-1] == 0
-    assert trajectory(60).targets[-1] == -1
+    assert timestep_schedule(60, compat=True).next_timesteps[-1] == 0
+    assert timestep_schedule(60).next_timesteps[-1] == -1
     mismatched = zip(
-        trajectory(30, compat=True).targets[:-1], trajectory(30).timesteps[1:], strict=True
+        timestep_schedule(30, compat=True).next_timesteps[:-1],
+        timestep_schedule(30).timesteps[1:],
+        strict=True,
     )
-    assert sum(target != timestep for target, timestep in mismatched) == 10
+    assert sum(next_timestep != timestep for next_timestep, timestep in mismatched) == 10
 
 
 @pytest.mark.parametrize("num_steps", [1, 7, 50, 60])
 def test_ddim_returns_the_truth_when_the_model_knows_it(num_steps):
     """With the exact v along the way, every step lies on the line from noise to x0."""
     solver = DDIM(THREE)
-    steps = solver.trajectory(num_steps)
+    steps = solver.timestep_schedule(num_steps)
     x0, noise = torch.randn(2, *SHAPE, dtype=torch.float64).unbind()
-    x, memory = noise, None
+    x, prev_x0 = noise, None
     for index, timestep in enumerate(steps.timesteps):
         v = solver.schedule.velocity(x0, noise, timestep)
-        x, memory = solver.step(x, v, index, steps, memory)
-        expected = solver.schedule.add_noise(x0, noise, steps.targets[index])
+        x, prev_x0 = solver.step(x, v, index, steps, prev_x0)
+        expected = solver.schedule.add_noise(x0, noise, steps.next_timesteps[index])
         torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(x, x0, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("num_steps", [1, 7, 50, 60])
 def test_dpm_keeps_the_marginals_of_the_schedule(num_steps):
-    """With the exact x0 = 0 the steps are noise only: its variance is 1 - ᾱ at every target."""
+    """With the exact x0 = 0 the steps are noise only: their variance is 1 - ᾱ after each."""
     solver = DPMSolver(ONE)
-    variance, steps = 1.0, solver.trajectory(num_steps)
+    variance, steps = 1.0, solver.timestep_schedule(num_steps)
     for index, timestep in enumerate(steps.timesteps):
-        back = steps.timesteps[index - 1] if index else None
-        c = solver.coefficients(timestep, steps.targets[index], back)
+        prev_timestep = steps.timesteps[index - 1] if index else None
+        c = solver.coefficients(timestep, steps.next_timesteps[index], prev_timestep)
         variance = c.x_factor**2 * variance + c.noise_factor**2
-        assert variance == pytest.approx(1 - solver.schedule.alpha(steps.targets[index]), rel=1e-9)
+        assert variance == pytest.approx(
+            1 - solver.schedule.alpha(steps.next_timesteps[index]), rel=1e-9
+        )
 
 
 def test_at_the_noisiest_timestep():
@@ -244,7 +250,7 @@ def test_at_the_noisiest_timestep():
     schedule = NoiseSchedule(ONE)
     assert torch.equal(schedule.x0_from_v(x, v, 999), -v)
     solver = DPMSolver(ONE)
-    steps = solver.trajectory(50)
+    steps = solver.timestep_schedule(50)
     one, _ = solver.step(x, v, 0, steps, generator=torch.Generator().manual_seed(1))
     two, _ = solver.step(-x, v, 0, steps, generator=torch.Generator().manual_seed(1))
     assert torch.equal(one, two)  # of x nothing is left
@@ -289,23 +295,23 @@ def test_the_first_timesteps_have_noise_in_bfloat16():
 
 
 def test_strength_keeps_the_last_steps():
-    whole, part = trajectory(50), trajectory(50, strength=0.8)
+    whole, part = timestep_schedule(50), timestep_schedule(50, strength=0.8)
     assert len(part) == 40 and part.timesteps == whole.timesteps[10:]
-    assert part.targets == whole.targets[10:]
-    assert trajectory(7, strength=0.3, compat=True).targets == (143, 0)
-    assert DDIM(ONE).trajectory(50, 1.0) == whole
+    assert part.next_timesteps == whole.next_timesteps[10:]
+    assert timestep_schedule(7, strength=0.3, compat=True).next_timesteps == (143, 0)
+    assert DDIM(ONE).timestep_schedule(50, 1.0) == whole
 
 
 @pytest.mark.parametrize("num_steps", [0, -1, 1001, 2.0, True, "50", None])
 def test_wrong_numbers_of_steps_are_refused(num_steps):
     with pytest.raises(ValueError, match=r"num_steps must be an integer in \[1, 1000\]"):
-        trajectory(num_steps)
+        timestep_schedule(num_steps)
 
 
 @pytest.mark.parametrize("strength", [0, -0.1, 1.01, 0.01, math.nan])
 def test_wrong_strengths_are_refused(strength):
     with pytest.raises(ValueError, match="strength must be at most 1 and leave one of 50 steps"):
-        trajectory(50, strength=strength)
+        timestep_schedule(50, strength=strength)
 
 
 def test_wrong_timesteps_are_refused():
@@ -320,17 +326,17 @@ def test_wrong_timesteps_are_refused():
 
 def test_dpm_asks_for_its_memory():
     solver, x = DPMSolver(ONE), torch.randn(SHAPE)
-    with pytest.raises(ValueError, match="memory must be what step 3 returned; got None"):
-        solver.step(x, x, 4, solver.trajectory(50))
+    with pytest.raises(ValueError, match="prev_x0 must be what step 3 returned; got None"):
+        solver.step(x, x, 4, solver.timestep_schedule(50))
 
 
 def test_steps_share_no_memory_with_their_inputs():
     for name, solver in ((name, make(ONE)) for name, make in SOLVERS.items()):
-        x, v, memory = torch.randn(3, *SHAPE).unbind()
-        kept = [t.clone() for t in (x, v, memory)]
+        x, v, prev_x0 = torch.randn(3, *SHAPE).unbind()
+        kept = [t.clone() for t in (x, v, prev_x0)]
         for index in (0, 1, 49):
-            solver.step(x, v, index, solver.trajectory(50), memory)
-        assert all(torch.equal(*pair) for pair in zip((x, v, memory), kept, strict=True)), name
+            solver.step(x, v, index, solver.timestep_schedule(50), prev_x0)
+        assert all(torch.equal(*pair) for pair in zip((x, v, prev_x0), kept, strict=True)), name
 
 
 def test_one_trajectory_of_another_schedule():

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from cogvx.transformer import ExpertTransformer, experts
-from cogvx.transformer.plain import is_plain_linear
+from cogvx.transformer.module_utils import is_plain_linear
 
 from .tiny import EXPERTS, ROPE, shaken
 

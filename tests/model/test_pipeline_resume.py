@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogvx.checkpoint import CheckpointError, read_tensors, write_tensors
 from cogvx.checkpoint.record import fingerprint, fingerprint_of_weights
-from cogvx.pipeline.saved import decode_saved
+from cogvx.pipeline.resume import decode_saved
 
 from .tiny_pipeline import embeds, picture, tiny, vae_config
 
@@ -216,7 +216,7 @@ def test_damaged_files_are_refused(half_way, tmp_path, damage, match):
         tiny().generate(**half_way[1], resume=path)
 
 
-@pytest.mark.parametrize("gone", ["latents", "text", "random"])
+@pytest.mark.parametrize("gone", ["latents", "text", "generator_states"])
 def test_files_without_what_is_needed_are_refused(half_way, tmp_path, gone):
     tensors, metadata = read_tensors(half_way[0])
     path = tmp_path / "damaged.safetensors"

@@ -1,9 +1,9 @@
-"""A generation in a file: after some steps, to go on from; after all of them, to decode.
+"""Save and resume a generation: after some steps, or after all of them, to decode.
 
 One safetensors file holds the latents, scaled and padded as the transformer has them. While steps
-are left it also holds what they need: the solver's memory, the state of the random numbers, and
-the conditions (embeddings, the image's latents). Its metadata holds a record of the models and of
-everything asked for; a file is used only where the record agrees.
+are left it also holds what they need: the solver's previous x0, the generators' state and the
+conditioning (embeddings, the image's latents). Its metadata holds a record of the models and
+options; a file is only used if the record agrees.
 """
 
 import json
@@ -20,30 +20,30 @@ from ..checkpoint.record import Record, check_record, fingerprint, record_of_con
 from ..files import CheckpointError, check_writable, parse_json
 from ..vae import CausalVAE, Tiling
 from .conditioning import Progress, decode
-from .denoise import Conditions, State
-from .request import Inputs, Request
+from .denoise import Conditioning, State
+from .params import Inputs, Request
 
 FORMAT = "cogvx latents 1"
 
 PathLike = str | os.PathLike[str]
-T = TypeVar("T", State, Conditions)
+T = TypeVar("T", State, Conditioning)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What a file holds.
+    """Contents of a file.
 
-    record      of models and options
-    steps       how many there are; state.done of them are done
-    conditions  what the steps that are left need, with the state of the random numbers; None if
-                none are left
+    record            models and options
+    steps             of the run; state.done of them are done
+    conditioning      for the steps that are left; None if none are left
+    generator_states  likewise, (bytes,) or (batch, bytes)
     """
 
     record: Record
     steps: int
     state: State
-    conditions: Conditions | None = None
-    random: Tensor | None = None
+    conditioning: Conditioning | None = None
+    generator_states: Tensor | None = None
 
     @property
     def padding(self) -> int:
@@ -51,9 +51,9 @@ class Saved:
         return int(self.record["padding"])
 
     def to(self, device: torch.device) -> "Saved":
-        """All but the random numbers on a device."""
-        state, conditions = _to(self.state, device), self.conditions
-        return replace(self, state=state, conditions=conditions and _to(conditions, device))
+        """Move everything except the generator states, which stay on the CPU."""
+        state, conditioning = _to(self.state, device), self.conditioning
+        return replace(self, state=state, conditioning=conditioning and _to(conditioning, device))
 
 
 def _to(value: T, device: torch.device) -> T:
@@ -63,23 +63,24 @@ def _to(value: T, device: torch.device) -> T:
     return replace(value, **moved)
 
 
-def write(path: PathLike, has: Saved) -> None:
-    """Writes the file, whole or not at all; see `cogvx.checkpoint.atomic_path`."""
-    tensors = {"latents": has.state.latents}
-    if has.conditions is not None:
-        rest = {**vars(has.conditions), "memory": has.state.memory, "random": has.random}
+def write(path: PathLike, saved: Saved) -> None:
+    """Write the file atomically; see `cogvx.checkpoint.atomic_path`."""
+    tensors = {"latents": saved.state.latents}
+    if saved.conditioning is not None:
+        rest = {"prev_x0": saved.state.prev_x0, "generator_states": saved.generator_states}
+        rest |= vars(saved.conditioning)
         tensors |= {name: tensor for name, tensor in rest.items() if tensor is not None}
     metadata = {
         "format": FORMAT,
-        "done": str(has.state.done),
-        "steps": str(has.steps),
-        "record": json.dumps(has.record, sort_keys=True),
+        "done": str(saved.state.done),
+        "steps": str(saved.steps),
+        "record": json.dumps(saved.record, sort_keys=True),
     }
     write_tensors(path, tensors, metadata)
 
 
 def read(path: PathLike) -> Saved:
-    """What a file holds, on the CPU. Raises CheckpointError if `write` wrote no such file."""
+    """Read a file to the CPU. Raises CheckpointError if `write` did not write it."""
     tensors, metadata = read_tensors(path)
     if metadata.get("format") != FORMAT:
         came = metadata.get("format", "another file")
@@ -91,11 +92,11 @@ def read(path: PathLike) -> Saved:
         record = parse_json(metadata["record"].encode(), f"{path}: its record")
         if record["padding"] not in range(len(tensors["latents"][0])):
             raise ValueError(f"padding must be less than the frames; got {record['padding']!r}")
-        state = State(tensors["latents"], tensors.get("memory"), done)
+        state = State(tensors["latents"], tensors.get("prev_x0"), done)
         if done >= steps:
             return Saved(record, steps, state)
-        conditions = Conditions(tensors["text"], tensors.get("negative"), tensors.get("image"))
-        return Saved(record, steps, state, conditions, tensors["random"])
+        conditioning = Conditioning(tensors["text"], tensors.get("negative"), tensors.get("image"))
+        return Saved(record, steps, state, conditioning, tensors["generator_states"])
     except KeyError as error:
         raise CheckpointError(f"{path}: must hold {error} as it was written; it is gone") from error
     except ValueError as error:
@@ -108,24 +109,24 @@ def decode_saved(
     tiling: Tiling | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """The video of latents that `CogVideoX.generate` saved; the transformer is not needed.
+    """Decode latents that `CogVideoX.generate` saved; the transformer is not needed.
 
-    The VAE must be the model's; its dtype, device and tiling are free.
+    The VAE must be the model's; its dtype, device and tiling may differ.
 
-    Raises CheckpointError if the file is no such file, belongs to another VAE, or has steps left.
+    Raises CheckpointError if the file is of another kind or another VAE, or has steps left.
     """
-    has = read(path)
-    check_record(path, has.record, record_of_config("vae", vae.config))
-    if has.state.done < has.steps:
+    saved = read(path)
+    check_record(path, saved.record, record_of_config("vae", vae.config))
+    if saved.state.done < saved.steps:
         raise CheckpointError(
-            f"{path}: must hold latents after all steps; got {has.state.done} of {has.steps}: go "
-            "on with generate(resume=…)"
+            f"{path}: must hold latents after all steps; got {saved.state.done} of {saved.steps}: "
+            "go on with generate(resume=…)"
         )
-    return decode(vae, has.state.latents[:, has.padding :], tiling, progress)
+    return decode(vae, saved.state.latents[:, saved.padding :], tiling, progress)
 
 
 def check_saving(save_latents: PathLike | None, checkpoint_every: int | None) -> None:
-    """Raises ValueError unless the file can be written and there is one for the checkpoints."""
+    """Raises ValueError if the file cannot be written, or `checkpoint_every` has no file."""
     where = "CogVideoX.generate"
     if checkpoint_every is not None and (checkpoint_every < 1 or save_latents is None):
         raise ValueError(
@@ -148,7 +149,7 @@ def check_saving(save_latents: PathLike | None, checkpoint_every: int | None) ->
 
 
 def record_of(request: Request, inputs: Inputs) -> Record:
-    """What was asked for, in JSON's values; tensors by the hash of what they hold."""
+    """Record of the options, as JSON values; tensors as hashes."""
     given = {**vars(inputs), "prompt": inputs.prompts}
     hashes = {name: fingerprint(v) for name, v in given.items() if isinstance(v, Tensor)}
     return to_json({**asdict(request), **given, **hashes})
