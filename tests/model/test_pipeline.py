@@ -12,7 +12,7 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from cogvx.config import PRESETS
-from cogvx.pipeline import CogVideoX, cogvideox, default_dtype, request
+from cogvx.pipeline import CogVideoX, cogvideox, default_dtype, params
 from cogvx.pipeline.conditioning import decode
 from cogvx.pipeline.params import default_size
 from cogvx.pipeline.pictures import to_tensor
@@ -110,7 +110,7 @@ def test_image_latents_have_three_scales_in_1_5_and_one_in_1_0():
         pipe = tiny(kind)
         videos = {
             name: pipe.generate("a", image=image, image_latent_scale=name, **SMALL)
-            for name in request.CHOICES["image_latent_scale"]
+            for name in params.CHOICES["image_latent_scale"]
         }
         distinct = {tuple(video.flatten().tolist()) for video in videos.values()}
         assert len(distinct) == count
