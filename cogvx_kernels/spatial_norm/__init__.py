@@ -1,4 +1,4 @@
-"""Group norm, modulated by latents at their own size, with SiLU; and a residual with statistics."""
+"""Group norm modulated by latents, with SiLU; residual sum with its statistics."""
 
 from .module import SpatialNormSiLU
 from .op import residual_moments, spatial_norm_silu

@@ -13,21 +13,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Reasoned, not yet measured: two 16-byte loads for each thread of four warps; of fp16 and bf16 that
-# is 16 elements, and where there are sums two of them in fp32 for each.
+# Estimated, not measured: two 16-byte loads for each thread of four warps, which is 16 elements of
+# fp16 or bf16, and where there are sums, two fp32 accumulators for each element.
 TILE = 4096  # bytes
 WARPS = 4
-LANES = 128  # channels of a tile, at most, where channels are neighbours
-RUN = 256  # pixels of a tile, at most, where pixels are
-PROGRAMS = 528  # of a sample, where it has tiles enough: four for each multiprocessor of an H200
-SPAN = 4  # tiles for a program, at least
+LANES = 128  # most channels of a tile, channels-last
+RUN = 256  # most pixels of a tile, contiguous
+PROGRAMS = 528  # of a sample that has enough tiles: four for each multiprocessor of an H200
+SPAN = 4  # fewest tiles of a program
 
 
 class Video(NamedTuple):
     """A tensor (batch, channels, frames, height, width) and its strides.
 
-    In units of ALIGN elements, but for the one of the dim whose elements are neighbours: channels,
-    or columns. The product with a constant shows every compiler how far the others are aligned.
+    In units of ALIGN elements, except that of the innermost dim, channels or columns. The product
+    with a constant shows every compiler how far the strides are aligned.
     """
 
     ptr: Tensor | None
@@ -39,15 +39,15 @@ class Video(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Of a launch, in programs and their loops.
+    """Runtime sizes of a launch.
 
     frames, height, width   of x
     latents, rows, cols     frames, height and width of y and b
-    each                    rows of pixels for a row of latents
+    rows_per_latent         rows of pixels for a row of latents
     parts                   programs for a row of latents
-    span                    rows of pixels for a program, or its steps over tiles of pixels
+    span                    rows of pixels of a program, or its steps over tiles of pixels
     down, across            programs for the height of a frame, and for its width
-    kept                    cached frames
+    cache_len               cached frames
     """
 
     frames: int
@@ -56,28 +56,28 @@ class Sizes(NamedTuple):
     latents: int
     rows: int
     cols: int
-    each: int
+    rows_per_latent: int
     parts: int
     span: int
     down: int
     across: int
-    kept: int
+    cache_len: int
 
 
 class Plan(NamedTuple):
-    """What is constant in a launch, and compiled into the kernel."""
+    """Compile-time constants of a launch."""
 
     CHANNELS: int
     GROUPS: int
-    EACH: int  # channels of a group
+    GROUP_SIZE: int  # channels
     CELLS: int
     RUN: int
     LANES: int  # channels of a tile
     TILES: int  # of channels
     RATIO: int  # columns of pixels for a column of latents; 0: no latents, pixels in strips
-    FLAT: bool  # without latents: the rows of a frame follow upon one another
+    FLAT: bool  # without latents: no gaps between the rows of a frame
     CHANNELS_LAST: bool
-    ALIGN: int  # elements that strides of videos are multiples of
+    ALIGN: int  # elements; strides of videos are multiples of it
     LATENT_ALIGN: int
     PER_FRAME: bool
     LEADS: bool
@@ -87,8 +87,8 @@ class Plan(NamedTuple):
     COMPUTE: tl.dtype
 
 
-def _aligned(channels_last: bool, *tensors: Tensor | None) -> int:
-    """What divides all strides but those of the dim whose elements are neighbours; at most 16."""
+def _stride_alignment(channels_last: bool, *tensors: Tensor | None) -> int:
+    """The greatest common divisor of all strides but the innermost dim's and 16."""
     inner = 1 if channels_last else 4
     strides = (
         stride
@@ -110,15 +110,15 @@ def video_of(x: Tensor | None, align: int, channels_last: bool) -> Video:
     return Video(x, batch, channel, frame, row, col)
 
 
-def _flat(*tensors: Tensor | None) -> bool:
-    """Whether the rows of every frame follow upon one another: a frame is one run of pixels."""
+def _rows_are_dense(*tensors: Tensor | None) -> bool:
+    """True if no frame has gaps between its rows: a frame is one run of pixels."""
     return all(
         x is None or x.shape[3] == 1 or x.stride(3) == x.shape[4] * x.stride(4) for x in tensors
     )
 
 
-def _tiles(x: Tensor, across: int, channels_last: bool) -> tuple[int, int]:
-    """Pixels and channels of a tile, powers of two, of which the inner dim takes what it can."""
+def _tile_shape(x: Tensor, across: int, channels_last: bool) -> tuple[int, int]:
+    """Pixels and channels of a tile, powers of two; as many as possible along the inner dim."""
     elements, channels = TILE // x.element_size(), triton.next_power_of_2(x.shape[1])
     if channels_last:
         lanes = min(channels, LANES)
@@ -133,12 +133,12 @@ def plan_of(
     latents: tuple[Tensor | None, ...] = (), per_frame: bool = False, leads: bool = False,
     silu: bool = False, eps: float = 0.0, cache: str = "none",
 ) -> Plan:  # fmt: skip
-    """For a launch over x and `like`, videos of its height and width, and over `latents`."""
+    """Plan a launch over x, `like` (videos of its height and width) and `latents` (y and b)."""
     channels, width = x.shape[1], x.shape[4]
     channels_last = channels > 1 and x.stride(1) == 1
-    there = next((z for z in latents if z is not None), None)
-    ratio = 0 if there is None else width // there.shape[4]
-    run, lanes = _tiles(x, width if ratio else x.shape[3] * width, channels_last)
+    modulation = next((z for z in latents if z is not None), None)
+    ratio = 0 if modulation is None else width // modulation.shape[4]
+    run, lanes = _tile_shape(x, width if ratio else x.shape[3] * width, channels_last)
     cells = 1
     if ratio:
         pixels, run = run, min(run, triton.next_power_of_2(ratio))
@@ -146,16 +146,16 @@ def plan_of(
     return Plan(
         CHANNELS=channels,
         GROUPS=num_groups,
-        EACH=channels // num_groups,
+        GROUP_SIZE=channels // num_groups,
         CELLS=cells,
         RUN=run,
         LANES=lanes,
         TILES=triton.cdiv(channels, lanes),
         RATIO=ratio,
-        FLAT=_flat(x, *like),
+        FLAT=_rows_are_dense(x, *like),
         CHANNELS_LAST=channels_last,
-        ALIGN=_aligned(channels_last, x, *like),
-        LATENT_ALIGN=_aligned(channels_last, *latents),
+        ALIGN=_stride_alignment(channels_last, x, *like),
+        LATENT_ALIGN=_stride_alignment(channels_last, *latents),
         PER_FRAME=per_frame,
         LEADS=leads and x.shape[2] > 1,
         SILU=silu,
@@ -165,25 +165,31 @@ def plan_of(
     )
 
 
-def sizes_of(x: Tensor, there: Tensor | None, plan: Plan, span: int, kept: int = 0) -> Sizes:
-    """Of a launch that walks `span` rows of pixels, or steps of a strip, for a program."""
+def sizes_of(
+    x: Tensor, modulation: Tensor | None, plan: Plan, span: int, cache_len: int = 0
+) -> Sizes:
+    """Sizes of a launch in which a program takes `span` rows of pixels, or steps of a strip.
+
+    modulation: y or b, or None without latents.
+    """
     frames, height, width = x.shape[2:]
-    if there is None:
+    if modulation is None:
         down = triton.cdiv(height * width, plan.RUN * span)
-        return Sizes(frames, height, width, 1, 1, 1, 1, 1, span, down, 1, kept)
-    latents, rows, cols = there.shape[2:]
-    each = height // rows
-    parts = triton.cdiv(each, span)
+        return Sizes(frames, height, width, 1, 1, 1, 1, 1, span, down, 1, cache_len)
+    latents, rows, cols = modulation.shape[2:]
+    rows_per_latent = height // rows
+    parts = triton.cdiv(rows_per_latent, span)
     across = triton.cdiv(cols, plan.CELLS) * triton.cdiv(plan.RATIO, plan.RUN)
     return Sizes(
-        frames, height, width, latents, rows, cols, each, parts, span, rows * parts, across, kept
-    )
+        frames, height, width, latents, rows, cols, rows_per_latent, parts, span, rows * parts,
+        across, cache_len,
+    )  # fmt: skip
 
 
 def span_of(x: Tensor, plan: Plan, most: int) -> int:
-    """How many tiles a program walks: `most`, or fewer if a sample would give too few programs.
+    """Tiles of a program: `most`, or fewer if a sample would give too few programs.
 
-    Of a sample and not of the batch: so a sample has the same bits in any batch.
+    The batch does not count, so that a sample has the same bits in any batch.
     """
     frames, height, width = x.shape[2:]
     tiles = frames * triton.cdiv(height * width, plan.RUN * plan.CELLS) * plan.TILES
@@ -194,36 +200,36 @@ def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-# --- the axes of a tile ----------------------------------------------------------------------
+# --- axes of a tile --------------------------------------------------------------------------
 
 
 @triton.jit
-def of_pixels(x, P: tl.constexpr):
-    """What is of the pixels alone, for all channels."""
+def expand_pixels(x, P: tl.constexpr):
+    """Broadcast a value of each pixel over channels."""
     return x[:, :, None] if P.CHANNELS_LAST else x[:, None, :]
 
 
 @triton.jit
-def of_channels(x, P: tl.constexpr):
-    """(channels,) for all pixels."""
+def expand_channels(x, P: tl.constexpr):
+    """Broadcast (channels,) over pixels."""
     return x[None, None, :] if P.CHANNELS_LAST else x[None, :, None]
 
 
 @triton.jit
-def of_cells(x, P: tl.constexpr):
-    """(cells, channels) for all of a run."""
+def expand_cells(x, P: tl.constexpr):
+    """Broadcast (cells, channels) over a run."""
     return x[None, :, :] if P.CHANNELS_LAST else x[:, :, None]
 
 
 @triton.jit
-def over_run(x, P: tl.constexpr):
-    """The sums of a tile for each cell: (cells, channels)."""
+def sum_run(x, P: tl.constexpr):
+    """Sum a tile over its run: (cells, channels)."""
     return tl.sum(x, axis=0) if P.CHANNELS_LAST else tl.sum(x, axis=2)
 
 
 @triton.jit
-def zeros(P: tl.constexpr):
-    """A tile of them."""
+def zeros_tile(P: tl.constexpr):
+    """A tile of zeros."""
     CELLS: tl.constexpr = P.CELLS
     RUN: tl.constexpr = P.RUN
     LANES: tl.constexpr = P.LANES
@@ -235,18 +241,18 @@ def zeros(P: tl.constexpr):
 
 
 @triton.jit
-def over_pixels(x, P: tl.constexpr):
-    """The sums of a tile for each channel."""
-    return tl.sum(over_run(x, P), axis=0)
+def sum_pixels(x, P: tl.constexpr):
+    """Sum a tile over its pixels: (channels,)."""
+    return tl.sum(sum_run(x, P), axis=0)
 
 
 @triton.jit
-def whole(mask, there, P: tl.constexpr):
-    """The mask of a tile: pixels that are there, and channels."""
+def tile_mask(mask, channel_mask, P: tl.constexpr):
+    """The mask of a tile from those of its pixels and of its channels."""
     if P.CHANNELS % P.LANES == 0:
-        both = of_pixels(mask, P)
+        both = expand_pixels(mask, P)
     else:
-        both = of_pixels(mask, P) & of_channels(there, P)
+        both = expand_pixels(mask, P) & expand_channels(channel_mask, P)
     return both
 
 
@@ -254,58 +260,60 @@ def whole(mask, there, P: tl.constexpr):
 
 
 @triton.jit
-def at(video, batch, frame, row, col, channel, ALIGN: tl.constexpr, P: tl.constexpr):
-    """Of a tile's elements; `row` and `col` are of the pixels alone, in 64 bits."""
+def address(video, batch, frame, row, col, channel, ALIGN: tl.constexpr, P: tl.constexpr):
+    """Addresses of a tile's elements; `row` and `col` are of its pixels, in 64 bits."""
     start = (batch * video.batch + frame * video.frame) * ALIGN
     if P.CHANNELS_LAST:
         pixels = (row * video.row + col * video.col) * ALIGN
-        offset = of_pixels(pixels, P) + of_channels(channel * video.channel, P)
+        offset = expand_pixels(pixels, P) + expand_channels(channel * video.channel, P)
     else:
         pixels = row * video.row * ALIGN + col * video.col
-        offset = of_pixels(pixels, P) + of_channels(channel * video.channel * ALIGN, P)
+        offset = expand_pixels(pixels, P) + expand_channels(channel * video.channel * ALIGN, P)
     return video.ptr + (start + offset)
 
 
 @triton.jit
 def load(video, batch, frame, row, col, channel, mask, P: tl.constexpr):
-    where = at(video, batch, frame, row, col, channel, P.ALIGN, P)
-    return tl.load(where, mask=mask, other=0.0).to(P.COMPUTE)
+    addr = address(video, batch, frame, row, col, channel, P.ALIGN, P)
+    return tl.load(addr, mask=mask, other=0.0).to(P.COMPUTE)
 
 
 @triton.jit
 def store(video, batch, frame, row, col, channel, mask, x, P: tl.constexpr):
-    """Rounds to the tensor's dtype, once; returns what was stored."""
+    """Round to the tensor's dtype and store; returns the rounded tile."""
     rounded = x.to(video.ptr.dtype.element_ty)
-    tl.store(at(video, batch, frame, row, col, channel, P.ALIGN, P), rounded, mask=mask)
+    tl.store(address(video, batch, frame, row, col, channel, P.ALIGN, P), rounded, mask=mask)
     return rounded
 
 
 @triton.jit
-def vector(ptr, channel, there, otherwise: tl.constexpr, P: tl.constexpr):
-    """A vector (channels,), or a constant where there is none."""
+def load_vector(ptr, channel, channel_mask, default: tl.constexpr, P: tl.constexpr):
+    """Load (channels,); the constant `default` without a pointer."""
     LANES: tl.constexpr = P.LANES
     if ptr is None:
-        values = tl.full((LANES,), otherwise, P.COMPUTE)
+        values = tl.full((LANES,), default, P.COMPUTE)
     else:
-        values = tl.load(ptr + channel, mask=there, other=0.0).to(P.COMPUTE)
+        values = tl.load(ptr + channel, mask=channel_mask, other=0.0).to(P.COMPUTE)
     return values
 
 
 @triton.jit
-def latent(video, batch, frame, row, cell, channel, mask, otherwise: tl.constexpr, P: tl.constexpr):
-    """y or b of a row of cells, (cells, channels); a constant where there is none."""
+def load_latent(
+    video, batch, frame, row, cell, channel, mask, default: tl.constexpr, P: tl.constexpr
+):
+    """Load y or b for a row of cells, (cells, channels); the constant `default` without them."""
     CELLS: tl.constexpr = P.CELLS
     LANES: tl.constexpr = P.LANES
     if video.ptr is None:
-        values = tl.full((CELLS, LANES), otherwise, P.COMPUTE)
+        values = tl.full((CELLS, LANES), default, P.COMPUTE)
     else:
-        where = latent_at(video, batch, frame, row, cell, channel, P)
-        values = tl.load(where, mask=mask, other=0.0).to(P.COMPUTE)
+        addr = latent_address(video, batch, frame, row, cell, channel, P)
+        values = tl.load(addr, mask=mask, other=0.0).to(P.COMPUTE)
     return values
 
 
 @triton.jit
-def latent_at(video, batch, frame, row, cell, channel, P: tl.constexpr):
+def latent_address(video, batch, frame, row, cell, channel, P: tl.constexpr):
     start = (batch * video.batch + frame * video.frame + row * video.row) * P.LATENT_ALIGN
     if P.CHANNELS_LAST:
         cells, channels = cell * video.col * P.LATENT_ALIGN, channel * video.channel
@@ -314,22 +322,22 @@ def latent_at(video, batch, frame, row, cell, channel, P: tl.constexpr):
     return video.ptr + (start + cells[:, None] + channels[None, :])
 
 
-# --- where a program is ----------------------------------------------------------------------
+# --- indices of a program --------------------------------------------------------------------
 
 
 @triton.jit
-def channels_of(tile, P: tl.constexpr):
-    """The channels of a tile, and which of them there are."""
+def tile_channels(tile, P: tl.constexpr):
+    """Channels of a tile and their mask."""
     LANES: tl.constexpr = P.LANES
     channel = tl.cast(tile, tl.int64) * LANES + tl.arange(0, LANES)
     return channel, channel < P.CHANNELS
 
 
 @triton.jit
-def pixels_of(place, step, sizes, P: tl.constexpr):
-    """Without latents: row, column and mask of a strip's step."""
+def tile_pixels(strip, step, sizes, P: tl.constexpr):
+    """Rows, columns and mask of a step of a strip, without latents."""
     RUN: tl.constexpr = P.RUN
-    first = (tl.cast(place, tl.int64) * sizes.span + step) * RUN
+    first = (tl.cast(strip, tl.int64) * sizes.span + step) * RUN
     run = tl.arange(0, RUN)
     pixel = first + (run[:, None] if P.CHANNELS_LAST else run[None, :])
     mask = pixel < tl.cast(sizes.height, tl.int64) * sizes.width
@@ -341,13 +349,13 @@ def pixels_of(place, step, sizes, P: tl.constexpr):
 
 
 @triton.jit
-def columns_of(place, sizes, P: tl.constexpr):
-    """With latents: the cells of a place along the width, its columns and their mask."""
+def tile_columns(block, sizes, P: tl.constexpr):
+    """Cells of a block of the width, their columns and mask, with latents."""
     CELLS: tl.constexpr = P.CELLS
     RUN: tl.constexpr = P.RUN
     RUNS: tl.constexpr = (P.RATIO + RUN - 1) // RUN
-    cell = tl.cast(place // RUNS, tl.int64) * CELLS + tl.arange(0, CELLS)
-    run = tl.cast(place % RUNS, tl.int64) * RUN + tl.arange(0, RUN)
+    cell = tl.cast(block // RUNS, tl.int64) * CELLS + tl.arange(0, CELLS)
+    run = tl.cast(block % RUNS, tl.int64) * RUN + tl.arange(0, RUN)
     if P.CHANNELS_LAST:
         col = cell[None, :] * P.RATIO + run[:, None]
         mask = (cell < sizes.cols)[None, :] & (run < P.RATIO)[:, None]
@@ -358,32 +366,32 @@ def columns_of(place, sizes, P: tl.constexpr):
 
 
 @triton.jit
-def latent_frame(frame, sizes, P: tl.constexpr):
-    """Of a frame, by the nearest-neighbour rule; `LEADS`: the first is alone."""
+def latent_frame_of(frame, sizes, P: tl.constexpr):
+    """The nearest latent frame; with LEADS the first frame has one to itself."""
     if P.LEADS:
         rest = tl.maximum(frame - 1, 0) * (sizes.latents - 1)
-        found = tl.where(frame == 0, 0, 1 + rest // tl.maximum(sizes.frames - 1, 1))
+        index = tl.where(frame == 0, 0, 1 + rest // tl.maximum(sizes.frames - 1, 1))
     else:
-        found = frame * sizes.latents // sizes.frames
-    return found
+        index = frame * sizes.latents // sizes.frames
+    return index
 
 
 @triton.jit
-def of_groups(pairs_ptr, batch, frame, sizes, channel, there, P: tl.constexpr):
-    """For each channel two numbers of its group; pairs_ptr: (batch, frames or 1, groups, 2)."""
+def load_group_pair(pairs_ptr, batch, frame, sizes, channel, channel_mask, P: tl.constexpr):
+    """Load both numbers of each channel's group; pairs_ptr: (batch, frames or 1, groups, 2)."""
     unit = batch
     if P.PER_FRAME:
         unit = batch * sizes.frames + frame
-    place = (unit * P.GROUPS + channel // P.EACH) * 2
-    first = tl.load(pairs_ptr + place, mask=there, other=0.0)
-    second = tl.load(pairs_ptr + (place + 1), mask=there, other=0.0)
+    at = (unit * P.GROUPS + channel // P.GROUP_SIZE) * 2
+    first = tl.load(pairs_ptr + at, mask=channel_mask, other=0.0)
+    second = tl.load(pairs_ptr + (at + 1), mask=channel_mask, other=0.0)
     return first, second
 
 
 @triton.jit
-def statistics(moments_ptr, batch, frame, sizes, channel, there, P: tl.constexpr):
+def mean_rstd(moments_ptr, batch, frame, sizes, channel, channel_mask, P: tl.constexpr):
     """Mean and 1 / sqrt(variance + eps) of each channel's group."""
-    mean, var = of_groups(moments_ptr, batch, frame, sizes, channel, there, P)
+    mean, var = load_group_pair(moments_ptr, batch, frame, sizes, channel, channel_mask, P)
     return mean, tl.rsqrt(var + P.EPS)
 
 
@@ -396,13 +404,13 @@ def sigmoid(x):
 
 
 @triton.jit
-def slope(x, P: tl.constexpr):
+def silu_grad(x, P: tl.constexpr):
     """The derivative of SiLU, or 1 without it.
 
-    1 - sigmoid(x) is taken as sigmoid(-x), which has all its digits where the other has few.
+    1 - sigmoid(x) is computed as sigmoid(-x), which does not cancel for large x.
     """
-    along = tl.full(x.shape, 1.0, P.COMPUTE)
+    grad = tl.full(x.shape, 1.0, P.COMPUTE)
     if P.SILU:
         s = sigmoid(x)
-        along = s + x * s * sigmoid(-x)
-    return along
+        grad = s + x * s * sigmoid(-x)
+    return grad

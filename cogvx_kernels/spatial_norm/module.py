@@ -1,4 +1,4 @@
-"""Module for the norm of a residual block, with the convolutions that make its modulation."""
+"""Module for a spatial norm with SiLU and the convolutions of its modulation."""
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +8,12 @@ from .op import spatial_norm_silu
 
 
 class SpatialNormSiLU(nn.Module):
-    """`spatial_norm_silu` as a module that owns the norm, and what makes y and b of latents.
+    """`spatial_norm_silu` as a module with the norm's parameters and the 1x1 convolutions of y, b.
 
     With `zq_channels` the keys of the state dict are those of diffusers' CogVideoXSpatialNorm3D:
     `norm_layer`, `conv_y.conv` and `conv_b.conv`, each with weight and bias; else `weight` and
-    `bias`, as nn.GroupNorm has them. The convolutions are of one pixel, at the size of the latents.
-    The default eps is that of CogVideoX's VAE, 1e-6; nn.GroupNorm's own is 1e-5.
+    `bias`, as in nn.GroupNorm. The convolutions run at latent resolution. The default eps is that
+    of CogVideoX's VAE, 1e-6; nn.GroupNorm's is 1e-5.
     """
 
     def __init__(
@@ -59,18 +59,18 @@ class SpatialNormSiLU(nn.Module):
         Args:
             x: (batch, channels, frames, height, width).
             zq: (batch, zq_channels, latent frames, latent height, latent width), for a module with
-                `zq_channels`; height and width are whole multiples of the latents'.
+                `zq_channels`; x's height and width are whole multiples of the latents'.
             leads: the first frame has a latent frame to itself; None: if the number of frames is
-                odd, which is diffusers' rule.
+                odd, as in diffusers.
             offset: (channels,), added to x first, or None.
             moments: (batch, frames if per_frame else 1, num_groups, 2) of `residual_moments`, or
                 None to compute them.
-            cache: (batch, channels, kept, height, width), overwritten with the last frames of the
-                result, which then begins with what was cached; or None.
-            start: "replicate" or "zeros" where the clip begins, with a cache.
+            cache: (batch, channels, kept, height, width), put before the result and overwritten
+                with its last frames; or None.
+            start: "replicate" or "zeros" if the clip begins, with a cache.
 
         Returns:
-            A new tensor of x's shape and dtype, of kept + frames frames with a cache.
+            A new tensor of x's shape and dtype; with a cache of kept + frames frames.
         """
         y = b = None
         if self.modulated:
@@ -106,8 +106,8 @@ class SpatialNormSiLU(nn.Module):
 
 
 def _modulation(conv: nn.Module, zq: Tensor, x: Tensor) -> Tensor:
-    """At the latents' size, and channels last where x is: so the kernel reads whole lines."""
-    made: Tensor = conv(zq)
+    """y or b at latent resolution, channels-last if x is, for wide loads in the kernel."""
+    out: Tensor = conv(zq)
     if x.shape[1] > 1 and x.stride(1) == 1:
-        made = made.contiguous(memory_format=torch.channels_last_3d)
-    return made
+        out = out.contiguous(memory_format=torch.channels_last_3d)
+    return out

@@ -6,27 +6,27 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _backend, _checks
-from .cpu import residual_moments_eager, spatial_norm_silu_eager
+from .cpu import residual_moments_cpu, spatial_norm_silu_cpu
 from .reference import residual_moments_reference, spatial_norm_silu_reference
 from .validation import (
     VIDEO,
-    as_promised,
     check_cache,
     check_latents,
     check_moments,
     check_vectors,
     check_video,
-    like,
+    empty_grad,
+    match_memory_format,
     new_moments,
     new_video,
-    reason,
     refuse_grad,
+    statistics_dtype,
+    unsupported_reason,
     wants_grad,
-    wide_of,
 )
 
-# In the schemas below what depends on the frames of a chunk is not a number but a shape, so that
-# one compiled graph serves chunks of any length.
+# No number in the schemas below depends on the number of frames, so that one compiled graph serves
+# chunks of any length.
 
 AFFINE = "Tensor? weight, Tensor? bias, Tensor? y, Tensor? b, Tensor? offset"
 NORM = "int num_groups, float eps, bool per_frame, bool leads, bool silu"
@@ -41,7 +41,7 @@ NORM = "int num_groups, float eps, bool per_frame, bool leads, bool silu"
     schema=f"(Tensor x, {AFFINE}, Tensor? moments, {NORM}) -> (Tensor, Tensor)",
 )
 def _spatial_norm_silu(x, weight, bias, y, b, offset, moments, num_groups, eps, per_frame, *rest):
-    """The result, and the statistics if they were not given, for the backward; or nothing."""
+    """The result, and the statistics for the backward, empty if they were given."""
     from . import kernel
 
     out, made = _made(x, weight, bias, y, b, offset, moments, num_groups, eps, per_frame, *rest)
@@ -66,8 +66,8 @@ def _spatial_norm_silu_setup(ctx, inputs, output):
     ctx.given = moments is not None
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    kept = moments if ctx.given else output[1]
-    ctx.save_for_backward(x, weight, bias, y, b, offset, kept)
+    statistics = moments if ctx.given else output[1]
+    ctx.save_for_backward(x, weight, bias, y, b, offset, statistics)
 
 
 def _spatial_norm_silu_backward(ctx, dout, _):
@@ -98,7 +98,7 @@ _spatial_norm_silu.register_autograd(
 def _spatial_norm_silu_grads(
     dout, x, weight, bias, y, b, offset, moments, given, to_x, *settings
 ):  # fmt: skip
-    """Of x, weight, bias, y, b, offset, moments: empty where there is nothing to give."""
+    """Gradients of x, weight, bias, y, b, offset and moments; empty if not wanted."""
     from . import kernel
 
     grads = _grads(dout, x, weight, bias, y, b, offset, moments, given, to_x, *settings)
@@ -117,16 +117,16 @@ def _spatial_norm_silu_grads(
 def _grads(dout, x, weight, bias, y, b, offset, moments, given, to_x, *_):
     return (
         new_video(x) if to_x else x.new_empty((0,)),
-        like(weight, x),
-        like(bias, x),
+        empty_grad(weight, x),
+        empty_grad(bias, x),
         x.new_empty((0,)) if y is None else new_video(y),
         x.new_empty((0,)) if b is None else new_video(b),
-        like(offset, x),
-        like(moments if given else None, moments),
+        empty_grad(offset, x),
+        empty_grad(moments if given else None, moments),
     )
 
 
-# --- cogvx::spatial_norm_silu_, behind cached frames -----------------------------------------
+# --- cogvx::spatial_norm_silu_, after cached frames ------------------------------------------
 
 
 @torch.library.custom_op(
@@ -134,36 +134,36 @@ def _grads(dout, x, weight, bias, y, b, offset, moments, given, to_x, *_):
     mutates_args=("cache",),
     schema=f"(Tensor(a!) cache, Tensor x, {AFFINE}, Tensor? moments, {NORM}, str start) -> Tensor",
 )
-def _spatial_norm_silu_behind(
+def _spatial_norm_silu_cached(
     cache, x, weight, bias, y, b, offset, moments, num_groups, eps, per_frame, leads, silu, start
 ):  # fmt: skip
-    """`start` is "" where the clip goes on."""
+    """`start` is "" if the clip continues."""
     from . import kernel
 
-    kept, frames = cache.shape[2], x.shape[2]
-    joined = new_video(x, kept + frames)
+    cache_len, frames = cache.shape[2], x.shape[2]
+    joined = new_video(x, cache_len + frames)
     if moments is None:
         moments = new_moments(x, num_groups, per_frame)
         kernel.moments_fwd(moments, None, x, None, offset, num_groups, per_frame)
     arguments = (
         x, moments.contiguous(), weight, bias, y, b, offset, num_groups, eps, per_frame, leads, silu
     )  # fmt: skip
-    if frames >= kept:
+    if frames >= cache_len:
         kernel.spatial_norm_fwd(joined, cache, *arguments, start)
     else:
-        # Some of what was cached stays cached: frames move between the two, after the result is in.
-        kernel.spatial_norm_fwd(joined[:, :, kept:], None, *arguments)
+        # Some cached frames stay cached, so the result is written first, then both are copied.
+        kernel.spatial_norm_fwd(joined[:, :, cache_len:], None, *arguments)
         if start == "replicate":
-            joined[:, :, :kept] = joined[:, :, kept : kept + 1]
+            joined[:, :, :cache_len] = joined[:, :, cache_len : cache_len + 1]
         elif start == "zeros":
-            joined[:, :, :kept] = 0
+            joined[:, :, :cache_len] = 0
         else:
-            joined[:, :, :kept] = cache
+            joined[:, :, :cache_len] = cache
         cache.copy_(joined[:, :, frames:])
     return joined
 
 
-@_spatial_norm_silu_behind.register_fake
+@_spatial_norm_silu_cached.register_fake
 def _(cache, x, *_):
     return new_video(x, cache.shape[2] + x.shape[2])
 
@@ -197,27 +197,27 @@ def _residual_moments_setup(ctx, inputs, output):
 
 
 def _residual_moments_backward(ctx, dtotal, dmoments):
-    """In torch's own operations: without a gradient of the moments it is passed on as it is."""
+    """In torch ops; without a gradient of the moments that of the sum is passed through."""
     total, moments, offset = ctx.saved_tensors
     if dmoments is not None and total.numel():
         each = total.shape[1] // ctx.num_groups
         elements = total.numel() // moments[..., 0].numel()
 
-        def of_channels(z):  # (batch, frames or 1, groups) to (batch, channels, frames or 1, 1, 1)
+        def expand(z):  # (batch, frames or 1, groups) to (batch, channels, frames or 1, 1, 1)
             return z.transpose(1, 2).repeat_interleave(each, 1)[..., None, None]
 
         mean, _ = moments.unbind(-1)
-        of_mean, of_var = (dmoments / elements).unbind(-1)
-        grad = (total.to(mean.dtype) - of_channels(mean)) * of_channels(2 * of_var)
-        grad = grad + of_channels(of_mean)
+        dmean, dvar = (dmoments / elements).unbind(-1)
+        grad = (total.to(mean.dtype) - expand(mean)) * expand(2 * dvar)
+        grad = grad + expand(dmean)
         dtotal = (grad if dtotal is None else grad + dtotal).to(total.dtype)
     if dtotal is None:
         return (None,) * 5
     wants_x, wants_h, wants_offset, *_ = ctx.needs_input_grad
     doffset = None
     if wants_offset:
-        rows = as_promised(total, dtotal)  # summed in one order, however they came
-        doffset = rows.sum((0, 2, 3, 4), dtype=moments.dtype).to(offset.dtype)
+        dtotal_dense = match_memory_format(total, dtotal)  # one order of sums for any strides
+        doffset = dtotal_dense.sum((0, 2, 3, 4), dtype=moments.dtype).to(offset.dtype)
     return dtotal if wants_x else None, dtotal if wants_h else None, doffset, None, None
 
 
@@ -226,9 +226,8 @@ _residual_moments.register_autograd(
 )
 
 
-def _in_parts(*tensors: Tensor | None) -> bool:
-    """Whether the law may be followed a frame at a time: on a CPU, or for the shapes of one, where
-    no gradient is wanted."""
+def _use_cpu_path(*tensors: Tensor | None) -> bool:
+    """True on a CPU or the meta device, without gradients, outside the compiler."""
     on_cpu = all(x is None or x.device.type in ("cpu", "meta") for x in tensors)
     return on_cpu and not wants_grad(*tensors) and not torch.compiler.is_compiling()
 
@@ -237,11 +236,11 @@ def _spatial_norm_silu_under_autocast(
     x: Tensor, weight: Any, bias: Any, y: Any, b: Any, offset: Any, moments: Any, cache: Any,
     **settings: Any,
 ) -> Tensor:  # fmt: skip
-    """A cache of another dtype than the result is updated through a copy of it."""
+    """A cache of another dtype than the result is updated through a copy."""
     dtype = _autocast.promoted(x, y, b, cache)
     wide, y, b, copy = _autocast.cast(dtype, x, y, b, cache)
     weight, bias, offset = _autocast.parameters(dtype, weight, bias, offset)
-    (moments,) = _autocast.cast(wide_of(wide), moments)
+    (moments,) = _autocast.cast(statistics_dtype(wide), moments)
     with _autocast.off(x):
         out = spatial_norm_silu(
             wide, weight, bias, y, b, offset, moments=moments, cache=copy, **settings
@@ -251,7 +250,7 @@ def _spatial_norm_silu_under_autocast(
     return out
 
 
-# --- the public functions --------------------------------------------------------------------
+# --- public functions ------------------------------------------------------------------------
 
 
 def spatial_norm_silu(
@@ -272,36 +271,36 @@ def spatial_norm_silu(
     start: str | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """SiLU of a group norm that latents modulate, n · y + b, read at their own size.
+    """SiLU of a group norm modulated by latents, n · y + b, with y and b at latent resolution.
 
     Args:
-        x: (batch, channels, frames, height, width), any strides; channels_last_3d is quickest.
+        x: (batch, channels, frames, height, width), any strides; channels_last_3d is fastest.
         weight, bias: (channels,) of the norm, or None; as y, b and offset in x's dtype or fp32.
         y, b: (batch, channels, latent frames, latent height, latent width), any strides, each or
-            both None. A pixel reads the nearest latent: height and width are whole multiples of
-            the latents', and frame f reads latent frame f · latents // frames.
-        offset: (channels,), added to x first, or None: the bias of a convolution before.
+            both None. Upsampled by nearest neighbour: height and width are whole multiples of the
+            latents', and frame f reads latent frame f · latents // frames.
+        offset: (channels,), added to x first, or None: the bias of the preceding convolution.
         num_groups: divides the channels.
         eps: added to the variance: 1e-6 in the VAEs of CogVideoX and HunyuanVideo.
         per_frame: statistics within each frame; else over all frames of x.
         leads: the first of several frames has the first latent frame to itself.
         silu: False for n · y + b.
         moments: (batch, frames if per_frame else 1, num_groups, 2) of `residual_moments`, at least
-            fp32: mean and variance of x + offset, which is then not read for them.
-        cache: (batch, channels, kept, height, width) of x's dtype, any strides: the input of a
-            causal convolution is made, the result behind these frames, and the cache becomes the
-            last `kept` frames of that, in place. Refused where a gradient is wanted.
-        start: with a cache, of a clip that begins with x: "replicate" puts copies of the result's
-            first frame in front, "zeros" zeros, and the cache is not read. None: the clip goes on.
+            fp32: mean and variance of x + offset, in place of computing them.
+        cache: (batch, channels, kept, height, width) of x's dtype, any strides: frames to put
+            before the result, the input of a causal convolution. Overwritten with the last `kept`
+            frames of that. Not allowed with gradients.
+        start: padding before a clip that begins with x, with a cache: copies of the result's first
+            frame ("replicate") or zeros ("zeros"); the cache is not read. None: the clip continues.
         backend: "auto", "kernel" or "reference".
 
     Returns:
-        A new tensor of x's shape and dtype, or of kept + frames frames; channels_last_3d if x's
-        channels are neighbours, else contiguous. Computed in at least fp32, rounded once. Gradients
-        for every tensor; what is kept for the backward is the inputs as they are, and statistics.
-        Under autocast dtypes may be mixed, and the result has the one to which x, y, b and a cache
-        promote, as norm(x) * y + b has; weight, bias and offset are a layer's and do not count. The
-        norm itself counts as x's dtype, where torch's on CUDA gives fp32.
+        A new tensor of x's shape and dtype, or of kept + frames frames; channels_last_3d if x is,
+        else contiguous. Computed in at least fp32, rounded once. Gradients for every tensor; the
+        backward saves the inputs as they are, and statistics. Under autocast dtypes may be mixed:
+        the result has the one to which x, y, b and a cache promote, as norm(x) * y + b; weight,
+        bias and offset do not count. The norm counts with x's dtype, while torch's on CUDA gives
+        fp32.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -332,17 +331,17 @@ def spatial_norm_silu(
     transform = _backend.transform_reason(
         x=x, weight=weight, bias=bias, y=y, b=b, offset=offset, moments=moments, cache=cache
     )
-    if _backend.choose(backend, op, reason(x) or transform, x):
+    if _backend.choose(backend, op, unsupported_reason(x) or transform, x):
         if cache is None:
             return _spatial_norm_silu(*tensors, *settings)[0]
-        return _spatial_norm_silu_behind(cache, *tensors, *settings, start or "")
-    if transform is None and _in_parts(*tensors):
-        return spatial_norm_silu_eager(*tensors, *settings, cache, start)
+        return _spatial_norm_silu_cached(cache, *tensors, *settings, start or "")
+    if transform is None and _use_cpu_path(*tensors):
+        return spatial_norm_silu_cpu(*tensors, *settings, cache, start)
     out = spatial_norm_silu_reference(
         *tensors[:-1], num_groups=num_groups, eps=eps, per_frame=per_frame, leads=leads, silu=silu,
         moments=moments, cache=cache, start=start,
     )  # fmt: skip
-    return as_promised(x, out)
+    return match_memory_format(x, out)
 
 
 def residual_moments(
@@ -354,19 +353,19 @@ def residual_moments(
     per_frame: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """x + h + offset, and in the same pass the statistics that `spatial_norm_silu` of it needs.
+    """The residual sum x + h + offset and, in the same pass, its statistics for the next norm.
 
     Args:
         x, h: (batch, channels, frames, height, width), any strides.
-        offset: (channels,), in x's dtype or fp32, or None: the bias of the convolution that made h.
+        offset: (channels,), in x's dtype or fp32, or None: the bias of the convolution before h.
         num_groups, per_frame, backend: as in `spatial_norm_silu`.
 
     Returns:
-        (sum, moments): the sum rounded once to x's dtype, in the memory format that
-        `spatial_norm_silu` of x would have; mean and variance of the sum as it was rounded,
-        (batch, frames if per_frame else 1, num_groups, 2), in at least fp32. Gradients for every
-        tensor, through both; what is kept for the backward is what is returned. Under autocast the
-        sum has the dtype to which x and h promote; the offset is a layer's and does not count.
+        (sum, moments): the sum rounded once to x's dtype, in the memory format of
+        `spatial_norm_silu` of x; mean and variance of the rounded sum, (batch, frames if per_frame
+        else 1, num_groups, 2), in at least fp32. Gradients for every tensor, through both; the
+        backward saves what is returned. Under autocast the sum has the dtype to which x and h
+        promote; that of the offset does not count.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -390,11 +389,11 @@ def residual_moments(
     _checks.shape(op, "h", h, x.shape, "the shape of x")
     check_vectors(op, x, offset=offset)
     transform = _backend.transform_reason(x=x, h=h, offset=offset)
-    if _backend.choose(backend, op, reason(x) or transform, x):
+    if _backend.choose(backend, op, unsupported_reason(x) or transform, x):
         return _residual_moments(x, h, offset, num_groups, per_frame)
-    if transform is None and _in_parts(x, h, offset):
-        return residual_moments_eager(x, h, offset, num_groups, per_frame)
+    if transform is None and _use_cpu_path(x, h, offset):
+        return residual_moments_cpu(x, h, offset, num_groups, per_frame)
     total, moments = residual_moments_reference(
         x, h, offset, num_groups=num_groups, per_frame=per_frame
     )
-    return as_promised(x, total), moments
+    return match_memory_format(x, total), moments

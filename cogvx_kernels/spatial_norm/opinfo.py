@@ -1,4 +1,4 @@
-"""The promise of `spatial_norm_silu` and `residual_moments`: samples, costs, budgets."""
+"""Test samples, cost model and compile budgets of `spatial_norm_silu` and `residual_moments`."""
 
 import math
 import random
@@ -36,17 +36,17 @@ def _sample(
     layout: str = "channels_last",
     latent_layout: str | None = None,
 ) -> Sample:
-    """affine: weight and bias; modulation: y and b, of the size of `latents`, if there are any."""
+    """A call; `affine` names weight and bias, `modulation` y and b, of the size of `latents`."""
     kind = "wide" if wide else None
     modulation = "" if latents is None else modulation
-    # Of multiples of 128 a SiLU is exactly a ReLU; y makes them, or the weight.
+    # The SiLU of a multiple of 128 is exactly a ReLU: y or the weight makes such multiples.
     lifts = silu and not modulation
     vector = TensorSpec((channels,), "lifted" if lifts else "weight", dtype=kind)
     latent = TensorSpec(
         (batch, channels, *(latents or ())), "lifted", latent_layout or layout, dtype=kind
     )
     units = (batch, frames if per_frame else 1, num_groups, 2)
-    # Rows of an odd width do not have the mean 0.
+    # The mean of rows of an odd width is not 0.
     exact = not (offset or given or width % 2 or (silu and modulation == "b"))
     return Sample(
         reason,
@@ -69,34 +69,34 @@ def _sample(
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     (
-        "all there is",
+        "all arguments",
         {"batch": 2, "frames": 3, "latents": (2, 1, 7), "offset": True, "layout": "contiguous"},
     ),
     ("channels last", {"batch": 2, "frames": 3, "latents": (2, 1, 7), "offset": True}),
     ("plain", {"batch": 2, "latents": None}),
     ("plain, no SiLU, no weight, no bias", {"latents": None, "silu": False, "affine": ""}),
-    ("a frame for itself", {"frames": 3, "per_frame": True, "latents": (3, 2, 7)}),
-    ("plain, a frame for itself", {"frames": 3, "per_frame": True, "latents": None}),
+    ("statistics per frame", {"frames": 3, "per_frame": True, "latents": (3, 2, 7)}),
+    ("plain, statistics per frame", {"frames": 3, "per_frame": True, "latents": None}),
     ("the first frame leads", {"frames": 5, "leads": True, "latents": (3, 1, 2)}),
-    ("one frame leads", {"frames": 1, "leads": True}),
+    ("a single leading frame", {"frames": 1, "leads": True}),
     ("more latents than frames", {"frames": 3, "leads": True, "latents": (7, 2, 1)}),
-    ("latents of x's size", {"frames": 3, "height": 3, "latents": (3, 3, 14)}),
+    ("latents at full resolution", {"frames": 3, "height": 3, "latents": (3, 3, 14)}),
     ("one latent", {"height": 9, "width": 36, "latents": (1, 1, 1), "channels": 96}),
-    ("three columns a latent", {"height": 6, "width": 42, "latents": (2, 2, 14), "frames": 4}),
-    ("y alone", {"modulation": "y", "affine": "b"}),
-    ("b alone", {"modulation": "b", "affine": "w", "silu": False}),
-    ("b alone, SiLU", {"modulation": "b", "affine": ""}),
-    ("statistics from before", {"given": True, "offset": True, "batch": 2}),
-    ("of each frame, from before", {"given": True, "per_frame": True, "latents": None}),
-    ("offset, a frame for itself", {"offset": True, "per_frame": True, "latents": None}),
+    ("three columns per latent", {"height": 6, "width": 42, "latents": (2, 2, 14), "frames": 4}),
+    ("y only", {"modulation": "y", "affine": "b"}),
+    ("b only", {"modulation": "b", "affine": "w", "silu": False}),
+    ("b only, SiLU", {"modulation": "b", "affine": ""}),
+    ("given statistics", {"given": True, "offset": True, "batch": 2}),
+    ("given statistics per frame", {"given": True, "per_frame": True, "latents": None}),
+    ("offset, statistics per frame", {"offset": True, "per_frame": True, "latents": None}),
     ("fp32 weights", {"wide": True, "offset": True}),
     ("one group", {"num_groups": 1, "channels": 6}),
-    ("a channel a group", {"num_groups": 5, "channels": 5, "offset": True}),
+    ("one channel per group", {"num_groups": 5, "channels": 5, "offset": True}),
     ("three groups of 17", {"num_groups": 3, "channels": 51}),
     ("more channels than a tile", {"num_groups": 20, "channels": 260, "height": 1, "offset": True}),
     ("1024 channels", {"num_groups": 32, "channels": 1024, "frames": 1, "height": 1}),
     ("more pixels than a strip", {"height": 11, "latents": None, "channels": 96}),
-    ("strips that are not full", {"height": 9, "width": 15, "latents": (1, 3, 5), "channels": 96}),
+    ("partial strips", {"height": 9, "width": 15, "latents": (1, 3, 5), "channels": 96}),
     ("one pixel", {"frames": 1, "height": 1, "width": 1, "latents": (1, 1, 1)}),
     ("no batch", {"batch": 0}),
     ("no frames", {"frames": 0, "latents": None}),
@@ -104,14 +104,14 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("contiguous, plain", {"layout": "contiguous", "height": 30, "width": 40, "latents": None}),
     ("contiguous, three groups", {"layout": "contiguous", "num_groups": 3, "channels": 27}),
     (
-        "contiguous, odd",
+        "contiguous, odd width",
         {"layout": "contiguous", "height": 6, "width": 39, "latents": (1, 3, 13), "offset": True},
     ),
-    ("latents contiguous", {"latent_layout": "contiguous"}),
-    ("latents channels last", {"layout": "contiguous", "latent_layout": "channels_last"}),
-    ("behind other frames", {"layout": "behind", "batch": 2, "frames": 3}),
-    ("rows inside wider ones", {"layout": "inset", "height": 4, "latents": (1, 2, 7)}),
-    ("rows inside wider ones, plain", {"layout": "inset", "height": 4, "latents": None}),
+    ("contiguous latents", {"latent_layout": "contiguous"}),
+    ("channels-last latents", {"layout": "contiguous", "latent_layout": "channels_last"}),
+    ("frames of a longer buffer", {"layout": "behind", "batch": 2, "frames": 3}),
+    ("rows of a wider buffer", {"layout": "inset", "height": 4, "latents": (1, 2, 7)}),
+    ("rows of a wider buffer, plain", {"layout": "inset", "height": 4, "latents": None}),
     ("frames before channels", {"layout": "transposed", "batch": 2}),
     ("odd storage offset", {"layout": "offset"}),
     ("every other column", {"layout": "strided", "latents": (1, 1, 2)}),
@@ -120,13 +120,13 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def _random(rng: random.Random) -> dict[str, Any]:
-    """Sizes of latents, and how many times as large the video is."""
+    """Random options: sizes of latents, and the ratio of the video to them."""
     rows, cols = rng.choice(((1, 1), (1, 7), (3, 2), (2, 5), (4, 4)))
     down, across = rng.choice(((1, 1), (2, 2), (4, 4), (8, 8), (3, 3), (1, 2), (2, 1), (10, 17)))
     frames, leads = rng.choice((1, 2, 3, 4, 5)), rng.random() < 0.5
     num_groups = rng.choice((1, 2, 3, 4))
     latent_frames = rng.choice((2, 3, frames + 1, 2 * frames + 1))
-    # Two elements are normalised to 1 and -1, whatever they are: the gradient is all roundings.
+    # Two elements always normalize to 1 and -1: their gradient is only rounding errors.
     few = rows * down * cols * across < 8
     batch = rng.choice((1, 1, 2))
     each = 24 if few else rng.choice((1, 2, 4, 5, 24))
@@ -140,7 +140,7 @@ def _random(rng: random.Random) -> dict[str, Any]:
         "latents": rng.choice((None, *[(latent_frames, rows, cols)] * 3)),
         "affine": "".join(letter for letter in "wb" if rng.random() < 0.7),
         "modulation": rng.choice(("yb", "yb", "y", "b")),
-        # A group of one channel takes its offset away again: of that gradient too.
+        # The mean cancels the offset of a group of one channel: its gradient is rounding errors.
         "offset": rng.random() < 0.4 and each > 1,
         "per_frame": rng.random() < 0.3,
         "leads": leads,
@@ -156,7 +156,7 @@ def _at_size(
     size: Size, channels: int = 1, smaller: int = 1, plain: bool = False,
     layout: str = "channels_last",
 ) -> Sample:  # fmt: skip
-    """As the decoder's last blocks have it; so many times the channels, smaller by so much."""
+    """The size of the decoder's last blocks, times `channels`, at 1 / `smaller` the sides."""
     height, width = (n // smaller for n in size.pixels)
     return _sample(
         "a model's size",
@@ -182,8 +182,8 @@ def _bytes(*tensors: Any) -> int:
 
 
 def _cost(a: Mapping[str, Any]) -> tuple[Cost, Cost]:
-    """Forward: x for its statistics, x again, and the result. Backward: x and dout for what is
-    summed over pixels, both again, and dx."""
+    """Forward: x for its statistics, x again, the result. Backward: x and dout for the sums over
+    pixels, both again, dx."""
     x = a["x"]
     small = _bytes(*(a[name] for name in ("weight", "bias", "y", "b", "offset", "moments")))
     once, elements = _bytes(x), math.prod(x.shape)
@@ -192,7 +192,7 @@ def _cost(a: Mapping[str, Any]) -> tuple[Cost, Cost]:
 
 
 def _launch(kernel: Any, a: Mapping[str, Any]) -> None:
-    """Forward, forward behind cached frames, and backward."""
+    """Launch forward, forward with a cache, and backward."""
     x, offset, moments = a["x"], a["offset"], a["moments"]
     if moments is None:
         moments = new_moments(x, a["num_groups"], a["per_frame"])
@@ -212,9 +212,9 @@ def _launch(kernel: Any, a: Mapping[str, Any]) -> None:
 _SIZES = ("2b-480x720-49f", "1.5-5b-768x1360-81f")
 
 
-# Weights and latents take narrower loads, being few. Of the partial sums a thread stores one, and
-# so these two kernels have no wide store at all; their loads of videos are as wide as the others'.
-_HELD = {
+# (registers, bits of an access, narrower accesses). Weights and latents are small and take narrow
+# loads. Where a thread stores one partial sum no store is wide; loads of videos are 128 bits.
+_LIMITS = {
     "_apply_kernel": (128, 128, 16),
     "_moments_kernel": (80, 32, 2),
     "sums_kernel": (176, 32, 8),
@@ -232,7 +232,7 @@ SPATIAL_NORM_SILU = OpInfo(
     videos=("x",),
     batched=("y", "b", "moments"),
     differentiable=("x", "weight", "bias", "y", "b", "offset", "moments"),
-    # Of x's gradient two terms are sums over its group.
+    # Two terms of the gradient of x are sums over its group.
     summed=("x", "weight", "bias", "y", "b", "offset", "moments"),
     rows=lambda call: (
         len(call["x"]) * call["num_groups"] * (call["x"].shape[2] if call["per_frame"] else 1)
@@ -250,7 +250,7 @@ SPATIAL_NORM_SILU = OpInfo(
         Budget(kernel, size, registers, 16384, access, narrow, convention=convention)
         for size in _SIZES
         for convention in ("", "256 channels", "plain")
-        for kernel, (registers, access, narrow) in _HELD.items()
+        for kernel, (registers, access, narrow) in _LIMITS.items()
     ),
 )
 
@@ -274,7 +274,7 @@ def _residual(
 ) -> Sample:
     shape = (batch, channels, frames, height, width)
     kind = "wide" if wide else None
-    # With an offset, or rows of an odd width, the mean is not a whole number.
+    # With an offset, or rows of an odd width, the mean is not an integer.
     return Sample(
         reason,
         {
@@ -289,23 +289,23 @@ def _residual(
 
 
 RESIDUAL_CASES: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("all there is", {"batch": 2, "frames": 3, "layout": "contiguous"}),
+    ("all arguments", {"batch": 2, "frames": 3, "layout": "contiguous"}),
     ("channels last", {"batch": 2, "frames": 3}),
     ("no offset", {"batch": 2, "offset": False}),
-    ("a frame for itself", {"per_frame": True, "frames": 3, "offset": False}),
+    ("statistics per frame", {"per_frame": True, "frames": 3, "offset": False}),
     ("fp32 offset", {"wide": True}),
     ("one group", {"num_groups": 1, "channels": 6}),
-    ("a channel a group", {"num_groups": 5, "channels": 5}),
+    ("one channel per group", {"num_groups": 5, "channels": 5}),
     ("three groups of 17", {"num_groups": 3, "channels": 51}),
     ("more channels than a tile", {"num_groups": 20, "channels": 260, "height": 1}),
     ("more pixels than a strip", {"height": 11, "channels": 96, "offset": False}),
-    ("strips that are not full", {"height": 9, "width": 15, "channels": 96}),
+    ("partial strips", {"height": 9, "width": 15, "channels": 96}),
     ("one pixel", {"frames": 1, "height": 1, "width": 1}),
     ("no batch", {"batch": 0}),
     ("contiguous", {"layout": "contiguous", "batch": 2, "offset": False}),
     ("x contiguous, h channels last", {"layout": "contiguous", "h_layout": "channels_last"}),
-    ("x behind other frames", {"layout": "behind", "h_layout": "channels_last"}),
-    ("rows inside wider ones", {"layout": "inset", "height": 4}),
+    ("x in a longer buffer", {"layout": "behind", "h_layout": "channels_last"}),
+    ("rows of a wider buffer", {"layout": "inset", "height": 4}),
     ("frames before channels", {"layout": "transposed"}),
     ("odd storage offset", {"layout": "offset"}),
     ("every other column", {"layout": "strided"}),
@@ -336,7 +336,7 @@ def _residual_at_size(size: Size, channels: int = 1, smaller: int = 1) -> Sample
 
 
 def _residual_cost(a: Mapping[str, Any]) -> tuple[Cost, Cost]:
-    """Forward: x, h and their sum. Backward: the gradient is passed on, and read for offset's."""
+    """Forward: x, h and their sum. Backward: a pass-through; one read for the offset's gradient."""
     x = a["x"]
     once, elements = _bytes(x), math.prod(x.shape)
     backward = 0 if a["offset"] is None else once

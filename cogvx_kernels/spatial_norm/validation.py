@@ -1,4 +1,4 @@
-"""What may go in, what stands in the way of the kernels, and the tensors that come out."""
+"""Argument checks of spatial_norm, limits of its kernels, and allocation of results."""
 
 import torch
 from torch import Tensor
@@ -8,15 +8,15 @@ from .._launch import dense
 
 VIDEO = ("batch", "channels", "frames", "height", "width")
 LATENTS = ("batch", "channels", "latent_frames", "latent_height", "latent_width")
-PIXELS = 2**31 - 1  # of a frame: counted in 32 bits
-KERNEL_CHANNELS = 16384
+MAX_PIXELS = 2**31 - 1  # of a frame: counted in 32 bits
+MAX_CHANNELS = 16384
 
 
-# --- what comes out --------------------------------------------------------------------------
+# --- results ---------------------------------------------------------------------------------
 
 
 def new_video(x: Tensor, frames: int | None = None) -> Tensor:
-    """A tensor for a result: x's shape, or so many frames; channels last if x's are."""
+    """An empty result: the shape of x, or `frames` of it; channels-last if x is."""
     batch, channels, own, height, width = x.shape
     shape = (batch, channels, own if frames is None else frames, height, width)
     last = channels > 1 and x.stride(1) == 1
@@ -26,24 +26,24 @@ def new_video(x: Tensor, frames: int | None = None) -> Tensor:
 
 def new_moments(x: Tensor, num_groups: int, per_frame: bool) -> Tensor:
     shape = (x.shape[0], x.shape[2] if per_frame else 1, num_groups, 2)
-    return torch.empty(shape, dtype=wide_of(x), device=x.device)
+    return torch.empty(shape, dtype=statistics_dtype(x), device=x.device)
 
 
-def wide_of(x: Tensor) -> torch.dtype:
+def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def like(x: Tensor | None, of: Tensor) -> Tensor:
-    """For the gradient of a vector; empty if there is none."""
+def empty_grad(x: Tensor | None, of: Tensor) -> Tensor:
+    """The gradient of a vector, uninitialized; without elements if x is None."""
     return of.new_empty((0,)) if x is None else torch.empty_like(x)
 
 
-def as_promised(x: Tensor, out: Tensor) -> Tensor:
-    """The law's result, in the memory format that the kernel's would have."""
+def match_memory_format(x: Tensor, out: Tensor) -> Tensor:
+    """Convert a reference result to the memory format of the kernel's."""
     return dense(out, x.shape[1] > 1 and x.stride(1) == 1)
 
 
-# --- what may go in ---------------------------------------------------------------------------
+# --- checks ----------------------------------------------------------------------------------
 
 
 def check_video(op: str, x: Tensor, num_groups: int, per_frame: bool) -> None:
@@ -60,7 +60,7 @@ def check_vectors(op: str, x: Tensor, **vectors: Tensor | None) -> None:
     for name, value in vectors.items():
         if value is not None:
             _checks.tensor(op, name, value, ("channels",))
-            _checks.dtype(op, name, value, (x.dtype, wide_of(x)))
+            _checks.dtype(op, name, value, (x.dtype, statistics_dtype(x)))
             _checks.same_device(op, name, value, "x", x)
             _checks.shape(
                 op, name, value, x.shape[1:2], "(channels,)",
@@ -75,7 +75,7 @@ def check_latents(op: str, x: Tensor, leads: bool, **latents: Tensor | None) -> 
         if value is None:
             continue
         _checks.tensor(op, name, value, LATENTS)
-        _checks.dtype(op, name, value, (x.dtype, wide_of(x)))
+        _checks.dtype(op, name, value, (x.dtype, statistics_dtype(x)))
         _checks.same_device(op, name, value, "x", x)
         _checks.shape(
             op, name, value, (*x.shape[:2], *value.shape[2:]), f"({', '.join(LATENTS)})",
@@ -87,7 +87,7 @@ def check_latents(op: str, x: Tensor, leads: bool, **latents: Tensor | None) -> 
 
 
 def _check_ratio(op: str, name: str, x: Tensor, value: Tensor, leads: bool) -> None:
-    """Whole multiples in space; in time a latent frame for every frame."""
+    """Whole multiples in space; in time enough latent frames."""
     for dim, what in ((3, "height"), (4, "width")):
         if value.shape[dim] < 1 or x.shape[dim] % value.shape[dim]:
             raise ValueError(
@@ -105,7 +105,7 @@ def _check_ratio(op: str, name: str, x: Tensor, value: Tensor, leads: bool) -> N
 def check_moments(op: str, x: Tensor, moments: Tensor, num_groups: int, per_frame: bool) -> None:
     dims = ("batch", "frames or 1", "num_groups", "2")
     _checks.tensor(op, "moments", moments, dims)
-    _checks.dtype(op, "moments", moments, (wide_of(x),))
+    _checks.dtype(op, "moments", moments, (statistics_dtype(x),))
     _checks.same_device(op, "moments", moments, "x", x)
     wanted = (x.shape[0], x.shape[2] if per_frame else 1, num_groups, 2)
     _checks.shape(
@@ -118,9 +118,7 @@ def check_cache(op: str, x: Tensor, cache: Tensor | None, start: str | None) -> 
         _checks.choice(op, "start", start, ("replicate", "zeros"))
     if cache is None:
         if start is not None:
-            raise ValueError(
-                f"{op}: start says what lies before a cache; got {start!r} without one"
-            )
+            raise ValueError(f"{op}: start must be None without a cache; got {start!r}")
         return
     _checks.tensor(op, "cache", cache, VIDEO)
     _checks.dtype(op, "cache", cache, (x.dtype,))
@@ -151,10 +149,10 @@ def refuse_grad(op: str, **tensors: Tensor | None) -> None:
             )
 
 
-def reason(x: Tensor) -> str | None:
-    """Why the kernels cannot take `x`, or None."""
-    if x.shape[1] > KERNEL_CHANNELS:
-        return f"x has {x.shape[1]} channels; the kernel takes at most {KERNEL_CHANNELS}"
-    if x.shape[3] * x.shape[4] > PIXELS:
-        return f"x has frames of {x.shape[3]} x {x.shape[4]}; the kernel takes {PIXELS} pixels"
+def unsupported_reason(x: Tensor) -> str | None:
+    """The reason why the kernels cannot take `x`, or None."""
+    if x.shape[1] > MAX_CHANNELS:
+        return f"x has {x.shape[1]} channels; the kernel takes at most {MAX_CHANNELS}"
+    if x.shape[3] * x.shape[4] > MAX_PIXELS:
+        return f"x has frames of {x.shape[3]} x {x.shape[4]}; the kernel takes {MAX_PIXELS} pixels"
     return _backend.triton_reason("x", x)

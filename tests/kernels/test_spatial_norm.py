@@ -40,7 +40,7 @@ def video(*shape, seed=0, form=LAST, dtype=torch.float32):
 def by(way):
     """What backend to ask for, so that it goes this way."""
     if way == "reference":
-        with mock.patch.object(DOOR, "_in_parts", return_value=False):
+        with mock.patch.object(DOOR, "_use_cpu_path", return_value=False):
             yield "reference"
     elif way == "parts":
         with torch.no_grad():
@@ -403,7 +403,7 @@ WRONG = (
     ("per_frame must be True or False", {"per_frame": 1}),
     ("moments must be .batch, frames or 1", {"moments": torch.rand(1, 3, 4, 2)}),
     ("moments must be float32", {"moments": torch.rand(1, 1, 4, 2).half()}),
-    ("start says what lies before a cache", {"start": "zeros"}),
+    ("start must be None without a cache", {"start": "zeros"}),
     ("start must be one of", {"start": "reflect", "cache": torch.zeros(1, 8, 2, 4, 8)}),
     ("cache must be .batch, channels, kept", {"cache": torch.zeros(1, 8, 2, 4, 7)}),
     ("cache must be float32", {"cache": torch.zeros(1, 8, 2, 4, 8).half()}),
