@@ -70,9 +70,9 @@ def residual_moments_cpu(
         into, left, right = (z[:, :, frame] for z in (total, x, h))
         for piece in _pieces(into):
             part = left[piece].to(wide) + right[piece]
-            into[piece] = (
-                part if pre_bias is None else part.add_(_column(pre_bias, part)[:, piece[1]])
-            )
+            if pre_bias is not None:
+                part += _column(pre_bias, part)[:, piece[1]]
+            into[piece] = part
     return total, _moments(total, None, num_groups, per_frame)
 
 

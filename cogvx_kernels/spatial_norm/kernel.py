@@ -70,8 +70,8 @@ def _update_cache(
     if P.CACHE == "replicate":
         if frame == 0:
             for before in range(0, sizes.cache_len):
-                slot = tl.cast(before, tl.int64)
-                addr = address(head, batch, slot, row, col, channel, P.ALIGN, P)
+                past = tl.cast(before, tl.int64)
+                addr = address(head, batch, past, row, col, channel, P.ALIGN, P)
                 tl.store(addr, value, mask=mask)
 
 
