@@ -2,8 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# cogvx with its extension and what reads and writes videos; and all that the tests need
+RUNS := $(VENV)/.runs
 READY := $(VENV)/.ready
-PIP := python -m pip install -qq --disable-pip-version-check -c constraints.txt
+# Bytecode is written when a module is first imported: for all of torch, it takes half a minute.
+PIP := python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt
 
 # the environment's ninja and clang-format, wherever a tool looks for them
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -14,7 +17,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
 
-demo: $(READY)  ## what is here, every kernel against its reference, sentences to clips in out/demo
+demo: $(RUNS)  ## what is here, every kernel against its reference, sentences to clips in out/demo
 	cogvx-kernels doctor --short
 	@echo
 	cogvx-kernels verify --quick
@@ -57,7 +60,7 @@ $(SIDE)/.ready: | $(READY)
 	touch $@
 endif
 
-verify: $(READY)  ## every op on every sample against its reference; ARGS="--all-rows": a table
+verify: $(RUNS)  ## every op on every sample against its reference; ARGS="--all-rows": a table
 	cogvx-kernels verify $(ARGS)
 
 bench: $(READY)  ## the benchmark suite into out/; ARGS="--op rope3d" narrows it
@@ -85,12 +88,17 @@ clean:  ## remove all that make has made, .venv included
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and pinned: the extension is built against the torch that will run it
-$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+$(RUNS): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'installing torch and what builds against it (hundreds of MB: minutes)'
 	@$(PIP) setuptools wheel pybind11 ninja torch
-	@echo 'compiling the C++ extension, installing cogvx and what its tests need (minutes)'
-	@$(PIP) --no-build-isolation -e '.[dev]'
+	@echo 'compiling the C++ extension and installing cogvx (a minute or two)'
+	@$(PIP) --no-build-isolation -e '.[video]'
 	@python -c 'import torch, cogvx_kernels._C as extension; print(extension.build_info())' || \
 	    echo 'cogvx: there is no C++ extension; pip install -v --no-build-isolation -e . says why'
+	touch $@
+
+$(READY): $(RUNS)
+	@echo 'installing what the tests need'
+	@$(PIP) --no-build-isolation -e '.[dev]'
 	touch $@
