@@ -1,12 +1,11 @@
 """Correctness first, on the very arguments that are timed.
 
-The rule is `cogvx_kernels.testing.judge`. Truth in fp64 of a whole model-sized tensor is too much
-to hold and to compare, so results are judged on three slices of tokens, where the text ends and
-video begins, in the middle, and at the end; sums over tokens are judged whole, their truth being
-added up slice by slice; and every other token is compared with the reference, more coarsely. A
-video, of all of which there are statistics, is not cut: the truth is of the whole, and judged are
-its rows and columns in even steps.
-"""
+The rule is `cogvx_kernels.testing.check_close`. Truth in fp64 of a whole model-sized tensor is too
+much to hold and to compare, so results are judged on three slices of tokens, where the text ends
+and video begins, in the middle, and at the end; sums over tokens are judged whole, their truth
+being added up slice by slice; and every other token is compared with the reference, more coarsely.
+A video, of all of which there are statistics, is not cut: the truth is of the whole, and judged are
+its rows and columns in even steps."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -18,10 +17,10 @@ from torch import Tensor
 
 from cogvx_kernels.testing import (
     REDRAWS,
+    Comparison,
     OpInfo,
-    Verdict,
+    check_close,
     evaluate,
-    judge,
     scaled,
     to_double,
 )
@@ -113,30 +112,34 @@ class Law:
             truth = self._truth(again, back, None)
             self.redraws.append((_thin_all(yardstick), _thin_all(truth)))
 
-    def verdicts(self, results: Mapping[str, Tensor]) -> list[Verdict]:
+    def verdicts(self, results: Mapping[str, Tensor]) -> list[Comparison]:
         """A verdict on each of the results, which are named as `testing.evaluate` names them."""
         judged = self._of_videos if self.seqlen is None else self._of_tokens
         return [judged(name, result, self.yardstick[name]) for name, result in results.items()]
 
-    def _of_videos(self, name: str, result: Tensor, yardstick: Tensor) -> Verdict:
+    def _of_videos(self, name: str, result: Tensor, yardstick: Tensor) -> Comparison:
         _same_shape(name, result, yardstick)
         products = self.info.products or name in self.summed
         thin = (_thin(result), _thin(yardstick), self.truth[name])
         redraws = [(y[name], t[name]) for y, t in self.redraws]
-        verdict = judge(name, *thin, products, redraws, self.info.rounds_between)
+        verdict = check_close(name, *thin, products, redraws, self.info.rounds_between)
         if verdict.ok and _step(yardstick) > 1:
             return _with_the_rest(verdict, result, yardstick)
         return verdict
 
-    def _of_tokens(self, name: str, result: Tensor, yardstick: Tensor) -> Verdict:
+    def _of_tokens(self, name: str, result: Tensor, yardstick: Tensor) -> Comparison:
         between = self.info.rounds_between
         if name in self.summed:
-            return judge(name, result, yardstick, self.truth[name], True, between=between)
+            return check_close(
+                name, result, yardstick, self.truth[name], True, rounds_between=between
+            )
         _same_shape(name, result, yardstick)
         sliced = (
             torch.cat([x[:, slice(*span)] for span in self.spans], 1) for x in (result, yardstick)
         )
-        verdict = judge(name, *sliced, self.truth[name], self.info.products, between=between)
+        verdict = check_close(
+            name, *sliced, self.truth[name], self.info.products, rounds_between=between
+        )
         if verdict.ok and self.spans != list(_every(self.seqlen)):
             return _with_the_rest(verdict, result, yardstick)
         return verdict
@@ -195,11 +198,11 @@ def _cut(info: OpInfo, arguments: Mapping[str, Any], start: int, stop: int) -> d
     return cut | {"text_len": max(0, min(stop, text_len) - start)}
 
 
-def _with_the_rest(verdict: Verdict, result: Tensor, yardstick: Tensor) -> Verdict:
+def _with_the_rest(verdict: Comparison, result: Tensor, yardstick: Tensor) -> Comparison:
     """The verdict, or a refusal if a token that was not judged is far from the reference."""
     ulp = torch.finfo(result.dtype).eps * float(yardstick.abs().max())
     gap = float((result.float() - yardstick.float()).abs().max())
-    if gap <= COARSE * max(ulp, verdict.yardstick):  # false for a NaN
+    if gap <= COARSE * max(ulp, verdict.baseline):  # false for a NaN
         return verdict
     return replace(verdict, name=f"{verdict.name}, between what was judged", error=gap, ok=False)
 

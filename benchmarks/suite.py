@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cogvx_kernels.testing import SIZES, OpInfo, Verdict, evaluate
+from cogvx_kernels.testing import SIZES, Comparison, OpInfo, evaluate
 
 from . import inputs
 from .check import Law, results_of
@@ -115,7 +115,7 @@ def _check(
     checked, wrong = [], []
     for provider, function in made.items():
         passes = tuple(which for which in options.passes if which in provider.passes)
-        verdicts: dict[str, list[Verdict]] = {}
+        verdicts: dict[str, list[Comparison]] = {}
         try:
             for which in passes:
                 fresh = new(SEED) if provider.overwrites else arguments
@@ -144,7 +144,7 @@ def _check(
     return checked
 
 
-def _near(verdict: Verdict, law: Law) -> bool:
+def _near(verdict: Comparison, law: Law) -> bool:
     """Whether somebody else's result is the same function, if not as exactly computed.
 
     In fp32 a norm of a video is no better than its sums of squares, which some add up as they are.

@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dense",
         action="store_true",
-        help="instead: expert_ffn's grouped way beside its dense one, and the row of choices.py",
+        help="instead: expert_ffn's grouped way beside its dense one, and the row of heuristics.py",
     )
     parser.add_argument("--pass", dest="which", choices=("forward", "backward", "both"))
     parser.add_argument("--out", type=Path, metavar="DIR", help="write tune-OP-SIZE.json there")

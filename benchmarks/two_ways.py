@@ -2,7 +2,7 @@
 
 Both are checked and timed as in `python -m benchmarks`, where no sorting is needed, that is for one
 expert and for one each of text and video. What is printed is a row of
-`cogvx_kernels.expert_ffn.choices`, to be written there by hand: nothing is tuned at run time.
+`cogvx_kernels.expert_ffn.heuristics`, to be written there by hand: nothing is tuned at run time.
 """
 
 from collections.abc import Sequence

@@ -1,13 +1,13 @@
-"""Kernels against references: shared by the tests, `cogvx-kernels verify` and the benchmarks.
+"""Comparison of kernels with references, for the tests, `cogvx-kernels verify` and the benchmarks.
 
-Truth is the reference in fp64; the yardstick is the reference in the dtype under test; a kernel
-must be about as near to the truth as its yardstick is (`judge`).
+Each kernel is compared with two runs of its reference: one in fp64, and the baseline, one in the
+dtype under test. The kernel's error against fp64 must be about the baseline's (`check_close`).
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,12 +24,12 @@ __all__ = [
     "LAYOUTS",
     "OPS",
     "SIZES",
+    "Comparison",
     "Size",
-    "Verdict",
+    "check_close",
     "compare",
-    "cotangents",
     "evaluate",
-    "judge",
+    "grad_outputs_like",
     "materialize",
 ]
 
@@ -51,10 +51,10 @@ OPS: Mapping[str, OpInfo] = {
 
 Allocate = Callable[..., Tensor]
 
-# The inputs of a small sample times these: what it says is the same, its roundings fall anew.
+# Factors for the inputs of a small sample: the same computation with other roundings.
 REDRAWS = tuple(1 + i / 16 for i in (-3, -2, -1, 1, 2, 3))
 
-# Of which integers there are few: the largest, and what they are multiples of.
+# Exact values drawn from few integers: the largest, and the unit they are multiples of.
 FEW = {"matrix": (1, 1), "lifted": (1, 128), "few": (2, 1)}
 
 # --- from a sample to tensors ----------------------------------------------------------------
@@ -101,7 +101,7 @@ def _inset(shape: tuple[int, ...], new: Allocate) -> Tensor:
     return new((*outer, height + 2, width + 3))[..., 1:-1, 1:-2]
 
 
-# How a tensor of a shape lies in memory that `new` hands out by shape.
+# Name -> a tensor of a shape in that layout, in memory that `new(shape)` allocates.
 LAYOUTS: Mapping[str, Callable[[tuple[int, ...], Allocate], Tensor]] = {
     "contiguous": lambda shape, new: new(shape),
     "packed": _packed,
@@ -133,7 +133,7 @@ def _random_values(spec: TensorSpec, shape: tuple[int, ...], seed: int) -> Tenso
 
 
 def _exact_values(spec: TensorSpec, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Small integers that tell where they stand; every sum and product of theirs is exact."""
+    """Small integers that differ by position; their sums and products are exact in any order."""
     if spec.values == "index":
         return _random_values(spec, shape, seed)
     place = torch.arange(math.prod(shape)).reshape(shape) + seed
@@ -182,8 +182,10 @@ def materialize(
     return arguments
 
 
-def cotangents(outputs: tuple[Tensor, ...], seed: int, exact: bool = False) -> tuple[Tensor, ...]:
-    """A gradient to send back into each output."""
+def grad_outputs_like(
+    outputs: tuple[Tensor, ...], seed: int, exact: bool = False
+) -> tuple[Tensor, ...]:
+    """A gradient for each output, of its shape, dtype and device."""
     values = _exact_values if exact else _random_values
     return tuple(
         values(TensorSpec(tuple(x.shape)), tuple(x.shape), 1000 * seed + 500 + i).to(x)
@@ -202,14 +204,14 @@ def evaluate(
     function: Callable[..., Any],
     arguments: Mapping[str, Any],
     differentiable: tuple[str, ...] = (),
-    douts: tuple[Tensor, ...] | None = None,
+    grad_outputs: tuple[Tensor, ...] | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Outputs (`out0`, `out1`, …) and gradients (`dq`, …) of a call, by name.
 
-    `differentiable` arguments that are there require a gradient; each is a leaf of its own with
-    the same strides. `douts` are sent back into the outputs that depend on one, or nothing is if
-    there are none.
+    The `differentiable` arguments that are not None become leaves with the same strides. The
+    backward runs with the `grad_outputs` of the outputs that require a gradient; without
+    `grad_outputs` it does not run.
     """
     leaves = {
         name: arguments[name].detach().requires_grad_()
@@ -218,10 +220,10 @@ def evaluate(
     }
     outputs = as_tuple(function(**{**arguments, **leaves}, **options))
     results = {f"out{i}": x.detach() for i, x in enumerate(outputs)}
-    if leaves and douts is not None:
-        back = [(x, dout) for x, dout in zip(outputs, douts, strict=True) if x.requires_grad]
+    if leaves and grad_outputs is not None:
+        pairs = [(x, g) for x, g in zip(outputs, grad_outputs, strict=True) if x.requires_grad]
         gradients = torch.autograd.grad(
-            [x for x, _ in back], tuple(leaves.values()), [dout for _, dout in back]
+            [x for x, _ in pairs], tuple(leaves.values()), [g for _, g in pairs]
         )
         results |= {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
     return results
@@ -235,88 +237,114 @@ def to_double(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# --- the rule --------------------------------------------------------------------------------
+# --- numerics --------------------------------------------------------------------------------
+
+
+class Element(NamedTuple):
+    """An element of a result, and the value that it should have."""
+
+    index: tuple[int, ...]
+    value: float
+    wanted: float
+
+    def __str__(self) -> str:
+        return f"{list(self.index)} is {self.value:.6g}, wanted {self.wanted:.6g}"
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """How far a result and its yardstick are from the truth, and whether that is near enough."""
+class Comparison:
+    """Errors of a result and of its baseline against fp64; `ok` if the result passes."""
 
     name: str
     error: float  # largest absolute error
-    yardstick: float
-    ulp: float  # at the truth's largest value
+    baseline: float
+    ulp: float  # at the largest value in fp64
     rms: float
-    rms_yardstick: float
+    rms_baseline: float
     ok: bool
+    worst: tuple[Element, ...] = ()  # those furthest off, where it is not ok
 
     @property
     def multiple(self) -> float:
-        """The error as a multiple of the yardstick's."""
+        """The error as a multiple of the baseline's."""
         if self.error == 0:
             return 0.0
-        return self.error / self.yardstick if self.yardstick else math.inf
+        return self.error / self.baseline if self.baseline else math.inf
 
     def __str__(self) -> str:
-        return (
-            f"{self.name}: error {self.error:.3g} (reference {self.yardstick:.3g}, ulp "
-            f"{self.ulp:.3g}), rms {self.rms:.3g} (reference {self.rms_yardstick:.3g})"
+        text = (
+            f"{self.name}: error {self.error:.3g} (reference {self.baseline:.3g}, ulp "
+            f"{self.ulp:.3g}), rms {self.rms:.3g} (reference {self.rms_baseline:.3g})"
         )
+        return f"{text}; worst: {', '.join(map(str, self.worst))}" if self.worst else text
 
 
-def judge(
+def check_close(
     name: str,
     result: Tensor,
-    yardstick: Tensor,
-    truth: Tensor,
+    baseline: Tensor,
+    fp64: Tensor,
     summed: bool = False,
     redraws: Sequence[tuple[Tensor, Tensor]] = (),
-    between: bool = False,
+    rounds_between: bool = False,
     rows: int | None = None,
-) -> Verdict:
-    """The rule of numerics.
+) -> Comparison:
+    """Compare a result's error against fp64 with that of the baseline.
 
-    A row's result may be off by at most what the yardstick is off, plus 1 ulp, and in the root
-    mean square by 1.05 times as much; a sum over rows, or a matrix product, by twice as much,
-    because the order of the sum is free. Where the truth is infinite or not a number, the result
-    must be so too.
+    The largest error may be the baseline's plus 1 ulp, the root mean square 1.05 times the
+    baseline's; twice both for a sum over rows or a matrix product (`summed`), whose order of
+    summation is free. Infinities and NaN must be where the baseline has them.
 
-    In fp32 the roundings of every step show, and how they fall is luck: a small sample says little
-    of what the reference may be off. Its yardstick is therefore the worst of several draws, the
-    `redraws` being more pairs of yardstick and truth, and two samples of n rows, or of n sums,
-    differ by chance with a standard deviation of about 1/sqrt(n): four of those are allowed. At a
-    model's size both are next to nothing. A row is what is normalised by itself, the last dim
-    unless `rows` says how many there are. In fp16 and bf16 the last rounding outweighs all luck,
-    unless the op rounds `between` too: how that rounding falls is handed on to all that follows.
+    In fp32, and if the op `rounds_between`, all roundings count, and a small sample varies by
+    chance. There the baseline's errors are the largest over the `redraws`, more pairs of baseline
+    and fp64, and both limits grow by 4/sqrt(n), four standard deviations of a sample of n rows or
+    sums. In fp16 and bf16 the last rounding dominates. `rows` is the number of rows that are
+    normalised each by itself, by default all but the last dim.
     """
-    if result.dtype != yardstick.dtype or result.shape != yardstick.shape:
-        got, wanted = (f"{x.dtype} {tuple(x.shape)}" for x in (result, yardstick))
+    if result.dtype != baseline.dtype or result.shape != baseline.shape:
+        got, wanted = (f"{x.dtype} {tuple(x.shape)}" for x in (result, baseline))
         raise AssertionError(f"{name}: got {got}, wanted {wanted}")
     eps = torch.finfo(result.dtype).eps
     if summed:
         rows = result.numel()
     elif rows is None:
         rows = math.prod(result.shape[:-1])
-    lucky = between or result.dtype is torch.float32
-    chance = 1 + 4 / math.sqrt(max(1, rows)) if lucky else 1.0
-    result, yardstick, truth = (x.detach().double().cpu() for x in (result, yardstick, truth))
-    finite = yardstick.isfinite()
-    specials = [x[~finite].nan_to_num() for x in (result, yardstick)]
+    varies = rounds_between or result.dtype is torch.float32
+    chance = 1 + 4 / math.sqrt(max(1, rows)) if varies else 1.0
+    result, baseline, fp64 = (x.detach().double().cpu() for x in (result, baseline, fp64))
+    finite = baseline.isfinite()
+    specials = [x[~finite].nan_to_num() for x in (result, baseline)]
     same_specials = torch.equal(result.isfinite(), finite) and torch.equal(*specials)
-    truth = truth[finite]
-    error, reference = result[finite] - truth, yardstick[finite] - truth
-    references = [reference, *(_redrawn(*redraw, truth) for redraw in redraws)]
-    worst, worst_reference = _largest(error), max(map(_largest, references))
+    exact = fp64[finite]
+    error, reference = result[finite] - exact, baseline[finite] - exact
+    references = [reference, *(_redrawn(*redraw, exact) for redraw in redraws)]
+    largest_error, largest_reference = _largest(error), max(map(_largest, references))
     rms, rms_reference = _rms(error), max(map(_rms, references))
-    largest = _largest(truth)
+    largest = _largest(exact)
     ulp = eps * 2.0 ** math.floor(math.log2(largest)) if largest else 0.0
     if summed:
         limit = 2 * chance
-        near = worst <= limit * worst_reference + ulp and rms <= limit * rms_reference + ulp
+        near = largest_error <= limit * largest_reference + ulp
+        near = near and rms <= limit * rms_reference + ulp
     else:
-        near = worst <= chance * worst_reference + ulp and rms <= 1.05 * chance * rms_reference
+        near = largest_error <= chance * largest_reference + ulp
+        near = near and rms <= 1.05 * chance * rms_reference
     ok = same_specials and near
-    return Verdict(name, worst, worst_reference, ulp, rms, rms_reference, ok)
+    worst = () if ok else _worst(result, torch.where(finite, fp64, baseline))
+    return Comparison(name, largest_error, largest_reference, ulp, rms, rms_reference, ok, worst)
+
+
+def _worst(result: Tensor, wanted: Tensor, count: int = 3) -> tuple[Element, ...]:
+    """The elements that are furthest off, first those where only one side is finite."""
+    same = (result == wanted) | (result.isnan() & wanted.isnan())
+    distance = (result - wanted).abs().nan_to_num(math.inf, math.inf).masked_fill(same, 0)
+    order = distance.flatten().topk(min(count, distance.numel())).indices
+    places = [tuple(map(int, torch.unravel_index(i, result.shape))) for i in order]
+    return tuple(
+        Element(place, float(result[place]), float(wanted[place]))
+        for place in places
+        if distance[place]
+    )
 
 
 def compare(
@@ -329,69 +357,71 @@ def compare(
     function: Callable[..., Any] | None = None,
     arguments: Mapping[str, Any] | None = None,
     ours: Mapping[str, Tensor] | None = None,
-) -> list[Verdict]:
-    """A verdict on each output and gradient of the op's kernel, or of `function` in its place.
+) -> list[Comparison]:
+    """Check every output and gradient of the op's kernel, or of `function` in its place.
 
-    `arguments` and what the kernel made of them, `ours`, may be given if they are there already;
-    the gradients sent back are `cotangents(outputs, seed)`.
+    `arguments` and `ours`, the kernel's results for them, are computed unless they are given; the
+    backward starts from `grad_outputs_like(outputs, seed)`.
     """
     if arguments is None:
         arguments = materialize(sample, dtype, device=device, seed=seed)
     options: dict[str, Any] = {"backend": "kernel"} if function is None else {}
-    douts = cotangents(as_tuple(info.reference(**arguments)), seed)
+    grad_outputs = grad_outputs_like(as_tuple(info.reference(**arguments)), seed)
     if ours is None:
-        ours = evaluate(function or info.op, arguments, info.differentiable, douts, **options)
-    yardstick, truth = yardstick_and_truth(info, arguments, douts)
+        ours = evaluate(
+            function or info.op, arguments, info.differentiable, grad_outputs, **options
+        )
+    baseline, fp64 = baseline_and_fp64(info, arguments, grad_outputs)
     between = info.rounds_between
-    lucky = {name for name, x in yardstick.items() if between or x.dtype is torch.float32}
-    small = max(x.numel() for x in douts) < 2**16
+    varying = {name for name, x in baseline.items() if between or x.dtype is torch.float32}
+    small = max(x.numel() for x in grad_outputs) < 2**16
     redraws = [
-        yardstick_and_truth(info, *scaled(info, arguments, douts, factor))
-        for factor in (REDRAWS if small and lucky else ())
+        baseline_and_fp64(info, *scaled(info, arguments, grad_outputs, factor))
+        for factor in (REDRAWS if small and varying else ())
     ]
     summed = {f"d{name}" for name in info.summed}
     rows = info.rows(arguments) if info.rows else None
     return [
-        judge(
+        check_close(
             name,
             ours[name],
-            yardstick[name],
-            truth[name],
+            baseline[name],
+            fp64[name],
             info.products or name in summed,
-            [(y[name], t[name]) for y, t in redraws if name in lucky],
+            [(y[name], t[name]) for y, t in redraws if name in varying],
             between,
             rows,
         )
-        for name in truth
+        for name in fp64
     ]
 
 
-def yardstick_and_truth(
-    info: OpInfo, arguments: Mapping[str, Any], douts: tuple[Tensor, ...]
+def baseline_and_fp64(
+    info: OpInfo, arguments: Mapping[str, Any], grad_outputs: tuple[Tensor, ...]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The reference's results in the arguments' dtype, and in fp64."""
-    wide_douts = tuple(x.double() for x in douts)
+    wide_grad_outputs = tuple(x.double() for x in grad_outputs)
     return (
-        evaluate(info.reference, arguments, info.differentiable, douts),
-        evaluate(info.reference, to_double(arguments), info.differentiable, wide_douts),
+        evaluate(info.reference, arguments, info.differentiable, grad_outputs),
+        evaluate(info.reference, to_double(arguments), info.differentiable, wide_grad_outputs),
     )
 
 
 def scaled(
-    info: OpInfo, arguments: Mapping[str, Any], douts: tuple[Tensor, ...], factor: float
+    info: OpInfo, arguments: Mapping[str, Any], grad_outputs: tuple[Tensor, ...], factor: float
 ) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
     """The same call, its differentiable arguments and its gradients times `factor`."""
     times = {
         name: x * factor if name in info.differentiable and isinstance(x, Tensor) else x
         for name, x in arguments.items()
     }
-    return times, tuple(x * factor for x in douts)
+    return times, tuple(x * factor for x in grad_outputs)
 
 
-def _redrawn(yardstick: Tensor, its_truth: Tensor, truth: Tensor) -> Tensor:
-    """A redraw's errors, at the scale of the truth: its numbers are larger, or smaller."""
-    scale = _rms(its_truth)
-    return (yardstick.double().cpu() - its_truth.cpu()) * (_rms(truth) / scale if scale else 1.0)
+def _redrawn(baseline: Tensor, its_fp64: Tensor, fp64: Tensor) -> Tensor:
+    """Errors of a redraw, scaled from its own root mean square to that of `fp64`."""
+    scale = _rms(its_fp64)
+    return (baseline.double().cpu() - its_fp64.cpu()) * (_rms(fp64) / scale if scale else 1.0)
 
 
 def _largest(x: Tensor) -> float:

@@ -12,11 +12,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "cogvx_kernels"
-ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/reference.py"))
+OP_PACKAGES = sorted(path.parent.name for path in PACKAGE.glob("*/reference.py"))
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py"))
 MODEL_FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "cogvx").rglob("*.py"))
 
-# Floor 1 in order: each may import those before it.
+# The lowest layer, in order: each may import those before it.
 FOUNDATIONS = (
     "_autocast",
     "_checks",
@@ -29,13 +29,13 @@ FOUNDATIONS = (
     "streaming",
     "module_utils",
 )
-# What a file of a room may import of its own room.
-WITHIN_A_ROOM = {
+# What a file of an op package may import from its own package.
+WITHIN_AN_OP_PACKAGE = {
     "reference": set(),
     "frequencies": set(),
-    "routes": set(),
-    "choices": set(),
-    "dense": {"reference"},
+    "routing": set(),
+    "heuristics": set(),
+    "torch_gemm": {"reference"},
     "validation": set(),
     "cpu": {"reference", "validation"},
     "tiles": set(),
@@ -44,20 +44,20 @@ WITHIN_A_ROOM = {
     "gradients": {"device_utils", "tiles"},
     "depthwise": {"device_utils"},
     "kernel": {"depthwise", "device_utils", "gradients", "statistics", "tiles"},
-    "op": {"choices", "cpu", "dense", "kernel", "reference", "routes", "validation"},
+    "op": {"cpu", "heuristics", "kernel", "reference", "routing", "torch_gemm", "validation"},
     "module": {"op", "reference"},
-    "opinfo": {"op", "reference", "routes", "validation"},
+    "opinfo": {"op", "reference", "routing", "validation"},
     "__init__": {"frequencies", "module", "op", "reference"},
 }
-# The files of a room that are Triton's; a kernel that is not is the extension's.
+# The Triton files of an op package; frame_cache's kernel is in the C++ extension.
 TRITON_FILES = ("depthwise", "device_utils", "gradients", "kernel", "statistics", "tiles")
 NAMES_TRITON = {
     "cogvx_kernels/tools/aot.py",
     "cogvx_kernels/tools/interpreter.py",
-    *(f"cogvx_kernels/{room}/{file}.py" for room in ROOMS for file in TRITON_FILES),
+    *(f"cogvx_kernels/{op}/{file}.py" for op in OP_PACKAGES for file in TRITON_FILES),
 } - {"cogvx_kernels/frame_cache/kernel.py"}
-# The model's floors, from the ground up: a file or folder may import those of lower floors only.
-MODEL_FLOORS = (
+# The model's layers, lowest first: a file or folder imports from lower layers only.
+MODEL_LAYERS = (
     {"autocast", "config", "extras", "files", "memory", "threads"},
     {"frames", "hub"},
     {"assets"},
@@ -71,7 +71,7 @@ MODEL_FLOORS = (
     {"cli"},
     {"__main__"},
 )
-# What may be missing, and the one file that reaches for it, inside a function.
+# Optional packages, each imported by one file, inside a function.
 MODEL_OPTIONAL = {
     "cogvx/video/container.py": "av",
     "cogvx/transformer/attention.py": "flash_attn",
@@ -90,9 +90,9 @@ MODEL_EXTRAS = {
     "cogvx/video/writing.py": {"PIL.Image", "PIL.ImageDraw", "PIL.ImageFont"},
     "cogvx/training/loop.py": {"accelerate"},
 }
-# The imports that wait inside a function, because what they reach for may be missing.
-IMPORTS_IN_FUNCTIONS = {f"cogvx_kernels/{room}/op.py": "from . import kernel" for room in ROOMS}
-# Whoever patches a model of diffusers has it.
+# Imports inside functions, of what may be missing.
+IMPORTS_IN_FUNCTIONS = {f"cogvx_kernels/{op}/op.py": "from . import kernel" for op in OP_PACKAGES}
+# Only code that patches a diffusers model imports diffusers.
 IMPORTS_DIFFUSERS = {
     "cogvx_kernels/patching/attention.py": (
         "from diffusers.models.attention_dispatch import dispatch_attention_fn"
@@ -101,7 +101,7 @@ IMPORTS_DIFFUSERS = {
 IMPORTS_IN_FUNCTIONS |= IMPORTS_DIFFUSERS
 IMPORTS_IN_FUNCTIONS["cogvx_kernels/tools/verify.py"] = "from . import interpreter"
 
-# Who may use environment variables, which are others' settings: Triton's, OpenMP's, the platform's.
+# Files that may use environment variables: settings of Triton, OpenMP and the platform.
 READS_THE_ENVIRONMENT = {
     "cogvx/__main__.py",  # OMP_WAIT_POLICY
     "cogvx_kernels/_backend.py",  # TRITON_INTERPRET
@@ -153,7 +153,7 @@ def roots(path: str) -> set[str]:
 
 
 def in_functions(path: str) -> set[str]:
-    """The import statements of a file that wait inside a function."""
+    """The import statements inside functions of a file."""
     functions = [n for n in ast.walk(tree(path)) if isinstance(n, ast.FunctionDef)]
     return {
         ast.unparse(node)
@@ -164,53 +164,53 @@ def in_functions(path: str) -> set[str]:
 
 
 def extras(path: str) -> set[str]:
-    """What a file asks `cogvx.extras.extra` for."""
+    """Modules that a file imports through `cogvx.extras.extra`."""
     calls = [n for n in ast.walk(tree(path)) if isinstance(n, ast.Call)]
     named = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "extra"]
     return {ast.literal_eval(call.args[0]) for call in named}
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_imports_point_down(path):
+def test_kernel_imports_point_down(path):
     _, *folders, file = path.removesuffix(".py").split("/")
     place = folders[0] if folders else ""
     allowed = set(FOUNDATIONS)
     if not place and file in FOUNDATIONS:
         allowed = set(FOUNDATIONS[: FOUNDATIONS.index(file)])
-    elif place in ROOMS:
-        allowed |= {f"{place}.{name}" for name in WITHIN_A_ROOM[file]}
+    elif place in OP_PACKAGES:
+        allowed |= {f"{place}.{name}" for name in WITHIN_AN_OP_PACKAGE[file]}
         allowed |= {"_C"} if file == "kernel" else set()
     elif place == "tools":
         allowed |= {"", "testing", "tools.doctor", "tools.interpreter"}
         allowed |= {"tools.options", "tools.passed"}
     elif place == "patching":
-        allowed |= {*ROOMS, *(name for name in own(path) if name.startswith("patching."))}
+        allowed |= {*OP_PACKAGES, *(name for name in own(path) if name.startswith("patching."))}
     elif file == "testing":
-        allowed |= {f"{room}.opinfo" for room in ROOMS}
+        allowed |= {f"{op}.opinfo" for op in OP_PACKAGES}
     elif file == "__init__":
-        allowed |= {*ROOMS, "patching"}
+        allowed |= {*OP_PACKAGES, "patching"}
     elif file == "__main__":
         allowed = {"", "tools.options"}
     assert own(path) <= allowed
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_what_may_be_missing_stays_behind_one_line(path):
+def test_optional_imports_are_in_one_file(path):
     may = {"triton", "numpy"} if path in NAMES_TRITON else set()
     assert roots(path) <= may | ({"diffusers"} if path in IMPORTS_DIFFUSERS else set())
     assert not any(name.split(".")[0] == "cogvx" for name in imports(path))
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_no_import_waits_in_a_function(path):
+def test_imports_are_at_the_top_of_files(path):
     assert in_functions(path) <= {IMPORTS_IN_FUNCTIONS.get(path)}
 
 
 @pytest.mark.parametrize("path", MODEL_FILES)
-def test_the_model_points_down(path):
+def test_model_imports_point_down(path):
     place = path.removesuffix(".py").split("/")[1]
-    floor = next(n for n, names in enumerate(MODEL_FLOORS) if place in names)
-    below = set().union(*MODEL_FLOORS[:floor])
+    layer = next(n for n, names in enumerate(MODEL_LAYERS) if place in names)
+    below = set().union(*MODEL_LAYERS[:layer])
     inside = {place} if path.count("/") > 1 else set()
     for name in own(path):
         assert (name.split(".")[0] or "__init__") in below | inside, f"{path} imports {name}"
@@ -247,22 +247,22 @@ def test_the_model_runs_without_its_extras(path):
     assert extras(path) == MODEL_EXTRAS.get(path, set())
 
 
-def test_tests_and_benchmarks_do_not_know_each_other():
+def test_tests_and_benchmarks_are_independent():
     for folder, other in (("tests", "benchmarks"), ("benchmarks", "tests")):
         for path in (ROOT / folder).rglob("*.py"):
             names = {n.split(".")[0] for n in imports(path.relative_to(ROOT).as_posix())}
             assert other not in names, path
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_every_room_has_the_furniture(room):
-    files = {path.stem for path in (PACKAGE / room).glob("*.py")}
+@pytest.mark.parametrize("op", OP_PACKAGES)
+def test_op_package_has_the_standard_files(op):
+    files = {path.stem for path in (PACKAGE / op).glob("*.py")}
     assert {"__init__", "reference", "op", "module", "opinfo"} <= files
-    assert files <= set(WITHIN_A_ROOM)
+    assert files <= set(WITHIN_AN_OP_PACKAGE)
 
 
 @pytest.mark.parametrize("path", FILES + MODEL_FILES)
-def test_the_package_keeps_its_manners(path):
+def test_forbidden_patterns(path):
     text = (ROOT / path).read_text()
     assert not re.search(r"\btl\.atomic", text), "atomics change bits from run to run"
     assert not re.search(r"""device=["']cuda""", text), "allocate on an input's device"
@@ -320,16 +320,16 @@ except RuntimeError as error:
 assert main(["verify"]) == 2
 assert main(["doctor"]) == 0
 """
-    said = run_python(code)
-    assert 'rope3d: backend="kernel" cannot run: Triton is not installed' in said
-    assert "every op runs its plain-torch reference" in said
+    output = run_python(code)
+    assert 'rope3d: backend="kernel" cannot run: Triton is not installed' in output
+    assert "every op runs its plain-torch reference" in output
 
 
 def test_public_names_are_there_and_sorted():
-    rooms = ("data", "vae", "transformer", "schedulers", "video", "checkpoint", "pipeline")
-    rooms = (*rooms, "training")
-    packages = ("cogvx", *(f"cogvx.{room}" for room in rooms), "cogvx_kernels")
-    for name in (*packages, *(f"cogvx_kernels.{room}" for room in (*ROOMS, "patching"))):
+    folders = ("data", "vae", "transformer", "schedulers", "video", "checkpoint", "pipeline")
+    folders = (*folders, "training")
+    packages = ("cogvx", *(f"cogvx.{name}" for name in folders), "cogvx_kernels")
+    for name in (*packages, *(f"cogvx_kernels.{name}" for name in (*OP_PACKAGES, "patching"))):
         module = importlib.import_module(name)
         assert module.__all__ == sorted(module.__all__)
         assert all(hasattr(module, public) for public in module.__all__)

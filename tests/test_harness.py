@@ -1,4 +1,4 @@
-"""The harness finds each planted bug, and finds nothing in the sound twin."""
+"""The harness finds the bug of each known bad kernel, and none in its sound twin."""
 
 import math
 import os
@@ -19,7 +19,7 @@ if not (_backend.HAS_TRITON and _backend.INTERPRETED):
 
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-from tests.harness import planted, workers
+from tests.harness import known_bad_kernels, workers
 from tests.harness.fence import Fence, untouched
 from tests.harness.observe import GRID_LIMITS, Launch, observe
 from tests.harness.virtual import VirtualMemoryRefused, wide_strides
@@ -31,7 +31,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int
 def _fenced_copy(fence: Fence, n: int = 100, **shifts: int) -> tuple[Tensor, Tensor]:
     x, y = fence.new((n,)), fence.new((n,))
     x.copy_(torch.arange(n))
-    planted.copy(x, y, **shifts)
+    known_bad_kernels.copy(x, y, **shifts)
     return x, y
 
 
@@ -55,7 +55,7 @@ def test_fenced_tensor_is_aligned_and_poisoned(side: str, dtype: torch.dtype) ->
 def test_fenced_tensor_may_be_empty() -> None:
     with Fence() as fence:
         assert fence.new((0, 3), torch.float16).shape == (0, 3)
-        planted.copy(fence.new((0,)), fence.new((0,)))
+        known_bad_kernels.copy(fence.new((0,)), fence.new((0,)))
 
 
 def test_fenced_tensor_outlives_its_fence() -> None:
@@ -94,7 +94,7 @@ def test_overrun_by_one_element_is_one_red_case() -> None:
         assert f"copying {outcome.case}" in outcome.output
         if not outcome.ok:
             assert (outcome.status, outcome.detail) == ("crashed", "SIGSEGV")
-            assert "planted.py" in outcome.output  # where it crashed
+            assert "known_bad_kernels.py" in outcome.output  # where it crashed
 
 
 @pytest.mark.parametrize(("side", "shift"), [("right", -1), ("left", 1)])
@@ -118,14 +118,14 @@ def test_slack_that_is_read_is_nan(dtype: torch.dtype) -> None:
     with Fence() as fence:
         for _ in range(16):  # all stripes there are
             x, y = (fence.new((5,), dtype).zero_() for _ in range(2))
-            planted.copy(x, y, load_shift=-1)
+            known_bad_kernels.copy(x, y, load_shift=-1)
             assert y.isnan().tolist() == [True, False, False, False, False]
 
 
 def test_what_a_kernel_forgets_stays_poison() -> None:
     with Fence() as fence:
         y = fence.new((10,))
-        planted.all_but_last_kernel[(1,)](y, 10, BLOCK=16)
+        known_bad_kernels.all_but_last_kernel[(1,)](y, 10, BLOCK=16)
         assert untouched(y).tolist() == [False] * 9 + [True]
         assert y[9].isnan()
 
@@ -179,8 +179,8 @@ def test_bytes_are_those_asked_for() -> None:
     for dtype in (torch.float32, torch.float16, torch.float64, torch.bool):
         x, y = torch.ones(100).to(dtype), torch.zeros(100, dtype=dtype)
         with observe() as seen:
-            planted.copy(x, y, block=32)
-            planted.copy(x[:7], y[:7], block=32)
+            known_bad_kernels.copy(x, y, block=32)
+            known_bad_kernels.copy(x[:7], y[:7], block=32)
         assert [launch.grid for launch in seen.launches] == [(4, 1, 1), (1, 1, 1)]
         assert [launch.kernel for launch in seen.launches] == ["_copy_kernel"] * 2
         sizes = [100 * dtype.itemsize, 7 * dtype.itemsize]
@@ -193,8 +193,8 @@ def test_bytes_are_those_asked_for() -> None:
 def test_bytes_of_descriptors_and_atomics() -> None:
     x, y = torch.ones(5), torch.zeros(5)
     with observe() as seen:
-        planted.descriptor_kernel[(1,)](x, y, 5, BLOCK=8)
-        planted.count_kernel[(3,)](y, ATOMIC=True)
+        known_bad_kernels.descriptor_kernel[(1,)](x, y, 5, BLOCK=8)
+        known_bad_kernels.count_kernel[(3,)](y, ATOMIC=True)
     assert not seen.races and not seen.unmasked
     assert [(launch.bytes_read, launch.bytes_written) for launch in seen.launches] == [
         (20, 20),
@@ -206,16 +206,16 @@ def test_bytes_of_descriptors_and_atomics() -> None:
 
 def test_races_are_reported_with_kernel_programs_and_lines() -> None:
     with observe() as seen:
-        planted.count_kernel[(1, 4)](torch.zeros(1), ATOMIC=False)
+        known_bad_kernels.count_kernel[(1, 4)](torch.zeros(1), ATOMIC=False)
     stores, load_and_store = seen.races
     assert "count_kernel: programs (0, 0, 0) and (0, 1, 0)" in stores
-    assert "harness/planted.py:" in stores and "4 bytes contested" in stores
+    assert "harness/known_bad_kernels.py:" in stores and "4 bytes contested" in stores
     assert "load at" in load_and_store and "store at" in load_and_store
 
 
 def test_store_into_what_another_program_loads_is_a_race() -> None:
     with observe() as seen:
-        planted.neighbour_kernel[(4,)](torch.zeros(5))
+        known_bad_kernels.neighbour_kernel[(4,)](torch.zeros(5))
     (race,) = seen.races
     assert "12 bytes contested" in race
 
@@ -224,15 +224,15 @@ def test_store_into_what_another_program_loads_is_a_race() -> None:
 def test_races_between_sizes(half: int, races: int) -> None:
     words = torch.zeros(2, dtype=torch.int32)
     with observe() as seen:
-        planted.overlap_kernel[(2,)](words, words.view(torch.int16)[half:])
+        known_bad_kernels.overlap_kernel[(2,)](words, words.view(torch.int16)[half:])
     assert len(seen.races) == races
 
 
 def test_atomics_race_with_loads_alone() -> None:
     with observe() as seen:
-        planted.count_kernel[(4,)](torch.zeros(1), ATOMIC=True)
+        known_bad_kernels.count_kernel[(4,)](torch.zeros(1), ATOMIC=True)
         assert not seen.races
-        planted.atomic_and_plain_kernel[(2,)](torch.zeros(1), torch.zeros(1))
+        known_bad_kernels.atomic_and_plain_kernel[(2,)](torch.zeros(1), torch.zeros(1))
     (race,) = seen.races
     assert "atomic at" in race and "load at" in race
 
@@ -241,7 +241,7 @@ def test_programs_do_not_race_across_launches() -> None:
     x = torch.ones(1)
     with observe() as seen:
         for _ in range(3):
-            planted.count_kernel[(1,)](x, ATOMIC=False)
+            known_bad_kernels.count_kernel[(1,)](x, ATOMIC=False)
     assert not seen.races and x.item() == 4.0
 
 
@@ -250,15 +250,15 @@ def test_shuffled_programs_all_run_in_another_order() -> None:
     winners = set()
     for shuffle in range(5):
         with observe(shuffle) as seen:
-            planted.copy(x, y.zero_(), block=16)
+            known_bad_kernels.copy(x, y.zero_(), block=16)
             assert torch.equal(x, y) and not seen.faults()
-            planted.last_one_kernel[(4, 3, 5)](last.zero_())
+            known_bad_kernels.last_one_kernel[(4, 3, 5)](last.zero_())
         winners.add(last.item())
     assert len(winners) > 1
     repeated = []
     for _ in range(2):
         with observe(shuffle=7):
-            planted.last_one_kernel[(40,)](last)
+            known_bad_kernels.last_one_kernel[(40,)](last)
         repeated.append(last.item())
     assert repeated[0] == repeated[1]
 
@@ -266,27 +266,29 @@ def test_shuffled_programs_all_run_in_another_order() -> None:
 def test_masked_load_without_other_is_reported() -> None:
     x, y = torch.ones(8), torch.zeros(8)
     with observe() as seen:
-        planted.no_other_kernel[(1,)](x, y, 8, BLOCK=8)  # no lane is masked off
+        known_bad_kernels.no_other_kernel[(1,)](x, y, 8, BLOCK=8)  # no lane is masked off
         assert not seen.unmasked
-        planted.no_other_kernel[(2,)](x, y, 5, BLOCK=8)
+        known_bad_kernels.no_other_kernel[(2,)](x, y, 5, BLOCK=8)
     (note,) = seen.unmasked
-    assert note.startswith("no_other_kernel: masked load without other= at harness/planted.py:")
+    assert note.startswith(
+        "no_other_kernel: masked load without other= at harness/known_bad_kernels.py:"
+    )
     assert note in seen.faults()
 
 
 def test_launch_outside_the_device_context_is_seen() -> None:
     x, y = torch.ones(8), torch.zeros(8)
     with observe() as seen:
-        planted.copy(x, y)
-        planted.copy_without_device(x, y)
+        known_bad_kernels.copy(x, y)
+        known_bad_kernels.copy_without_device(x, y)
     assert [launch.inside_device_context for launch in seen.launches] == [True, False]
     assert seen.faults() == ["_copy_kernel: launched outside `on_device`"]
 
 
 def test_grids_beyond_a_gpu_are_seen() -> None:
     with observe() as seen:
-        planted.idle_kernel[(1, 65535)]()
-        planted.idle_kernel[(1, 1, 65536)]()
+        known_bad_kernels.idle_kernel[(1, 65535)]()
+        known_bad_kernels.idle_kernel[(1, 1, 65536)]()
     assert [launch.grid_fits for launch in seen.launches] == [True, False]
     assert any("(1, 1, 65536) exceeds" in fault for fault in seen.faults())
     assert Launch("k", True, GRID_LIMITS).grid_fits
@@ -297,11 +299,11 @@ def test_observers_nest_and_leave_no_trace() -> None:
     def hooked() -> list[object]:
         names = ("create_masked_load", "create_masked_store", "set_grid_dim", "set_grid_idx")
         methods = [getattr(InterpreterBuilder, name) for name in names]
-        return [*methods, GridExecutor.__call__, _launch.on_device, planted.on_device]
+        return [*methods, GridExecutor.__call__, _launch.on_device, known_bad_kernels.on_device]
 
     before = hooked()
     with observe() as outer, pytest.raises(RuntimeError, match="stop"), observe(3) as inner:
-        planted.copy(torch.ones(8), torch.zeros(8))
+        known_bad_kernels.copy(torch.ones(8), torch.zeros(8))
         raise RuntimeError("stop")
     assert outer == inner and len(inner.launches) == 1
     assert hooked() == before
@@ -319,7 +321,7 @@ def _copy_wide_rows(wide: bool) -> None:
     before = _most_megabytes()
     x = _wide_rows()
     x.copy_(torch.arange(1, 6)[:, None])
-    y = planted.copy_rows(x, wide)
+    y = known_bad_kernels.copy_rows(x, wide)
     assert torch.equal(x, y), y[:, 0].tolist()
     print(f"{_most_megabytes() - before:.0f} MB")
 
@@ -386,7 +388,7 @@ def test_outcomes_tell_what_happened() -> None:
 
 def _wait_for_ever(case: str) -> None:
     if case == "endless":
-        planted.endless_kernel[(1,)](torch.zeros(1))
+        known_bad_kernels.endless_kernel[(1,)](torch.zeros(1))
 
 
 def test_case_without_end_times_out() -> None:
@@ -433,18 +435,18 @@ def test_bfloat16_is_rounded_as_torch_rounds() -> None:
     x = torch.cat([torch.tensor(specials), bits.view(torch.float32), torch.randn(1000)])
     y = torch.empty(x.shape, dtype=torch.bfloat16)
     block = 1 << (x.numel() - 1).bit_length()
-    planted.cast_kernel[(1,)](x, y, x.numel(), BLOCK=block)
+    known_bad_kernels.cast_kernel[(1,)](x, y, x.numel(), BLOCK=block)
     number = ~x.isnan()
     expected = x.to(torch.bfloat16)
     assert torch.equal(y[number].view(torch.int16), expected[number].view(torch.int16))
     assert y[~number].isnan().all() and number.sum() > 99_000
     widened = torch.empty_like(x)
-    planted.cast_kernel[(1,)](expected, widened, x.numel(), BLOCK=block)
+    known_bad_kernels.cast_kernel[(1,)](expected, widened, x.numel(), BLOCK=block)
     assert torch.equal(widened[number], expected[number].float())
 
 
 def test_arithmetic_on_bfloat16_blocks_is_refused() -> None:
-    planted.double_kernel[(1,)](x := torch.ones(4), BLOCK=4)
+    known_bad_kernels.double_kernel[(1,)](x := torch.ones(4), BLOCK=4)
     assert x.tolist() == [2.0] * 4
     with pytest.raises(Exception, match=r"arithmetic on a bfloat16 block: widen it"):
-        planted.double_kernel[(1,)](torch.ones(4, dtype=torch.bfloat16), BLOCK=4)
+        known_bad_kernels.double_kernel[(1,)](torch.ones(4, dtype=torch.bfloat16), BLOCK=4)

@@ -14,7 +14,7 @@ import torch
 
 from cogvx_kernels import _backend
 from cogvx_kernels.__main__ import TOOLS, main
-from cogvx_kernels.testing import OPS, Verdict
+from cogvx_kernels.testing import OPS, Comparison, check_close
 from cogvx_kernels.tools import doctor, options, passed, verify
 
 needs_triton = pytest.mark.skipif(not _backend.HAS_TRITON, reason="Triton is not installed")
@@ -41,6 +41,36 @@ def test_help_names_every_tool(capsys):
 
 def test_ops_can_be_named_without_torch():
     assert options.OPS == tuple(OPS)
+
+
+# --- comparison ------------------------------------------------------------------------------
+
+
+def test_comparison_prints_the_worst_elements():
+    exact = torch.arange(24, dtype=torch.float64).reshape(2, 3, 4) / 8
+    baseline = exact.float()
+    result = baseline.clone()
+    good = check_close("out0", result, baseline, exact)
+    assert good.ok and not good.worst and "worst" not in str(good)
+    result[1, 0, 2] += 2
+    result[0, 2, 3] -= 0.5
+    bad = check_close("out0", result, baseline, exact)
+    places = [((1, 0, 2), 3.75, 1.75), ((0, 2, 3), 0.875, 1.375)]
+    assert not bad.ok and [tuple(element) for element in bad.worst] == places
+    assert str(bad).endswith(
+        "worst: [1, 0, 2] is 3.75, wanted 1.75, [0, 2, 3] is 0.875, wanted 1.375"
+    )
+
+
+def test_comparison_puts_misplaced_nan_and_infinities_first():
+    exact = torch.tensor([0.5, torch.inf, torch.nan, 2.0, -torch.inf], dtype=torch.float64)
+    baseline = exact.float()
+    assert check_close("dx", baseline.clone(), baseline, exact).ok
+    for index, value in ((1, -torch.inf), (0, torch.nan), (2, 1.0), (4, 3.0)):
+        result = baseline.clone()
+        result[3], result[index] = 9.0, value
+        comparison = check_close("dx", result, baseline, exact)
+        assert [element.index for element in comparison.worst] == [(index,), (3,)]
 
 
 # --- verify ----------------------------------------------------------------------------------
@@ -177,7 +207,7 @@ def test_verify_remembers_no_failure(a_small_op, monkeypatch):
 
     def compare(*arguments, **options):
         calls.append(1)
-        return [Verdict("out0", 1.0, 0.1, 0.0, 1.0, 0.1, ok=False)]
+        return [Comparison("out0", 1.0, 0.1, 0.0, 1.0, 0.1, ok=False)]
 
     assert verify.main(a_small_op) == 0
     monkeypatch.setattr(verify, "compare", compare)

@@ -284,7 +284,7 @@ def _check_inplace(op: str, x: Tensor, **others: Tensor | None) -> None:
         )
 
 
-def _reason(x: Tensor, **others: Tensor | None) -> str | None:
+def _unsupported_reason(x: Tensor, **others: Tensor | None) -> str | None:
     """Why the kernels cannot take `x` and the others, or None."""
     if x.shape[2] > KERNEL_DIM:
         return f"x has dim {x.shape[2]}; the kernel takes at most {KERNEL_DIM}"
@@ -398,7 +398,7 @@ def expert_adaln(
     _check_modulation(op, x, text_len, text_shift=text_shift, text_scale=text_scale)
     _check_norm(op, x, weight, bias, norm, eps)
     modulation = (_grouped(shift), _grouped(scale), _grouped(text_shift), _grouped(text_scale))
-    if _backend.choose(backend, op, _reason(x, **named, weight=weight, bias=bias), x):
+    if _backend.choose(backend, op, _unsupported_reason(x, **named, weight=weight, bias=bias), x):
         return _expert_adaln(x, *modulation, weight, bias, text_len, norm, float(eps))
     return expert_adaln_reference(
         x, *modulation, weight, bias, text_len=text_len, norm=norm, eps=eps
@@ -446,7 +446,7 @@ def gated_residual(
     if inplace:
         _check_inplace(op, x, y=y, gate=gate, text_gate=text_gate)
     gates = _grouped(gate), _grouped(text_gate)
-    if _backend.choose(backend, op, _reason(x, y=y, gate=gate, text_gate=text_gate), x):
+    if _backend.choose(backend, op, _unsupported_reason(x, y=y, gate=gate, text_gate=text_gate), x):
         if inplace:
             _gated_residual_inplace(x, y, *gates, text_len)
             return x
@@ -510,7 +510,7 @@ def gated_residual_adaln(
     gates = _grouped(gate), _grouped(text_gate)
     modulation = (_grouped(shift), _grouped(scale), _grouped(text_shift), _grouped(text_scale))
     arguments = (x, y, *gates, *modulation, weight, bias)
-    reason = _reason(x, y=y, **named_gates, **named, weight=weight, bias=bias)
+    reason = _unsupported_reason(x, y=y, **named_gates, **named, weight=weight, bias=bias)
     if _backend.choose(backend, op, reason, x):
         return _gated_residual_adaln(*arguments, text_len, norm, float(eps))
     return gated_residual_adaln_reference(*arguments, text_len=text_len, norm=norm, eps=eps)

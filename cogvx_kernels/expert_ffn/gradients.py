@@ -8,9 +8,9 @@ import triton.language as tl
 
 from .tiles import (
     activate,
-    back,
     bias_of,
     locate,
+    matmul_w,
     pairs_of,
     pre_activation,
     slopes,
@@ -45,7 +45,7 @@ def hidden_grad_kernel(
         stored = there[:, None] & mask[None, :]
         rows = dout.ptr + token_rows(dout, groups, pair, P)
         grad = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
-        grad = back(grad, rows, dout.dim, down.ptrs, down, expert, cols, mask, P.FFN_DIM,
+        grad = matmul_w(grad, rows, dout.dim, down.ptrs, down, expert, cols, mask, P.FFN_DIM,
                      P.DIM, P)  # fmt: skip
         if pre_ptr is None:
             pre, gate = pre_activation(x, groups, pair, expert, up, up_bias, cols, mask, P)

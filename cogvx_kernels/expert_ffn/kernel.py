@@ -26,10 +26,10 @@ from .tiles import (
     Plan,
     Rows,
     activate,
-    back,
     bias_of,
-    forth,
     locate,
+    matmul_w,
+    matmul_wt,
     pairs_of,
     pre_activation,
     store,
@@ -97,9 +97,11 @@ def _down_kernel(
         if expert < P.EXPERTS:
             rows = rows_ptr + (first + safe) * INNER
             if TRANSPOSED:
-                acc = back(acc, rows, 1, weights.ptrs, weights, expert, cols, mask, P.DIM, INNER, P)
+                acc = matmul_w(
+                    acc, rows, 1, weights.ptrs, weights, expert, cols, mask, P.DIM, INNER, P
+                )
             else:
-                acc = forth(
+                acc = matmul_wt(
                     acc, rows, 1, weights.ptrs, weights, expert, cols, mask, P.DIM, INNER, P
                 )
             if bias is not None:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _backend, _checks
-from . import dense
-from .choices import chosen
+from . import torch_gemm
+from .heuristics import select_gemm
 from .reference import ACTIVATIONS, Weights, added, expert_ffn_reference
-from .routes import routes
+from .routing import sort_by_expert
 
 ROWS = ("batch", "seqlen", "dim")
 CHOICES = ("batch", "seqlen", "top_k")
@@ -37,11 +37,11 @@ def _expert_ffn(x, up, up_bias, down, down_bias, index, weight, *rest):
     residual, gate, text_gate, text_len, activation, recompute, gemm = rest
     experts = tuple(up), tuple(up_bias), tuple(down), tuple(down_bias)
     others = residual, gate, text_gate, text_len, activation, not recompute
-    if _way(gemm, x, up, index) == "dense":
-        return dense.expert_ffn_fwd(x, *experts, *others)
+    if _gemm_backend(gemm, x, up, index) == "dense":
+        return torch_gemm.expert_ffn_fwd(x, *experts, *others)
     from . import kernel
 
-    routed = (None, None) if index is None else routes(index, len(up))
+    routed = (None, None) if index is None else sort_by_expert(index, len(up))
     return kernel.expert_ffn_fwd(x, *experts, index, weight, *routed, *others)
 
 
@@ -89,11 +89,11 @@ def _backward(ctx, dout, _):
 _expert_ffn.register_autograd(_backward, setup_context=_setup)
 
 
-def _way(gemm, x, up, index):
+def _gemm_backend(gemm, x, up, index):
     """Who multiplies: asked where it is known on what device, which a compiler's trace is not."""
     if gemm != "auto":
         return gemm
-    return "grouped" if index is not None else chosen(x, up[0], len(up))
+    return "grouped" if index is not None else select_gemm(x, up[0], len(up))
 
 
 @torch.library.custom_op(
@@ -107,11 +107,11 @@ def _expert_ffn_grads(dout, x, up, up_bias, down, down_bias, index, weight, pre,
     text_len, activation, rows, weights, gemm = settings
     experts = tuple(up), tuple(up_bias), tuple(down), tuple(down_bias)
     others = pre, text_len, activation, rows, weights
-    if _way(gemm, x, up, index) == "dense":
-        return dense.expert_ffn_bwd(dout, x, *experts, *others)
+    if _gemm_backend(gemm, x, up, index) == "dense":
+        return torch_gemm.expert_ffn_bwd(dout, x, *experts, *others)
     from . import kernel
 
-    routed = (None, None) if index is None else routes(index, len(up))
+    routed = (None, None) if index is None else sort_by_expert(index, len(up))
     return kernel.expert_ffn_bwd(dout, x, *experts, weight, index, *routed, *others)
 
 
@@ -251,7 +251,9 @@ def _check_residual(
         )
 
 
-def _reason(x: Tensor, experts: int, **others: Tensor | Sequence[Tensor] | None) -> str | None:
+def _unsupported_reason(
+    x: Tensor, experts: int, **others: Tensor | Sequence[Tensor] | None
+) -> str | None:
     """Why the kernel cannot run, or None."""
     if experts > KERNEL_EXPERTS:
         return f"there are {experts} experts; the kernel takes up to {KERNEL_EXPERTS}"
@@ -334,7 +336,7 @@ def expert_ffn(
             5B, 49 frames of 480x720 and batch 2 that is 874 MB a layer in bf16.
         gemm: "grouped", one Triton launch for each product, over all experts; "dense", torch's
             own matrix products (cuBLAS), expert by expert and without an index; "auto", the
-            faster, by the measurements in `choices.py`.
+            faster, by the measurements in `heuristics.py`.
         backend: "auto", "kernel" or "reference".
 
     Returns:
@@ -381,7 +383,7 @@ def expert_ffn(
     if gemm == "dense" and index is not None:
         raise ValueError(f'{op}: gemm must be "grouped" or "auto" with an index; got "dense"')
     arguments = (x, *experts, index, weight, residual, gate, text_gate)
-    reason = _reason(
+    reason = _unsupported_reason(
         x, count, up=experts[0], up_bias=experts[1], down=experts[2], down_bias=experts[3],
         index=index, weight=weight, residual=residual, gate=gate, text_gate=text_gate,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 from .._opinfo import Budget, Cost, OpInfo, Sample, Size, TensorSpec
 from .op import expert_ffn
 from .reference import expert_ffn_reference
-from .routes import routes
+from .routing import sort_by_expert
 
 LAYOUTS = ("contiguous", "packed", "transposed", "offset", "strided", "expanded")
 WEIGHTS = ("contiguous", "transposed", "chunk", "offset", "strided")
@@ -164,7 +164,7 @@ def _launch(kernel: Any, a: Mapping[str, Any]) -> None:
 
     x, index, share = a["x"], a["index"], a["weight"]
     experts = listed("up"), listed("up_bias"), listed("down"), listed("down_bias")
-    routed = (None, None) if index is None else routes(index, len(a["up"]))
+    routed = (None, None) if index is None else sort_by_expert(index, len(a["up"]))
     settings = a["text_len"], a["activation"]
     large = x.numel() > 2**20
     if large or index is not None:

@@ -181,7 +181,7 @@ def product(
 
 
 @triton.jit
-def forth(acc, rows, step, ptrs, experts, expert, cols, mask, N: tl.constexpr,
+def matmul_wt(acc, rows, step, ptrs, experts, expert, cols, mask, N: tl.constexpr,
            INNER: tl.constexpr, P: tl.constexpr):  # fmt: skip
     """acc + rows · weightᵀ: the columns are the weight's rows. `rows` are addresses."""
     inner = tl.arange(0, P.BLOCK_INNER).to(tl.int64)
@@ -193,7 +193,7 @@ def forth(acc, rows, step, ptrs, experts, expert, cols, mask, N: tl.constexpr,
 
 
 @triton.jit
-def back(acc, rows, step, ptrs, experts, expert, cols, mask, N: tl.constexpr,
+def matmul_w(acc, rows, step, ptrs, experts, expert, cols, mask, N: tl.constexpr,
           INNER: tl.constexpr, P: tl.constexpr):  # fmt: skip
     """acc + rows · weight: the columns are the weight's own."""
     inner = tl.arange(0, P.BLOCK_INNER).to(tl.int64)
@@ -260,14 +260,14 @@ def pre_activation(x, groups, pair, expert, up, up_bias, cols, mask, P: tl.const
     BLOCK_COLS: tl.constexpr = P.BLOCK_COLS
     rows = x.ptr + token_rows(x, groups, pair, P)
     pre = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
-    pre = forth(pre, rows, x.dim, up.ptrs, up, expert, cols, mask, P.FFN_DIM, P.DIM, P)
+    pre = matmul_wt(pre, rows, x.dim, up.ptrs, up, expert, cols, mask, P.FFN_DIM, P.DIM, P)
     if up_bias is not None:
         pre += bias_of(up_bias, expert, cols, mask, P)[None, :]
     gate = pre
     if P.GATED:
         cols += P.FFN_DIM
         gate = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
-        gate = forth(gate, rows, x.dim, up.ptrs, up, expert, cols, mask, P.FFN_DIM, P.DIM, P)
+        gate = matmul_wt(gate, rows, x.dim, up.ptrs, up, expert, cols, mask, P.FFN_DIM, P.DIM, P)
         if up_bias is not None:
             gate += bias_of(up_bias, expert, cols, mask, P)[None, :]
     return pre, gate

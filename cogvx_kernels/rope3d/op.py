@@ -194,7 +194,7 @@ def _check_inplace(op: str, q: Tensor, k: Tensor, affine: dict[str, Tensor | Non
             )
 
 
-def _reason(name: str, x: Tensor, **others: Tensor | None) -> str | None:
+def _unsupported_reason(name: str, x: Tensor, **others: Tensor | None) -> str | None:
     """Why the kernels cannot take `x`, called `name`, and the others; or None."""
     if x.shape[-1] % 2:
         return f"{name} has headdim {x.shape[-1]}; the kernel takes even ones"
@@ -282,7 +282,7 @@ def rope3d(
         with _autocast.off(x):
             return rope3d(x, cos, sin, text_len=text_len, interleaved=interleaved, backend=backend)
     _check_rope("rope3d", "x", x, cos, sin, text_len, interleaved)
-    if _backend.choose(backend, "rope3d", _reason("x", x, cos=cos, sin=sin), x):
+    if _backend.choose(backend, "rope3d", _unsupported_reason("x", x, cos=cos, sin=sin), x):
         return _rope3d(x, cos, sin, text_len, interleaved, False)
     return rope3d_reference(x, cos, sin, text_len=text_len, interleaved=interleaved)
 
@@ -349,7 +349,7 @@ def qk_norm_rope3d(
         _check_inplace("qk_norm_rope3d", q, k, affine)
     assert cos is not None and sin is not None
     arguments = (q, k, q_weight, q_bias, k_weight, k_bias, cos, sin)
-    reason = _reason("q", q, k=k, **affine, cos=cos, sin=sin)
+    reason = _unsupported_reason("q", q, k=k, **affine, cos=cos, sin=sin)
     if _backend.choose(backend, "qk_norm_rope3d", reason, q):
         if inplace:
             _qk_norm_rope3d_inplace(*arguments, text_len, norm, float(eps), interleaved)

@@ -25,12 +25,12 @@ import torch
 
 from .. import __version__, _backend, _checks
 from .._opinfo import SIZES, OpInfo, Sample
-from ..testing import OPS, Verdict, compare
+from ..testing import OPS, Comparison, compare
 from . import options as command_line
 from .passed import Passes
 
 ROW = "{:21}{:43}{:10}{:10}{:>7}  {}"
-ROW_HEADS = ROW.format("op", "sample", "dtype", "worst", "ratio", "verdict")
+ROW_HEADS = ROW.format("op", "sample", "dtype", "worst", "ratio", "comparison")
 LINE = "{:22}{:>6}{:>9}{:>9}  {}"
 EVERY = 10.0  # seconds between two lines of progress
 
@@ -44,28 +44,28 @@ class Case(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """A case with the verdicts on its tensors, None if it does not fit into memory."""
+    """A case with the comparisons on its tensors, None if it does not fit into memory."""
 
     info: OpInfo
     sample: Sample
     dtype: torch.dtype
-    verdicts: list[Verdict] | None
+    comparisons: list[Comparison] | None
     seconds: float
 
     @property
-    def missed(self) -> list[Verdict]:
-        return [v for v in self.verdicts or () if not v.ok]
+    def missed(self) -> list[Comparison]:
+        return [v for v in self.comparisons or () if not v.ok]
 
     def __str__(self) -> str:
         """A row of the table."""
         kind = _checks.dtype_name(self.dtype)
-        if self.verdicts is None:
-            worst, ratio, verdict = "", "", "not compared: out of memory"
+        if self.comparisons is None:
+            worst, ratio, comparison = "", "", "not compared: out of memory"
         else:
-            found = max(self.verdicts, key=lambda v: (not v.ok, v.multiple))
+            found = max(self.comparisons, key=lambda v: (not v.ok, v.multiple))
             worst, ratio = found.name, f"{found.multiple:.2f}x"
-            verdict = "MISS: " + "; ".join(map(str, self.missed)) if self.missed else "ok"
-        return ROW.format(self.info.name, self.sample.reason, kind, worst, ratio, verdict)
+            comparison = "MISS: " + "; ".join(map(str, self.missed)) if self.missed else "ok"
+        return ROW.format(self.info.name, self.sample.reason, kind, worst, ratio, comparison)
 
 
 class OpResult(NamedTuple):
@@ -81,11 +81,11 @@ class OpResult(NamedTuple):
     @property
     def left_out(self) -> int:
         """How many cases did not fit into memory."""
-        return sum(case.verdicts is None for case in self.cases)
+        return sum(case.comparisons is None for case in self.cases)
 
     @property
     def worst(self) -> float:
-        return max((v.multiple for case in self.cases for v in case.verdicts or ()), default=0.0)
+        return max((v.multiple for case in self.cases for v in case.comparisons or ()), default=0.0)
 
     @property
     def passed(self) -> bool:
@@ -100,7 +100,7 @@ class OpResult(NamedTuple):
         line = LINE.format(
             self.name, len(self.cases), f"{self.worst:.2f}x", f"{seconds:.1f}", outcome
         )
-        wrong = [f"  {case}" for case in self.cases if case.missed or case.verdicts is None]
+        wrong = [f"  {case}" for case in self.cases if case.missed or case.comparisons is None]
         return "\n".join([line, *wrong])
 
 
@@ -125,14 +125,14 @@ def comparisons(
             results = processes.map(compared, cases, chunksize=4)
         else:
             results = map(compared, cases)
-        for case, (verdicts, seconds) in zip(cases, results, strict=True):
+        for case, (comparisons, seconds) in zip(cases, results, strict=True):
             progress.done(case.op)
             info, sample = OPS[case.op], samples[case.op][case.sample]
-            yield Compared(info, sample, case.dtype, verdicts, seconds)
+            yield Compared(info, sample, case.dtype, comparisons, seconds)
 
 
 def _samples(info: OpInfo, device: str, quick: bool) -> tuple[Sample, ...]:
-    """Those of an op; on a GPU one of a model's size too, whose fp64 truth takes some 20 GB."""
+    """Those of an op; on a GPU one of a model's size too, whose fp64 fp64 takes some 20 GB."""
     if quick:
         return info.samples[::4]
     if device == "cpu":
@@ -142,17 +142,17 @@ def _samples(info: OpInfo, device: str, quick: bool) -> tuple[Sample, ...]:
 
 def _compared(
     case: Case, device: str, quick: bool, seed: int
-) -> tuple[list[Verdict] | None, float]:
-    """The verdicts on a case, None without the memory for it, and the seconds it took."""
+) -> tuple[list[Comparison] | None, float]:
+    """The comparisons on a case, None without the memory for it, and the seconds it took."""
     info = OPS[case.op]
     sample = _samples(info, device, quick)[case.sample]
     start = time.perf_counter()
-    verdicts = None
+    comparisons = None
     try:
-        verdicts = compare(info, sample, case.dtype, device=device, seed=seed)
+        comparisons = compare(info, sample, case.dtype, device=device, seed=seed)
     except torch.OutOfMemoryError:
         pass
-    return verdicts, time.perf_counter() - start
+    return comparisons, time.perf_counter() - start
 
 
 def _begin() -> None:
@@ -178,7 +178,7 @@ class _Progress:
 def main(argv: list[str]) -> int:
     options = command_line.verify(argv)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    reason = _reason(device)
+    reason = _unsupported_reason(device)
     if reason:
         print(f"cogvx-kernels verify: cannot run: {reason}", file=sys.stderr)
         return 2
@@ -224,7 +224,7 @@ def main(argv: list[str]) -> int:
     return 1 if misses or (new and not report) else 0
 
 
-def _reason(device: str) -> str | None:
+def _unsupported_reason(device: str) -> str | None:
     """Why kernels cannot run on `device`; None if they can."""
     if not _backend.HAS_TRITON:
         return "Triton is not installed (pip install triton)"
@@ -274,9 +274,9 @@ def _entries(case: Compared) -> list[dict[str, Any]]:
     return [
         {"op": case.info.name, "sample": case.sample.reason,
          "dtype": _checks.dtype_name(case.dtype), "tensor": v.name, "ok": v.ok,
-         "error": _number(v.error), "reference_error": _number(v.yardstick),
+         "error": _number(v.error), "reference_error": _number(v.baseline),
          "ulp": v.ulp, "multiple": _number(v.multiple)}
-        for v in case.verdicts or ()
+        for v in case.comparisons or ()
     ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ virtual  tensors too wide for 32-bit offsets, in next to no memory
 observe  every load, store and launch in Triton's interpreter; programs in a random order
 races    two programs at one address
 workers  cases in a forked process, so that a crash is one red test
-planted  kernels with one bug each, to see that the pieces find it
+known_bad_kernels  kernels with one bug each, to see that the pieces find it
 
 And `selection`: which tests a run takes.
 """

@@ -33,7 +33,7 @@ UNINITIALISED = {"empty", "empty_like", "empty_strided", "new_empty"}
 
 
 @dataclass
-class _Room:
+class _Allocation:
     """A tensor's bytes and the slack around them."""
 
     name: str
@@ -55,7 +55,7 @@ class Fence:
 
     def __init__(self, side: Literal["right", "left"] = "right") -> None:
         self.side = side
-        self._rooms: list[_Room] = []
+        self._allocations: list[_Allocation] = []
 
     def new(
         self,
@@ -74,34 +74,37 @@ class Fence:
             pages = map_pages(PAGE + length + PAGE)
             forbid(pages, 0, PAGE)
             forbid(pages, PAGE + length, PAGE)
-            room = torch.frombuffer(pages, dtype=torch.uint8, offset=PAGE, count=length)
+            memory = torch.frombuffer(pages, dtype=torch.uint8, offset=PAGE, count=length)
             # A storage of its own, so that torch too knows where the tensor ends.
             x = torch.frombuffer(pages, dtype=dtype, offset=PAGE + start, count=count)
         else:
             start = PAGE
-            room = torch.empty(2 * PAGE + size, dtype=torch.uint8, device=device)
-            x = room[start : start + size].view(dtype)
-        slack = _stripes(room.numel(), len(self._rooms), device)
-        room.copy_(slack)
-        room[start : start + size] = _poison(dtype)
+            memory = torch.empty(2 * PAGE + size, dtype=torch.uint8, device=device)
+            x = memory[start : start + size].view(dtype)
+        slack = _stripes(memory.numel(), len(self._allocations), device)
+        memory.copy_(slack)
+        memory[start : start + size] = _poison(dtype)
         name = f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"
-        self._rooms.append(_Room(name, room, start, size, slack))
+        self._allocations.append(_Allocation(name, memory, start, size, slack))
         return _lay_out(x, shape, _contiguous_strides(shape))
 
     def __contains__(self, x: Tensor) -> bool:
         """Whether the tensor lies in memory of this fence."""
         at = x.data_ptr()
-        return any(0 <= at - room.bytes.data_ptr() - room.start < room.size for room in self._rooms)
+        return any(
+            0 <= at - allocation.bytes.data_ptr() - allocation.start < allocation.size
+            for allocation in self._allocations
+        )
 
     def check(self) -> None:
         """Raise AssertionError if slack was written, and say beside which tensors."""
-        faults = [fault for room in self._rooms for fault in _faults(room)]
+        faults = [fault for allocation in self._allocations for fault in _faults(allocation)]
         if faults:
             raise AssertionError("written out of bounds:\n" + "\n".join(faults))
 
     def close(self) -> None:
         """Let go of the memory. It is unmapped when the last tensor in it is gone."""
-        self._rooms.clear()
+        self._allocations.clear()
 
     def __enter__(self) -> "Fence":
         return self
@@ -169,14 +172,16 @@ def _stripes(size: int, number: int, device: torch.device) -> Tensor:
     return pair.repeat((size + 1) // 2)[:size]
 
 
-def _faults(room: _Room) -> Iterator[str]:
-    written = (room.bytes != room.slack).nonzero().flatten()
-    before = written[written < room.start] - room.start
-    after = written[written >= room.start + room.size] - (room.start + room.size)
+def _faults(allocation: _Allocation) -> Iterator[str]:
+    written = (allocation.bytes != allocation.slack).nonzero().flatten()
+    before = written[written < allocation.start] - allocation.start
+    after = written[written >= allocation.start + allocation.size] - (
+        allocation.start + allocation.size
+    )
     for at, where in ((before, "before its start"), (after, "after its end")):
         if at.numel():
             first, last = int(at.min()), int(at.max())
-            yield f"{room.name}: {at.numel()} bytes {where}, from {first:+} to {last:+}"
+            yield f"{allocation.name}: {at.numel()} bytes {where}, from {first:+} to {last:+}"
 
 
 def _can_be_fenced(x: object) -> bool:

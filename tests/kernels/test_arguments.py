@@ -14,7 +14,7 @@ from torch import Tensor
 from cogvx_kernels._opinfo import OpInfo
 from cogvx_kernels.testing import OPS, as_tuple, materialize
 
-from .calls import EVERY_OP
+from .op_helpers import EVERY_OP
 
 
 def wrong_tensors(x: Tensor) -> dict[str, Any]:

@@ -23,13 +23,13 @@ from cogvx_kernels._opinfo import OpInfo, Sample, TensorSpec
 from cogvx_kernels.testing import compare, evaluate, materialize
 from tests.harness.selection import rest
 
-from .calls import (
+from .op_helpers import (
     DTYPES,
     EVERY_OP,
     RUNNABLE,
     assert_same_bits,
     call,
-    douts_of,
+    grad_outputs_of,
     interpreted,
     narrowed,
     present,
@@ -60,9 +60,9 @@ def hold(info: OpInfo, sample: Sample, dtype: torch.dtype, seed: int, again: boo
     with Fence(side) as fence:
         arguments = materialize(sample, dtype, seed=seed, new=fence.new)
         before = {name: x.clone() for name, x in tensors(arguments).items()}
-        douts = douts_of(info, arguments, seed)
+        grad_outputs = grad_outputs_of(info, arguments, seed)
         with fence.allocations(), observe(shuffle=seed) as seen:
-            ours = evaluate(info.op, arguments, info.differentiable, douts, backend="kernel")
+            ours = evaluate(info.op, arguments, info.differentiable, grad_outputs, backend="kernel")
         assert not seen.faults(), seen.faults()
         nothing = not any(x.numel() for name, x in ours.items() if name.startswith("out"))
         launches = not nothing and info.launch is not None
@@ -74,10 +74,12 @@ def hold(info: OpInfo, sample: Sample, dtype: torch.dtype, seed: int, again: boo
         real = [(x.shape, x.stride(), x.dtype) for n, x in ours.items() if n.startswith("out")]
         assert fake == real, f"fake tensors are {fake}, real ones {real}"
         if again:
-            rerun = evaluate(info.op, arguments, info.differentiable, douts, backend="kernel")
+            rerun = evaluate(
+                info.op, arguments, info.differentiable, grad_outputs, backend="kernel"
+            )
             assert_same_bits(rerun, ours, "programs in another order")
-        verdicts = compare(info, sample, dtype, seed=seed, arguments=arguments, ours=ours)
-    wrong = [str(verdict) for verdict in verdicts if not verdict.ok]
+        comparisons = compare(info, sample, dtype, seed=seed, arguments=arguments, ours=ours)
+    wrong = [str(comparison) for comparison in comparisons if not comparison.ok]
     assert not wrong, "; ".join(wrong)
 
 
@@ -187,14 +189,14 @@ def test_every_subset_of_gradients(info, number, device):
     Of more than six arguments: one, two, all but one and all but two of them.
     """
     arguments = materialize(info.samples[0], torch.float32, device=device)
-    douts = douts_of(info, arguments)
-    everything = evaluate(info.op, arguments, info.differentiable, douts, backend="kernel")
+    grad_outputs = grad_outputs_of(info, arguments)
+    everything = evaluate(info.op, arguments, info.differentiable, grad_outputs, backend="kernel")
     names = present(info, arguments)
     n = len(names)
     sizes = {*range(1, n)} if n <= 6 else {1, 2, n - 2, n - 1}
     for size in sizes & {1} if number == "one" else sizes - {1}:
         for subset in itertools.combinations(names, size):
-            some = evaluate(info.op, arguments, subset, douts, backend="kernel")
+            some = evaluate(info.op, arguments, subset, grad_outputs, backend="kernel")
             assert {n for n in some if n.startswith("d")} == {f"d{name}" for name in subset}
             assert_same_bits(some, {name: everything[name] for name in some}, f"only {subset}")
 
@@ -216,9 +218,9 @@ def test_gradients_that_arrive_with_odd_strides(info, device):
         "last dim first": lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1),
     }
     for name, layout in odd.items():
-        douts = tuple(layout(x) for x in douts_of(info, arguments))
-        plain = tuple(x.contiguous() for x in douts)
-        ours = evaluate(info.op, arguments, info.differentiable, douts, backend="kernel")
+        grad_outputs = tuple(layout(x) for x in grad_outputs_of(info, arguments))
+        plain = tuple(x.contiguous() for x in grad_outputs)
+        ours = evaluate(info.op, arguments, info.differentiable, grad_outputs, backend="kernel")
         expected = evaluate(info.op, arguments, info.differentiable, plain, backend="kernel")
         assert_same_bits(ours, expected, name)
 
@@ -227,15 +229,15 @@ def test_gradients_that_arrive_with_odd_strides(info, device):
 def test_an_output_that_is_not_used(info, device):
     """A gradient for some outputs only: as if the others' were zero."""
     arguments = materialize(info.samples[0], torch.float32, device=device)
-    douts = douts_of(info, arguments)
-    for kept in set(range(len(douts))) - set(info.constant):
-        zeros = tuple(x if i == kept else torch.zeros_like(x) for i, x in enumerate(douts))
+    grad_outputs = grad_outputs_of(info, arguments)
+    for kept in set(range(len(grad_outputs))) - set(info.constant):
+        zeros = tuple(x if i == kept else torch.zeros_like(x) for i, x in enumerate(grad_outputs))
         expected = evaluate(info.op, arguments, info.differentiable, zeros, backend="kernel")
 
         def only(**kw: Any) -> Tensor:
             return call(info, kw)[kept]  # noqa: B023
 
-        ours = evaluate(only, arguments, info.differentiable, (douts[kept],))
+        ours = evaluate(only, arguments, info.differentiable, (grad_outputs[kept],))
         expected = {n: x for n, x in expected.items() if n.startswith("d")}
         assert_same_bits({n: ours[n] for n in expected}, expected, f"output {kept}")
 
@@ -244,11 +246,11 @@ def test_an_output_that_is_not_used(info, device):
 def test_backward_twice_gives_the_same_bits_and_leaves_its_inputs_alone(info, device):
     arguments = materialize(info.samples[0], torch.float32, device=device)
     leaves = {n: arguments[n].requires_grad_() for n in present(info, arguments)}
-    douts = douts_of(
+    grad_outputs = grad_outputs_of(
         info, {n: x.detach() if isinstance(x, Tensor) else x for n, x in arguments.items()}
     )
-    before = {f"dout{i}": x.clone() for i, x in enumerate(douts)}
-    pairs = list(zip(call(info, arguments), douts, strict=True))
+    before = {f"dout{i}": x.clone() for i, x in enumerate(grad_outputs)}
+    pairs = list(zip(call(info, arguments), grad_outputs, strict=True))
     outputs, back = zip(*(p for i, p in enumerate(pairs) if i not in info.constant), strict=True)
     first, second = (
         dict(
@@ -257,7 +259,9 @@ def test_backward_twice_gives_the_same_bits_and_leaves_its_inputs_alone(info, de
         for _ in range(2)
     )
     assert_same_bits(first, second, "a second backward")
-    assert_same_bits({f"dout{i}": x for i, x in enumerate(douts)}, before, "a gradient changed")
+    assert_same_bits(
+        {f"dout{i}": x for i, x in enumerate(grad_outputs)}, before, "a gradient changed"
+    )
 
 
 @EVERY_OP
@@ -353,8 +357,8 @@ def test_offsets_of_more_than_32_bits(info, direction, dim):
 
     def case(_: object) -> None:
         arguments = materialize(info.samples[0], torch.float16)
-        douts = douts_of(info, arguments)
-        expected = evaluate(info.op, arguments, info.differentiable, douts, backend="kernel")
+        grad_outputs = grad_outputs_of(info, arguments)
+        expected = evaluate(info.op, arguments, info.differentiable, grad_outputs, backend="kernel")
         if direction == "inputs":
             arguments |= {
                 name: spread(x)
@@ -362,8 +366,10 @@ def test_offsets_of_more_than_32_bits(info, direction, dim):
                 if name in info.tokens + info.videos or (dim == 0 and x.dim() > 1 and len(x) > 1)
             }
         else:
-            douts = tuple(x if i in info.constant else spread(x) for i, x in enumerate(douts))
-        ours = evaluate(info.op, arguments, info.differentiable, douts, backend="kernel")
+            grad_outputs = tuple(
+                x if i in info.constant else spread(x) for i, x in enumerate(grad_outputs)
+            )
+        ours = evaluate(info.op, arguments, info.differentiable, grad_outputs, backend="kernel")
         assert_same_bits(ours, expected, direction)
 
     [outcome] = run_cases(case, [info.name], timeout=120)
@@ -385,7 +391,11 @@ def test_grids_are_within_the_limits_of_a_launch(info, batch, length):
     grids = []
     with mock.patch.object(GridExecutor, "__call__", lambda self, *a, **k: grids.append(self.grid)):
         evaluate(
-            info.op, arguments, info.differentiable, douts_of(info, arguments), backend="kernel"
+            info.op,
+            arguments,
+            info.differentiable,
+            grad_outputs_of(info, arguments),
+            backend="kernel",
         )
     assert grids
     for grid in grids:

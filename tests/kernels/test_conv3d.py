@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from cogvx_kernels.conv3d import Versions, conv3d, known_issue, library_versions
-from cogvx_kernels.testing import LAYOUTS, judge
+from cogvx_kernels.testing import LAYOUTS, check_close
 
 # The function has the name of its module.
 module = importlib.import_module("cogvx_kernels.conv3d")
@@ -81,7 +81,7 @@ def test_within_the_rule(dtype, algo, device, seed):
     truth = F.conv3d(*(t.double() for t in (x, weight, bias)), padding=PADDING)
     plain = {"conv3d": F.conv3d, "conv2d": conv2d_sum}[algo]
     yardstick = plain(*(t.float() for t in (x, weight, bias)), padding=PADDING).to(x.dtype)
-    verdict = judge("out", ours, yardstick, truth, summed=True)
+    verdict = check_close("out", ours, yardstick, truth, summed=True)
     assert verdict.ok, verdict
 
 
@@ -382,7 +382,9 @@ def test_in_16_bits_as_in_32(shape, layout, algo):
         assert peak <= 1.5 * (x.nbytes + out.nbytes)
     with torch.backends.cudnn.flags(allow_tf32=False):
         truth = F.conv3d(x.float(), weight.float(), bias.float(), padding=PADDING)
-    verdict = judge("out", *(t[..., ::5, ::7] for t in (out, truth.bfloat16(), truth)), summed=True)
+    verdict = check_close(
+        "out", *(t[..., ::5, ::7] for t in (out, truth.bfloat16(), truth)), summed=True
+    )
     assert verdict.ok, verdict
     largest = float((out.float() - truth).abs().max())
     assert largest <= 2 * torch.finfo(x.dtype).eps * float(truth.abs().max())

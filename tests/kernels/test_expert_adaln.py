@@ -9,7 +9,15 @@ from torch import nn
 
 import cogvx_kernels as ck
 from cogvx_kernels import _backend
-from cogvx_kernels.testing import OPS, SIZES, compare, cotangents, evaluate, judge, materialize
+from cogvx_kernels.testing import (
+    OPS,
+    SIZES,
+    check_close,
+    compare,
+    evaluate,
+    grad_outputs_like,
+    materialize,
+)
 from tests.harness.selection import rest
 
 BATCH, TEXT, VIDEO, DIM = 2, 3, 12, 48
@@ -106,7 +114,7 @@ def test_a_modulation_for_each_frame_is_one_for_each_of_its_tokens(backend, grou
 @pytest.mark.parametrize("groups", [1, 3, VIDEO])
 def test_gradients_of_a_frame_s_modulation_are_the_sums_of_its_tokens(backend, groups):
     """Of gates, shifts and scales; those of text stay what they are."""
-    x, y, *douts = on_device(rows(0), rows(2), rows(4), rows(6))
+    x, y, *grad_outputs = on_device(rows(0), rows(2), rows(4), rows(6))
     text = on_device(*modulation(3, seed=3))
 
     def gradients(video):
@@ -115,7 +123,7 @@ def test_gradients_of_a_frame_s_modulation_are_the_sums_of_its_tokens(backend, g
             x, y, leaves[0], text[0], *leaves[1:], *text[1:], None, None,
             text_len=TEXT, backend=backend,
         )  # fmt: skip
-        return torch.autograd.grad(out, leaves, douts)
+        return torch.autograd.grad(out, leaves, grad_outputs)
 
     frames = on_device(*modulation(3, groups))
     of_frames = gradients(frames)
@@ -138,8 +146,8 @@ def test_any_hidden_size(name, dim):
     sample = OPS[name].at_size(size)
     sample = dataclasses.replace(sample, arguments={**sample.arguments, **options})
     for dtype in (torch.float32, torch.bfloat16):
-        verdicts = compare(OPS[name], sample, dtype, device=device(), seed=dim)
-        wrong = [str(v) for v in verdicts if not v.ok]
+        comparisons = compare(OPS[name], sample, dtype, device=device(), seed=dim)
+        wrong = [str(v) for v in comparisons if not v.ok]
         assert not wrong, f"{dtype}: {wrong}"
 
 
@@ -167,9 +175,9 @@ def test_strips_cover_every_token_once(name, tokens, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(kernel, "TOKENS", tokens)
             patch.setattr(kernel, "BACKWARD_TOKENS", tokens)
-            verdicts = compare(info, sample, torch.float32, device=device())
+            comparisons = compare(info, sample, torch.float32, device=device())
             after = evaluate(info.op, arguments, backend="kernel")
-        assert all(v.ok for v in verdicts), [str(v) for v in verdicts if not v.ok]
+        assert all(v.ok for v in comparisons), [str(v) for v in comparisons if not v.ok]
         assert all(torch.equal(after[out], before[out]) for out in before)
 
 
@@ -183,8 +191,8 @@ def test_rows_that_are_hard_to_normalise(norm, scale, offset):
     ours = ck.expert_adaln(*call, norm=norm, backend="kernel")
     reference = ck.expert_adaln_reference(*call, norm=norm)
     wide = [None if t is None else t.double() for t in call]
-    verdict = judge("out", ours, reference, ck.expert_adaln_reference(*wide, norm=norm))
-    assert verdict.ok, str(verdict)
+    comparison = check_close("out", ours, reference, ck.expert_adaln_reference(*wide, norm=norm))
+    assert comparison.ok, str(comparison)
 
 
 @BOTH_WAYS
@@ -370,8 +378,8 @@ def test_autocast_changes_nothing_where_dtypes_fit():
     arguments = materialize(info.samples[0], torch.bfloat16, device=device())
     for name in ("weight", "bias"):
         arguments[name] = arguments[name].float()
-    douts = cotangents((arguments["x"], arguments["x"]), 0)
-    call = (info.op, arguments, info.differentiable, douts)
+    grad_outputs = grad_outputs_like((arguments["x"], arguments["x"]), 0)
+    call = (info.op, arguments, info.differentiable, grad_outputs)
     plain = evaluate(*call, backend="kernel")
     with torch.autocast(device(), torch.float16):
         cast = evaluate(*call, backend="kernel")

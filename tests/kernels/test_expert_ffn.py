@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import cogvx_kernels as ck
 from cogvx_kernels import _backend
-from cogvx_kernels.expert_ffn import choices
-from cogvx_kernels.expert_ffn.routes import routes
+from cogvx_kernels.expert_ffn import heuristics
+from cogvx_kernels.expert_ffn.routing import sort_by_expert
 from cogvx_kernels.testing import OPS, compare, evaluate, materialize
 
 BATCH, TEXT, VIDEO, DIM, FFN_DIM = 2, 3, 9, 32, 48
@@ -359,7 +359,7 @@ def test_the_module_is_the_function(backend):
 
 def test_routes_are_sorted_by_expert_and_then_by_token():
     where = torch.tensor([[[2, 0], [-1, 2], [0, 7], [2, 0]]])
-    order, ends = routes(where, 3)
+    order, ends = sort_by_expert(where, 3)
     assert order.tolist() == [1, 4, 7, 0, 3, 6, 2, 5]  # 0's, none of 1's, 2's, and nobody's
     assert ends.tolist() == [3, 3, 6, 8]
 
@@ -367,7 +367,7 @@ def test_routes_are_sorted_by_expert_and_then_by_token():
 @pytest.mark.parametrize("count", [2, 254, 300])
 def test_routes_of_many_experts(count):
     where = torch.randint(-1, count + 1, (2, 50, 3), generator=torch.Generator().manual_seed(0))
-    order, ends = routes(where, count)
+    order, ends = sort_by_expert(where, count)
     known = torch.where((where < 0) | (where >= count), count, where).flatten()
     assert torch.equal(order, known.argsort(stable=True))
     assert torch.equal(ends, known.bincount(minlength=count + 1).cumsum(0))
@@ -375,23 +375,23 @@ def test_routes_of_many_experts(count):
 
 def test_routes_ask_nothing_of_the_device():
     """On the meta device there are no numbers to ask for."""
-    order, ends = routes(torch.empty(2, 5, 2, dtype=torch.int64, device="meta"), 4)
+    order, ends = sort_by_expert(torch.empty(2, 5, 2, dtype=torch.int64, device="meta"), 4)
     assert order.shape == (20,) and ends.shape == (5,)
 
 
 def test_the_faster_way_is_looked_up(monkeypatch):
     x, up = torch.empty(1, 1, 8), torch.empty(16, 8)
-    assert choices.chosen(x, up, 2) == "grouped"  # not on a GPU
+    assert heuristics.select_gemm(x, up, 2) == "grouped"  # not on a GPU
 
     class OnGPU:
         is_cuda, device, dtype, shape = True, torch.device("cuda"), torch.bfloat16, (2, 100, 8)
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
-    assert choices.chosen(OnGPU, up, 2) == "grouped"  # nothing was measured
-    assert choices.chosen(OnGPU, up, 1) == "dense"
-    row = choices.Measured("H200", "bfloat16", 8, 16, 2, "dense", 1.1, "2026-01-01")
-    monkeypatch.setattr(choices, "MEASURED", (row,))
-    assert choices.chosen(OnGPU, up, 2) == "dense"
+    assert heuristics.select_gemm(OnGPU, up, 2) == "grouped"  # nothing was measured
+    assert heuristics.select_gemm(OnGPU, up, 1) == "dense"
+    row = heuristics.Measured("H200", "bfloat16", 8, 16, 2, "dense", 1.1, "2026-01-01")
+    monkeypatch.setattr(heuristics, "MEASURED", (row,))
+    assert heuristics.select_gemm(OnGPU, up, 2) == "dense"
 
 
 WRONG = {

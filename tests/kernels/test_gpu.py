@@ -12,12 +12,12 @@ from cogvx_kernels.testing import (
     OPS,
     SIZES,
     as_tuple,
+    baseline_and_fp64,
+    check_close,
     compare,
-    cotangents,
     evaluate,
-    judge,
+    grad_outputs_like,
     materialize,
-    yardstick_and_truth,
 )
 
 pytestmark = pytest.mark.gpu
@@ -26,12 +26,12 @@ EVERY_OP = pytest.mark.parametrize("info", OPS.values(), ids=str)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def forward_and_backward(info: OpInfo, arguments, douts):
-    return evaluate(info.op, arguments, info.differentiable, douts, backend="kernel")
+def forward_and_backward(info: OpInfo, arguments, grad_outputs):
+    return evaluate(info.op, arguments, info.differentiable, grad_outputs, backend="kernel")
 
 
-def douts_of(info: OpInfo, arguments):
-    return cotangents(as_tuple(info.reference(**arguments)), 0)
+def grad_outputs_of(info: OpInfo, arguments):
+    return grad_outputs_like(as_tuple(info.reference(**arguments)), 0)
 
 
 def assert_same_bits(ours, theirs):
@@ -43,8 +43,8 @@ def assert_same_bits(ours, theirs):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_samples(info, dtype, seed):
     for i, sample in enumerate(info.samples):
-        verdicts = compare(info, sample, DTYPES[dtype], device="cuda", seed=seed % 1000 + i)
-        wrong = [str(v) for v in verdicts if not v.ok]
+        comparisons = compare(info, sample, DTYPES[dtype], device="cuda", seed=seed % 1000 + i)
+        wrong = [str(v) for v in comparisons if not v.ok]
         assert not wrong, f"{sample.reason}: {wrong}"
 
 
@@ -55,9 +55,9 @@ def test_models_sizes(info, dtype, size):
     if info.videos and not size.startswith("2b"):
         pytest.skip("one VAE for all models")
     if size.startswith("5b"):
-        needs_gigabytes(80)  # most of it the truth in fp64
-    verdicts = compare(info, info.at_size(SIZES[size]), DTYPES[dtype], device="cuda")
-    wrong = [str(v) for v in verdicts if not v.ok]
+        needs_gigabytes(80)  # most of it the fp64 in fp64
+    comparisons = compare(info, info.at_size(SIZES[size]), DTYPES[dtype], device="cuda")
+    wrong = [str(v) for v in comparisons if not v.ok]
     assert not wrong, wrong
 
 
@@ -92,18 +92,20 @@ def test_adaln_of_more_than_two_to_the_31_elements():
     needs_gigabytes(60)
     info, seqlen, dim = OPS["gated_residual_adaln"], 1_000_000, 2304
     new = {"device": "cuda", "dtype": torch.bfloat16}
-    x, y, *douts = (torch.empty(1, seqlen, dim, **new).normal_() for _ in range(4))
+    x, y, *grad_outputs = (torch.empty(1, seqlen, dim, **new).normal_() for _ in range(4))
     modulation = dict(zip(("gate", "shift", "scale"), torch.randn(3, 1, dim, **new), strict=True))
     absent = dict.fromkeys(("text_gate", "text_shift", "text_scale", "weight", "bias"))
     arguments = {"x": x, "y": y, **modulation, **absent}
-    ours = evaluate(info.op, arguments, ("x", "y"), tuple(douts), backend="kernel")
+    ours = evaluate(info.op, arguments, ("x", "y"), tuple(grad_outputs), backend="kernel")
     for rows in rows_near_two_to_the_31(seqlen, dim):
         few = {**arguments, "x": x[:, rows], "y": y[:, rows]}
         some = dataclasses.replace(info, differentiable=("x", "y"))
-        laws = yardstick_and_truth(some, few, tuple(dout[:, rows] for dout in douts))
+        laws = baseline_and_fp64(some, few, tuple(dout[:, rows] for dout in grad_outputs))
         for name, x_ours in ours.items():
-            verdict = judge(name, x_ours[:, rows], *(law[name] for law in laws), between=True)
-            assert verdict.ok, f"{rows}: {verdict}"
+            comparison = check_close(
+                name, x_ours[:, rows], *(law[name] for law in laws), rounds_between=True
+            )
+            assert comparison.ok, f"{rows}: {comparison}"
 
 
 def test_adaln_of_a_hundred_thousand_programs():
@@ -112,12 +114,12 @@ def test_adaln_of_a_hundred_thousand_programs():
     x, shift, scale = torch.randn(3, 1, tokens, dim, device="cuda").unbind()
     names = ("x", "shift", "scale", "text_shift", "text_scale", "weight", "bias")
     arguments = dict(zip(names, (x, shift, scale, None, None, None, None), strict=True))
-    douts = cotangents((x,), 0)
-    ours = forward_and_backward(info, arguments, douts)
-    laws = yardstick_and_truth(info, arguments, douts)
-    verdicts = [judge(name, ours[name], *(law[name] for law in laws)) for name in ours]
+    grad_outputs = grad_outputs_like((x,), 0)
+    ours = forward_and_backward(info, arguments, grad_outputs)
+    laws = baseline_and_fp64(info, arguments, grad_outputs)
+    comparisons = [check_close(name, ours[name], *(law[name] for law in laws)) for name in ours]
     assert ours.keys() == {"out0", "dx", "dshift", "dscale"}
-    assert all(v.ok for v in verdicts), [str(v) for v in verdicts]
+    assert all(v.ok for v in comparisons), [str(v) for v in comparisons]
 
 
 @EVERY_OP
@@ -125,8 +127,8 @@ def test_a_side_stream_sees_its_own_inputs(info):
     """Inputs are written late, on another stream than the default one: no launch overtakes it."""
     size = SIZES["tiny"]
     fresh = materialize(info.at_size(size), torch.float32, device="cuda", seed=1)
-    douts = douts_of(info, fresh)
-    expected = forward_and_backward(info, fresh, douts)
+    grad_outputs = grad_outputs_of(info, fresh)
+    expected = forward_and_backward(info, fresh, grad_outputs)
     stale = materialize(info.at_size(size), torch.float32, device="cuda", seed=2)
     torch.cuda.synchronize()
     for _ in range(50):
@@ -138,7 +140,7 @@ def test_a_side_stream_sees_its_own_inputs(info):
             for name, x in arguments.items():
                 if torch.is_tensor(x):
                     x.copy_(fresh[name])
-            ours = forward_and_backward(info, arguments, douts)
+            ours = forward_and_backward(info, arguments, grad_outputs)
         torch.cuda.current_stream().wait_stream(stream)
         assert_same_bits(ours, expected)
 
@@ -167,13 +169,13 @@ def test_cuda_graph_replays_with_new_inputs(info):
 @EVERY_OP
 def test_the_same_bits_every_time_beside_another_stream_at_work(info):
     arguments = materialize(info.at_size(SIZES["tiny"]), torch.bfloat16, device="cuda")
-    douts = douts_of(info, arguments)
-    expected = forward_and_backward(info, arguments, douts)
+    grad_outputs = grad_outputs_of(info, arguments)
+    expected = forward_and_backward(info, arguments, grad_outputs)
     busy, load = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
     for _ in range(200):
         with torch.cuda.stream(busy):
             load @ load
-        assert_same_bits(forward_and_backward(info, arguments, douts), expected)
+        assert_same_bits(forward_and_backward(info, arguments, grad_outputs), expected)
 
 
 def choices(**values):
@@ -211,8 +213,8 @@ def test_every_launch_choice(room, choice, monkeypatch):
     for info in OPS.values():
         if info.op.__module__.startswith(f"cogvx_kernels.{room}."):
             for sample, dtype in itertools.product(info.samples[::3], DTYPES.values()):
-                verdicts = compare(info, sample, dtype, device="cuda")
-                wrong = [str(v) for v in verdicts if not v.ok]
+                comparisons = compare(info, sample, dtype, device="cuda")
+                wrong = [str(v) for v in comparisons if not v.ok]
                 assert not wrong, f"{sample.reason}, {dtype}: {wrong}"
 
 

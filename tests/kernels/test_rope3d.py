@@ -8,7 +8,7 @@ import torch
 
 import cogvx_kernels as ck
 from cogvx_kernels import _backend
-from cogvx_kernels.testing import OPS, SIZES, compare, evaluate, judge, materialize
+from cogvx_kernels.testing import OPS, SIZES, check_close, compare, evaluate, materialize
 
 BACKENDS = ["reference", "kernel"]
 
@@ -117,9 +117,9 @@ def test_rows_that_are_hard_to_normalise(norm, scale, offset, device):
     ours, _ = ck.qk_norm_rope3d(*call, norm=norm, backend="kernel")
     reference, _ = ck.qk_norm_rope3d_reference(*call, norm=norm)
     wide = [None if t is None else t.double() for t in call]
-    truth, _ = ck.qk_norm_rope3d_reference(*wide, norm=norm)
-    verdict = judge("q", ours, reference, truth)
-    assert verdict.ok, str(verdict)
+    fp64, _ = ck.qk_norm_rope3d_reference(*wide, norm=norm)
+    comparison = check_close("q", ours, reference, fp64)
+    assert comparison.ok, str(comparison)
 
 
 # --- the backward's strips, and bytes --------------------------------------------------------
@@ -132,8 +132,8 @@ def test_backward_strips_cover_every_token_once(programs, monkeypatch, device):
     info = OPS["qk_norm_rope3d"]
     monkeypatch.setattr(kernel, "BACKWARD_PROGRAMS", programs)
     for sample in info.samples[:2]:
-        verdicts = compare(info, sample, torch.float32, device=device)
-        assert all(v.ok for v in verdicts), [str(v) for v in verdicts if not v.ok]
+        comparisons = compare(info, sample, torch.float32, device=device)
+        assert all(v.ok for v in comparisons), [str(v) for v in comparisons if not v.ok]
 
 
 @pytest.mark.skipif(not _backend.INTERPRETED, reason="bytes are counted in the interpreter")
@@ -220,8 +220,8 @@ def test_autocast_changes_nothing(device):
     arguments = materialize(info.samples[0], torch.bfloat16, device=device)
     for name in ("q_weight", "k_bias"):  # parameters stay fp32 under autocast
         arguments[name] = arguments[name].float()
-    douts = tuple(torch.ones_like(arguments[name]) for name in ("q", "k"))
-    call = (info.op, arguments, info.differentiable, douts)
+    grad_outputs = tuple(torch.ones_like(arguments[name]) for name in ("q", "k"))
+    call = (info.op, arguments, info.differentiable, grad_outputs)
     plain = evaluate(*call, backend="kernel")
     with torch.autocast(device, torch.float16):
         cast = evaluate(*call, backend="kernel")

@@ -14,7 +14,7 @@ import cogvx_kernels as ck
 from cogvx_kernels import _backend
 from cogvx_kernels.spatial_norm.opinfo import RESIDUAL_MOMENTS, SPATIAL_NORM_SILU
 from cogvx_kernels.spatial_norm.reference import latent_of_frame
-from cogvx_kernels.testing import as_tuple, judge, materialize, to_double
+from cogvx_kernels.testing import as_tuple, check_close, materialize, to_double
 
 LAST = torch.channels_last_3d
 NEEDS_TRITON = pytest.mark.skipif(not _backend.HAS_TRITON, reason="Triton is not installed")
@@ -60,7 +60,7 @@ def norm(way, *arguments, **options):
 
 
 def assert_judged(name, ours, theirs, truth):
-    verdict = judge(name, ours, theirs, truth)
+    verdict = check_close(name, ours, theirs, truth)
     assert verdict.ok, str(verdict)
 
 
@@ -250,7 +250,7 @@ def test_gradients_through_statistics_from_before(device):
     names = ("x", "h", "offset", "weight")
     results = gradients(in_two, *leaves), gradients(at_once, *leaves), truth
     for name, ours, theirs, true in zip(names, *results, strict=True):
-        verdict = judge(name, ours, theirs, true, summed=True)
+        verdict = check_close(name, ours, theirs, true, summed=True)
         assert verdict.ok, str(verdict)
 
 
@@ -364,7 +364,9 @@ def test_in_parts_it_is_the_law(info, dtype):
                 same = [z.is_contiguous(memory_format=form) for z in (out, law)]
                 assert same[0] == same[1], sample.reason
             between = info.rounds_between
-            verdict = judge(f"{sample.reason}: out{i}", out, law, true, between=between)
+            verdict = check_close(
+                f"{sample.reason}: out{i}", out, law, true, rounds_between=between
+            )
             assert verdict.ok, str(verdict)
 
 

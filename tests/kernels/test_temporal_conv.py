@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cogvx_kernels import TemporalConv, _backend, temporal_conv, temporal_conv_reference
-from cogvx_kernels.testing import cotangents, judge
+from cogvx_kernels.testing import check_close, grad_outputs_like
 
 if not _backend.HAS_TRITON:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -64,7 +64,7 @@ def test_it_is_a_convolution_over_padded_frames(device, taps, depthwise, stride,
         return temporal_conv(x, weight, bias, stride=stride, start=start, backend="kernel")
 
     arguments = x, weight, bias
-    dout = cotangents((padded(*arguments),), 0)[0]
+    dout = grad_outputs_like((padded(*arguments),), 0)[0]
     truth, yardstick, result = (
         results(function, [x.to(dtype) for x in arguments], dout.to(dtype))
         for function, dtype in (
@@ -72,7 +72,7 @@ def test_it_is_a_convolution_over_padded_frames(device, taps, depthwise, stride,
         )
     )  # fmt: skip
     for name, *triple in zip(("out", "dx", "dweight", "dbias"), result, yardstick, truth, strict=1):
-        verdict = judge(name, *triple, summed=True)
+        verdict = check_close(name, *triple, summed=True)
         assert verdict.ok, verdict
 
 

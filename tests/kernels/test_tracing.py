@@ -13,7 +13,7 @@ from cogvx_kernels._opinfo import OpInfo
 from cogvx_kernels.testing import evaluate, materialize
 from tests.harness.selection import rest
 
-from .calls import EVERY_OP, call, douts_of, present, resized
+from .op_helpers import EVERY_OP, call, grad_outputs_of, present, resized
 
 
 class Recorder(TorchDispatchMode):
@@ -39,7 +39,11 @@ def test_opcheck(info, samples, device):
         recorder = Recorder()
         with recorder:
             evaluate(
-                info.op, arguments, info.differentiable, douts_of(info, arguments), backend="kernel"
+                info.op,
+                arguments,
+                info.differentiable,
+                grad_outputs_of(info, arguments),
+                backend="kernel",
             )
             for variant in info.variants:
                 if not any(spec.layout == "expanded" for spec in sample.specs().values()):

@@ -17,7 +17,7 @@ import cogvx_kernels as ck
 from cogvx_kernels._opinfo import OpInfo
 from cogvx_kernels.testing import OPS, as_tuple, materialize, to_double
 
-from .calls import EVERY_OP, present, tensors
+from .op_helpers import EVERY_OP, present, tensors
 
 # Torch makes some of its forward-mode rules by a scripting that it no longer recommends.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")

@@ -25,7 +25,7 @@ class Measured(NamedTuple):
 MEASURED: tuple[Measured, ...] = ()
 
 
-def chosen(x: Tensor, up: Tensor, experts: int) -> str:
+def select_gemm(x: Tensor, up: Tensor, experts: int) -> str:
     """The faster way for tokens x and experts like `up`, of which there are one or two.
 
     Where nothing was measured, one expert on a GPU is dense, because its product is cuBLAS' own

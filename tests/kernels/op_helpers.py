@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cogvx_kernels import _backend, testing
 from cogvx_kernels._opinfo import OpInfo, Sample, TensorSpec
-from cogvx_kernels.testing import OPS, cotangents
+from cogvx_kernels.testing import OPS, grad_outputs_like
 
 if not _backend.HAS_TRITON:
     pytest.skip("the contract is about Triton kernels: Triton is missing", allow_module_level=True)
@@ -28,8 +28,10 @@ def call(info: OpInfo, arguments: Mapping[str, Any], **options: Any) -> tuple[Te
     return testing.as_tuple(info.op(**arguments, backend="kernel", **options))
 
 
-def douts_of(info: OpInfo, arguments: Mapping[str, Any], seed: int = 0) -> tuple[Tensor, ...]:
-    return cotangents(testing.as_tuple(info.reference(**arguments)), seed)
+def grad_outputs_of(
+    info: OpInfo, arguments: Mapping[str, Any], seed: int = 0
+) -> tuple[Tensor, ...]:
+    return grad_outputs_like(testing.as_tuple(info.reference(**arguments)), seed)
 
 
 def tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Routes(NamedTuple):
+class Routing(NamedTuple):
     """Pairs, counted through batch, sequence and choices, sorted by expert.
 
     order  (pairs,) int64: those of expert 0, of expert 1, …, and then those of nobody; the ones of
@@ -18,7 +18,7 @@ class Routes(NamedTuple):
     ends: Tensor
 
 
-def routes(index: Tensor, num_experts: int) -> Routes:
+def sort_by_expert(index: Tensor, num_experts: int) -> Routing:
     """By a stable sort, on the device: nobody waits to hear how many tokens an expert got."""
     flat = index.flatten()
     known = (flat >= 0) & (flat < num_experts)
@@ -28,4 +28,4 @@ def routes(index: Tensor, num_experts: int) -> Routes:
     )
     order = key.argsort(stable=True)
     counts = (key[:, None] == torch.arange(num_experts + 1, device=index.device)).sum(0)
-    return Routes(order, counts.cumsum(0))
+    return Routing(order, counts.cumsum(0))
