@@ -159,36 +159,36 @@ ADALN_MUTANTS = tuple(
 
 # --- expert_ffn ------------------------------------------------------------------------------
 
-FFN_KERNEL, FFN_TILES, FFN_GRADIENTS = (
-    f"cogvx_kernels/expert_ffn/{name}.py" for name in ("kernel", "tiles", "gradients")
+FFN_KERNEL, FFN_DEVICE, FFN_GRADIENTS = (
+    f"cogvx_kernels/expert_ffn/{name}.py" for name in ("kernel", "device_utils", "gradients")
 )
 
 EXPERT_FFN_MUTANTS = tuple(
     Mutant(name, file, old, new, "expert_ffn")
     for file, name, old, new in (
-        (FFN_TILES, "text's run for the video's rows",
+        (FFN_DEVICE, "text's run for the video's rows",
          "tl.where(expert == 0, 0, text_len) + row % run", "row % run"),
-        (FFN_TILES, "the last, partial tile of an expert left out",
+        (FFN_DEVICE, "the last, partial tile of an expert left out",
          "tiles = (count + (P.BLOCK_ROWS - 1)) // P.BLOCK_ROWS", "tiles = count // P.BLOCK_ROWS"),
-        (FFN_TILES, "the tile at the boundary goes to the expert before",
+        (FFN_DEVICE, "the tile at the boundary goes to the expert before",
          "inside = (tile >= tiles_before) & (tile < tiles_before + tiles)",
          "inside = (tile >= tiles_before) & (expert < 0) & (tile <= tiles_before + tiles)"),
-        (FFN_TILES, "rows of an expert counted from the first expert's",
+        (FFN_DEVICE, "rows of an expert counted from the first expert's",
          "first = tl.where(inside, base, first)", "first = tl.where(inside, 0 * base, first)"),
-        (FFN_TILES, "a choice taken for a token",
+        (FFN_DEVICE, "a choice taken for a token",
          "token = pair // P.TOP_K", "token = pair % (groups.samples * groups.seqlen)"),
-        (FFN_TILES, "the last, partial step of a product left out",
+        (FFN_DEVICE, "the last, partial step of a product left out",
          "for begin in range(0, INNER, P.BLOCK_INNER):",
          "for begin in range(0, INNER // P.BLOCK_INNER * P.BLOCK_INNER, P.BLOCK_INNER):"),
-        (FFN_TILES, "offsets of 32 bits",
+        (FFN_DEVICE, "offsets of 32 bits",
          "return (sample * x.batch + place * x.seq) * P.ALIGN",
          "return (sample * x.batch + place * x.seq).to(tl.int32) * P.ALIGN"),
-        (FFN_TILES, "an exact GELU without its half",
+        (FFN_DEVICE, "an exact GELU without its half",
          "out = 0.5 * pre * (1.0 + tl.erf(pre * SQRT_HALF))",
          "out = pre * (1.0 + tl.erf(pre * SQRT_HALF))"),
-        (FFN_TILES, "values and gates changed about",
+        (FFN_DEVICE, "values and gates changed about",
          "out = pre * gate * sigmoid(gate)", "out = pre * gate * sigmoid(pre)"),
-        (FFN_TILES, "a slope of GELU without its cube",
+        (FFN_DEVICE, "a slope of GELU without its cube",
          "TWICE_SQRT_2_OVER_PI * (1.0 + 0.134145 * square)", "TWICE_SQRT_2_OVER_PI"),
         (FFN_KERNEL, "the weight of a choice forgotten",
          "acc *= tl.load(share_ptr + pair).to(P.COMPUTE)[:, None]",

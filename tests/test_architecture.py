@@ -38,19 +38,18 @@ WITHIN_AN_OP_PACKAGE = {
     "torch_gemm": {"reference"},
     "validation": set(),
     "cpu": {"reference", "validation"},
-    "tiles": set(),
     "device_utils": set(),
     "statistics": {"device_utils"},
-    "gradients": {"device_utils", "tiles"},
+    "gradients": {"device_utils"},
     "depthwise": {"device_utils"},
-    "kernel": {"depthwise", "device_utils", "gradients", "statistics", "tiles"},
+    "kernel": {"depthwise", "device_utils", "gradients", "statistics"},
     "op": {"cpu", "heuristics", "kernel", "reference", "routing", "torch_gemm", "validation"},
     "module": {"op", "reference"},
     "opinfo": {"op", "reference", "routing", "validation"},
     "__init__": {"frequencies", "module", "op", "reference"},
 }
 # The Triton files of an op package; frame_cache's kernel is in the C++ extension.
-TRITON_FILES = ("depthwise", "device_utils", "gradients", "kernel", "statistics", "tiles")
+TRITON_FILES = ("depthwise", "device_utils", "gradients", "kernel", "statistics")
 NAMES_TRITON = {
     "cogvx_kernels/tools/aot.py",
     "cogvx_kernels/tools/interpreter.py",

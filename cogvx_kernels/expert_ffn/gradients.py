@@ -6,7 +6,7 @@ That of x is `kernel.py`'s second product, the other way about.
 import triton
 import triton.language as tl
 
-from .tiles import (
+from .device_utils import (
     activate,
     bias_of,
     locate,

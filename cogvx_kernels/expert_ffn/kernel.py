@@ -19,8 +19,7 @@ from triton.runtime.driver import driver
 
 from .._backend import INTERPRETED
 from .._launch import alignment, on_device
-from .gradients import hidden_grad_kernel, weight_grad_kernel
-from .tiles import (
+from .device_utils import (
     Experts,
     Groups,
     Plan,
@@ -35,6 +34,7 @@ from .tiles import (
     store,
     tile_of,
 )
+from .gradients import hidden_grad_kernel, weight_grad_kernel
 
 # Reasoned from what compiles without spills, not yet measured.
 BLOCK_ROWS = 128
