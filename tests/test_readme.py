@@ -1,4 +1,4 @@
-"""README's examples, run as they stand, and the commands it names."""
+"""README and docs: examples run, commands parse, links and file names lead somewhere."""
 
 import os
 import re
@@ -8,79 +8,147 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from cogvx.assets import SHIPPED
 from cogvx.cli.parser import make
+from cogvx.training import Recipe
+from cogvx_kernels import _backend
+from cogvx_kernels.tools import options
 from tests.model import tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = re.findall(r"`(cogvx [^`]+)`", README)
+DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+OTHERS = ["CONTRIBUTING.md", "examples/README.md", "benchmarks/results/README.md"]
+PAGES = ["README.md", *DOCS, *OTHERS, "cogvx/assets/tiny/README.md"]
+TEXT = {page: (ROOT / page).read_text() for page in PAGES}
 
-# What an example, told from the others by a line of it, prints if it is asked.
-ASKED = {
-    "from diffusers import": (
-        "print(tuple(video.shape))",
-        "(1, 9, 3, 32, 32)",
-    ),
-    'CogVideoX.from_pretrained("tiny")': (
-        "print(tuple(video.shape))",
-        "(1, 17, 3, 64, 64)",
-    ),
-    'CogVideoX.from_pretrained("CogVideoX-5b")': (
-        "print(tuple(video.shape))",
-        "(1, 9, 3, 32, 32)",
-    ),
-    "import cogvx\n": (
-        "print(tuple(latents.shape), tuple(video.shape), tuple(v.shape))",
-        "(1, 5, 16, 8, 12) (1, 17, 3, 64, 96) (1, 5, 16, 8, 12)",
-    ),
-    "import spatial_norm_silu": (
-        "print(tuple(x.shape), tuple(cache.shape), tuple(h.shape))",
-        "(1, 64, 8, 32, 48) (1, 64, 2, 32, 48) (1, 64, 8, 32, 48)",
-    ),
-    "import qk_norm_rope3d": (
-        "print(tuple(q.shape), q.dtype)",
-        "(1, 442, 30, 64) torch.float32",
-    ),
-    "import ExpertFFN": (
-        "print(tuple(y.shape), y.requires_grad)",
-        "(1, 442, 128) True",
-    ),
+# By a line of each example of README: what to print after it, and the output.
+README = {
+    "from diffusers import": ("tuple(video.shape)", "(1, 9, 3, 32, 32)"),
+    'from_pretrained("tiny")': ("tuple(video.shape)", "(1, 17, 3, 64, 64)"),
+    "import qk_norm_rope3d": ("tuple(q.shape), q.dtype", "(1, 442, 30, 64) torch.float32"),
 }
+# By page, the shapes of variables after each of its examples, in order.
+SHAPES = {
+    "docs/quickstart.md": [
+        {"video": (1, 17, 3, 64, 64)},
+        {"video": (1, 9, 3, 32, 32)},
+        {"latents": (1, 9, 8, 16, 16), "frames": (1, 33, 3, 64, 64)},
+        {"latents": (1, 5, 16, 8, 12), "video": (1, 17, 3, 64, 96), "v": (1, 5, 16, 8, 12)},
+    ],
+    "docs/ops.md": [
+        {"q": (1, 442, 30, 64), "k": (1, 442, 30, 64)},
+        {"x": (2, 29, 64), "h": (2, 29, 64)},
+        {"y": (1, 442, 128)},
+        {"cache": (1, 64, 2, 32, 48), "h": (1, 64, 8, 32, 48)},
+        {"joined": (1, 16, 6, 8, 8), "following": (1, 16, 2, 8, 8)},
+    ],
+}
+# Run elsewhere: tests/patching/test_page.py has a pipeline for these.
+RUN_ELSEWHERE = {"docs/diffusers.md"}
 
 
-def test_there_are_examples():
-    assert len(EXAMPLES) == len(ASKED)
+def examples(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", TEXT[page], re.DOTALL)
 
 
-@pytest.mark.parametrize("line", ASKED)
-def test_example_runs_as_pasted_into_a_file(line, tmp_path):
-    [example] = [example for example in EXAMPLES if line in example]
-    question, answer = ASKED[line]
-    if "from_pretrained" in example:
-        [name] = re.findall(r'from_pretrained\("(.*?)"', example)
-        if name not in SHIPPED:
-            tiny_pipeline.save(tmp_path / name)
+def commands(page: str) -> list[str]:
+    """Commands of this project in a page: in backticks, or lines of a block of code."""
+    inline = re.findall(r"`((?:cogvx|cogvx-kernels) [a-z][^`]*)`", TEXT[page])
+    blocks = re.findall(r"^ {0,4}((?:cogvx|cogvx-kernels) [a-z][^\n]*)$", TEXT[page], re.MULTILINE)
+    return [command for command in [*inline, *blocks] if "COMMAND" not in command]
+
+
+def test_readme_is_short():
+    assert len(TEXT["README.md"].splitlines()) <= 150
+    assert (ROOT / "docs/images/tiny.gif").stat().st_size < 600_000
+    assert len(examples("README.md")) == len(README)
+
+
+@pytest.mark.parametrize("line", README)
+def test_readme_example_runs_as_pasted_into_a_file(line, tmp_path):
+    [example] = [example for example in examples("README.md") if line in example]
+    expression, expected = README[line]
+    if "diffusers" in example:
+        tiny_pipeline.save(tmp_path / "THUDM" / "CogVideoX-5b")
     path = tmp_path / "example.py"
-    path.write_text(f"{example}\n{question}\n")
+    path.write_text(f"{example}\nprint({expression})\n")
     done = subprocess.run(
         [sys.executable, path],
         cwd=tmp_path,
-        env={**os.environ, "TRITON_INTERPRET": "0"},  # as a reader runs it
+        env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().splitlines()[-1] == answer
+    assert done.stdout.strip().splitlines()[-1] == expected
 
 
-def test_commands_are_targets_of_the_makefile():
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"\bmake (\w+)", README)) <= targets
+@pytest.mark.filterwarnings("ignore:the prompt:UserWarning")  # the small model reads 6 tokens
+@pytest.mark.parametrize(
+    "page, number", [(page, n) for page, rows in SHAPES.items() for n in range(len(rows))]
+)
+def test_example_of_docs_runs(page, number, tmp_path, monkeypatch):
+    found = examples(page)
+    assert len(found) == len(SHAPES[page])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_backend, "INTERPRETED", False)  # references, as on a CPU
+    if "CogVideoX-5b" in found[number]:
+        tiny_pipeline.save(tmp_path / "CogVideoX-5b")
+    names: dict[str, torch.Tensor] = {}
+    exec(compile(found[number], page, "exec"), names)
+    assert {name: tuple(names[name].shape) for name in SHAPES[page][number]} == SHAPES[page][number]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_command_line_knows_what_readme_says(command):
-    assert callable(make().parse_args(shlex.split(command)[1:]).run)
+@pytest.mark.parametrize("page", sorted(set(PAGES) - set(SHAPES) - RUN_ELSEWHERE - {"README.md"}))
+def test_other_examples_compile(page):
+    for example in examples(page):
+        compile(example, page, "exec")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_are_those_of_the_command_line(page):
+    parser = make()
+    for command in commands(page):
+        program, *arguments = shlex.split(command, comments=True)
+        if program == "cogvx" and arguments != ["completion", "bash"]:
+            assert callable(parser.parse_args(arguments).run), command
+        elif program == "cogvx-kernels" and arguments[0] != "bench":
+            assert getattr(options, arguments[0])(arguments[1:]), command
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_make_targets_exist(page):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`make ([\w-]+)", TEXT[page])) <= targets
+
+
+def test_recipe_of_training_is_one(tmp_path, monkeypatch):
+    [recipe] = re.findall(r"```toml\n(.*?)```", TEXT["docs/training.md"], re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    tiny_pipeline.save(tmp_path / "CogVideoX-5b")
+    (tmp_path / "lora.toml").write_text(recipe)
+    assert Recipe.read("lora.toml").transformer_training.lora_rank == 64
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for link, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", TEXT[page]):
+        target = (ROOT / page).parent / link if link else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text()), f"{link}#{anchor}"
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_pages_name_exist(page):
+    """Paths in backticks that begin with a folder of the project."""
+    folders = "cogvx|cogvx_kernels|csrc|tests|benchmarks|examples|docs"
+    for path in re.findall(rf"`((?:{folders})/[\w./-]*)`", TEXT[page]):
+        assert (ROOT / path).exists(), path

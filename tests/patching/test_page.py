@@ -1,4 +1,4 @@
-"""docs/using-it-in-your-code.md: its table is what is supported, its code runs, its files exist."""
+"""docs/diffusers.md: its table is what is supported, its code runs, its files exist."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ import cogvx_kernels as ck
 from tests.patching.small import embeds, generate, latents, pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "using-it-in-your-code.md").read_text()
+PAGE = (ROOT / "docs" / "diffusers.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
