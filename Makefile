@@ -12,7 +12,7 @@ PIP := python -m pip install -qq --no-compile --disable-pip-version-check -c con
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all verify bench tiny lint aot mutants clean
+.PHONY: help demo check test test-all verify bench tiny lint aot mutants clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
@@ -28,6 +28,13 @@ demo: $(RUNS)  ## what is here, every kernel against its reference, sentences to
 SEEDED := $(if $(SEED),--seed $(SEED))
 # a process for each core, with one thread; a process keeps the tests of a file, and what they share
 PYTEST := OMP_NUM_THREADS=1 python -m pytest -n auto --dist worksteal $(SEEDED)
+
+# what `make check` runs: files that take seconds, over all parts of the project
+FAST := tests/test_architecture.py tests/kernels/test_rope3d_tables.py tests/kernels/test_rope3d.py \
+    tests/model/test_config.py tests/model/test_frames.py tests/model/test_files.py \
+    tests/model/test_factorized.py tests/model/schedulers tests/patching/test_refusals.py
+check: lint  ## lint, types and a fast subset of the tests
+	$(PYTEST) -m 'not budget' $(FAST)
 
 ifdef TRITON
 # every sample in bf16, and random calls, of every kernel on another Triton, put before the
@@ -70,9 +77,10 @@ tiny: $(READY)  ## the packaged model anew, from nothing, into runs/tiny: hours;
 	cogvx train tiny --out runs/tiny-first
 	cogvx train cogvx/assets/tiny/refined.toml --out runs/tiny
 
-lint: $(READY)  ## ruff, mypy, clang-format
+lint: $(READY)  ## ruff, mypy, clang-format, and words that stay out
 	ruff check .
 	ruff format --check .
+	python -m tests.lint_words
 	mypy
 	clang-format --dry-run --Werror csrc/*
 

@@ -15,6 +15,8 @@ if not (_backend.HAS_TRITON and _backend.INTERPRETED):
 
 from tests.harness.observe import observe
 
+pytestmark = pytest.mark.budget
+
 OF_THE_ROOM = ("expert_adaln", "gated_residual", "gated_residual_adaln")
 
 

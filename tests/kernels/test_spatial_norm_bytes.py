@@ -19,6 +19,8 @@ from triton.runtime.interpreter import GridExecutor
 
 from tests.harness.observe import observe
 
+pytestmark = pytest.mark.budget
+
 
 @pytest.mark.parametrize("info", [SPATIAL_NORM_SILU, RESIDUAL_MOMENTS], ids=str)
 def test_bytes_asked_for_are_near_the_least_possible(info, monkeypatch):

@@ -24,6 +24,8 @@ if not (_backend.HAS_TRITON and _backend.INTERPRETED):
 from ..costs import Launches, Moved, NoWait, kept  # noqa: E402
 from .tiny import EXPERTS, ROPE, shaken  # noqa: E402
 
+pytestmark = pytest.mark.budget
+
 NHEADS, HEADDIM, TIME, TEXT_LEN, GRID = 2, 64, 16, 8, (2, 3, 4)
 DIM, SEQLEN = NHEADS * HEADDIM, TEXT_LEN + math.prod(GRID)
 TABLES = rope3d_tables(slice_positions(GRID), split_headdim(HEADDIM))

@@ -19,6 +19,8 @@ if not (_backend.HAS_TRITON and _backend.INTERPRETED):
 
 from ..costs import Launches, Moved, launches, name_of, programs_left_out  # noqa: E402
 
+pytestmark = pytest.mark.budget
+
 MIB = 1 << 20
 SMALL = VAEConfig(
     block_out_channels=(16, 32, 32, 64), latent_channels=4, layers_per_block=3, norm_num_groups=4
