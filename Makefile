@@ -1,4 +1,4 @@
-# Every target sets itself up in .venv on a fresh machine, and is quick the second time.
+# Every target sets up .venv on a fresh machine, and is quick the second time.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +17,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
 
-demo: $(RUNS)  ## what is here, every kernel against its reference, sentences to clips in out/demo
+demo: $(RUNS)  ## what is installed, kernels against references, clips in out/demo
 	cogvx-kernels doctor --short
 	@echo
 	cogvx-kernels verify --quick
@@ -26,7 +26,7 @@ demo: $(RUNS)  ## what is here, every kernel against its reference, sentences to
 
 # one seed for all that is random in the tests; by default a new one each time
 SEEDED := $(if $(SEED),--seed $(SEED))
-# a process for each core, with one thread; a process keeps the tests of a file, and what they share
+# a process for each core, with one thread
 PYTEST := OMP_NUM_THREADS=1 python -m pytest -n auto --dist worksteal $(SEEDED)
 
 # what `make check` runs: files that take seconds, over all parts of the project
@@ -46,7 +46,7 @@ test: $(SIDE)/.ready
 	PYTHONPATH=$(CURDIR)/$(SIDE) $(PYTEST) --all --fuzz 200 \
 	    tests/kernels/test_contract.py -k 'random_cases or (samples and bf16 and again)'
 else ifdef DIFFUSERS
-# patch and its tests on an older diffusers, with what that asked for
+# patch and its tests on an older diffusers, with the packages it needs
 SIDE := $(VENV)/diffusers-$(DIFFUSERS)
 OTHERS := diffusers==$(DIFFUSERS) transformers==4.57.1 tokenizers==0.22.1 huggingface_hub==0.36.0
 test: $(SIDE)/.ready
@@ -73,7 +73,7 @@ verify: $(RUNS)  ## every op on every sample against its reference; ARGS="--all-
 bench: $(READY)  ## the benchmark suite into out/; ARGS="--op rope3d" narrows it
 	python -m benchmarks --out out $(ARGS)
 
-tiny: $(READY)  ## the packaged model anew, from nothing, into runs/tiny: hours; goes on where stopped
+tiny: $(READY)  ## train the packaged model from nothing, into runs/tiny: hours; continues where it stopped
 	cogvx train tiny --out runs/tiny-first
 	cogvx train cogvx/assets/tiny/refined.toml --out runs/tiny
 
@@ -87,7 +87,7 @@ lint: $(READY)  ## ruff, mypy, clang-format, and words that stay out
 aot: $(READY)  ## every Triton kernel through the compilers of every target; ARGS="--samples": every option
 	cogvx-kernels aot $(ARGS)
 
-mutants: $(READY)  ## does the test suite notice when a kernel is broken on purpose?
+mutants: $(READY)  ## do the tests notice bugs that are put into kernels on purpose?
 	python -m tests.mutants
 
 clean:  ## remove all that make has made, .venv included

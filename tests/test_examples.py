@@ -1,4 +1,4 @@
-"""The examples: run as a reader runs them, and their laws on other shapes than their own."""
+"""The examples: run as a reader runs them, and their properties on other shapes."""
 
 import os
 import re
@@ -18,7 +18,7 @@ NAMES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 README = (ROOT / "examples/README.md").read_text()
 
 SAME_WEIGHTS = "the same weights: <All keys matched successfully>"
-# What an example prints whatever the machine: lines, as patterns.
+# The last lines of each example's output, as patterns.
 LINES = {
     "conv_vae": [
         "AfterDecoder: error against fp64 .*",
@@ -37,12 +37,12 @@ def as_without_the_interpreter(monkeypatch):
 
 
 def shape_of(text: str) -> list[str]:
-    """The lines of an output, without the numbers, names and answers that a machine may change."""
+    """Lines of an output without numbers, names and booleans, which differ between machines."""
     return re.sub(r"[\d.,e-]+\d|True|False|(text|video)\.\w+\.\w+", "…", text).splitlines()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_example_runs_and_keeps_its_claims(name):
+def test_example_runs_and_prints_what_its_page_shows(name):
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", f"examples.{name}"],
@@ -67,7 +67,7 @@ def test_chunks_of_the_decoder_are_the_whole_bit_for_bit(chunks):
     assert torch.equal(joined, whole)
 
 
-def test_a_clip_is_nothing_to_the_next_one():
+def test_clips_are_independent():
     decoder, latents = conv_vae.AfterDecoder(), torch.randn(2, 8, 3, 3, 4)
     cache_of_each = [{}, {}]
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_a_clip_is_nothing_to_the_next_one():
 
 
 @pytest.mark.parametrize("grid, text_len", [((2, 3, 5), 11), ((1, 2, 3), 1)])
-def test_the_block_and_all_its_gradients_err_as_plain_torch_does(grid, text_len):
+def test_block_and_gradients_err_as_plain_torch(grid, text_len):
     before, after = mmdit_block.BeforeBlock(48, 2, 80), mmdit_block.AfterBlock(48, 2, 80)
     for parameter in before.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -91,14 +91,14 @@ def test_the_block_and_all_its_gradients_err_as_plain_torch_does(grid, text_len)
     dout = torch.randn(2, text_len + len(cos), 48)
     arguments = text, video, torch.randn(2, 48), cos, sin, dout
     exact = mmdit_block.results(deepcopy(before).double(), *(x.double() for x in arguments))
-    theirs, ours = (mmdit_block.results(block, *arguments) for block in (before, after))
-    assert set(ours) == {"output", "text", "video", "temb", *before.state_dict()}
+    plain, fused = (mmdit_block.results(block, *arguments) for block in (before, after))
+    assert set(fused) == {"output", "text", "video", "temb", *before.state_dict()}
     for name, x in exact.items():
-        off_by = [((found[name] - x).norm() / x.norm()).item() for found in (theirs, ours)]
+        off_by = [((found[name] - x).norm() / x.norm()).item() for found in (plain, fused)]
         assert off_by[1] <= 2 * off_by[0] + 3e-7, f"{name}: {off_by[1]:.1e}, not {off_by[0]:.1e}"
 
 
-def test_a_new_block_passes_what_it_gets():
+def test_new_block_is_the_identity():
     block = mmdit_block.AfterBlock(48, 2, 80)  # adaLN-zero: its gates are zero
     cos, sin = rope3d_tables(slice_positions((1, 2, 3)), split=(8, 8, 8))
     x = torch.randn(2, 5 + 6, 48)
