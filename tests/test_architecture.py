@@ -20,6 +20,7 @@ MODEL_FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "cogv
 FOUNDATIONS = (
     "_autocast",
     "_checks",
+    "_custom_op",
     "_launch",
     "_opinfo",
     "modality",

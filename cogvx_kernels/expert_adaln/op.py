@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _backend, _checks
+from .._custom_op import custom_op
 from .reference import (
     expert_adaln_reference,
     gated_residual_adaln_reference,
@@ -15,27 +16,25 @@ from .reference import (
 ROWS = ("batch", "seqlen", "dim")
 KERNEL_DIM = 16384  # of a row that a program holds in its registers
 
-# In the schemas below text_len is a SymInt: one compiled graph serves all lengths of text.
-
-GATES = "Tensor? gate, Tensor? text_gate"
-MODULATION = "Tensor? shift, Tensor? scale, Tensor? text_shift, Tensor? text_scale"
-NORM = "Tensor? weight, Tensor? bias, SymInt text_len, str norm, float eps"
-
 
 # --- cogvx::expert_adaln ---------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "cogvx::expert_adaln", mutates_args=(), schema=f"(Tensor x, {MODULATION}, {NORM}) -> Tensor"
-)
-def _expert_adaln(x, *arguments):
+@custom_op("expert_adaln")
+def _expert_adaln(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None,
+    text_shift: Tensor | None, text_scale: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, text_len: int, norm: str, eps: float,
+) -> Tensor:  # fmt: skip
     from . import kernel
 
-    return kernel.expert_adaln_fwd(x, None, None, None, *arguments)[1]
+    modulation = shift, scale, text_shift, text_scale
+    tensors = x, None, None, None, *modulation, weight, bias
+    return kernel.expert_adaln_fwd(*tensors, text_len, norm, eps)[1]
 
 
 @_expert_adaln.register_fake
-def _(x, *_):
+def _expert_adaln_fake(x, *_):
     return x.new_empty(x.shape)
 
 
@@ -55,12 +54,10 @@ _expert_adaln.register_autograd(_expert_adaln_backward, setup_context=_expert_ad
 # --- cogvx::gated_residual, and its in-place form --------------------------------------------
 
 
-@torch.library.custom_op(
-    "cogvx::gated_residual",
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor y, {GATES}, SymInt text_len) -> Tensor",
-)
-def _gated_residual(x, y, gate, text_gate, text_len):
+@custom_op("gated_residual")
+def _gated_residual(
+    x: Tensor, y: Tensor, gate: Tensor | None, text_gate: Tensor | None, text_len: int
+) -> Tensor:
     from . import kernel
 
     nothing = (None,) * 6
@@ -68,16 +65,14 @@ def _gated_residual(x, y, gate, text_gate, text_len):
 
 
 @_gated_residual.register_fake
-def _(x, *_):
+def _gated_residual_fake(x, *_):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op(
-    "cogvx::gated_residual_",
-    mutates_args=("x",),
-    schema=f"(Tensor(a!) x, Tensor y, {GATES}, SymInt text_len) -> ()",
-)
-def _gated_residual_inplace(x, y, gate, text_gate, text_len):
+@custom_op("gated_residual_", mutates_args=("x",))
+def _gated_residual_inplace(
+    x: Tensor, y: Tensor, gate: Tensor | None, text_gate: Tensor | None, text_len: int
+) -> None:
     from . import kernel
 
     nothing = (None,) * 6
@@ -101,24 +96,26 @@ _gated_residual.register_autograd(_gated_residual_backward, setup_context=_gated
 # --- cogvx::gated_residual_adaln -------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "cogvx::gated_residual_adaln",
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor y, {GATES}, {MODULATION}, {NORM}) -> (Tensor, Tensor)",
-)
-def _gated_residual_adaln(*arguments):
+@custom_op("gated_residual_adaln")
+def _gated_residual_adaln(
+    x: Tensor, y: Tensor, gate: Tensor | None, text_gate: Tensor | None,
+    shift: Tensor | None, scale: Tensor | None,
+    text_shift: Tensor | None, text_scale: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, text_len: int, norm: str, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     from . import kernel
 
-    return kernel.expert_adaln_fwd(*arguments)
+    modulation = gate, text_gate, shift, scale, text_shift, text_scale
+    return kernel.expert_adaln_fwd(x, y, *modulation, weight, bias, text_len, norm, eps)
 
 
 @_gated_residual_adaln.register_fake
-def _(x, *_):
+def _gated_residual_adaln_fake(x, *_):
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 def _gated_residual_adaln_setup(ctx, inputs, output):
-    """The residual stream is kept, and not the x it was made of."""
+    """Keep the residual stream instead of x."""
     _, y, gate, text_gate, _, scale, _, text_scale, weight, bias, *ctx.settings = inputs
     ctx.save_for_backward(output[0], y, gate, text_gate, scale, text_scale, weight, bias)
 
@@ -132,24 +129,28 @@ _gated_residual_adaln.register_autograd(
 )
 
 
-# --- their one backward ----------------------------------------------------------------------
+# --- the backward of all three ---------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "cogvx::expert_adaln_backward",
-    mutates_args=(),
-    schema=f"(Tensor? dstream, Tensor? dout, Tensor stream, Tensor? y, {GATES},"
-    " Tensor? scale, Tensor? text_scale, Tensor? weight, SymInt text_len, str norm, float eps)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-def _expert_adaln_grads(*arguments):
+@custom_op("expert_adaln_backward")
+def _expert_adaln_grads(
+    dstream: Tensor | None, dout: Tensor | None, stream: Tensor, y: Tensor | None,
+    gate: Tensor | None, text_gate: Tensor | None,
+    scale: Tensor | None, text_scale: Tensor | None,
+    weight: Tensor | None, text_len: int, norm: str, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from . import kernel
 
-    return kernel.expert_adaln_bwd(*arguments)
+    modulation = gate, text_gate, scale, text_scale
+    return kernel.expert_adaln_bwd(
+        dstream, dout, stream, y, *modulation, weight, text_len, norm, eps
+    )
 
 
 @_expert_adaln_grads.register_fake
-def _(dstream, dout, stream, y, gate, text_gate, scale, text_scale, weight, text_len, norm, eps):
+def _expert_adaln_grads_fake(
+    dstream, dout, stream, y, gate, text_gate, scale, text_scale, weight, text_len, norm, eps
+):
     batch, _, dim = stream.shape
     groups = sum(_groups(x, z) for x, z in ((text_scale, text_gate), (scale, gate)))
     vectors = 2 * (norm != "none") + (y is not None)

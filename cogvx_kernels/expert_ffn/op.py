@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _backend, _checks
+from .._custom_op import custom_op
 from . import torch_gemm
 from .heuristics import select_gemm
 from .reference import ACTIVATIONS, Weights, added, expert_ffn_reference
@@ -17,37 +18,33 @@ CHOICES = ("batch", "seqlen", "top_k")
 KERNEL_EXPERTS = 64  # pointers that a launch takes, and selects that find the right one
 GEMMS = ("auto", "grouped", "dense")
 
-# In the schemas below text_len is a SymInt: one compiled graph serves all lengths of text.
-
-EXPERTS = "Tensor[] up, Tensor[] up_bias, Tensor[] down, Tensor[] down_bias"
-SETTINGS = "SymInt text_len, str activation"
-
 
 # --- cogvx::expert_ffn -----------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "cogvx::expert_ffn",
-    mutates_args=(),
-    schema=f"(Tensor x, {EXPERTS}, Tensor? index, Tensor? weight, Tensor? residual, Tensor? gate,"
-    f" Tensor? text_gate, {SETTINGS}, bool recompute, str gemm) -> (Tensor, Tensor)",
-)
-def _expert_ffn(x, up, up_bias, down, down_bias, index, weight, *rest):
-    """The result, and the pre-activation of each (token, choice) pair if it is kept, else empty."""
-    residual, gate, text_gate, text_len, activation, recompute, gemm = rest
+@custom_op("expert_ffn")
+def _expert_ffn(
+    x: Tensor, up: list[Tensor], up_bias: list[Tensor],
+    down: list[Tensor], down_bias: list[Tensor], index: Tensor | None, weight: Tensor | None,
+    residual: Tensor | None, gate: Tensor | None, text_gate: Tensor | None,
+    text_len: int, activation: str, recompute: bool, gemm: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The result, and the pre-activation of each (token, choice) pair, empty if `recompute`."""
     experts = tuple(up), tuple(up_bias), tuple(down), tuple(down_bias)
-    others = residual, gate, text_gate, text_len, activation, not recompute
+    settings = residual, gate, text_gate, text_len, activation, not recompute
     if _gemm_backend(gemm, x, up, index) == "dense":
-        return torch_gemm.expert_ffn_fwd(x, *experts, *others)
+        return torch_gemm.expert_ffn_fwd(x, *experts, *settings)
     from . import kernel
 
-    routed = (None, None) if index is None else sort_by_expert(index, len(up))
-    return kernel.expert_ffn_fwd(x, *experts, index, weight, *routed, *others)
+    routing = (None, None) if index is None else sort_by_expert(index, len(up))
+    return kernel.expert_ffn_fwd(x, *experts, index, weight, *routing, *settings)
 
 
 @_expert_ffn.register_fake
-def _(x, up, up_bias, down, down_bias, index, weight, *rest):
-    *_, recompute, _ = rest
+def _expert_ffn_fake(
+    x, up, up_bias, down, down_bias, index, weight, residual, gate, text_gate, text_len,
+    activation, recompute, gemm,
+):  # fmt: skip
     pairs = x.shape[0] * x.shape[1] * (1 if index is None else index.shape[2])
     return x.new_empty(x.shape), x.new_empty((0,) if recompute else (pairs, up[0].shape[0]))
 
@@ -90,34 +87,33 @@ _expert_ffn.register_autograd(_backward, setup_context=_setup)
 
 
 def _gemm_backend(gemm, x, up, index):
-    """Who multiplies: asked where it is known on what device, which a compiler's trace is not."""
+    """The GEMM backend, chosen in the op because a compiler traces it without a device."""
     if gemm != "auto":
         return gemm
     return "grouped" if index is not None else select_gemm(x, up[0], len(up))
 
 
-@torch.library.custom_op(
-    "cogvx::expert_ffn_backward",
-    mutates_args=(),
-    schema=f"(Tensor dout, Tensor x, {EXPERTS}, Tensor? index, Tensor? weight, Tensor? pre,"
-    f" {SETTINGS}, bool rows, bool weights, str gemm)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _expert_ffn_grads(dout, x, up, up_bias, down, down_bias, index, weight, pre, *settings):
-    text_len, activation, rows, weights, gemm = settings
+@custom_op("expert_ffn_backward")
+def _expert_ffn_grads(
+    dout: Tensor, x: Tensor, up: list[Tensor], up_bias: list[Tensor],
+    down: list[Tensor], down_bias: list[Tensor], index: Tensor | None, weight: Tensor | None,
+    pre: Tensor | None, text_len: int, activation: str, rows: bool, weights: bool, gemm: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     experts = tuple(up), tuple(up_bias), tuple(down), tuple(down_bias)
-    others = pre, text_len, activation, rows, weights
+    settings = pre, text_len, activation, rows, weights
     if _gemm_backend(gemm, x, up, index) == "dense":
-        return torch_gemm.expert_ffn_bwd(dout, x, *experts, *others)
+        return torch_gemm.expert_ffn_bwd(dout, x, *experts, *settings)
     from . import kernel
 
-    routed = (None, None) if index is None else sort_by_expert(index, len(up))
-    return kernel.expert_ffn_bwd(dout, x, *experts, weight, index, *routed, *others)
+    routing = (None, None) if index is None else sort_by_expert(index, len(up))
+    return kernel.expert_ffn_bwd(dout, x, *experts, weight, index, *routing, *settings)
 
 
 @_expert_ffn_grads.register_fake
-def _(dout, x, up, up_bias, down, down_bias, index, weight, pre, *settings):
-    *_, rows, weights, _ = settings
+def _expert_ffn_grads_fake(
+    dout, x, up, up_bias, down, down_bias, index, weight, pre, text_len, activation, rows, weights,
+    gemm,
+):  # fmt: skip
     nothing = (0,)
     shapes = [
         (len(tensors), *tensors[0].shape) if tensors and weights else nothing

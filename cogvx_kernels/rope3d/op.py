@@ -6,29 +6,26 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _backend, _checks
+from .._custom_op import custom_op
 from .reference import qk_norm_rope3d_reference, rope3d_reference
 
 HEADS = ("batch", "seqlen", "nheads", "headdim")
 
-# In the schemas below text_len is a SymInt: one compiled graph serves all lengths of text.
 
 # --- cogvx::rope3d ---------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "cogvx::rope3d",
-    mutates_args=(),
-    schema="(Tensor x, Tensor cos, Tensor sin, SymInt text_len, bool interleaved, bool inverse)"
-    " -> Tensor",
-)
-def _rope3d(*arguments):
+@custom_op("rope3d")
+def _rope3d(
+    x: Tensor, cos: Tensor, sin: Tensor, text_len: int, interleaved: bool, inverse: bool
+) -> Tensor:
     from . import kernel
 
-    return kernel.rope3d_fwd(*arguments)
+    return kernel.rope3d_fwd(x, cos, sin, text_len, interleaved, inverse)
 
 
 @_rope3d.register_fake
-def _(x, *_):
+def _rope3d_fake(x, cos, sin, text_len, interleaved, inverse):
     return x.new_empty(x.shape)
 
 
@@ -38,7 +35,7 @@ def _rope3d_setup(ctx, inputs, output):
 
 
 def _rope3d_backward(ctx, dout):
-    """The transpose of a rotation turns back."""
+    """Rotate by the opposite angle, which is the transpose of a rotation."""
     text_len, interleaved, inverse = ctx.settings
     dx = _rope3d(dout, *ctx.saved_tensors, text_len, interleaved, not inverse)
     return dx, None, None, None, None, None
@@ -49,53 +46,59 @@ _rope3d.register_autograd(_rope3d_backward, setup_context=_rope3d_setup)
 
 # --- cogvx::qk_norm_rope3d, its in-place form, and its backward ------------------------------
 
-AFFINE = "Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias"
-SETTINGS = "Tensor cos, Tensor sin, SymInt text_len, str norm, float eps, bool interleaved"
 
-
-@torch.library.custom_op(
-    "cogvx::qk_norm_rope3d",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, {AFFINE}, {SETTINGS}) -> (Tensor, Tensor)",
-)
-def _qk_norm_rope3d(*arguments):
+@custom_op("qk_norm_rope3d")
+def _qk_norm_rope3d(
+    q: Tensor, k: Tensor, q_weight: Tensor | None, q_bias: Tensor | None,
+    k_weight: Tensor | None, k_bias: Tensor | None, cos: Tensor, sin: Tensor,
+    text_len: int, norm: str, eps: float, interleaved: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     from . import kernel
 
-    return kernel.qk_norm_rope3d_fwd(*arguments, inplace=False)
+    affine = q_weight, q_bias, k_weight, k_bias
+    return kernel.qk_norm_rope3d_fwd(
+        q, k, *affine, cos, sin, text_len, norm, eps, interleaved, inplace=False
+    )
 
 
 @_qk_norm_rope3d.register_fake
-def _(q, k, *_):
+def _qk_norm_rope3d_fake(q, k, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-@torch.library.custom_op(
-    "cogvx::qk_norm_rope3d_",
-    mutates_args=("q", "k"),
-    schema=f"(Tensor(a!) q, Tensor(b!) k, {AFFINE}, {SETTINGS}) -> ()",
-)
-def _qk_norm_rope3d_inplace(*arguments):
+@custom_op("qk_norm_rope3d_", mutates_args=("q", "k"))
+def _qk_norm_rope3d_inplace(
+    q: Tensor, k: Tensor, q_weight: Tensor | None, q_bias: Tensor | None,
+    k_weight: Tensor | None, k_bias: Tensor | None, cos: Tensor, sin: Tensor,
+    text_len: int, norm: str, eps: float, interleaved: bool,
+) -> None:  # fmt: skip
     from . import kernel
 
-    kernel.qk_norm_rope3d_fwd(*arguments, inplace=True)
+    affine = q_weight, q_bias, k_weight, k_bias
+    kernel.qk_norm_rope3d_fwd(
+        q, k, *affine, cos, sin, text_len, norm, eps, interleaved, inplace=True
+    )
 
 
-@torch.library.custom_op(
-    "cogvx::qk_norm_rope3d_backward",
-    mutates_args=(),
-    schema="(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight,"
-    f" {SETTINGS}, bool affine_grads) -> (Tensor, Tensor, Tensor)",
-)
-def _qk_norm_rope3d_grads(*arguments):
+@custom_op("qk_norm_rope3d_backward")
+def _qk_norm_rope3d_grads(
+    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor,
+    q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor,
+    text_len: int, norm: str, eps: float, interleaved: bool, affine_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from . import kernel
 
-    return kernel.qk_norm_rope3d_bwd(*arguments)
+    tensors = dq_out, dk_out, q, k, q_weight, k_weight, cos, sin
+    return kernel.qk_norm_rope3d_bwd(*tensors, text_len, norm, eps, interleaved, affine_grads)
 
 
 @_qk_norm_rope3d_grads.register_fake
-def _(dq_out, dk_out, q, k, *rest):
+def _qk_norm_rope3d_grads_fake(
+    dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, text_len, norm, eps, interleaved,
+    affine_grads,
+):  # fmt: skip
     wide = torch.promote_types(q.dtype, torch.float32)
-    affine = q.new_empty((4 if rest[-1] else 0, q.shape[-1]), dtype=wide)
+    affine = q.new_empty((4 if affine_grads else 0, q.shape[-1]), dtype=wide)
     return q.new_empty(q.shape), k.new_empty(k.shape), affine
 
 
