@@ -159,3 +159,13 @@ def test_files_that_pages_name_exist(page):
     folders = "cogvx|cogvx_kernels|csrc|tests|benchmarks|examples|docs"
     for path in re.findall(rf"`((?:{folders})/[\w./-]*)`", TEXT[page]):
         assert (ROOT / path).exists(), path
+
+
+def test_files_of_architecture_hold_the_names_beside_them():
+    table = TEXT["docs/architecture.md"].split("## Where to change what")[1].split("## ")[0]
+    for row in table.splitlines()[3:]:
+        place = row.rsplit("|", 2)[1] if row else ""
+        files = [ROOT / path for path in re.findall(r"`(\w+/[\w/]+\.py)`", place)]
+        text = "".join(path.read_text() for path in files)
+        for name in re.findall(r"`(\w+)(?:\.\w+)?`", place):
+            assert not files or name in text, f"{name} in {place}"
