@@ -1,4 +1,4 @@
-"""Causal convolution along frames, dense or depthwise."""
+"""Causal temporal convolution, dense or depthwise."""
 
 from .module import TemporalConv
 from .op import temporal_conv

@@ -1,8 +1,9 @@
-"""What a program holds, and where it lies: pixels of a frame, and the frames before it.
+"""Launch layout and device functions shared by the kernels of temporal_conv.
 
-A tile lies within one frame of the result, so that each tap of a kernel reads one frame: of the
-cache, of x, or what stands for frames before the clip. Which one is a scalar, and nothing is padded
-or joined.
+A tile lies within one output frame, so that each tap reads one frame: of the cache, of x, or the
+padding before the clip. A scalar selects it, so nothing is padded or concatenated.
+
+The sequence is the KERNEL - 1 frames before x and then x; a position counts from its first frame.
 """
 
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor
 class Video(NamedTuple):
     """A tensor (batch, channels, frames, pixels); strides are in units of ALIGN elements.
 
-    Either its channels lie side by side or its pixels; `inner` is the stride of the other.
+    Either its channels or its pixels have stride 1; `inner` is the stride of the other.
     """
 
     ptr: Tensor | None
@@ -26,16 +27,16 @@ class Video(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What a launch is over; `pixels` of a frame in units of ALIGN if they lie side by side."""
+    """Runtime sizes of a launch; `pixels` of a frame in units of ALIGN if their stride is 1."""
 
     pixels: int
     tiles: int  # of pixels in a frame
     frames: int  # of x
-    results: int  # frames of the result
+    out_frames: int
 
 
 class Plan(NamedTuple):
-    """What is constant in a launch, and compiled into the kernel."""
+    """Compile-time constants of a launch."""
 
     IN: int
     OUT: int
@@ -47,14 +48,14 @@ class Plan(NamedTuple):
     BLOCK_ROWS: int  # pixels
     BLOCK_COLS: int  # channels
     BLOCK_INNER: int
-    ALIGN: int  # elements that strides are multiples of
+    ALIGN: int  # elements; strides are multiples of it
     COMPUTE: tl.dtype
 
 
-# --- layouts, for launchers ------------------------------------------------------------------
+# --- layouts ---------------------------------------------------------------------------------
 
 
-def channels_last(x: Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
     return x.shape[1] > 1 and x.stride(1) == 1
 
 
@@ -63,15 +64,15 @@ def _pixel_stride(x: Tensor) -> int:
     return x.stride(4) if width > 1 else x.stride(3) if height > 1 else 0
 
 
-def evenly_laid(x: Tensor | None, last: bool) -> Tensor | None:
-    """With pixels evenly spaced, and channels side by side (`last`) or pixels: else a copy."""
+def with_even_strides(x: Tensor | None, last: bool) -> Tensor | None:
+    """x if its pixels are evenly spaced and its channels (`last`) or pixels dense, else a copy."""
     if x is None:
         return None
     *_, height, width = x.shape
     even = height == 1 or width == 1 or x.stride(3) == width * x.stride(4)
-    of_one = (x.shape[1] if last else height * width) == 1
-    beside = of_one or (x.stride(1) if last else _pixel_stride(x)) == 1
-    return x if even and beside else new_like(x, last).copy_(x)
+    single = (x.shape[1] if last else height * width) == 1
+    dense = single or (x.stride(1) if last else _pixel_stride(x)) == 1
+    return x if even and dense else new_like(x, last).copy_(x)
 
 
 def new_like(x: Tensor, last: bool, dtype: torch.dtype | None = None) -> Tensor:
@@ -80,7 +81,7 @@ def new_like(x: Tensor, last: bool, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def strides_of(x: Tensor, last: bool) -> tuple[int, int, int]:
-    """Of batch, frames, and pixels (`last`) or channels; 0 where there is but one."""
+    """Strides of batch, frames, and pixels (`last`) or channels; 0 for a dim of size 1."""
     batch, channels, frames = (
         stride if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
     )
@@ -93,108 +94,110 @@ def video_of(x: Tensor | None, plan: Plan) -> Video:
     return Video(x, *(stride // plan.ALIGN for stride in strides_of(x, plan.CHANNELS_LAST)))
 
 
-# --- where things lie ------------------------------------------------------------------------
+# --- addresses -------------------------------------------------------------------------------
 
 
 @triton.jit
-def start_of(video, batch, frame, P: tl.constexpr):
-    """Offset of a frame; 64 bits from the first product on."""
+def frame_offset(video, batch, frame, P: tl.constexpr):
+    """Offset of a frame, in 64 bits."""
     start = tl.cast(batch, tl.int64) * video.batch + tl.cast(frame, tl.int64) * video.frame
     return start * P.ALIGN
 
 
 @triton.jit
-def frame_at(video, batch, frame, P: tl.constexpr):
+def frame_address(video, batch, frame, P: tl.constexpr):
     """Address of a frame."""
-    return video.ptr + start_of(video, batch, frame, P)
+    return video.ptr + frame_offset(video, batch, frame, P)
 
 
 @triton.jit
-def either_at(past, then, now, batch, place, P: tl.constexpr):
-    """(address, inner stride) of a frame of the sequence: of `then` if it is past, else of `now`.
+def select_frame(cached, cache, x, batch, position, P: tl.constexpr):
+    """(address, inner stride) of a frame of the sequence: of the cache if `cached`, else of x.
 
-    A choice between scalars, and between tensors as they came: one between blocks of addresses, or
-    between addresses within tensors, is beyond some compilers.
+    Selects scalars and base pointers: some compilers fail on a select of blocks of addresses, or of
+    addresses within tensors.
     """
     start = tl.where(
-        past, start_of(then, batch, place, P), start_of(now, batch, place - (P.KERNEL - 1), P)
+        cached,
+        frame_offset(cache, batch, position, P),
+        frame_offset(x, batch, position - (P.KERNEL - 1), P),
     )
-    inner = tl.where(past, tl.cast(then.inner, tl.int64), tl.cast(now.inner, tl.int64))
-    return tl.where(past, then.ptr, now.ptr) + start, inner
+    inner = tl.where(cached, tl.cast(cache.inner, tl.int64), tl.cast(x.inner, tl.int64))
+    return tl.where(cached, cache.ptr, x.ptr) + start, inner
 
 
 @triton.jit
-def cells(pixel, channel, inner, P: tl.constexpr):
-    """Offsets within a frame of pixels and channels, each a block that broadcasts, of 64 bits."""
+def pixel_offsets(pixel, channel, inner, P: tl.constexpr):
+    """Offsets within a frame of broadcast blocks of pixels and channels, in 64 bits."""
     if P.CHANNELS_LAST:
-        at = pixel * (inner * P.ALIGN) + channel
+        offset = pixel * (inner * P.ALIGN) + channel
     else:
-        at = channel * (inner * P.ALIGN) + pixel
-    return at
+        offset = channel * (inner * P.ALIGN) + pixel
+    return offset
 
 
 @triton.jit
-def source_of(x, cache, batch, place, P: tl.constexpr):
-    """(address, inner stride) of a frame of the sequence that a kernel runs over.
+def source_frame(x, cache, batch, position, P: tl.constexpr):
+    """(address, inner stride) of the frame at a position of the sequence.
 
-    `place` counts from the first of the KERNEL - 1 frames before x. Where these are zeros, the one
-    that stands for them must not be counted.
+    Zeros before the clip have the address of the first frame: the caller must mask them.
     """
     if P.PAST == "cache":
-        ptr, inner = either_at(place < P.KERNEL - 1, cache, x, batch, place, P)
+        ptr, inner = select_frame(position < P.KERNEL - 1, cache, x, batch, position, P)
     else:
-        ptr = frame_at(x, batch, tl.maximum(place - (P.KERNEL - 1), 0), P)
+        ptr = frame_address(x, batch, tl.maximum(position - (P.KERNEL - 1), 0), P)
         inner = tl.cast(x.inner, tl.int64)
     return ptr, inner
 
 
 @triton.jit
-def first_tap(result, P: tl.constexpr):
-    """The first tap of a frame of the result that is not over zeros before the clip."""
-    tap = tl.cast(result, tl.int64) * 0
+def first_tap(frame, P: tl.constexpr):
+    """The first tap of an output frame that does not read zeros before the clip."""
+    tap = tl.cast(frame, tl.int64) * 0
     if P.PAST == "zeros":
-        tap = tl.maximum(P.KERNEL - 1 - tl.cast(result, tl.int64) * P.STRIDE, 0)
+        tap = tl.maximum(P.KERNEL - 1 - tl.cast(frame, tl.int64) * P.STRIDE, 0)
     return tap
 
 
 @triton.jit
-def results_of(place, results, P: tl.constexpr):
-    """(first tap, how many) that read a frame of the sequence for some frame of the result.
+def taps_of(position, out_frames, P: tl.constexpr):
+    """(first tap, number of taps) that read the frame at a position of the sequence.
 
-    They are STRIDE apart, and tap j reads it for the result (place - j) / STRIDE.
+    They are STRIDE apart; tap j reads it for output frame (position - j) / STRIDE.
     """
-    low = tl.maximum(place - (tl.cast(results, tl.int64) - 1) * P.STRIDE, 0)
-    low += (place - low) % P.STRIDE
-    high = tl.minimum(place, P.KERNEL - 1)
+    low = tl.maximum(position - (tl.cast(out_frames, tl.int64) - 1) * P.STRIDE, 0)
+    low += (position - low) % P.STRIDE
+    high = tl.minimum(position, P.KERNEL - 1)
     return low, tl.maximum(high - low + P.STRIDE, 0) // P.STRIDE
 
 
 @triton.jit
-def target_of(dx, dcache, batch, frame, P: tl.constexpr):
-    """(place in the sequence, its first place, address, inner stride) of a frame with a gradient.
+def target_frame(dx, dcache, batch, frame, P: tl.constexpr):
+    """(last position, first position, address, inner stride) of a frame that gets a gradient.
 
-    Frames count from the cache's first, if there is one. The first frame of a clip stands for those
-    before it, and gets their gradients: its places are several.
+    Frames count from the cache's first, if there is one. A replicated first frame has several
+    positions: it gets the gradients of its copies too.
     """
-    place = tl.cast(frame, tl.int64)
+    position = tl.cast(frame, tl.int64)
     if P.PAST == "cache":
-        first = place
-        ptr, inner = either_at(place < P.KERNEL - 1, dcache, dx, batch, place, P)
+        first = position
+        ptr, inner = select_frame(position < P.KERNEL - 1, dcache, dx, batch, position, P)
     else:
-        ptr = frame_at(dx, batch, place, P)
+        ptr = frame_address(dx, batch, position, P)
         inner = tl.cast(dx.inner, tl.int64)
-        place += P.KERNEL - 1
-        first = place
+        position += P.KERNEL - 1
+        first = position
         if P.PAST == "replicate":
-            first = tl.where(place == P.KERNEL - 1, 0, place)
-    return place, first, ptr, inner
+            first = tl.where(position == P.KERNEL - 1, 0, position)
+    return position, first, ptr, inner
 
 
 @triton.jit
-def tile_of(frames, sizes, NCOLS: tl.constexpr):
+def program_tile(frames, sizes, NCOLS: tl.constexpr):
     """(batch, tile of pixels, frame, tile of channels) of this program.
 
-    The frames of the same pixels are neighbours, so that what they share is read from memory once.
+    Frames of the same pixels are neighbouring programs: frames that they share are read from the L2
+    cache.
     """
     program = tl.program_id(0).to(tl.int64)
     col_tile = program % NCOLS
@@ -205,15 +208,15 @@ def tile_of(frames, sizes, NCOLS: tl.constexpr):
 
 
 @triton.jit
-def pixels_of(tile, sizes, P: tl.constexpr):
-    """The pixels of a tile, and which of them there are."""
+def tile_pixels(tile, sizes, P: tl.constexpr):
+    """The pixels of a tile and their mask."""
     pixel = tile * P.BLOCK_ROWS + tl.arange(0, P.BLOCK_ROWS)
-    return pixel, pixel < count_of(sizes, P)
+    return pixel, pixel < pixel_count(sizes, P)
 
 
 @triton.jit
-def count_of(sizes, P: tl.constexpr):
-    """Pixels of a frame; the product with a constant shows every compiler their alignment."""
+def pixel_count(sizes, P: tl.constexpr):
+    """Pixels of a frame; the product with a constant shows compilers their alignment."""
     count = tl.cast(sizes.pixels, tl.int64)
     if not P.CHANNELS_LAST:
         count *= P.ALIGN
@@ -221,10 +224,10 @@ def count_of(sizes, P: tl.constexpr):
 
 
 @triton.jit
-def unit_of(unit, sizes):
-    """(batch, tile of pixels, frame of the result); frames of the same pixels are neighbours."""
-    frame = unit % sizes.results
-    unit //= sizes.results
+def unit_tile(unit, sizes):
+    """(batch, tile of pixels, output frame) of a unit; frames of a tile are neighbours."""
+    frame = unit % sizes.out_frames
+    unit //= sizes.out_frames
     return unit // sizes.tiles, unit % sizes.tiles, frame
 
 
@@ -232,17 +235,17 @@ def unit_of(unit, sizes):
 
 
 @triton.jit
-def plus_product(acc, left, right, P: tl.constexpr):
-    """acc + left · right. A left that is wider is two: what right's dtype holds, and the rest.
+def dot_accumulate(acc, left, right, P: tl.constexpr):
+    """acc + left · right; a wider left is split into a part in right's dtype and the remainder.
 
-    So do tensor cores multiply the gradient of a pre-activation as if it were not rounded.
+    Tensor cores thus multiply the gradient of a pre-activation as if it were not rounded.
     """
     high = left.to(right.dtype)
     acc = tl.dot(high, right, acc, input_precision="ieee", out_dtype=P.COMPUTE)
     if left.dtype != right.dtype:
-        rest = left - high.to(left.dtype)
-        rest = tl.where(tl.abs(rest) < float("inf"), rest, 0.0)  # of an infinity there is none
-        acc = tl.dot(rest.to(right.dtype), right, acc, out_dtype=P.COMPUTE)
+        low = left - high.to(left.dtype)
+        low = tl.where(tl.abs(low) < float("inf"), low, 0.0)  # inf - inf is NaN
+        acc = tl.dot(low.to(right.dtype), right, acc, out_dtype=P.COMPUTE)
     return acc
 
 
@@ -252,14 +255,14 @@ def store(ptr, x, mask):
 
 
 @triton.jit
-def finish(pre, ptr, dout, batch, frame, pixel, channel, mask, at, P: tl.constexpr):
-    """Stores the activation of a pre-activation; or, given dout, the pre-activation's gradient."""
+def activate_and_store(pre, ptr, dout, batch, frame, pixel, channel, mask, at, P: tl.constexpr):
+    """Store the activation of a pre-activation; given dout, the gradient of the pre-activation."""
     if dout.ptr is not None:
         inner = tl.cast(dout.inner, tl.int64)
-        grad_at = frame_at(dout, batch, frame, P) + cells(pixel, channel, inner, P)
+        grad_at = frame_address(dout, batch, frame, P) + pixel_offsets(pixel, channel, inner, P)
         grad = tl.load(grad_at, mask=mask, other=0.0).to(P.COMPUTE)
         gate = 1.0 / (1.0 + tl.exp(-pre))
-        # 1 - sigmoid(z) is taken as sigmoid(-z), which has all its digits where the other has few
+        # 1 - sigmoid(z) is computed as sigmoid(-z), which does not cancel for large z
         pre = grad * gate * (1.0 + pre * (1.0 / (1.0 + tl.exp(pre))))
     elif P.SILU:
         pre = pre * (1.0 / (1.0 + tl.exp(-pre)))

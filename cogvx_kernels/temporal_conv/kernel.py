@@ -23,97 +23,99 @@ from .depthwise import depthwise_bwd_kernel, depthwise_fwd_kernel, depthwise_wei
 from .device_utils import (
     Plan,
     Sizes,
-    cells,
-    channels_last,
-    evenly_laid,
-    finish,
+    activate_and_store,
+    dot_accumulate,
     first_tap,
-    frame_at,
+    frame_address,
+    is_channels_last,
     new_like,
-    pixels_of,
-    plus_product,
-    results_of,
-    source_of,
+    pixel_offsets,
+    program_tile,
+    source_frame,
     store,
     strides_of,
-    target_of,
-    tile_of,
-    unit_of,
+    taps_of,
+    target_frame,
+    tile_pixels,
+    unit_tile,
     video_of,
+    with_even_strides,
 )
 from .gradients import dense_weight_kernel
 
-# Reasoned from what compiles without spills, not yet measured.
+# Chosen to compile without spills, not measured.
 BLOCK_ROWS = 128
 BLOCK_COLS = 128
-BLOCK_INNER = 64  # of 2-byte elements; half as many of 4
+BLOCK_INNER = 64  # 2-byte elements; half as many of 4 bytes
 WARPS = 8
 STAGES = 3
 AMD_STAGES = 2  # with 64 KB of shared memory
-STAYING_ROWS = 64  # of a tile, where the weight stays: then there is one program on a processor
-STAYING_WARPS = 4
-STAYING_TILES = 32  # that the weight is loaded for
-STAYING_BYTES = 200 * 1024  # of the 227 KB that there are; storing takes some more
-FRAMES = 4  # that a depthwise program makes, of the same pixels
-ELEMENTS = 1024  # of each, two 16-byte loads of bf16 for each of 64 threads
-STRIPS = 512  # programs, about, that sum for the weights
+STATIONARY_ROWS = 64  # of a tile, with a stationary weight: one program per multiprocessor
+STATIONARY_WARPS = 4
+STATIONARY_TILES = 32  # per load of the weight
+STATIONARY_BYTES = 200 * 1024  # of 227 KB shared memory; the epilogue takes some more
+FRAMES = 4  # output frames of a depthwise program
+ELEMENTS = 1024  # of each: two 16-byte loads of bf16 for each of 64 threads
+STRIPS = 512  # programs, about, for the gradient of the weight
 
 # --- dense -----------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["units"])
 def _dense_fwd_kernel(
-    out, x, cache, weight_ptr, bias_ptr, dout, sizes, units, EACH: tl.constexpr, P: tl.constexpr
+    out, x, cache, weight_ptr, bias_ptr, dout, sizes, units, UNITS: tl.constexpr, P: tl.constexpr
 ):
-    """Frames of the result; given dout, those of the pre-activation's gradient instead.
+    """Output frames; given dout, the gradient of the pre-activation instead.
 
-    weight (KERNEL, OUT, IN). A unit is a tile of pixels of one frame of the result. Grid (units ·
-    tiles of channels,); or, where the weight stays on the chip for EACH units, (runs of EACH,).
+    weight (KERNEL, OUT, IN). A unit is a tile of pixels of one output frame. Grid (units · tiles of
+    channels,); with a weight that is stationary for UNITS units, (runs of UNITS,).
     """
-    if EACH == 0:
-        _passing(out, x, cache, weight_ptr, bias_ptr, dout, sizes, P)
+    if UNITS == 0:
+        _streamed_weight(out, x, cache, weight_ptr, bias_ptr, dout, sizes, P)
     else:
-        _staying(out, x, cache, weight_ptr, bias_ptr, dout, sizes, units, EACH, P)
+        _stationary_weight(out, x, cache, weight_ptr, bias_ptr, dout, sizes, units, UNITS, P)
 
 
 @triton.jit
-def _passing(out, x, cache, weight_ptr, bias_ptr, dout, sizes, P: tl.constexpr):
-    """A tile, through all taps and channels; the weight passes by, in steps as the frames do."""
+def _streamed_weight(out, x, cache, weight_ptr, bias_ptr, dout, sizes, P: tl.constexpr):
+    """One tile, over all taps and input channels; frames and weight are streamed in steps."""
     NCOLS: tl.constexpr = (P.OUT + P.BLOCK_COLS - 1) // P.BLOCK_COLS
     STEPS: tl.constexpr = (P.IN + P.BLOCK_INNER - 1) // P.BLOCK_INNER
     BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
     BLOCK_COLS: tl.constexpr = P.BLOCK_COLS
-    batch, tile, frame, col_tile = tile_of(sizes.results, sizes, NCOLS)
-    pixel, there = pixels_of(tile, sizes, P)
+    batch, tile, frame, col_tile = program_tile(sizes.out_frames, sizes, NCOLS)
+    pixel, pixel_mask = tile_pixels(tile, sizes, P)
     cols = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     inner = tl.arange(0, P.BLOCK_INNER).to(tl.int64)
     acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
     for step in range(first_tap(frame, P) * STEPS, tl.cast(P.KERNEL * STEPS, tl.int64)):
         tap, channel = step // STEPS, step % STEPS * P.BLOCK_INNER + inner
-        ptr, stride = source_of(x, cache, batch, frame * P.STRIDE + tap, P)
-        a = ptr + cells(pixel[:, None], channel[None, :], stride, P)
+        ptr, stride = source_frame(x, cache, batch, frame * P.STRIDE + tap, P)
+        a = ptr + pixel_offsets(pixel[:, None], channel[None, :], stride, P)
         b = weight_ptr + (tap * (P.OUT * P.IN) + cols[None, :] * P.IN + channel[:, None])
-        acc = _multiplied(acc, a, b, there, channel, cols, P.IN, P.OUT, P)
-    _finished(acc, out, bias_ptr, dout, batch, frame, pixel, there, cols, P)
+        acc = _dot_step(acc, a, b, pixel_mask, channel, cols, P.IN, P.OUT, P)
+    _epilogue(acc, out, bias_ptr, dout, batch, frame, pixel, pixel_mask, cols, P)
 
 
 @triton.jit
-def _finished(acc, out, bias_ptr, dout, batch, frame, pixel, there, cols, P: tl.constexpr):
-    """Bias, activation, store."""
-    mask = there[:, None] & (cols < P.OUT)[None, :]
+def _epilogue(acc, out, bias_ptr, dout, batch, frame, pixel, pixel_mask, cols, P: tl.constexpr):
+    """Add the bias, activate, store."""
+    mask = pixel_mask[:, None] & (cols < P.OUT)[None, :]
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + cols, mask=cols < P.OUT, other=0.0)
         acc += bias.to(P.COMPUTE)[None, :]
-    at = cells(pixel[:, None], cols[None, :], tl.cast(out.inner, tl.int64), P)
-    finish(acc, frame_at(out, batch, frame, P), dout, batch, frame, pixel[:, None], cols[None, :],
-           mask, at, P)  # fmt: skip
+    at = pixel_offsets(pixel[:, None], cols[None, :], tl.cast(out.inner, tl.int64), P)
+    activate_and_store(
+        acc, frame_address(out, batch, frame, P), dout, batch, frame, pixel[:, None],
+        cols[None, :], mask, at, P,
+    )  # fmt: skip
 
 
 @triton.jit
-def _staying(
-    out, x, cache, weight_ptr, bias_ptr, dout, sizes, units, EACH: tl.constexpr, P: tl.constexpr
+def _stationary_weight(
+    out, x, cache, weight_ptr, bias_ptr, dout, sizes, units, UNITS: tl.constexpr, P: tl.constexpr
 ):
-    """EACH tiles in turn, of few channels, whose weight is loaded once."""
+    """UNITS tiles in turn, of few channels; the weight is loaded once and stays on the chip."""
     KERNEL: tl.constexpr = P.KERNEL
     BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
     BLOCK_COLS: tl.constexpr = P.BLOCK_COLS
@@ -124,53 +126,53 @@ def _staying(
         at = j * P.OUT * P.IN + cols[None, :] * P.IN + channel[:, None]
         inside = (channel < P.IN)[:, None] & (cols < P.OUT)[None, :]
         taps += (tl.load(weight_ptr + at, mask=inside, other=0.0),)
-    first = tl.program_id(0).to(tl.int64) * EACH
-    for unit in range(first, tl.minimum(first + EACH, tl.cast(units, tl.int64))):
-        batch, tile, frame = unit_of(unit, sizes)
-        pixel, there = pixels_of(tile, sizes, P)
+    first = tl.program_id(0).to(tl.int64) * UNITS
+    for unit in range(first, tl.minimum(first + UNITS, tl.cast(units, tl.int64))):
+        batch, tile, frame = unit_tile(unit, sizes)
+        pixel, pixel_mask = tile_pixels(tile, sizes, P)
         acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
         for j in tl.static_range(KERNEL):
-            ptr, stride = source_of(x, cache, batch, frame * P.STRIDE + j, P)
-            a = ptr + cells(pixel[:, None], channel[None, :], stride, P)
-            mask = (there & (j >= first_tap(frame, P)))[:, None] & (channel < P.IN)[None, :]
+            ptr, stride = source_frame(x, cache, batch, frame * P.STRIDE + j, P)
+            a = ptr + pixel_offsets(pixel[:, None], channel[None, :], stride, P)
+            mask = (pixel_mask & (j >= first_tap(frame, P)))[:, None] & (channel < P.IN)[None, :]
             rows = tl.load(a, mask=mask, other=0.0)
-            acc = plus_product(acc, rows, taps[j], P)
-        _finished(acc, out, bias_ptr, dout, batch, frame, pixel, there, cols, P)
+            acc = dot_accumulate(acc, rows, taps[j], P)
+        _epilogue(acc, out, bias_ptr, dout, batch, frame, pixel, pixel_mask, cols, P)
 
 
 @triton.jit(do_not_specialize=["nframes"])
 def _dense_bwd_kernel(dx, dcache, dout, weight_ptr, sizes, nframes, P: tl.constexpr):
-    """Gradients of the frames of x, after those of the cache if there is one. Grid as above."""
+    """Gradients of the cache, if there is one, and of x. Grid as above."""
     NCOLS: tl.constexpr = (P.IN + P.BLOCK_COLS - 1) // P.BLOCK_COLS
     STEPS: tl.constexpr = (P.OUT + P.BLOCK_INNER - 1) // P.BLOCK_INNER
     BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
     BLOCK_COLS: tl.constexpr = P.BLOCK_COLS
-    batch, tile, frame, col_tile = tile_of(nframes, sizes, NCOLS)
-    pixel, there = pixels_of(tile, sizes, P)
+    batch, tile, frame, col_tile = program_tile(nframes, sizes, NCOLS)
+    pixel, pixel_mask = tile_pixels(tile, sizes, P)
     cols = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     inner = tl.arange(0, P.BLOCK_INNER).to(tl.int64)
-    last, first, ptr, stride = target_of(dx, dcache, batch, frame, P)
+    last, first, ptr, stride = target_frame(dx, dcache, batch, frame, P)
     dout_inner = tl.cast(dout.inner, tl.int64)
     acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
-    for place in range(first, last + 1):
-        low, count = results_of(place, sizes.results, P)
+    for position in range(first, last + 1):
+        low, count = taps_of(position, sizes.out_frames, P)
         for step in range(0, count * STEPS):
             tap = low + step // STEPS * P.STRIDE
             channel = step % STEPS * P.BLOCK_INNER + inner
-            rows = frame_at(dout, batch, (place - tap) // P.STRIDE, P)
-            a = rows + cells(pixel[:, None], channel[None, :], dout_inner, P)
+            rows = frame_address(dout, batch, (position - tap) // P.STRIDE, P)
+            a = rows + pixel_offsets(pixel[:, None], channel[None, :], dout_inner, P)
             b = weight_ptr + (tap * (P.OUT * P.IN) + channel[:, None] * P.IN + cols[None, :])
-            acc = _multiplied(acc, a, b, there, channel, cols, P.OUT, P.IN, P)
-    mask = there[:, None] & (cols < P.IN)[None, :]
-    store(ptr + cells(pixel[:, None], cols[None, :], stride, P), acc, mask)
+            acc = _dot_step(acc, a, b, pixel_mask, channel, cols, P.OUT, P.IN, P)
+    mask = pixel_mask[:, None] & (cols < P.IN)[None, :]
+    store(ptr + pixel_offsets(pixel[:, None], cols[None, :], stride, P), acc, mask)
 
 
 @triton.jit
-def _multiplied(
-    acc, a, b, there, channel, cols, INNER: tl.constexpr, COLS: tl.constexpr, P: tl.constexpr
+def _dot_step(
+    acc, a, b, pixel_mask, channel, cols, INNER: tl.constexpr, COLS: tl.constexpr, P: tl.constexpr
 ):
-    """acc + a·b, of addresses (pixels, block) and (block, cols)."""
-    a_mask, b_mask = there[:, None], (cols < COLS)[None, :]
+    """acc + a·b, loaded from addresses (pixels, block) and (block, cols)."""
+    a_mask, b_mask = pixel_mask[:, None], (cols < COLS)[None, :]
     if INNER % P.BLOCK_INNER != 0:
         a_mask &= (channel < INNER)[None, :]
         b_mask &= (channel < INNER)[:, None]
@@ -179,7 +181,7 @@ def _multiplied(
         right = tl.load(b)
     else:
         right = tl.load(b, mask=b_mask, other=0.0)
-    return plus_product(acc, left, right, P)
+    return dot_accumulate(acc, left, right, P)
 
 
 # --- launchers -------------------------------------------------------------------------------
@@ -187,19 +189,22 @@ def _multiplied(
 
 def temporal_conv_fwd(
     out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor | None, stride: int,
-    start: str, silu: bool, dout: Tensor | None = None, last: bool | None = None,
+    start: str, silu: bool, dout: Tensor | None = None, channels_last: bool | None = None,
 ) -> None:  # fmt: skip
-    """Fills out, of (batch, out_channels, …), with the result; given dout, with the gradient of the
-    pre-activation. weight (out_channels, in_channels or 1, kernel).
+    """Write the result to out (batch, out_channels, …); given dout, the pre-activation's gradient.
+
+    weight (out_channels, in_channels or 1, kernel).
     """
     if out.numel() == 0:
         return
-    last = channels_last(x) if last is None else last
-    x, cache, dout = (evenly_laid(t, last) for t in (x, cache, dout))
+    channels_last = is_channels_last(x) if channels_last is None else channels_last
+    x, cache, dout = (with_even_strides(t, channels_last) for t in (x, cache, dout))
     depthwise = _depthwise(x, weight)
     bias = None if bias is None else bias.contiguous()
     channels = weight.shape[0], x.shape[1]
-    plan = _plan(x, weight, cache, stride, start, silu, *channels, [x, cache, out, dout], last)
+    plan = _plan(
+        x, weight, cache, stride, start, silu, *channels, [x, cache, out, dout], channels_last
+    )
     sizes = _sizes(x, out.shape[2], plan)
     videos = [video_of(t, plan) for t in (out, x, cache)]
     grad = video_of(dout, plan)
@@ -212,57 +217,60 @@ def temporal_conv_fwd(
                 **_options(plan, depthwise),
             )  # fmt: skip
         else:
-            options, each = _options(plan, depthwise), 0
-            if _stays(plan, x):
+            options, tiles = _options(plan, depthwise), 0
+            if _is_stationary(plan, x):
                 plan = plan._replace(
-                    BLOCK_ROWS=min(plan.BLOCK_ROWS, STAYING_ROWS),
+                    BLOCK_ROWS=min(plan.BLOCK_ROWS, STATIONARY_ROWS),
                     BLOCK_INNER=_block(BLOCK_COLS, plan.IN),
                 )
-                options, each = {"num_warps": STAYING_WARPS, "num_stages": 2}, STAYING_TILES
+                options, tiles = {"num_warps": STATIONARY_WARPS, "num_stages": 2}, STATIONARY_TILES
                 sizes = _sizes(x, out.shape[2], plan)
             units = x.shape[0] * sizes.tiles * out.shape[2]
-            _dense_fwd_kernel[(triton.cdiv(units, each) if each else units * cols,)](
-                *videos, _by_taps(weight), bias, grad, sizes, units, EACH=each, P=plan, **options
-            )
+            _dense_fwd_kernel[(triton.cdiv(units, tiles) if tiles else units * cols,)](
+                *videos, _taps_first(weight), bias, grad, sizes, units, UNITS=tiles, P=plan,
+                **options,
+            )  # fmt: skip
 
 
 def temporal_conv_bwd(
     grads: tuple[Tensor, Tensor, Tensor, Tensor], dout: Tensor, x: Tensor, weight: Tensor,
     bias: Tensor | None, cache: Tensor | None, stride: int, start: str, silu: bool,
 ) -> None:  # fmt: skip
-    """Fills grads, (dx, dweight, dbias, dcache), of which those that are empty are not wanted."""
+    """Write the gradients to grads, (dx, dweight, dbias, dcache); empty ones are not wanted."""
     dx, dweight, dbias, dcache = grads
     if x.numel() == 0 or dout.numel() == 0:
         for grad in grads:
             grad.zero_()
         return
-    last = channels_last(x)
-    x, cache, dout = (evenly_laid(t, last) for t in (x, cache, dout))
+    channels_last = is_channels_last(x)
+    x, cache, dout = (with_even_strides(t, channels_last) for t in (x, cache, dout))
     assert dout is not None
     if silu:
-        wide = torch.promote_types(x.dtype, torch.float32)  # what is summed is rounded once
-        dpre = new_like(dout, last, wide)
-        temporal_conv_fwd(dpre, x, weight, bias, cache, stride, start, silu, dout, last)
+        wide = torch.promote_types(x.dtype, torch.float32)  # rounded only after the sums
+        dpre = new_like(dout, channels_last, wide)
+        temporal_conv_fwd(dpre, x, weight, bias, cache, stride, start, silu, dout, channels_last)
         dout = dpre
     if dx.numel():
-        _frames_grad(dx, dcache, dout, weight, cache, stride, start, last)
+        _input_grad(dx, dcache, dout, weight, cache, stride, start, channels_last)
     if dweight.numel():
-        _weight_grad(dweight, dbias, dout, x, weight, cache, stride, start, last)
+        _weight_grad(dweight, dbias, dout, x, weight, cache, stride, start, channels_last)
 
 
-def _frames_grad(
+def _input_grad(
     dx: Tensor, dcache: Tensor, dout: Tensor, weight: Tensor, cache: Tensor | None, stride: int,
-    start: str, last: bool,
+    start: str, channels_last: bool,
 ) -> None:  # fmt: skip
     past = dcache if dcache.numel() else None
     channels = dx.shape[1], weight.shape[0]
-    plan = _plan(dx, weight, cache, stride, start, False, *channels, [dx, past, dout], last)
+    plan = _plan(
+        dx, weight, cache, stride, start, False, *channels, [dx, past, dout], channels_last
+    )
     sizes = _sizes(dx, dout.shape[2], plan)
     frames = dx.shape[2] + (0 if past is None else past.shape[2])
     cols = triton.cdiv(dx.shape[1], plan.BLOCK_COLS)
     depthwise = _depthwise(dx, weight)
     run = depthwise_bwd_kernel if depthwise else _dense_bwd_kernel
-    taps = weight.contiguous() if depthwise else _by_taps(weight)
+    taps = weight.contiguous() if depthwise else _taps_first(weight)
     with on_device(dx):
         run[(dx.shape[0] * sizes.tiles * frames * cols,)](
             video_of(dx, plan), video_of(past, plan), video_of(dout, plan), taps, sizes, frames,
@@ -272,58 +280,60 @@ def _frames_grad(
 
 def _weight_grad(
     dweight: Tensor, dbias: Tensor, dout: Tensor, x: Tensor, weight: Tensor, cache: Tensor | None,
-    stride: int, start: str, last: bool,
+    stride: int, start: str, channels_last: bool,
 ) -> None:  # fmt: skip
     out, inner, taps = weight.shape
     pixels = x.shape[3] * x.shape[4]
-    plan = _plan(x, weight, cache, stride, start, False, inner, pixels, [x, cache, dout], last)
+    plan = _plan(
+        x, weight, cache, stride, start, False, inner, pixels, [x, cache, dout], channels_last
+    )
     depthwise = _depthwise(x, weight)
     tiles, rows = triton.cdiv(x.shape[1], plan.BLOCK_COLS), plan.BLOCK_ROWS
     if not depthwise:
         rows = plan.BLOCK_INNER
-        plan = plan._replace(BLOCK_ROWS=_block(BLOCK_COLS // _halved(x), out))
+        plan = plan._replace(BLOCK_ROWS=_block(BLOCK_COLS // _fp32_divisor(x), out))
         tiles *= triton.cdiv(out, plan.BLOCK_ROWS)
     sizes = _sizes(x, dout.shape[2], plan._replace(BLOCK_ROWS=rows))
     units = x.shape[0] * sizes.tiles * dout.shape[2]
     strips = min(units, max(1, STRIPS // (tiles * taps)))
-    each = triton.cdiv(units, strips)
-    strips = triton.cdiv(units, each)
+    strip_units = triton.cdiv(units, strips)
+    strips = triton.cdiv(units, strip_units)
     wide = torch.promote_types(x.dtype, torch.float32)
     sums = torch.empty((strips, taps, out, inner), dtype=wide, device=x.device)
-    of_bias = torch.empty((strips, out), dtype=wide, device=x.device) if dbias.numel() else None
+    bias_sums = torch.empty((strips, out), dtype=wide, device=x.device) if dbias.numel() else None
     run = depthwise_weight_kernel if depthwise else dense_weight_kernel
     with on_device(x):
         run[(strips * tiles * taps,)](
-            sums, of_bias, video_of(x, plan), video_of(cache, plan), video_of(dout, plan), sizes,
-            units, each, P=plan, **_options(plan, depthwise),
+            sums, bias_sums, video_of(x, plan), video_of(cache, plan), video_of(dout, plan), sizes,
+            units, strip_units, P=plan, **_options(plan, depthwise),
         )  # fmt: skip
     dweight.copy_(sums.sum(0).permute(1, 2, 0))
-    if of_bias is not None:
-        dbias.copy_(of_bias.sum(0))
+    if bias_sums is not None:
+        dbias.copy_(bias_sums.sum(0))
 
 
 def _plan(
     x: Tensor, weight: Tensor, cache: Tensor | None, stride: int, start: str, silu: bool,
-    made: int, summed: int, videos: list[Tensor | None], last: bool,
+    col_channels: int, inner_channels: int, videos: list[Tensor | None], channels_last: bool,
 ) -> Plan:  # fmt: skip
-    """For a launch over these videos, which all have their channels side by side (`last`), or none
-    has. Of one pixel and one frame a tensor alone does not say which.
+    """Plan a launch over videos that are all channels-last or all contiguous.
 
-    It makes so many channels, and sums over so many for each.
+    A tensor of one pixel and one frame alone does not show which. BLOCK_COLS is for `col_channels`,
+    BLOCK_INNER for a sum over `inner_channels`.
     """
     out, _, taps = weight.shape
     inner = x.shape[1]
     pixels = x.shape[3] * x.shape[4]
-    block = _halved(x)
-    rows, cols = BLOCK_ROWS // block, BLOCK_COLS // block
+    divisor = _fp32_divisor(x)
+    rows, cols = BLOCK_ROWS // divisor, BLOCK_COLS // divisor
     if _depthwise(x, weight):
-        cols = min(BLOCK_COLS, triton.next_power_of_2(inner)) if last else 1
+        cols = min(BLOCK_COLS, triton.next_power_of_2(inner)) if channels_last else 1
         rows = _block(ELEMENTS // cols, pixels)
     else:
-        rows, cols = _block(rows, pixels), _block(cols, made)
-    there = [t for t in videos if t is not None]
-    strides = [stride for t in there for stride in strides_of(t, last)]
-    widest = max(t.element_size() for t in there)
+        rows, cols = _block(rows, pixels), _block(cols, col_channels)
+    present = [t for t in videos if t is not None]
+    strides = [stride for t in present for stride in strides_of(t, channels_last)]
+    widest = max(t.element_size() for t in present)
     return Plan(
         IN=inner,
         OUT=out,
@@ -331,24 +341,24 @@ def _plan(
         STRIDE=stride,
         PAST=start if cache is None or taps == 1 else "cache",
         SILU=silu,
-        CHANNELS_LAST=last,
+        CHANNELS_LAST=channels_last,
         BLOCK_ROWS=rows,
         BLOCK_COLS=cols,
-        BLOCK_INNER=_block(2 * BLOCK_INNER // widest, summed),
-        ALIGN=math.gcd(16, *strides, 0 if last else pixels),
+        BLOCK_INNER=_block(2 * BLOCK_INNER // widest, inner_channels),
+        ALIGN=math.gcd(16, *strides, 0 if channels_last else pixels),
         COMPUTE=tl.float64 if x.dtype is torch.float64 else tl.float32,
     )
 
 
-def _stays(plan: Plan, x: Tensor) -> bool:
-    """Whether a dense weight stays in shared memory, beside two frames' tiles of all its taps.
+def _is_stationary(plan: Plan, x: Tensor) -> bool:
+    """True if a dense weight fits in shared memory beside two tiles of each tap, on Hopper.
 
-    Hopper's tensor cores read it there. Older ones would take it to registers; newer ones ran out
-    of those with an activation.
+    Its tensor cores read operands from shared memory. Older GPUs would hold the weight in
+    registers; newer ones ran out of those with an activation.
     """
     inner = _block(BLOCK_COLS, plan.IN)
-    columns = plan.BLOCK_COLS + 2 * STAYING_ROWS
-    fits = plan.KERNEL * inner * columns * x.element_size() <= STAYING_BYTES
+    columns = plan.BLOCK_COLS + 2 * STATIONARY_ROWS
+    fits = plan.KERNEL * inner * columns * x.element_size() <= STATIONARY_BYTES
     if x.element_size() != 2 or not fits or max(plan.IN, plan.OUT) > BLOCK_COLS:
         return False
     if INTERPRETED:
@@ -357,13 +367,13 @@ def _stays(plan: Plan, x: Tensor) -> bool:
     return target.backend == "cuda" and target.arch == 90
 
 
-def _halved(x: Tensor) -> int:
-    """By what the sides of a tile are divided: fp32 is multiplied without tensor cores."""
+def _fp32_divisor(x: Tensor) -> int:
+    """The divisor of a tile's sides: fp32 is multiplied without tensor cores."""
     return 1 if x.element_size() == 2 else 2
 
 
 def _block(most: int, size: int) -> int:
-    """A power of two from 16, which a tensor core wants at least, to `most`."""
+    """A power of two from 16, the least of a tensor core, to `most`."""
     return max(16, min(most, triton.next_power_of_2(size)))
 
 
@@ -375,16 +385,16 @@ def _options(plan: Plan, depthwise: bool) -> dict[str, int]:
     return {"num_warps": warps, "num_stages": AMD_STAGES if amd else STAGES}
 
 
-def _sizes(x: Tensor, results: int, plan: Plan) -> Sizes:
+def _sizes(x: Tensor, out_frames: int, plan: Plan) -> Sizes:
     pixels = x.shape[3] * x.shape[4]
     units = pixels if plan.CHANNELS_LAST else pixels // plan.ALIGN
-    return Sizes(units, triton.cdiv(pixels, plan.BLOCK_ROWS), x.shape[2], results)
+    return Sizes(units, triton.cdiv(pixels, plan.BLOCK_ROWS), x.shape[2], out_frames)
 
 
 def _depthwise(x: Tensor, weight: Tensor) -> bool:
     return weight.shape[1] == 1 and x.shape[1] > 1
 
 
-def _by_taps(weight: Tensor) -> Tensor:
-    """(kernel, out_channels, in_channels): a tap is a matrix, its rows side by side."""
+def _taps_first(weight: Tensor) -> Tensor:
+    """(kernel, out_channels, in_channels): a dense matrix for each tap."""
     return weight.permute(2, 0, 1).contiguous()

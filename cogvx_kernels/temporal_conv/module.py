@@ -1,4 +1,4 @@
-"""Module for a causal convolution along frames."""
+"""Module for causal temporal convolution."""
 
 from typing import Any
 
@@ -11,9 +11,8 @@ from .op import STARTS, temporal_conv
 class TemporalConv(nn.Module):
     """`temporal_conv` as a module, in place of a padded nn.Conv3d or nn.Conv1d.
 
-    State dict: `weight`, `bias`, of the shapes and with the initial values of an nn.Conv3d of
-    kernel (kernel_size, 1, 1), or, with dims=1, of an nn.Conv1d, whatever the backend; a state
-    dict of either kind loads into both.
+    State dict: `weight`, `bias`, with the shapes and initial values of an nn.Conv3d of kernel
+    (kernel_size, 1, 1), or, with dims=1, of an nn.Conv1d. Loads a state dict of either.
     """
 
     def __init__(
@@ -55,12 +54,12 @@ class TemporalConv(nn.Module):
         self.backend = backend
 
     def forward(self, x: Tensor, cache: Tensor | None = None) -> Tensor:
-        """Convolve a clip, or a chunk of it behind the frames before.
+        """Convolve a clip, or a chunk of it after cached frames.
 
         Args:
             x: (batch, in_channels, frames, height, width), or (batch, in_channels, frames).
-            cache: (batch, in_channels, kernel_size - 1, ...), the frames before x, only read; None
-                where the clip begins with x.
+            cache: (batch, in_channels, kernel_size - 1, ...), the frames before x, not written;
+                None if the clip begins with x.
 
         Returns:
             (batch, out_channels, (frames - 1) // stride + 1, ...), new, of x's dtype.
@@ -77,7 +76,7 @@ class TemporalConv(nn.Module):
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """A weight of the other kind has its ones too many, or too few."""
+        """Reshape a weight of nn.Conv1d for nn.Conv3d, or vice versa."""
         weight = state_dict.get(f"{prefix}weight")
         if isinstance(weight, Tensor) and weight.dim() in (3, 5):
             ones = weight.shape[3:] == (1, 1) or weight.dim() == 3

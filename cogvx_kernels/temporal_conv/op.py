@@ -15,7 +15,7 @@ MOST_TAPS = 5
 
 
 def empty_video(x: Tensor, channels: int, frames: int) -> Tensor:
-    """New, of x's batch and pixels: channels-last if x is, else contiguous."""
+    """An empty video with the batch and pixels of x, channels-last if x is."""
     last = x.shape[1] > 1 and x.stride(1) == 1
     shape = (x.shape[0], channels, frames, *x.shape[3:])
     return torch.empty(
@@ -73,7 +73,7 @@ _temporal_conv.register_autograd(_backward, setup_context=_setup)
     " str start, bool silu, bool frames, bool weights) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _temporal_conv_grads(dout, x, weight, bias, cache, stride, start, silu, frames, weights):
-    """Gradients of x, weight, bias and cache; what is not there, or not wanted, is empty."""
+    """Gradients of x, weight, bias and cache; empty if not wanted."""
     from . import kernel
 
     grads = _empty_grads(x, weight, bias, cache, frames, weights)
@@ -101,7 +101,7 @@ def _empty_grads(x, weight, bias, cache, frames, weights):
 
 
 def as_pixels(x: Tensor) -> Tensor:
-    """Samples without pixels as the pixels of one: (1, channels, frames, batch, 1)."""
+    """View samples without pixels as pixels of one sample: (1, channels, frames, batch, 1)."""
     return x.permute(1, 2, 0)[None, ..., None]
 
 
@@ -116,7 +116,7 @@ def _check_weight(op: str, x: Tensor, weight: Tensor) -> None:
     if five:
         _checks.shape(
             op, "weight", weight, (out, inner, taps, 1, 1), "(out_channels, in_channels, kernel, 1,"
-            " 1)", lambda: ": it sees one pixel",
+            " 1)", lambda: ": its spatial size is 1",
         )  # fmt: skip
     if not 1 <= taps <= MOST_TAPS:
         raise ValueError(
@@ -171,7 +171,7 @@ def _check(
         _checks.choice(op, "activation", activation, ("silu",))
 
 
-# --- the public function ---------------------------------------------------------------------
+# --- public function -------------------------------------------------------------------------
 
 
 def temporal_conv(
@@ -185,33 +185,34 @@ def temporal_conv(
     activation: str | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """A causal convolution along frames: dense or depthwise, nothing padded and nothing copied.
+    """Causal temporal convolution, dense or depthwise, without padded copies.
 
     out[t] = act(bias + the sum over j of weight[j] · sequence[stride · t + j]), where the sequence
     is the kernel - 1 frames before x and then x.
 
     Args:
         x: (batch, in_channels, frames, height, width), or (batch, in_channels, frames), with at
-            least one frame; any strides. Fastest channels-last, good contiguous; what has neither
-            channels nor evenly spaced pixels side by side is copied once.
+            least one frame; any strides. Channels-last is fastest; a tensor that is neither
+            channels-last nor has dense, evenly spaced pixels is copied once.
         weight: (out_channels, in_channels, kernel), as nn.Conv1d's, or (…, kernel, 1, 1), as
             nn.Conv3d's; kernel 1 to 5. (channels, 1, kernel, …) for several channels is depthwise.
         bias: (out_channels,) or None.
         cache: (batch, in_channels, kernel - 1, height, width), the frames before x, oldest first,
-            or (batch, in_channels, kernel - 1); only read. None: the clip begins with x. Chunks
-            with a cache give the bits of the whole; with stride 2 all but the last are even.
-        stride: 1 or 2 frames for each frame of the result.
-        start: without a cache, what is before the first frame: copies of it ("replicate") or
-            "zeros". With a cache it does not count, and may be None.
+            or (batch, in_channels, kernel - 1); not written. None: the clip begins with x. Chunks
+            with a cache give the bits of the whole clip; with stride 2 all but the last must have
+            an even number of frames.
+        stride: 1 or 2.
+        start: padding before the first frame without a cache: copies of it ("replicate") or
+            "zeros". Ignored with a cache, and may then be None.
         activation: None or "silu".
         backend: "auto", "kernel" or "reference".
 
     Returns:
         (batch, out_channels, (frames - 1) // stride + 1, …), new, of x's dtype; channels-last if
-        x has its channels side by side, else contiguous. Sums in at least fp32, rounded once.
-        Gradients for x, weight, bias and cache. What is kept for the backward is the arguments as
-        they are; with an activation it computes the pre-activation again. Under autocast all of
-        them are cast to its dtype, which is the result's, as in F.conv3d.
+        x is, else contiguous. Sums in at least fp32, rounded once. Gradients for x, weight, bias
+        and cache. The backward saves the arguments as they are; with an activation it recomputes
+        the pre-activation. Under autocast all of them are cast to its dtype, which is the
+        result's, as in F.conv3d.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.

@@ -1,4 +1,4 @@
-"""The promise of `temporal_conv`: samples, costs, budgets."""
+"""Test samples, cost model and compile budgets of `temporal_conv`."""
 
 import math
 import random
@@ -31,7 +31,7 @@ def _sample(
     cache_layout: str | None = None,
     five: bool = True,
 ) -> Sample:
-    """past is "cache" or a start; without pixels x has three dims; five: the weight's dims."""
+    """A call; `past` is "cache" or a start; no pixels: x has 3 dims; five: the weight has 5."""
     made = channels if out is None else out
     weight = (made, 1 if depthwise else channels, kernel, *((1, 1) if five else ()))
     kept = TensorSpec((batch, channels, kernel - 1, *pixels), layout=cache_layout or layout)
@@ -50,21 +50,21 @@ def _sample(
 _FLAT: dict[str, Any] = {"pixels": (), "layout": "contiguous", "five": False}
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("behind cached frames", {"batch": 2, "channels": 8, "out": 12, "pixels": (2, 14)}),
-    ("a first frame that stands for those before", {"past": "replicate", "batch": 2}),
+    ("with a cache", {"batch": 2, "channels": 8, "out": 12, "pixels": (2, 14)}),
+    ("replicated first frame", {"past": "replicate", "batch": 2}),
     ("zeros before", {"past": "zeros"}),
     ("contiguous", {"layout": "contiguous", "batch": 2, "pixels": (4, 8)}),
-    ("contiguous, a first frame", {"layout": "contiguous", "past": "replicate"}),
+    ("contiguous, replicated", {"layout": "contiguous", "past": "replicate"}),
     ("one frame", {"frames": 1}),
-    ("one frame, the first", {"frames": 1, "past": "replicate", "kernel": 5}),
+    ("one frame, replicated", {"frames": 1, "past": "replicate", "kernel": 5}),
     ("no batch", {"batch": 0}),
     ("no bias", {"bias": False}),
     ("kernel 1", {"kernel": 1, "past": "replicate"}),
-    ("kernel 1 and a cache of nothing", {"kernel": 1}),
+    ("kernel 1, empty cache", {"kernel": 1}),
     ("kernel 2", {"kernel": 2}),
     ("kernel 4, zeros before", {"kernel": 4, "past": "zeros", "frames": 6}),
     ("kernel 5", {"kernel": 5, "frames": 7}),
-    ("kernel 5, fewer frames than before", {"kernel": 5, "frames": 2, "past": "replicate"}),
+    ("kernel 5, fewer frames than padding", {"kernel": 5, "frames": 2, "past": "replicate"}),
     ("stride 2", {"stride": 2, "frames": 4}),
     ("stride 2, an odd number of frames", {"stride": 2, "frames": 5, "past": "replicate"}),
     ("stride 2, kernel 4, zeros before", {"stride": 2, "kernel": 4, "past": "zeros", "frames": 5}),
@@ -78,27 +78,27 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("more channels than a tile", {"channels": 144, "out": 136, "frames": 2, "pixels": (1, 3)}),
     ("more pixels than a tile", {"pixels": (9, 17), "frames": 2}),
     ("more pixels than a tile, contiguous", {"pixels": (9, 17), "layout": "contiguous"}),
-    ("more tiles than a weight stays for", {"pixels": (13, 17), "frames": 9, "channels": 8}),
+    ("more tiles than share a stationary weight", {"pixels": (13, 17), "frames": 9, "channels": 8}),
     ("SiLU", {"activation": "silu", "batch": 2}),
-    ("SiLU, a first frame, stride 2", {"activation": "silu", "past": "replicate", "stride": 2}),
+    ("SiLU, replicated, stride 2", {"activation": "silu", "past": "replicate", "stride": 2}),
     ("depthwise", {"depthwise": True, "batch": 2, "frames": 6}),
-    ("depthwise, a first frame", {"depthwise": True, "past": "replicate", "kernel": 4}),
+    ("depthwise, replicated", {"depthwise": True, "past": "replicate", "kernel": 4}),
     ("depthwise, zeros before", {"depthwise": True, "past": "zeros", "layout": "contiguous"}),
     ("depthwise, stride 2", {"depthwise": True, "stride": 2, "frames": 11, "kernel": 5}),
     ("depthwise, SiLU, 17 channels", {"depthwise": True, "channels": 17, "activation": "silu"}),
     ("depthwise, many pixels", {"depthwise": True, "pixels": (11, 31), "layout": "contiguous"}),
     ("depthwise, many channels", {"depthwise": True, "channels": 200, "pixels": (1, 7)}),
     ("samples without pixels", _FLAT | {"batch": 5}),
-    ("samples without pixels, a first frame", _FLAT | {"batch": 3, "past": "replicate", "out": 7}),
+    ("samples without pixels, replicated", _FLAT | {"batch": 3, "past": "replicate", "out": 7}),
     ("samples without pixels, depthwise", _FLAT | {"batch": 19, "depthwise": True, "frames": 9}),
-    ("one number of a channel, in strides", _FLAT | {"frames": 1, "layout": "strided"}),
-    ("one number of a channel, depthwise", _FLAT | {
+    ("one element per channel, strided", _FLAT | {"frames": 1, "layout": "strided"}),
+    ("one element per channel, depthwise", _FLAT | {
         "frames": 1, "layout": "strided", "depthwise": True, "activation": "silu",
     }),
-    ("channels before frames", _FLAT | {"batch": 2, "layout": "transposed", "stride": 2}),
+    ("transposed, without pixels", _FLAT | {"batch": 2, "layout": "transposed", "stride": 2}),
     ("frames of a longer buffer", {"layout": "behind", "cache_layout": "contiguous"}),
     ("pixels of a wider buffer", {"layout": "inset"}),
-    ("a cache apart", {"layout": "inset", "cache_layout": "channels_last"}),
+    ("a cache in another buffer", {"layout": "inset", "cache_layout": "channels_last"}),
     ("a cache of another layout", {"layout": "contiguous", "cache_layout": "channels_last"}),
     ("frames before channels", {"layout": "transposed", "batch": 2}),
     ("odd storage offset", {"layout": "offset"}),
@@ -131,7 +131,7 @@ def _random(rng: random.Random) -> dict[str, Any]:
 
 
 def _at_size(size: Size, narrower: int = 1, **options: Any) -> Sample:
-    """A level of the VAE, 8 frames behind two; sides `narrower` times, and channels more."""
+    """A level of the VAE, 8 frames after 2 cached; sides / `narrower`, channels · `narrower`."""
     height, width = size.pixels
     return _sample(
         "a model's size",
@@ -143,16 +143,16 @@ def _at_size(size: Size, narrower: int = 1, **options: Any) -> Sample:
 
 
 def _cost(arguments: Mapping[str, Any]) -> tuple[Cost, Cost]:
-    """Forward: all arguments and the result; backward: those, and a gradient of each argument."""
+    """Forward: all arguments and the result; backward: those and a gradient for each argument."""
     x, weight, stride = arguments["x"], arguments["weight"], arguments["stride"]
     batch, _, frames, *pixels = x.shape
-    results = batch * ((frames - 1) // stride + 1) * math.prod(pixels)
-    flops = 2 * results * math.prod(weight.shape)
+    outputs = batch * ((frames - 1) // stride + 1) * math.prod(pixels)
+    flops = 2 * outputs * math.prod(weight.shape)
     tensors = [v for v in arguments.values() if hasattr(v, "element_size")]
     moved = sum(_bytes(v) for v in tensors)
-    out = results * weight.shape[0] * x.element_size()
-    again = arguments["activation"] is not None  # the pre-activation, which is not kept
-    return Cost(moved + out, flops), Cost(2 * moved + out, (3 if again else 2) * flops)
+    out = outputs * weight.shape[0] * x.element_size()
+    recomputes = arguments["activation"] is not None  # the pre-activation, which is not saved
+    return Cost(moved + out, flops), Cost(2 * moved + out, (3 if recomputes else 2) * flops)
 
 
 def _bytes(x: Any) -> int:
@@ -160,7 +160,7 @@ def _bytes(x: Any) -> int:
 
 
 def _launch(kernel: Any, a: Mapping[str, Any]) -> None:
-    """Forward and backward, of whatever the sample has."""
+    """Launch forward and backward."""
     x, cache, weight, bias = a["x"], a["cache"], a["weight"].flatten(2), a["bias"]
     if x.dim() == 3:
         x, cache = as_pixels(x), None if cache is None else as_pixels(cache)
@@ -178,31 +178,31 @@ def _launch(kernel: Any, a: Mapping[str, Any]) -> None:
     kernel.temporal_conv_bwd(grads, out, x, weight, bias, cache, stride, start, silu)
 
 
-# (registers, shared memory, bits of an access, how many are narrower). A weight that stays is 96 KB
-# and two frames' tiles of its three taps as much; elsewhere three steps of 32 KB pass by. Narrow
-# are biases, a depthwise weight, and loads ahead that are masked off; AMD's matrix units leave four
-# numbers of a row to a thread. The sums for a depthwise weight are one number a thread.
-_STAYING = {"_dense_fwd_kernel": (200, 208 * 1024, 64, 32)}
+# (registers, shared memory, bits of an access, narrower accesses). A stationary weight is 96 KB, as
+# are two tiles of each of its three taps; a streamed one takes three steps of 32 KB. Narrow are
+# biases, a depthwise weight and masked loads ahead; AMD's matrix units leave four elements of a row
+# to a thread. The sums for a depthwise weight are one element per thread.
+_STATIONARY = {"_dense_fwd_kernel": (200, 208 * 1024, 64, 32)}
 _DENSE = {
     "_dense_bwd_kernel": (168, 100 * 1024, 64, 16),
     "dense_weight_kernel": (184, 100 * 1024, 128, 16),
 }
-_PASSING = {"_dense_fwd_kernel": (200, 100 * 1024, 64, 64)}
+_STREAMED = {"_dense_fwd_kernel": (200, 100 * 1024, 64, 64)}
 _DEPTHWISE = {
     "depthwise_fwd_kernel": (144, 4096, 128, 32),
     "depthwise_bwd_kernel": (64, 4096, 128, 16),
     "depthwise_weight_kernel": (72, 4096, 32, 0),
 }
-_HELD = {
-    "": _STAYING | _DENSE,
-    "256 channels": _PASSING | _DENSE,
-    "512 channels": _PASSING | _DENSE,
+_LIMITS = {
+    "": _STATIONARY | _DENSE,
+    "256 channels": _STREAMED | _DENSE,
+    "512 channels": _STREAMED | _DENSE,
     "depthwise": _DEPTHWISE,
 }
 _BUDGETS = tuple(
     Budget(kernel, size, *most, convention=convention)
     for size in ("5b-480x720-49f", "1.5-5b-768x1360-81f")
-    for convention, kernels in _HELD.items()
+    for convention, kernels in _LIMITS.items()
     for kernel, most in kernels.items()
 )
 

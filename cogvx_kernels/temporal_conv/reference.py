@@ -1,4 +1,4 @@
-"""Reference of a causal convolution along frames, pixel by pixel.
+"""Reference of causal temporal convolution, pixel by pixel.
 
 Plain PyTorch. It computes in at least fp32 and rounds once, to the dtype of its input;
 gradients come from autograd.
@@ -23,12 +23,12 @@ def temporal_conv_reference(
 ) -> Tensor:
     """out[t] = act(bias + the sum over j of weight[j] · sequence[stride · t + j]).
 
-    The sequence is the kernel - 1 frames before x, and x: those of the cache, or, where the clip
-    begins with x, copies of its first frame (start="replicate") or zeros ("zeros").
+    The sequence is kernel - 1 frames and then x. These are the cache, or, if the clip begins with
+    x, copies of its first frame (start="replicate") or zeros ("zeros").
 
     x        (batch, in_channels, frames, height, width) or (batch, in_channels, frames)
     weight   (out_channels, in_channels, kernel) or (…, kernel, 1, 1); (channels, 1, kernel, …) for
-             more than one channel is depthwise: every channel by itself
+             more than one channel is depthwise
     bias     (out_channels,) or None
     cache    (batch, in_channels, kernel - 1, height, width) or, as x, without pixels; or None
     returns  (batch, out_channels, (frames - 1) // stride + 1, …), in the dtype of x
@@ -44,13 +44,13 @@ def temporal_conv_reference(
         )[..., 0, 0]  # fmt: skip
     wide = torch.promote_types(x.dtype, torch.float32)
     taps = weight.flatten(2).to(wide)  # (out_channels, in_channels or 1, kernel)
-    kept = taps.shape[2] - 1
+    cache_len = taps.shape[2] - 1
     if cache is not None:
         past = cache
     elif start == "zeros":
-        past = torch.zeros_like(x[:, :, :1]).expand(-1, -1, kept, -1, -1)
+        past = torch.zeros_like(x[:, :, :1]).expand(-1, -1, cache_len, -1, -1)
     else:
-        past = x[:, :, :1].expand(-1, -1, kept, -1, -1)
+        past = x[:, :, :1].expand(-1, -1, cache_len, -1, -1)
     sequence = torch.cat([past, x], 2).to(wide)
     depthwise = taps.shape[1] == 1 and x.shape[1] > 1
 
@@ -58,13 +58,13 @@ def temporal_conv_reference(
         frames = sequence[:, :, j : j + x.shape[2] : stride]
         if depthwise:
             return frames * taps[:, :, j, None, None]
-        # Frame by frame: the bits of one do not tell how many there are.
+        # Frame by frame, so that the bits of one do not depend on the number of frames.
         matrices = taps[:, :, j].expand(len(x), frames.shape[2], -1, -1)
         y = matrices @ frames.movedim(2, 1).flatten(3)  # (batch, frames, out_channels, pixels)
         return y.movedim(1, 2).unflatten(3, x.shape[3:])
 
     y = tap(0)
-    for j in range(1, kept + 1):
+    for j in range(1, cache_len + 1):
         y = y + tap(j)
     if bias is not None:
         y = y + bias.to(wide)[:, None, None, None]

@@ -142,7 +142,7 @@ def test_the_module_refuses_what_cannot_be():
         temporal_conv(torch.randn(1, 4, 0, 2, 2), torch.randn(4, 4, 3))
     with pytest.raises(ValueError, match=r"temporal_conv: weight must be \(out_channels, 4, kern"):
         temporal_conv(torch.randn(1, 4, 2, 2, 2), torch.randn(8, 1, 3))
-    with pytest.raises(ValueError, match="temporal_conv: weight must be .* it sees one pixel"):
+    with pytest.raises(ValueError, match="temporal_conv: weight must be .* its spatial size is 1"):
         temporal_conv(torch.randn(1, 4, 2, 2, 2), torch.randn(4, 4, 3, 3, 3))
     with pytest.raises(ValueError, match="temporal_conv: start must be one of"):
         temporal_conv(torch.randn(1, 4, 2, 2, 2), torch.randn(4, 4, 3), start=None)
@@ -348,12 +348,12 @@ def test_what_lies_well_is_not_copied(device):
         (last, True), (last[:, :, 2:], True), (last[:, :8], True), (last[..., :1], True),
         (x, False), (x[:, :, 2:], False), (x[:, ::2], False), (x[..., 1:3, :], False),
     ):  # fmt: skip
-        assert device_utils.evenly_laid(video, channels) is video
+        assert device_utils.with_even_strides(video, channels) is video
     for video, channels in (
         (x, True), (last, False), (x[..., 1:], False), (last[..., 1:, :5], True),
         (x[..., ::2], False), (x[..., :1].expand_as(x), False), (x[:, :1].expand_as(x), True),
     ):  # fmt: skip
-        copy = device_utils.evenly_laid(video, channels)
+        copy = device_utils.with_even_strides(video, channels)
         assert copy is not video and torch.equal(copy, video)
 
 
@@ -390,8 +390,8 @@ if _backend.INTERPRETED:
         is a sixteenth. Of the taps' frames one is new; the others are those of the programs at hand
         and of the tiles just done, and come from the L2 cache.
         """
-        tiles, rest = kernel.STAYING_TILES, 3
-        pixels = (tiles + rest) * kernel.STAYING_ROWS
+        tiles, rest = kernel.STATIONARY_TILES, 3
+        pixels = (tiles + rest) * kernel.STATIONARY_ROWS
         x, weight = torch.zeros(1, 128, 1, 1, pixels), torch.zeros(128, 128, taps)
         video, matrices = x.numel() * 2, weight.numel() * 2
         expected = taps * video + 2 * matrices, video
