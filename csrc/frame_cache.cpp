@@ -1,4 +1,4 @@
-// The frame cache's doors, the same for every device: checks, and the description of the work.
+// Entry points of the frame cache for all devices: argument checks, description of the append.
 #include "frame_cache.h"
 
 #include <algorithm>
@@ -17,18 +17,18 @@ namespace {
 using torch::stable::Tensor;
 
 enum Dim { kBatch, kChannel, kFrame, kRow, kCol, kDims };
-constexpr Dim kOfColumns[kColumnDims] = {kBatch, kChannel, kRow, kCol};
+constexpr Dim kColumnOrder[kColumnDims] = {kBatch, kChannel, kRow, kCol};
 
-// ---- words --------------------------------------------------------------------------------------
+// ---- formatting ---------------------------------------------------------------------------------
 
-std::string in_words(torch::headeronly::IntHeaderOnlyArrayRef values) {
-  std::ostringstream words;
-  for (size_t i = 0; i < values.size(); ++i) words << (i == 0 ? "(" : ", ") << values[i];
-  words << (values.empty() ? "()" : values.size() == 1 ? ",)" : ")");
-  return words.str();
+std::string to_string(torch::headeronly::IntHeaderOnlyArrayRef values) {
+  std::ostringstream text;
+  for (size_t i = 0; i < values.size(); ++i) text << (i == 0 ? "(" : ", ") << values[i];
+  text << (values.empty() ? "()" : values.size() == 1 ? ",)" : ")");
+  return text.str();
 }
 
-std::string in_words(const torch::stable::Device& device) {
+std::string to_string(const torch::stable::Device& device) {
   if (device.is_cpu()) return "cpu";
   const std::string type = device.is_cuda() ? "cuda" : "another device type";
   return type + ":" + std::to_string(device.index());
@@ -40,8 +40,8 @@ int32_t dtype_of(const Tensor& tensor) {
   return dtype;
 }
 
-// Only to be read: the stable ABI names the dtypes that its target version knew, and no later one.
-std::string dtype_in_words(const Tensor& tensor) {
+// For messages: the stable ABI has names for the dtypes of its target version, not for later ones.
+std::string dtype_name(const Tensor& tensor) {
   try {
     return torch::headeronly::toString(tensor.scalar_type());
   } catch (const std::exception&) {
@@ -53,9 +53,9 @@ std::string dtype_in_words(const Tensor& tensor) {
 
 bool empty(const Tensor& tensor) { return tensor.numel() == 0; }
 
-// True when no two elements share memory, as far as strides can prove it: taken from the smallest
-// stride up, every dimension steps over all that the smaller ones reach.
-bool elements_apart(const Tensor& tensor) {
+// True if strides prove that no two elements share memory: from the smallest stride up, every
+// dimension steps over all that the smaller ones reach.
+bool is_non_overlapping(const Tensor& tensor) {
   int64_t order[kDims] = {0, 1, 2, 3, 4};
   std::sort(order, order + kDims,
             [&](int64_t a, int64_t b) { return tensor.stride(a) < tensor.stride(b); });
@@ -72,40 +72,40 @@ void check_video(const char* op, const char* name, const Tensor& tensor, const c
   STD_TORCH_CHECK(tensor.defined(), op, ": ", name, " must be a tensor; got None");
   STD_TORCH_CHECK(tensor.dim() == kDims, op, ": ", name,
                   " must have 5 dimensions (batch, channels, ", frames,
-                  ", height, width); got shape ", in_words(tensor.sizes()));
+                  ", height, width); got shape ", to_string(tensor.sizes()));
 }
 
 void check_written(const char* op, const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(empty(tensor) || elements_apart(tensor), op, ": ", name,
+  STD_TORCH_CHECK(empty(tensor) || is_non_overlapping(tensor), op, ": ", name,
                   " is written to and must have its elements apart in memory; got shape ",
-                  in_words(tensor.sizes()), " with strides ", in_words(tensor.strides()),
+                  to_string(tensor.sizes()), " with strides ", to_string(tensor.strides()),
                   " (an expanded tensor? pass ", name, ".contiguous())");
 }
 
-// `other`, called `name`, goes with the cache.
+// Checks a cache and `other`, named `name` in messages.
 void check(const char* op, const Tensor& cache, const char* name, const Tensor& other) {
   check_video(op, "cache", cache, "kept");
   check_video(op, name, other, "frames");
-  for (const Dim dim : kOfColumns) {
+  for (const Dim dim : kColumnOrder) {
     STD_TORCH_CHECK(other.size(dim) == cache.size(dim), op, ": ", name, " must agree with cache ",
-                    in_words(cache.sizes()), " in every dimension but the third; got ",
-                    in_words(other.sizes()));
+                    to_string(cache.sizes()), " in every dimension but the third; got ",
+                    to_string(other.sizes()));
   }
   STD_TORCH_CHECK(other.device() == cache.device(), op, ": ", name,
-                  " must be on the device of cache, ", in_words(cache.device()), "; got ",
-                  in_words(other.device()));
+                  " must be on the device of cache, ", to_string(cache.device()), "; got ",
+                  to_string(other.device()));
   STD_TORCH_CHECK(dtype_of(other) == dtype_of(cache), op, ": ", name,
-                  " must have the dtype of cache, ", dtype_in_words(cache), "; got ",
-                  dtype_in_words(other));
+                  " must have the dtype of cache, ", dtype_name(cache), "; got ",
+                  dtype_name(other));
   check_written(op, "cache", cache);
 }
 
-Past past_of(const char* op, const Start& start, int64_t kept, int64_t arriving) {
+Past past_of(const char* op, const Start& start, int64_t cache_len, int64_t chunk_len) {
   if (!start.has_value()) return Past::kCache;
   STD_TORCH_CHECK(*start == "replicate" || *start == "zeros", op,
                   ": start must be None, \"replicate\" or \"zeros\"; got \"", *start, "\"");
   if (*start == "zeros") return Past::kZeros;
-  STD_TORCH_CHECK(arriving > 0 || kept == 0, op,
+  STD_TORCH_CHECK(chunk_len > 0 || cache_len == 0, op,
                   ": start=\"replicate\" must have a first frame to replicate; got no frames");
   return Past::kFirstFrame;
 }
@@ -118,19 +118,19 @@ const char* end_of(const Tensor& tensor) {
          (last + 1) * static_cast<int64_t>(tensor.element_size());
 }
 
-bool could_touch(const Tensor& a, const Tensor& b) {
+bool may_overlap(const Tensor& a, const Tensor& b) {
   return !empty(a) && !empty(b) && a.data_ptr() < end_of(b) && b.data_ptr() < end_of(a);
 }
 
-// Frames may be a view of the cache's own storage. Where the two could touch, frames are read from
-// a private copy: what is returned must not depend on who is faster.
-Tensor apart_from(const Tensor& cache, const Tensor& frames) {
-  return could_touch(cache, frames) ? torch::stable::clone(frames) : frames;
+// Frames may be a view of the cache's storage. If the two may overlap, frames are read from a copy,
+// since another thread may overwrite them first.
+Tensor copy_if_overlapping(const Tensor& cache, const Tensor& frames) {
+  return may_overlap(cache, frames) ? torch::stable::clone(frames) : frames;
 }
 
 // ---- description --------------------------------------------------------------------------------
 
-using Order = std::array<Dim, kColumnDims>;  // dimensions of columns, the closest last
+using Order = std::array<Dim, kColumnDims>;  // dimensions of columns by stride, smallest last
 
 Order order_of(const Tensor& tensor) {
   Order order{kBatch, kChannel, kRow, kCol};
@@ -139,14 +139,14 @@ Order order_of(const Tensor& tensor) {
   return order;
 }
 
-// A tensor as it comes into a description, and its view there.
+// A tensor, or null, and its strides in the description.
 struct Part {
   const Tensor* tensor;
   int64_t* strides;
 };
 
-// From the closest dimension to the farthest: joins the one before when none of the parts has a gap
-// between them, else begins a new one. `size_of` tells how long a dimension is; returns columns.
+// From the smallest stride up, merges each dimension with the one before if no part has a gap
+// between them. `size_of` gives the size of a dimension. Returns the number of columns.
 template <typename SizeOf>
 int64_t merge(const Order& order, SizeOf size_of, std::initializer_list<Part> parts,
               int64_t* sizes) {
@@ -154,8 +154,8 @@ int64_t merge(const Order& order, SizeOf size_of, std::initializer_list<Part> pa
   for (const Part& part : parts) std::fill_n(part.strides, kColumnDims, 1);
   int64_t columns = 1;
   int at = kColumnDims;
-  for (int place = kInner; place >= 0; --place) {
-    const Dim dim = order[place];
+  for (int position = kInner; position >= 0; --position) {
+    const Dim dim = order[position];
     const int64_t size = size_of(dim);
     columns *= size;
     if (size == 1) continue;
@@ -182,8 +182,8 @@ FrameView view_of(const Tensor* tensor, int64_t first_frame = 0) {
   return view;
 }
 
-// The middle of a padded tensor: an address for `data`, of the pixel (padding, padding).
-int64_t middle(const Tensor& padded, int64_t padding) {
+// Byte offset of the pixel (padding, padding) of a padded tensor.
+int64_t interior_offset(const Tensor& padded, int64_t padding) {
   return padding * (padded.stride(kRow) + padded.stride(kCol)) *
          static_cast<int64_t>(padded.element_size());
 }
@@ -209,46 +209,46 @@ void describe_borders(FrameCacheAppend& append, const Tensor& padded, int64_t pa
   }
 }
 
-// The work on these tensors; joined is there or not, `in_place` when it holds the frames already.
+// The append of these tensors; `joined` may be null; `in_place`: frames are in joined already.
 FrameCacheAppend describe(const Tensor& cache, const Tensor& frames, const Tensor* joined,
                           Past past, int64_t padding, bool in_place) {
   FrameCacheAppend append{};
-  append.kept = cache.size(kFrame);
-  append.arriving = frames.size(kFrame) - (in_place ? append.kept : 0);
-  append.joining = joined == nullptr ? 0 : append.kept + (in_place ? 0 : append.arriving);
-  append.skipped = std::max<int64_t>(0, append.arriving - append.joining);
+  append.cache_len = cache.size(kFrame);
+  append.chunk_len = frames.size(kFrame) - (in_place ? append.cache_len : 0);
+  append.joined_len = joined == nullptr ? 0 : append.cache_len + (in_place ? 0 : append.chunk_len);
+  append.skipped = std::max<int64_t>(0, append.chunk_len - append.joined_len);
   append.past = past;
   append.element_size = static_cast<int64_t>(cache.element_size());
 
-  const Tensor* const kept = append.kept > 0 ? &cache : nullptr;
-  const Tensor* const arriving = append.arriving > 0 ? &frames : nullptr;
-  append.cache = view_of(kept);
-  append.frames = view_of(arriving, in_place ? append.kept : 0);
+  const Tensor* const cached = append.cache_len > 0 ? &cache : nullptr;
+  const Tensor* const chunk = append.chunk_len > 0 ? &frames : nullptr;
+  append.cache = view_of(cached);
+  append.frames = view_of(chunk, in_place ? append.cache_len : 0);
   append.joined = view_of(joined);
   append.columns = merge(
       order_of(joined != nullptr ? *joined : cache), [&](Dim dim) { return cache.size(dim); },
-      {{kept, append.cache.strides},
-       {arriving, append.frames.strides},
+      {{cached, append.cache.strides},
+       {chunk, append.frames.strides},
        {joined, append.joined.strides}},
       append.sizes);
   if (padding > 0) {
-    append.joined.data += middle(*joined, padding);
+    append.joined.data += interior_offset(*joined, padding);
     describe_borders(append, *joined, padding);
   }
   return append;
 }
 
-// ---- what is returned ---------------------------------------------------------------------------
+// ---- results ------------------------------------------------------------------------------------
 
-// Uninitialised, dense, the channels or the cols closest.
+// Uninitialized and dense, with the channels or the columns innermost.
 Tensor new_video(const Tensor& like, const int64_t (&sizes)[kDims], bool channels_last) {
   constexpr Dim kColsLast[] = {kBatch, kChannel, kFrame, kRow, kCol};
   constexpr Dim kChannelsLast[] = {kBatch, kFrame, kRow, kCol, kChannel};
   const Dim* const order = channels_last ? kChannelsLast : kColsLast;
   int64_t strides[kDims];
-  for (int64_t place = kDims - 1, stride = 1; place >= 0; --place) {
-    strides[order[place]] = stride;
-    stride *= std::max<int64_t>(1, sizes[order[place]]);
+  for (int64_t position = kDims - 1, stride = 1; position >= 0; --position) {
+    strides[order[position]] = stride;
+    stride *= std::max<int64_t>(1, sizes[order[position]]);
   }
   using torch::stable::detail::from;
   using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
@@ -260,7 +260,7 @@ Tensor new_video(const Tensor& like, const int64_t (&sizes)[kDims], bool channel
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-void start_running(const FrameCacheAppend& append, const Tensor& cache, FrameCacheRun run) {
+void run_if_needed(const FrameCacheAppend& append, const Tensor& cache, FrameCacheRun run) {
   int64_t borders = 0;
   for (const Border& border : append.borders) borders += border.columns;
   const bool moves = append.columns > 0 && append.steps() > 0;
@@ -274,14 +274,14 @@ Tensor frame_cache_append(const Tensor& cache, const Tensor& frames, const Start
   const char* const op = "frame_cache_append";
   check(op, cache, "frames", frames);
   STD_TORCH_CHECK(padding >= 0, op, ": padding must be at least 0; got ", padding);
-  const int64_t kept = cache.size(kFrame), arriving = frames.size(kFrame);
-  const Past past = past_of(op, start, kept, arriving);
-  const int64_t sizes[] = {cache.size(kBatch), cache.size(kChannel), kept + arriving,
+  const int64_t cache_len = cache.size(kFrame), chunk_len = frames.size(kFrame);
+  const Past past = past_of(op, start, cache_len, chunk_len);
+  const int64_t sizes[] = {cache.size(kBatch), cache.size(kChannel), cache_len + chunk_len,
                            cache.size(kRow) + 2 * padding, cache.size(kCol) + 2 * padding};
   const Tensor joined = new_video(frames, sizes, channels_last);
   if (empty(joined)) return joined;
-  const Tensor source = apart_from(cache, frames);
-  start_running(describe(cache, source, &joined, past, padding, false), cache, run);
+  const Tensor source = copy_if_overlapping(cache, frames);
+  run_if_needed(describe(cache, source, &joined, past, padding, false), cache, run);
   return joined;
 }
 
@@ -291,8 +291,8 @@ void frame_cache_push(const Tensor& cache, const Tensor& frames, const Start& st
   check(op, cache, "frames", frames);
   const Past past = past_of(op, start, cache.size(kFrame), frames.size(kFrame));
   if (empty(cache)) return;
-  const Tensor source = apart_from(cache, frames);
-  start_running(describe(cache, source, nullptr, past, 0, false), cache, run);
+  const Tensor source = copy_if_overlapping(cache, frames);
+  run_if_needed(describe(cache, source, nullptr, past, 0, false), cache, run);
 }
 
 void frame_cache_exchange(const Tensor& cache, const Tensor& joined, const Start& start,
@@ -300,15 +300,15 @@ void frame_cache_exchange(const Tensor& cache, const Tensor& joined, const Start
   const char* const op = "frame_cache_exchange";
   check(op, cache, "joined", joined);
   check_written(op, "joined", joined);
-  const int64_t arriving = joined.size(kFrame) - cache.size(kFrame);
-  STD_TORCH_CHECK(arriving >= 0, op, ": joined must have room for the ", cache.size(kFrame),
-                  " frames of cache; got shape ", in_words(joined.sizes()));
-  const Past past = past_of(op, start, cache.size(kFrame), arriving);
-  STD_TORCH_CHECK(!could_touch(cache, joined), op,
+  const int64_t chunk_len = joined.size(kFrame) - cache.size(kFrame);
+  STD_TORCH_CHECK(chunk_len >= 0, op, ": joined must have room for the ", cache.size(kFrame),
+                  " frames of cache; got shape ", to_string(joined.sizes()));
+  const Past past = past_of(op, start, cache.size(kFrame), chunk_len);
+  STD_TORCH_CHECK(!may_overlap(cache, joined), op,
                   ": cache and joined are both written to and must lie apart in memory; got two "
                   "that overlap");
   if (empty(cache)) return;
-  start_running(describe(cache, joined, &joined, past, 0, true), cache, run);
+  run_if_needed(describe(cache, joined, &joined, past, 0, true), cache, run);
 }
 
 }  // namespace cogvx

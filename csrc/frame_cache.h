@@ -1,4 +1,4 @@
-// The contract of the frame cache: what every device is told, and the doors they share.
+// The frame cache: the description of one operation for a device, and the shared entry points.
 #pragma once
 
 #include <cstdint>
@@ -9,22 +9,20 @@
 
 namespace cogvx {
 
-// A column is what one (batch, channel, row, col) holds over all frames. Columns never meet: a
-// thread that owns a column may read it from the cache and write the next cache in any device's
-// time, and no other thread will notice.
+// A column is one (batch, channel, row, col) over all frames. Columns are independent: the thread
+// that owns a column reads it from the cache and writes the next cache without synchronization.
 constexpr int kColumnDims = 4;
 constexpr int kInner = kColumnDims - 1;  // the fastest of them
 
-// One tensor, seen as frames of columns; without data if the work has none. All strides count
-// elements, not bytes, and are int64: the last block of a 1.5 decoder holds more than 2^31
-// elements.
+// One tensor as frames of columns; `data` is null for an absent tensor. Strides count elements, not
+// bytes, in int64: the last block of a 1.5 decoder holds more than 2^31 elements.
 struct FrameView {
   char* data;
   int64_t frame_stride;
   int64_t strides[kColumnDims];
 };
 
-// A box of pixels of joined, over batch and channels, that is zero in every frame.
+// A box of pixels of `joined`, over batch and channels, that is zero in every frame: padding.
 struct Border {
   char* data;
   int64_t sizes[kColumnDims];
@@ -33,43 +31,43 @@ struct Border {
 };
 constexpr int kBorders = 4;  // above, below, left, right
 
-// What lies before the chunk: the cache's frames, copies of the chunk's first one, or zeros.
+// The frames before the chunk: the cache, copies of the chunk's first frame, or zeros.
 enum class Past : int32_t { kCache, kFirstFrame, kZeros };
 
-// What an append does, in full: for t in [0, kept + arriving) the value v is past[t] while t < kept
-// and frames[t - kept] after; where t < joining, joined[t] = v; and where t >= arriving,
-// cache[t - arriving] = v. In ascending t a cached frame is read before it is overwritten, also
+// An append, for t in [0, cache_len + chunk_len): v = past[t] if t < cache_len, else
+// frames[t - cache_len]; if t < joined_len, joined[t] = v; if t >= chunk_len,
+// cache[t - chunk_len] = v. In ascending t a cached frame is read before it is overwritten, also
 // when the chunk is shorter than the cache.
 //
-// The ops differ in `joining`: an append joins all frames, a push none, and an exchange, whose
-// frames are in joined already, the past alone.
+// The ops differ in `joined_len`: an append writes all frames of joined, a push none, an exchange,
+// whose chunk is in joined already, those before the chunk.
 struct FrameCacheAppend {
   FrameView cache;
   FrameView frames;
   FrameView joined;
   Border borders[kBorders];
   Past past;
-  int64_t kept;          // frames in the cache
-  int64_t arriving;      // frames in the chunk
-  int64_t joining;       // frames of joined that are written
-  int64_t skipped;       // frames from `joining` on that nobody gets: they are stepped over
+  int64_t cache_len;     // frames in the cache
+  int64_t chunk_len;     // frames in the chunk
+  int64_t joined_len;    // frames of joined that are written
+  int64_t skipped;       // frames from `joined_len` on that are not written anywhere
   int64_t element_size;  // bytes: 1, 2, 4, 8 or 16
-  // How many columns there are, in each dimension and in all; of the dimensions batch, channel, row
-  // and col, the one that lies closest in the tensor written most is last. Those that follow one
-  // another without a gap in every tensor come merged; the first are 1 then.
+  // Number of columns in each dimension, and in total. Dimensions are ordered by the strides of the
+  // tensor written most, the smallest last. Those without a gap between them in any tensor are
+  // merged; the leading sizes are then 1.
   int64_t sizes[kColumnDims];
   int64_t columns;
 
-  // Steps in time: step i is frame i, or i + skipped from `joining` on.
-  int64_t steps() const { return kept + arriving - skipped; }
+  // Frames to visit: step i is frame i, or i + skipped from `joined_len` on.
+  int64_t steps() const { return cache_len + chunk_len - skipped; }
 };
 
-// How a device runs an append; `device` is its index, -1 on CPU.
+// Runs an append on a device; `device` is its index, -1 on CPU.
 using FrameCacheRun = void (*)(const FrameCacheAppend& append, int32_t device);
 
-// The doors, for every device: each checks its arguments, allocates what is returned, describes the
-// work and hands it to `run` (not at all when there is nothing to move). In frame_cache.cpp.
-using Start = std::optional<std::string>;  // none: the cache counts; "replicate" or "zeros"
+// Entry points for every device: check the arguments, allocate the result, describe the append and
+// pass it to `run`, unless there is nothing to move. In frame_cache.cpp.
+using Start = std::optional<std::string>;  // none: read the cache; else "replicate" or "zeros"
 
 torch::stable::Tensor frame_cache_append(const torch::stable::Tensor& cache,
                                          const torch::stable::Tensor& frames, const Start& start,
@@ -79,7 +77,7 @@ void frame_cache_push(const torch::stable::Tensor& cache, const torch::stable::T
 void frame_cache_exchange(const torch::stable::Tensor& cache, const torch::stable::Tensor& joined,
                           const Start& start, FrameCacheRun run);
 
-// The ops as a device registers them.
+// The ops of a device, for registration.
 template <FrameCacheRun run>
 struct FrameCacheOps {
   static torch::stable::Tensor append(torch::stable::Tensor cache, torch::stable::Tensor frames,

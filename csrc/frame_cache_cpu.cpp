@@ -1,4 +1,4 @@
-// The frame cache's way on CPU: tiles of columns, carried through time by torch's threads.
+// The frame cache on CPU: torch's threads copy tiles of columns through all frames.
 #include "frame_cache.h"
 
 #include <algorithm>
@@ -11,13 +11,13 @@
 namespace cogvx {
 namespace {
 
-constexpr int64_t kBytesPerTask = 65536;  // less than this is not worth waking another thread
-constexpr int64_t kTileBytes = 65536;     // of one frame: read once from memory, then from cache
-constexpr int64_t kTileSide = 128;        // where the closest dimensions of two tensors differ
+constexpr int64_t kBytesPerTask = 65536;  // less is not worth another thread
+constexpr int64_t kTileBytes = 65536;     // of one frame: fits the CPU cache
+constexpr int64_t kTileSide = 128;        // if the innermost dims of two tensors differ
 
 // ---- one frame of a tile ------------------------------------------------------------------------
 
-// Rows of elements, each a run; strides count elements.
+// Rows of elements; strides count elements.
 struct Plane {
   char* data;
   int64_t row;
@@ -34,7 +34,7 @@ T* at(const Plane& plane, int64_t row, int64_t element) {
   return reinterpret_cast<T*>(plane.data) + row * plane.row + element * plane.element;
 }
 
-// Elements move as bytes: a tensor need not be aligned to them.
+// By memcpy: a tensor may not be aligned to its elements.
 template <typename T>
 void copy_each(const Plane& to, const Plane& from, int64_t row, int64_t rows, int64_t element,
                int64_t run) {
@@ -58,18 +58,18 @@ struct Vector {
   static constexpr int kLanes = 16 / sizeof(T);
   typedef T Type __attribute__((vector_size(16)));
 
-  // Lane by lane from a and from b: the first halves of both, or the second.
+  // Lanes alternately from a and b: of the first halves of both, or of the second.
   template <int kHalf, int... lane>
   static Type interleave(Type a, Type b, std::integer_sequence<int, lane...>) {
     return __builtin_shufflevector(a, b,
                                    (kHalf * (kLanes / 2) + lane / 2 + (lane % 2 ? kLanes : 0))...);
   }
 
-  // A square of vectors, its rows for its columns. Each round doubles the lanes that belong
-  // together, until they fill a vector.
+  // Transposes a square of vectors. Each round doubles the lanes that belong together, until they
+  // fill a vector.
   static void transpose(Type (&square)[kLanes]) {
     constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
-    for (int together = 1; together < kLanes; together *= 2) {
+    for (int width = 1; width < kLanes; width *= 2) {
       Type next[kLanes];
       for (int i = 0; i < kLanes / 2; ++i) {
         next[2 * i] = interleave<0>(square[i], square[i + kLanes / 2], lanes);
@@ -80,7 +80,7 @@ struct Vector {
   }
 };
 
-// The runs of `to` and the rows of `from` are dense: squares of vectors, and what is left over.
+// For dense runs of `to` and dense rows of `from`: squares of vectors, then the remainder.
 template <typename T>
 void copy_transposed(const Plane& to, const Plane& from, Extent extent) {
   using V = Vector<T>;
@@ -107,14 +107,14 @@ void copy_transposed(const Plane& to, const Plane& from, Extent extent) {
 
 #endif
 
-Plane turned(const Plane& plane) { return {plane.data, plane.element, plane.row}; }
+Plane transposed(const Plane& plane) { return {plane.data, plane.element, plane.row}; }
 
 template <typename T>
 void copy_elements(const Plane& to, const Plane& from, Extent extent) {
   if (to.element == 1 && from.row == 1) {
     copy_transposed<T>(to, from, extent);
   } else if (to.row == 1 && from.element == 1) {
-    copy_transposed<T>(turned(to), turned(from), {extent.run, extent.rows});
+    copy_transposed<T>(transposed(to), transposed(from), {extent.run, extent.rows});
   } else {
     copy_each<T>(to, from, 0, extent.rows, 0, extent.run);
   }
@@ -163,10 +163,10 @@ void zero(const Plane& to, Extent extent, int64_t element_size) {
 
 // ---- tiles --------------------------------------------------------------------------------------
 
-// How columns are cut: in the two closest dimensions; of the others a tile has one each.
+// Tiles of columns: cut in the two innermost dimensions, of size 1 in the others.
 struct Tiles {
   const int64_t* sizes;
-  Extent extent;  // of a tile, but at the edges
+  Extent extent;  // of a tile, less at the edges
   int64_t across[kColumnDims];
   int64_t count;
 
@@ -206,7 +206,7 @@ Extent rows_of_runs(const int64_t (&sizes)[kColumnDims], int64_t element_size) {
   return {std::clamp<int64_t>(sizes[kInner - 1], 1, elements / run), run};
 }
 
-Tiles middle_of(const FrameCacheAppend& append) {
+Tiles interior_tiles(const FrameCacheAppend& append) {
   for (const FrameView* view : {&append.cache, &append.frames, &append.joined}) {
     if (view->data != nullptr && view->strides[kInner] != 1) {
       return Tiles(append.sizes, {kTileSide, kTileSide});
@@ -215,30 +215,31 @@ Tiles middle_of(const FrameCacheAppend& append) {
   return Tiles(append.sizes, rows_of_runs(append.sizes, append.element_size));
 }
 
-// ---- the work -----------------------------------------------------------------------------------
+// ---- append -------------------------------------------------------------------------------------
 
-// A tile through all of its frames.
+// Copies a tile in all frames.
 void append_tile(const FrameCacheAppend& append, const Tile& tile) {
   const auto in_frame = [&](const FrameView& view, int64_t t) {
     char* const data = view.data + t * view.frame_stride * append.element_size;
     return tile.in(data, view.strides, append.element_size);
   };
   const auto put = [&](const Plane& to, int64_t t) {
-    if (t < append.kept && append.past == Past::kZeros) {
+    if (t < append.cache_len && append.past == Past::kZeros) {
       zero(to, tile.extent, append.element_size);
     } else {
-      const bool cached = t < append.kept && append.past == Past::kCache;
-      const Plane from = cached ? in_frame(append.cache, t)
-                                : in_frame(append.frames, std::max<int64_t>(0, t - append.kept));
+      const bool cached = t < append.cache_len && append.past == Past::kCache;
+      const Plane from = cached
+                             ? in_frame(append.cache, t)
+                             : in_frame(append.frames, std::max<int64_t>(0, t - append.cache_len));
       copy(to, from, tile.extent, append.element_size);
     }
   };
-  // With no chunk the cache stays as it is, unless the clip begins.
-  const bool moves = append.arriving > 0 || append.past != Past::kCache;
+  // Without a chunk the cache does not change, unless the clip begins.
+  const bool moves = append.chunk_len > 0 || append.past != Past::kCache;
   for (int64_t step = 0; step < append.steps(); ++step) {
-    const int64_t t = step < append.joining ? step : step + append.skipped;
-    if (t < append.joining) put(in_frame(append.joined, t), t);
-    if (t >= append.arriving && moves) put(in_frame(append.cache, t - append.arriving), t);
+    const int64_t t = step < append.joined_len ? step : step + append.skipped;
+    if (t < append.joined_len) put(in_frame(append.joined, t), t);
+    if (t >= append.chunk_len && moves) put(in_frame(append.cache, t - append.chunk_len), t);
   }
 }
 
@@ -247,25 +248,25 @@ Tiles tiles_of(const FrameCacheAppend& append, const Border& border) {
 }
 
 void zero_tile(const FrameCacheAppend& append, const Border& border, const Tile& tile) {
-  for (int64_t t = 0; t < append.joining; ++t) {
+  for (int64_t t = 0; t < append.joined_len; ++t) {
     char* const data = border.data + t * append.joined.frame_stride * append.element_size;
     zero(tile.in(data, border.strides, append.element_size), tile.extent, append.element_size);
   }
 }
 
-// One loop over all tiles, the middle's and then the borders': waking threads has its price.
+// One parallel loop over all tiles, of the interior, then of the borders: starting threads costs.
 void run_on_cpu(const FrameCacheAppend& append, int32_t /*device*/) {
-  const Tiles middle = middle_of(append);
-  int64_t count = middle.count;
+  const Tiles interior = interior_tiles(append);
+  int64_t count = interior.count;
   for (const Border& border : append.borders) count += tiles_of(append, border).count;
-  const Extent& tile = middle.extent;
+  const Extent& tile = interior.extent;
   const int64_t tile_bytes = tile.rows * tile.run * append.element_size * append.steps();
   const int64_t grain = std::max<int64_t>(1, kBytesPerTask / tile_bytes);
   torch::stable::parallel_for(0, count, grain, [&](int64_t number, int64_t end) {
-    for (; number < std::min(end, middle.count); ++number) {
-      append_tile(append, Tile(middle, number));
+    for (; number < std::min(end, interior.count); ++number) {
+      append_tile(append, Tile(interior, number));
     }
-    int64_t first = middle.count;
+    int64_t first = interior.count;
     for (const Border& border : append.borders) {
       const Tiles tiles = tiles_of(append, border);
       for (; number < std::min(end, first + tiles.count); ++number) {

@@ -1,5 +1,4 @@
-// The frame cache's way on CUDA. The first half knows the struct and the stream and no torch; the
-// second half, at the foot of the file, knows torch.
+// The frame cache on CUDA. Kernel and launch do not use torch; the ops at the end of the file do.
 #include "frame_cache.h"
 
 #include <algorithm>
@@ -10,19 +9,19 @@ namespace cogvx {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocks = 4;             // on a multiprocessor at least: 64 KiB of loads under way
-constexpr int kInFlight = 4;           // frames that a thread has under way at once
-constexpr int64_t kMaxBlocks = 65536;  // beyond, the grid strides
+constexpr int kBlocks = 4;             // per multiprocessor at least: 64 KiB of loads in flight
+constexpr int kInFlight = 4;           // frames that a thread loads at once
+constexpr int64_t kMaxBlocks = 65536;  // beyond, a grid-stride loop
 
-// Where a column is in each dimension, from its number.
-struct Place {
+// The index of a column in each dimension, from its number.
+struct Column {
   int64_t index[kColumnDims];
 
-  __device__ Place(const int64_t (&sizes)[kColumnDims], int64_t column) {
+  __device__ Column(const int64_t (&sizes)[kColumnDims], int64_t column) {
 #pragma unroll
     for (int dim = kInner; dim >= 0; --dim) {
       index[dim] = 0;
-      if (sizes[dim] == 1) continue;  // the same for all threads: merged away
+      if (sizes[dim] == 1) continue;  // uniform over threads
       index[dim] = dim == 0 ? column : column % sizes[dim];
       column /= sizes[dim];
     }
@@ -37,37 +36,38 @@ struct Place {
   }
 };
 
-// One column through time, a few frames at a time: all of them are read before the first is
-// written, so loads overlap, and a cached frame is read before it is overwritten.
+// Copies one column, a few frames at a time: all are read before the first is written, so that
+// loads overlap and a cached frame is read before it is overwritten.
 template <typename Unit>
-__device__ void carry(const FrameCacheAppend& append, const Place& place, int64_t steps) {
-  Unit* const cache = place.in<Unit>(append.cache.data, append.cache.strides);
-  const Unit* const frames = place.in<Unit>(append.frames.data, append.frames.strides);
-  Unit* const joined = place.in<Unit>(append.joined.data, append.joined.strides);
+__device__ void copy_column(const FrameCacheAppend& append, const Column& column, int64_t steps) {
+  Unit* const cache = column.in<Unit>(append.cache.data, append.cache.strides);
+  const Unit* const frames = column.in<Unit>(append.frames.data, append.frames.strides);
+  Unit* const joined = column.in<Unit>(append.joined.data, append.joined.strides);
   const bool cached = append.past == Past::kCache;
   const Unit* const past = cached ? cache : frames;
-  const int64_t past_stride = cached ? append.cache.frame_stride : 0;  // or one frame, again
+  const int64_t past_stride = cached ? append.cache.frame_stride : 0;  // 0 repeats a frame
 
   for (int64_t first = 0; first < steps; first += kInFlight) {
     Unit values[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const int64_t step = first + i;
-      const int64_t t = step < append.joining ? step : step + append.skipped;
-      const bool before = t < append.kept;
-      const Unit* const from =
-          before ? past + t * past_stride : frames + (t - append.kept) * append.frames.frame_stride;
+      const int64_t t = step < append.joined_len ? step : step + append.skipped;
+      const bool before = t < append.cache_len;
+      const Unit* const from = before
+                                   ? past + t * past_stride
+                                   : frames + (t - append.cache_len) * append.frames.frame_stride;
       values[i] = Unit{};
       if (step < steps && !(before && append.past == Past::kZeros)) values[i] = *from;
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const int64_t step = first + i;
-      const int64_t t = step < append.joining ? step : step + append.skipped;
+      const int64_t t = step < append.joined_len ? step : step + append.skipped;
       if (step >= steps) break;
-      if (step < append.joining) joined[t * append.joined.frame_stride] = values[i];
-      if (t >= append.arriving) {
-        cache[(t - append.arriving) * append.cache.frame_stride] = values[i];
+      if (step < append.joined_len) joined[t * append.joined.frame_stride] = values[i];
+      if (t >= append.chunk_len) {
+        cache[(t - append.chunk_len) * append.cache.frame_stride] = values[i];
       }
     }
   }
@@ -82,15 +82,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   for (int64_t column = first; column < append.columns; column += stride) {
-    carry<Unit>(append, Place(append.sizes, column), steps);
+    copy_column<Unit>(append, Column(append.sizes, column), steps);
   }
 #pragma unroll
   for (int i = 0; i < kBorders; ++i) {
     const Border& border = append.borders[i];
     for (int64_t column = first; column < border.columns; column += stride) {
-      Unit* const joined = Place(border.sizes, column).in<Unit>(border.data, border.strides);
+      Unit* const joined = Column(border.sizes, column).in<Unit>(border.data, border.strides);
 #pragma unroll 4
-      for (int64_t t = 0; t < append.joining; ++t) {
+      for (int64_t t = 0; t < append.joined_len; ++t) {
         joined[t * append.joined.frame_stride] = Unit{};
       }
     }
@@ -99,12 +99,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 // ---- units --------------------------------------------------------------------------------------
 
-// Narrows `unit`, in bytes, until the accesses of these columns can be made of it: until it divides
-// the run of neighbouring elements, every other stride, and the address. Elements that are not
-// neighbours are moved one by one. 0 when even those are not aligned.
-int64_t narrowed(int64_t unit, int64_t element, const char* data,
-                 const int64_t (&sizes)[kColumnDims], const int64_t (&strides)[kColumnDims],
-                 int64_t frame_stride) {
+// Narrows `unit`, in bytes, until it divides the innermost run of elements, every other stride, and
+// the address. Elements that are not contiguous are moved one by one. 0 if even those are not
+// aligned.
+int64_t narrow_unit(int64_t unit, int64_t element, const char* data,
+                    const int64_t (&sizes)[kColumnDims], const int64_t (&strides)[kColumnDims],
+                    int64_t frame_stride) {
   uint64_t bits = reinterpret_cast<uint64_t>(data) | frame_stride * element;
   for (int dim = 0; dim < kInner; ++dim) {
     if (sizes[dim] != 1) bits |= strides[dim] * element;
@@ -119,13 +119,13 @@ int64_t unit_size(const FrameCacheAppend& append) {
   int64_t unit = 16;
   for (const FrameView* view : {&append.cache, &append.frames, &append.joined}) {
     if (view->data == nullptr || append.columns == 0) continue;
-    unit = narrowed(unit, append.element_size, view->data, append.sizes, view->strides,
-                    view->frame_stride);
+    unit = narrow_unit(unit, append.element_size, view->data, append.sizes, view->strides,
+                       view->frame_stride);
   }
   for (const Border& border : append.borders) {
     if (border.columns == 0) continue;
-    unit = narrowed(unit, append.element_size, border.data, border.sizes, border.strides,
-                    append.joined.frame_stride);
+    unit = narrow_unit(unit, append.element_size, border.data, border.sizes, border.strides,
+                       append.joined.frame_stride);
   }
   return unit;
 }
@@ -178,7 +178,7 @@ cudaError_t launch(const FrameCacheAppend& elements, cudaStream_t stream) {
 }  // namespace
 }  // namespace cogvx
 
-// ---- from here on, torch ------------------------------------------------------------------------
+// ---- ops ----------------------------------------------------------------------------------------
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -189,8 +189,8 @@ namespace {
 
 using torch::stable::Tensor;
 
-// Since 2.13 torch hands the stream out of a library that its CPU build has too. Before, only the
-// library of its CUDA build could say; setup.py then compiles this file where that one is.
+// Since 2.13 the current stream is in a library that CPU builds of torch have too. Before, it was
+// only in that of CUDA builds, and setup.py compiles this file only for those.
 cudaStream_t current_stream(int32_t device) {
   void* stream = nullptr;
 #if TORCH_FEATURE_VERSION >= 0x020D000000000000

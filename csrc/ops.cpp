@@ -1,5 +1,5 @@
-// Every op of the extension, one schema each, and the module entry. An op's implementations
-// register themselves, each in the file of its device.
+// Schemas of the extension's ops, and the module entry. Implementations are registered in the file
+// of their device.
 #include <string>
 
 #include <pybind11/pybind11.h>
@@ -35,7 +35,7 @@ std::string compiler() {
 #endif
 }
 
-// How this object was built: facts for `doctor`, and for a bug report.
+// How this object was built, for `doctor` and bug reports.
 py::dict build_info() {
   constexpr int kAbiMajor = static_cast<int>(TORCH_FEATURE_VERSION >> 56);
   constexpr int kAbiMinor = static_cast<int>(TORCH_FEATURE_VERSION >> 48 & 0xff);
@@ -59,7 +59,7 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The C++ and CUDA half of cogvx_kernels; its ops live in torch.ops.cogvx.";
+  m.doc() = "C++ and CUDA ops of cogvx_kernels, registered in torch.ops.cogvx.";
 #ifdef COGVX_CUDA_ARCHS
   m.attr("HAS_CUDA") = true;
 #else

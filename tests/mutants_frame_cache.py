@@ -1,7 +1,6 @@
-"""Seeded bugs of the frame cache: name, file, a text of it, what takes its place, tests.
+"""Seeded bugs of the frame cache: (name, file, old, new, tests), as `tests.mutants.Mutant`.
 
-Those in csrc/ need the extension built anew in the copy they are put into: `build`. It must pass
-the tests there without a mutant, as everything must.
+Those in csrc/ need the extension rebuilt in the mutated copy: `build`.
 """
 
 import os
@@ -9,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-# What a copy needs besides cogvx_kernels/ and tests/, to be built.
+# Needed in a copy, besides cogvx_kernels/ and tests/, to build it.
 SOURCES = ("csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 
 def build(copy: Path) -> None:
-    """Compile the extension of a copy of the project, for the CPU: some 15 seconds."""
+    """Compile the extension of a copy of the project, for the CPU: about 15 seconds."""
     subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
         cwd=copy, check=True, capture_output=True, env={**os.environ, "COGVX_CUDA": "0"},
@@ -22,7 +21,7 @@ def build(copy: Path) -> None:
 
 
 CPU = "csrc/frame_cache_cpu.cpp"
-DOOR = "csrc/frame_cache.cpp"
+ENTRY = "csrc/frame_cache.cpp"
 SCHEMAS = "csrc/ops.cpp"
 KERNEL = "cogvx_kernels/frame_cache/kernel.py"
 OP = "cogvx_kernels/frame_cache/op.py"
@@ -31,58 +30,58 @@ REFERENCE = "cogvx_kernels/frame_cache/reference.py"
 FRAME_CACHE_MUTANTS = tuple(
     (name, file, old, new, "frame_cache")
     for file, name, old, new in (
-        (CPU, "the newest cached frame first",
-         "in_frame(append.cache, t)\n", "in_frame(append.cache, append.kept - 1 - t)\n"),
-        (CPU, "the cache not updated", "t >= append.arriving && moves", "moves && false"),
+        (CPU, "cached frames in reverse order",
+         "in_frame(append.cache, t)\n", "in_frame(append.cache, append.cache_len - 1 - t)\n"),
+        (CPU, "the cache not updated", "t >= append.chunk_len && moves", "moves && false"),
         (CPU, "the cache one frame late",
-         "in_frame(append.cache, t - append.arriving), t)",
-         "in_frame(append.cache, t - append.arriving), t - (t > append.kept))"),
+         "in_frame(append.cache, t - append.chunk_len), t)",
+         "in_frame(append.cache, t - append.chunk_len), t - (t > append.cache_len))"),
         (CPU, "a cached frame overwritten before it is read",
          "for (int64_t step = 0; step < append.steps(); ++step)",
          "for (int64_t step = append.steps() - 1; step >= 0; --step)"),
-        (CPU, "copies of the last frame", "std::max<int64_t>(0, t - append.kept)",
-         "(t < append.kept ? append.arriving - 1 : t - append.kept)"),
-        (CPU, "the cache read where a clip begins with copies",
-         "t < append.kept && append.past == Past::kCache;", "t < append.kept;"),
+        (CPU, "copies of the last frame", "std::max<int64_t>(0, t - append.cache_len)",
+         "(t < append.cache_len ? append.chunk_len - 1 : t - append.cache_len)"),
+        (CPU, "the cache read at the start of a clip",
+         "t < append.cache_len && append.past == Past::kCache;", "t < append.cache_len;"),
         (CPU, "zeros before the clip not written",
          "      zero(to, tile.extent, append.element_size);\n", ""),
-        (CPU, "zeros in the first frame of the border alone",
-         "t < append.joining; ++t", "t < 1; ++t"),
+        (CPU, "zeros in the first frame of the border only",
+         "t < append.joined_len; ++t", "t < 1; ++t"),
         (CPU, "offsets of columns in 32 bits", "int64_t offset = 0;", "int32_t offset = 0;"),
         (CPU, "offsets of frames in 32 bits",
          "view.data + t * view.frame_stride * append.element_size",
          "view.data + static_cast<int32_t>(t * view.frame_stride) * append.element_size"),
-        (CPU, "halves of a square of vectors exchanged",
+        (CPU, "halves of a square of vectors swapped",
          "(kHalf * (kLanes / 2)", "((1 - kHalf) * (kLanes / 2)"),
-        (CPU, "rows left over by the squares not copied",
+        (CPU, "remaining rows not copied",
          "  copy_each<T>(to, from, rows, extent.rows, 0, extent.run);\n", ""),
-        (CPU, "elements left over by the squares not copied",
+        (CPU, "remaining elements not copied",
          "  copy_each<T>(to, from, 0, rows, run, extent.run);\n", ""),
-        (CPU, "the tile after the first in place of it",
+        (CPU, "tiles that overlap by one element",
          "first[kInner] *= tiles.extent.run;", "first[kInner] *= tiles.extent.run - 1;"),
-        (DOOR, "the border not zeroed", "describe_borders(append, *joined, padding);", ""),
-        (DOOR, "the border on the right a col too far left",
+        (ENTRY, "the border not zeroed", "describe_borders(append, *joined, padding);", ""),
+        (ENTRY, "the right border one column too far left",
          "{padding, width - padding,", "{padding, width - padding - 1,"),
-        (DOOR, "the middle a col off", "padding * (padded.stride(kRow) + padded.stride(kCol))",
+        (ENTRY, "the interior one column off", "padding * (padded.stride(kRow) + padded.stride(kCol))",
          "padding * padded.stride(kRow)"),
-        (DOOR, "an exchange that moves the chunk too",
-         "append.kept + (in_place ? 0 : append.arriving)", "append.kept + append.arriving"),
-        (DOOR, "frames of a push stepped over that count",
-         "std::max<int64_t>(0, append.arriving - append.joining);",
-         "std::max<int64_t>(0, append.arriving - append.joining) + (append.joining == 0);"),
-        (DOOR, "frames in the cache's memory read too late",
-         "could_touch(cache, frames) ? torch::stable::clone(frames) : frames", "frames"),
-        (DOOR, "dimensions merged across a gap",
+        (ENTRY, "an exchange that moves the chunk too",
+         "append.cache_len + (in_place ? 0 : append.chunk_len)", "append.cache_len + append.chunk_len"),
+        (ENTRY, "frames of a push skipped that are needed",
+         "std::max<int64_t>(0, append.chunk_len - append.joined_len);",
+         "std::max<int64_t>(0, append.chunk_len - append.joined_len) + (append.joined_len == 0);"),
+        (ENTRY, "frames in the cache's memory read too late",
+         "may_overlap(cache, frames) ? torch::stable::clone(frames) : frames", "frames"),
+        (ENTRY, "dimensions merged across a gap",
          "part.tensor->stride(dim) == part.strides[at] * sizes[at]",
          "part.tensor->stride(dim) >= part.strides[at] * sizes[at]"),
-        (DOOR, "two that overlap both written to", "!could_touch(cache, joined)", "true"),
-        (DOOR, "channels last in another order",
+        (ENTRY, "overlapping tensors both written to", "!may_overlap(cache, joined)", "true"),
+        (ENTRY, "columns before rows in channels-last",
          "kChannelsLast[] = {kBatch, kFrame, kRow, kCol,",
          "kChannelsLast[] = {kBatch, kFrame, kCol, kRow,"),
-        (SCHEMAS, "joined written to in secret", "Tensor(b!) joined", "Tensor joined"),
-        (KERNEL, "autograd not told", "    torch.autograd.graph.increment_version(tensors)",
+        (SCHEMAS, "joined not declared as mutated", "Tensor(b!) joined", "Tensor joined"),
+        (KERNEL, "version counters not increased", "    torch.autograd.graph.increment_version(tensors)",
          "    pass"),
-        (KERNEL, "autograd told of one of two", "_written(cache, joined)", "_written(cache)"),
+        (KERNEL, "one of two version counters increased", "_written(cache, joined)", "_written(cache)"),
         (KERNEL, "the functional form in place",
          "following = _new_cache(cache, frames, kept, channels_last)\n    if",
          "following = _new_cache(cache, frames, kept, channels_last) if cache is None else cache\n"
@@ -94,7 +93,7 @@ FRAME_CACHE_MUTANTS = tuple(
          "djoined[:, :, arriving:] + dfollowing]", "djoined[:, :, arriving:]]"),
         (OP, "the copies' gradient forgotten",
          "dframes[:, :, :1] + dcache.sum(2, keepdim=True)", "dframes[:, :, :1]"),
-        (OP, "gradients cut in silence", "if x.requires_grad and torch.is_grad_enabled():",
+        (OP, "gradients dropped silently", "if x.requires_grad and torch.is_grad_enabled():",
          "if False:"),
         (OP, "the reference's cache not updated", "    cache.copy_(following)\n    joined = F.pad",
          "    joined = F.pad"),

@@ -1,4 +1,4 @@
-"""Seeded bugs of `spatial_norm`: (name, file, old, new, tests), as `tests.mutants` takes them."""
+"""Seeded bugs of `spatial_norm`: (name, file, old, new, tests), as `tests.mutants.Mutant`."""
 
 KERNEL, STATISTICS, GRADIENTS, DEVICE, CPU, OP = (
     f"cogvx_kernels/spatial_norm/{name}.py"

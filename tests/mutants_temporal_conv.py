@@ -1,4 +1,4 @@
-"""Seeded bugs of `temporal_conv`: (name, file, old, new, tests) each, as `tests.mutants.Mutant`."""
+"""Seeded bugs of `temporal_conv`: (name, file, old, new, tests), as `tests.mutants.Mutant`."""
 
 DEVICE, KERNEL, DEPTHWISE, GRADIENTS = (
     f"cogvx_kernels/temporal_conv/{name}.py"
