@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .factorized import param_count as param_count
     from .factorized import recommended_defaults as recommended_defaults
     from .factorized import rope3d_freqs as rope3d_freqs
+    from .generation import GenerationParams as GenerationParams
     from .pipeline import CogVideoX as CogVideoX
     from .transformer import ExpertTransformer as ExpertTransformer
     from .transformer import load_balancing_loss as load_balancing_loss
@@ -60,6 +61,7 @@ _MODULES = {
         "recommended_defaults",
         "rope3d_freqs",
     ),
+    "generation": ("GenerationParams",),
     "pipeline": ("CogVideoX",),
     "transformer": (
         "ExpertTransformer",

@@ -62,7 +62,7 @@ MODEL_LAYERS = (
     {"frames", "hub"},
     {"assets"},
     {"vae", "transformer", "schedulers", "video", "words"},
-    {"checkpoint", "plan"},
+    {"checkpoint", "generation", "plan"},
     {"text"},
     {"sat", "pipeline"},
     {"data", "factorized"},

@@ -3,17 +3,16 @@
 import argparse
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from ..config import did_you_mean
+from ..generation import CHOICES, GenerationParams
 
 # As the library names them; tests compare. The library itself cannot be imported without torch.
 BACKENDS = ("auto", "kernel", "reference")
-CFG = ("batch", "two_pass")
-IMAGE_LATENT_SCALES = ("diffusers", "sat", "train")
-SCHEDULERS = ("ddim", "dpm")
 SHELLS = ("bash", "zsh", "fish")
 STAGES = ("vae", "transformer")
 FPS_LIMIT = 1000
@@ -145,6 +144,23 @@ def add_hub(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--variant", metavar="NAME", help="of the weights' files, such as fp16; by default none"
     )
+
+
+def add_param(parser: Any, name: str, **settings: Any) -> None:
+    """Option of a field of `GenerationParams`, with its default and choices."""
+    default = getattr(GenerationParams, name)
+    kind = {"action": "store_true"} if default is False else {"choices": CHOICES.get(name)}
+    option = f"--{name.replace('_', '-')}"
+    parser.add_argument(option, **{"default": default, **kind, **settings})
+
+
+class Deprecated(argparse.Action):
+    """Old name of an option: hidden, and warns."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        new = self.dest.replace("_", "-")
+        print(f"cogvx: warning: {option} is deprecated; use --{new}", file=sys.stderr)
+        setattr(namespace, self.dest, values)
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -44,8 +44,9 @@ def bash(commands: dict[str, Parser]) -> str:
     """The script for bash, and with bashcompinit for zsh."""
     choices, options = [], []
     for name, parser in commands.items():
-        options.append(f"            {name}) words={shlex.quote(' '.join(parser.names))} ;;")
-        for action in parser._actions:
+        names = [option for action in _shown(parser) for option in action.option_strings]
+        options.append(f"            {name}) words={shlex.quote(' '.join(names))} ;;")
+        for action in _shown(parser):
             if action.choices and action.option_strings:
                 words = shlex.quote(" ".join(map(str, action.choices)))
                 choices.append(f'        "{name} {action.option_strings[-1]}") words={words} ;;')
@@ -61,7 +62,7 @@ def fish(commands: dict[str, Parser]) -> str:
     for name, parser in commands.items():
         about = shlex.quote((parser.description or "").split(".")[0])
         lines.append(f"complete -c cogvx -f -n __fish_use_subcommand -a {name} -d {about}")
-        for action in parser._actions:
+        for action in _shown(parser):
             for option in action.option_strings:
                 if not option.startswith("--"):
                     continue
@@ -73,3 +74,7 @@ def fish(commands: dict[str, Parser]) -> str:
                 text = (action.help or "") % {**vars(action), "prog": parser.prog}
                 lines.append(f"{line} -d {shlex.quote(text)}")
     return "\n".join(lines) + "\n"
+
+
+def _shown(parser: Parser) -> list[argparse.Action]:
+    return [action for action in parser._actions if action.help != argparse.SUPPRESS]

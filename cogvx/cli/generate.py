@@ -12,8 +12,9 @@ from torch import Tensor
 from ..checkpoint import load_scheduler
 from ..checkpoint.lora import read_lora
 from ..config import TransformerConfig, VAEConfig
+from ..generation import GenerationParams
 from ..pipeline import CogVideoX, default_size, resume
-from ..pipeline.params import Inputs, Request, resolve
+from ..pipeline.params import Request, resolve
 from ..plan import denoise_flops, forecast, vae_flops
 from ..schedulers import SOLVERS
 from ..transformer import ExpertTransformer
@@ -22,19 +23,21 @@ from . import clips, loading
 from .console import Console
 from .outputs import output
 
+SAMPLING = ("steps", "guidance", "dynamic_guidance", "solver", "cfg", "image_latent_scale")
+
 
 @dataclass(frozen=True)
 class Job:
-    """A generation, checked as far as can be without weights.
+    """A generation, checked as far as possible without weights.
 
-    given   arguments of `CogVideoX.generate` that decide the video
+    params  options of `CogVideoX.generate`
     flops   floating-point operations to denoise and decode it
     """
 
     folder: Path
     dtype: torch.dtype
     device: torch.device
-    given: dict[str, Any]
+    params: GenerationParams
     fps: float
     flops: float
 
@@ -61,7 +64,7 @@ def generate(options: argparse.Namespace, console: Console) -> None:
     for path, scale in _adapters(options):
         pipe.load_lora(path, scale)
     pipe.generate(
-        **job.given,
+        params=job.params,
         seed=seed,
         tiling=loading.tiling_of(options),
         output="latents",
@@ -71,7 +74,7 @@ def generate(options: argparse.Namespace, console: Console) -> None:
         resume=latents if options.resume else None,
     )
     vae = pipe.vae
-    del pipe  # what is denoised needs no transformer
+    del pipe  # decoding needs no transformer
     done = partial(console.progress, "decode")
     try:
         saved = resume.read(latents)
@@ -88,29 +91,24 @@ def generate(options: argparse.Namespace, console: Console) -> None:
 
 
 def _checked(options: argparse.Namespace) -> Job:
-    """Refuses whatever can be refused before weights are read."""
+    """Check everything that can be checked before weights are read."""
     device = loading.device_of(options)
     adapters = _adapters(options)
     folder = loading.model_of(options)
     transformer, vae = loading.read_configs(folder)
     if transformer is None or vae is None:
         raise ValueError(f"{options.model}: must be a model's folder, with transformer/ and vae/")
-    solver, noise = load_scheduler(folder)
+    solver, scheduler = load_scheduler(folder)
     dtype = loading.dtype_of(options, transformer)
     loading.check_tiling(options, vae)
-    given = {
-        "prompt": options.prompt,
-        "negative_prompt": options.negative,
+    params = GenerationParams(
+        options.prompt,
+        negative_prompt=options.negative,
+        **{name: getattr(options, name) for name in SAMPLING},
         **_source(options, transformer, vae),
-        "steps": options.steps,
-        "guidance": options.guidance,
-        "dynamic_guidance": options.dynamic_guidance,
-        "scheduler": options.scheduler or solver,
-        "cfg": options.cfg,
-        "image_latent_scale": options.image_latent_scale,
-    }
-    request = _request(transformer, vae, given)
-    steps = SOLVERS[request.scheduler](noise).timestep_schedule(request.steps, request.strength)
+    )
+    request = resolve(transformer, vae, params, solver)
+    steps = SOLVERS[request.solver](scheduler).timestep_schedule(request.steps, request.strength)
     fps = loading.usual_fps(transformer) if options.fps is None else options.fps
     check_video_output(options.out, fps, request.height, request.width)
     _check_budget(options, request, transformer, vae, dtype, folder)
@@ -122,21 +120,11 @@ def _checked(options: argparse.Namespace) -> Job:
     _, frames, _, height, width = request.shape
     flops = vae_flops(vae, frames, height, width, decode=True)
     flops += len(steps) * (1 + request.guided) * denoise_flops(transformer, frames, height, width)
-    return Job(folder, dtype, device, given, fps, flops)
-
-
-def _request(transformer: TransformerConfig, vae: VAEConfig, given: dict[str, Any]) -> Request:
-    """What `CogVideoX.generate` makes of its arguments."""
-    tensors = {name: given.get(name) for name in ("image", "video")}
-    inputs = Inputs(given["prompt"], given["negative_prompt"], **tensors)
-    rest = {k: v for k, v in given.items() if k not in ("prompt", "negative_prompt", *tensors)}
-    usual = {"num_frames": None, "height": None, "width": None, "text_length": None}
-    fixed = {"strength": 0.8, "compat": False, "uncond": "prompt", "output": "latents"}
-    return resolve(transformer, vae, inputs, **{**usual, **fixed, **rest})
+    return Job(folder, dtype, device, params, fps, flops)
 
 
 def _adapters(options: argparse.Namespace) -> list[tuple[Path, float]]:
-    """The files of `--lora`, each with its scale."""
+    """Files of `--lora`, each with its scale."""
     scales = options.lora_scale or [1.0]
     if options.lora_scale and not options.lora:
         raise ValueError("--lora-scale must come with --lora; got none")
@@ -162,7 +150,7 @@ def _check_budget(
     forecast(
         transformer,
         vae,
-        frames=request.frames,
+        frames=request.num_frames,
         height=request.height,
         width=request.width,
         guidance=request.guided,
@@ -170,7 +158,7 @@ def _check_budget(
         dtype=dtype,
         tiling=loading.tiling_of(options),
         text_bytes=loading.text_encoder_bytes(folder),
-        encoded=request.frames if options.video else None,
+        encoded=request.num_frames if options.video else None,
         backend=options.backend if loading.device_of(options).type == "cuda" else "reference",
         budget=options.vram_budget,
     )
@@ -179,7 +167,7 @@ def _check_budget(
 def _source(
     options: argparse.Namespace, transformer: TransformerConfig, vae: VAEConfig
 ) -> dict[str, Any]:
-    """Size, frames, and the tensor that the video is made from, as `generate` takes them."""
+    """Size, number of frames, and source tensor, as arguments of `generate`."""
     usual = default_size(transformer, vae)
     height = usual[0] if options.height is None else options.height
     width = usual[1] if options.width is None else options.width

@@ -9,6 +9,7 @@ from typing import Any
 from cogvx_kernels import __version__
 
 from ..config import PRESETS
+from ..generation import CHOICES
 from . import arguments
 from .arguments import Parser
 from .console import Console
@@ -114,31 +115,30 @@ def _generate(commands: Any) -> None:
                         help="the first frame, for image-to-video models")  # fmt: skip
     source.add_argument("--video", type=Path, metavar="FILE",
                         help="a video to be changed, for other models")  # fmt: skip
-    parser.add_argument("--strength", type=arguments.part, default=0.8, metavar="PART",
-                        help="how much of --video is changed, above 0 and at most 1; default "
-                        "%(default)s")  # fmt: skip
+    add = arguments.add_param
+    add(parser, "strength", type=arguments.part, metavar="PART",
+        help="how much of --video is changed, above 0 and at most 1; default "
+        "%(default)s")  # fmt: skip
     arguments.add_size(parser, "as the model was trained",
                        "by default 8, or 16 for CogVideoX 1.5; --video is read at it too, by "
                        "default at its own")  # fmt: skip
     steps = parser.add_argument_group("sampling")
-    steps.add_argument("--seed", type=arguments.seed, metavar="N",
-                       help="of the noise; by default a new one, which is printed")  # fmt: skip
-    steps.add_argument("--steps", type=arguments.count, default=50, metavar="N",
-                       help="denoising steps, at most 1000; default %(default)s")  # fmt: skip
-    steps.add_argument("--guidance", type=arguments.number, default=6.0, metavar="SCALE",
-                       help="weight of the prompt; 1 is without guidance, twice as fast; default "
-                       "%(default)s")  # fmt: skip
-    steps.add_argument("--dynamic-guidance", action="store_true",
-                       help="less guidance in the first steps, as recommended for 5B")  # fmt: skip
-    steps.add_argument("--scheduler", choices=arguments.SCHEDULERS,
-                       help="sampler; by default the model's own")  # fmt: skip
-    steps.add_argument("--cfg", choices=arguments.CFG, default="batch",
-                       help="both predictions of guidance at once, or one after the other in half "
-                       "the memory; default %(default)s")  # fmt: skip
-    steps.add_argument("--image-latent-scale", choices=arguments.IMAGE_LATENT_SCALES,
-                       default="diffusers", metavar=arguments.one_of(arguments.IMAGE_LATENT_SCALES),
-                       help="of --image with CogVideoX 1.5: as diffusers, SAT or the training "
-                       "scales its latents; default %(default)s")  # fmt: skip
+    add(steps, "seed", type=arguments.seed, metavar="N",
+        help="of the noise; by default a new one, which is printed")  # fmt: skip
+    add(steps, "steps", type=arguments.count, metavar="N",
+        help="denoising steps, at most 1000; default %(default)s")  # fmt: skip
+    add(steps, "guidance", type=arguments.number, metavar="SCALE",
+        help="weight of the prompt; 1 is without guidance, twice as fast; default "
+        "%(default)s")  # fmt: skip
+    add(steps, "dynamic_guidance", help="less guidance in the first steps, as recommended for 5B")
+    add(steps, "solver", help="DDIM or DPM-Solver++; by default the model's own")
+    steps.add_argument("--scheduler", dest="solver", action=arguments.Deprecated,
+                       choices=CHOICES["solver"], help=argparse.SUPPRESS)  # fmt: skip
+    add(steps, "cfg", help="both predictions of guidance at once, or one after the other in half "
+        "the memory; default %(default)s")  # fmt: skip
+    add(steps, "image_latent_scale", metavar=arguments.one_of(CHOICES["image_latent_scale"]),
+        help="scale of --image's latents with CogVideoX 1.5: as in diffusers, SAT or the training; "
+        "default %(default)s")  # fmt: skip
     lora = parser.add_argument_group("LoRA")
     lora.add_argument("--lora", type=Path, action="append", default=[], metavar="FILE",
                       help="an adapter of cogvx train, diffusers or peft; may be repeated; by "
@@ -153,8 +153,8 @@ def _generate(commands: Any) -> None:
                         "default no limit")  # fmt: skip
     arguments.add_hub(parser)
     safe = parser.add_argument_group("checkpoints")
-    safe.add_argument("--checkpoint-every", type=arguments.count, metavar="N",
-                      help="save the latents every N steps; by default after the last")  # fmt: skip
+    add(safe, "checkpoint_every", type=arguments.count, metavar="N",
+        help="save the latents every N steps; by default after the last")  # fmt: skip
     safe.add_argument("--resume", action="store_true",
                       help="continue from the latents beside the output")  # fmt: skip
 
@@ -216,9 +216,8 @@ def _plan(commands: Any) -> None:
     _add_which(parser)
     arguments.add_size(parser, "as the model was trained")
     arguments.add_dtype(parser, "default %(default)s", "bfloat16")
-    parser.add_argument("--cfg", choices=arguments.CFG, default="batch",
-                        help="both predictions of guidance at once, or one after the other; "
-                        "default %(default)s")  # fmt: skip
+    arguments.add_param(parser, "cfg", help="both predictions of guidance at once, or one after "
+                        "the other; default %(default)s")  # fmt: skip
     parser.add_argument("--no-guidance", action="store_true", help="one prediction a step")
     parser.add_argument("--no-text-encoder", action="store_true",
                         help="without T5: embeddings are given")  # fmt: skip

@@ -1,9 +1,10 @@
-"""The pipeline: text, image or video in, video out."""
+"""End-to-end generation pipeline."""
 
 import json
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..checkpoint.record import Record, check_record, record_of_config, record_o
 from ..checkpoint.weights import variants_of
 from ..config import SchedulerConfig
 from ..files import CONFIG_BYTES, read_json
+from ..generation import GenerationParams
 from ..hub import PARTS
 from ..plan import Plan, forecast
 from ..schedulers import SOLVERS, Generators, Solver, TimestepSchedule, randn_tensor
@@ -34,12 +36,12 @@ from ..text import T5TextEncoder, TextEncoder, check_packages
 from ..transformer import ExpertTransformer
 from ..vae import CausalVAE, Tiling
 from ..words import WordTextEncoder, is_words
-from . import resume as saving
+from . import resume
 from .conditioning import Progress, decode, embeddings, encoded, image_condition, noisy_video
-from .denoise import Callback, Conditioning, State, denoise, each, make_generator
+from .denoise import Conditioning, State, denoise, each, make_generator
 from .lora import Adapters
-from .names import takes_diffusers_names
-from .params import Inputs, Request, default_size, resolve
+from .options import documents_options, merge_options
+from .params import Request, default_size, resolve
 from .pictures import to_tensor
 from .resume import Saved
 
@@ -263,7 +265,7 @@ class CogVideoX:
                 count = sum(weight.numel() for weight in weights)
                 about += f", {count:,} parameters, {' and '.join(places)}"
             lines.append(f"  {name}: {about}")
-        lines.append(f"  scheduler: {self.solver}")
+        lines.append(f"  solver: {self.solver}")
         adapters = self._adapters_of_transformer()
         if adapters is not None:
             lines.append(f"  lora: {adapters.record()}")
@@ -273,94 +275,26 @@ class CogVideoX:
         return default_size(self.transformer.config, self.vae.config)
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
-        """The same as `generate`."""
-        video: Tensor = self.generate(*args, **options)
-        return video
+        """Same as `generate`."""
+        return self.generate(*args, **options)
 
-    @takes_diffusers_names
+    @documents_options
     @torch.no_grad()
     def generate(
         self,
         prompt: str | Sequence[str] | None = None,
-        *,
-        negative_prompt: str | Sequence[str] | None = None,
-        image: Any = None,
-        video: Any = None,
-        strength: float = 0.8,
-        num_frames: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        steps: int = 50,
-        guidance: float = 6.0,
-        dynamic_guidance: bool = False,
-        scheduler: str | None = None,
-        compat: bool = False,
-        seed: int | None = None,
-        generator: Generators | None = None,
-        num_videos_per_prompt: int = 1,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        latents: Tensor | None = None,
-        cfg: str = "batch",
-        uncond: str = "prompt",
-        image_latent_scale: str = "diffusers",
-        text_length: int | None = None,
-        tiling: Tiling | None = None,
-        output: str = "video",
-        callback: Callback | None = None,
-        progress: Progress | None = None,
-        save_latents: PathLike | None = None,
-        checkpoint_every: int | None = None,
-        resume: PathLike | None = None,
+        params: GenerationParams | None = None,
+        **options: Any,
     ) -> Tensor:
-        """A video of the prompt; from an image, if one is given, or from another video.
+        """Generate a video from a prompt; also from an image, or from another video.
 
-        Args:
-            prompt: one text or several, a video for each; long and in English, as in training.
-            negative_prompt: what to stay away from; one, or one for each prompt; by default "".
-            image: the first frame, (batch or 1, 3, height, width) in [-1, 1], already of the size
-                of the video; or a PIL image or a uint8 array (height, width, 3), which is resized,
-                or a list of such, one for each prompt. Image-to-video models need one, others take
-                none.
-            video: (batch or 1, frames, 3, height, width) in [-1, 1], to be made anew; or a list of
-                PIL images or uint8 arrays, or a list of such lists.
-            strength: how much of it is new: the last int(steps·strength) of the steps are made.
-            num_frames: of the video; 49 for CogVideoX, 81 for 1.5, unless the config says another
-                number. (diffusers' image-to-video takes 49 for 1.5 too.) See `cogvx.frames`.
-            height, width: in pixels, multiples of 16; by default those of the config or the source.
-            steps: from 1 to 1000.
-            guidance: how much the text weighs. 1 or less: no second prediction, twice as fast.
-            dynamic_guidance: see `cogvx.schedulers.dynamic_guidance`. False as in diffusers; the
-                5B models are recommended with True and scheduler="dpm".
-            scheduler: "ddim" or "dpm"; None for the model's own.
-            compat: step as diffusers where the number of steps does not divide 1000.
-            seed: of all random numbers, which are drawn on the CPU: the same on every device.
-            generator: draws them instead; as in diffusers, in the same order. Or a list, one for
-                each video: each video is then that of its generator alone.
-            num_videos_per_prompt: so many videos of each prompt, one after another.
-            prompt_embeds, negative_prompt_embeds: (batch, text_len, text_embed_dim), instead of
-                the texts.
-            latents: the noise to begin with, padding included, instead of a draw.
-            cfg: "batch" asks both predictions of guidance at once, "two_pass" one after the other.
-            uncond: "prompt" takes the embeddings of negative_prompt, "zeros" zeros, as SAT does.
-            image_latent_scale: of 1.5's image-to-video: "diffusers", "sat" or "train"; see
-                `cogvx.pipeline.conditioning.image_condition`.
-            text_length: tokens of a prompt; by default the config's, 226. SAT has 224 for 1.5.
-            tiling: of the VAE, if a clip does not fit; see `cogvx.Tiling`.
-            output: "video" or "latents", which are scaled and still padded, as in diffusers.
-            callback: see `cogvx.pipeline.denoise.denoise`.
-            progress: called with a stage ("text", "encode", "denoise", "decode"), how much of it
-                is done and how much there is: texts, chunks of the VAE, steps. First when the stage
-                begins, with nothing done.
-            save_latents: a file for the latents, written before they are decoded (`decode_saved`).
-            checkpoint_every: also write it after every so many steps.
-            resume: such a file; what it has done is not done again. The result is the same, bit for
-                bit. Everything else must be asked for as it was.
-
-        The names of diffusers are taken too: num_inference_steps (steps), guidance_scale
-        (guidance), use_dynamic_cfg (dynamic_guidance), max_sequence_length (text_length),
-        output_type="latent" (output="latents") and callback_on_step_end (callback; it is called
-        with the pipeline, the step, its timestep and {"latents": …}).
+        prompt   one text or several, a video for each
+        params   the other options; by default `GenerationParams()`
+        options  keyword arguments, which replace fields of `params`; listed below. Also diffusers'
+                 names: num_inference_steps (steps), guidance_scale (guidance), use_dynamic_cfg
+                 (dynamic_guidance), max_sequence_length (text_length), output_type="latent"
+                 (output="latents") and callback_on_step_end (callback; called with the pipeline,
+                 the step, its timestep and {"latents": …})
 
         Returns the video, (batch, frames, 3, height, width) float32 in [-1, 1], on the VAE's
         device, or the latents.
@@ -368,75 +302,54 @@ class CogVideoX:
         >>> from cogvx.video import write_video
         >>> write_video("kite.mp4", pipe.generate("A red kite over a harbour", steps=50), fps=8)
 
-        Raises ValueError or TypeError, before anything is computed, for what cannot be;
+        Raises ValueError or TypeError, before anything is computed, for invalid options;
         FloatingPointError, naming the stage, for NaN or infinity; CheckpointError if `resume` was
-        made with something else, naming the difference.
+        made with other models or options, naming the differences.
         """
+        params = merge_options(self, prompt, params, options)
         usual = self._default_size()
-        size = (usual[0] if height is None else height, usual[1] if width is None else width)
-        inputs = Inputs(
-            prompt,
-            negative_prompt or "",
-            to_tensor("image", image, *size),
-            to_tensor("video", video, *size),
-            prompt_embeds,
-            negative_prompt_embeds,
-            latents,
-        ).repeated(num_videos_per_prompt)
+        height = usual[0] if params.height is None else params.height
+        width = usual[1] if params.width is None else params.width
+        image = to_tensor("image", params.image, height, width)
+        video = to_tensor("video", params.video, height, width)
         request = resolve(
             self.transformer.config,
             self.vae.config,
-            inputs,
-            num_frames=num_frames,
-            height=height,
-            width=width,
-            text_length=text_length,
-            strength=strength,
-            scheduler=scheduler or self.solver,
-            compat=compat,
-            steps=steps,
-            guidance=guidance,
-            dynamic_guidance=dynamic_guidance,
-            cfg=cfg,
-            uncond=uncond,
-            image_latent_scale=image_latent_scale,
-            output=output,
-            tiling=tiling,
-            num_train_timesteps=self.scheduler.num_train_timesteps,
+            replace(params, image=image, video=video),
+            self.solver,
+            self.scheduler.num_train_timesteps,
         )
-        saving.check_saving(save_latents, checkpoint_every)
+        resume.check_saving(request.save_latents, request.checkpoint_every)
         self._warn_of_half()
-        _warn_of_range({"image": image, "video": video})
+        _warn_of_range({"image": params.image, "video": params.video})
+        progress, path, every = request.progress, request.save_latents, request.checkpoint_every
         progress = progress or _no_progress
-        solver = SOLVERS[request.scheduler](self.scheduler, compat)
+        solver = SOLVERS[request.solver](self.scheduler, request.compat)
         timesteps = solver.timestep_schedule(request.steps, request.strength)
-        random, record = make_generator(seed, generator, request.batch), {}
-        if save_latents is not None or resume is not None:
-            record = self._record(request, inputs, random)
+        generator = make_generator(request.seed, request.generator, request.batch)
+        record = {} if path is None and request.resume is None else self._record(request, generator)
         conditioning: Conditioning | None
-        if resume is None:
-            conditioning, state = self._begin(
-                inputs, request, solver, timesteps, random, tiling, progress
-            )
+        if request.resume is None:
+            conditioning, state = self._prepare(request, solver, timesteps, generator, progress)
         else:
-            saved = self._resumed(resume, record, seed, random)
+            saved = self._resume(request, record, generator)
             record, conditioning, state = saved.record, saved.conditioning, saved.state
         if conditioning is not None:  # None: the file had all steps
             progress("denoise", state.done, len(timesteps))
             run = denoise(
-                self.transformer, solver, timesteps, state, conditioning, request, random, callback
+                self.transformer, solver, timesteps, state, conditioning, request, generator
             )
             for state in run:
-                due = checkpoint_every is not None and state.done % checkpoint_every == 0
-                if save_latents is not None and due and state.done < len(timesteps):
-                    now = Saved(record, len(timesteps), state, conditioning, _states(random))
-                    saving.write(save_latents, now)
+                now = every is not None and state.done % every == 0 and state.done < len(timesteps)
+                if path is not None and now:
+                    states = _states(generator)
+                    resume.write(path, Saved(record, len(timesteps), state, conditioning, states))
                 progress("denoise", state.done, len(timesteps))
-        if save_latents is not None:
-            saving.write(save_latents, Saved(record, len(timesteps), state))
-        if output == "latents":
+        if path is not None:
+            resume.write(path, Saved(record, len(timesteps), state))
+        if request.output == "latents":
             return state.latents
-        return decode(self.vae, state.latents[:, request.padding :], tiling, progress)
+        return decode(self.vae, state.latents[:, request.padding :], request.tiling, progress)
 
     def decode_saved(
         self,
@@ -445,7 +358,7 @@ class CogVideoX:
         progress: Progress | None = None,
     ) -> Tensor:
         """The video of latents that `generate` saved; see `cogvx.pipeline.resume.decode_saved`."""
-        return saving.decode_saved(self.vae, path, tiling, progress)
+        return resume.decode_saved(self.vae, path, tiling, progress)
 
     def plan(
         self,
@@ -471,41 +384,40 @@ class CogVideoX:
             **{"dtype": weight.dtype, "backend": backend, **options},
         )
 
-    def _begin(
+    def _prepare(
         self,
-        inputs: Inputs,
         request: Request,
         solver: Solver,
         timesteps: TimestepSchedule,
         generator: Generators,
-        tiling: Tiling | None,
         progress: Progress,
     ) -> tuple[Conditioning, State]:
-        """What the first step needs: text, then image or video, then noise, in this order."""
+        """Inputs of the first step: text, then image or video, then noise, in this order."""
         weight = next(self.transformer.parameters())
         like = weight.new_empty(request.shape)
-        text, negative = embeddings(self.text_encoder, inputs, request, progress)
+        text, negative = embeddings(self.text_encoder, request, progress)
         text, negative = text.to(like), None if negative is None else negative.to(like)
-        if inputs.video is not None:
-            raw = encoded(self.vae, inputs.video, generator, progress, tiling)
-            latents = noisy_video(raw, self.vae, request, solver, timesteps, generator, like)
-            return Conditioning(text, negative), State(latents)
         image = None
-        if inputs.image is not None:
-            raw = encoded(self.vae, inputs.image[:, None], generator, progress, tiling)
+        if request.mode != "text":
+            source = request.image[:, None] if request.mode == "image" else request.video
+            raw = encoded(self.vae, source, generator, progress, request.tiling)
+            if request.mode == "video":
+                latents = noisy_video(raw, self.vae, request, solver, timesteps, generator, like)
+                return Conditioning(text, negative), State(latents)
             image = image_condition(raw, self.vae, request, like)
-        latents = (
-            randn_tensor(like, generator) if inputs.latents is None else inputs.latents.to(like)
-        )
+        if request.latents is None:
+            latents = randn_tensor(like, generator)
+        else:
+            latents = request.latents.to(like)
         return Conditioning(text, negative, image), State(latents)
 
-    def _record(self, request: Request, inputs: Inputs, generator: Generators) -> Record:
-        """All that must be the same for a file of latents to be gone on with."""
+    def _record(self, request: Request, generator: Generators) -> Record:
+        """Everything that must be the same when a file of latents is resumed."""
         adapters = self._adapters_of_transformer()
         weights = None if adapters is None else adapters.weights()
         seeds = [one.initial_seed() for one in each(generator)]
         return {
-            **saving.record_of(request, inputs),
+            **resume.record_of(request),
             **record_of_model("transformer", self.transformer, weights),
             "lora": None if adapters is None else adapters.record(),
             **record_of_model("vae", self.vae),
@@ -514,15 +426,16 @@ class CogVideoX:
             "seed": seeds[0] if len(seeds) == 1 else seeds,
         }
 
-    def _resumed(
-        self, path: PathLike, record: Record, seed: int | None, generator: Generators
-    ) -> Saved:
-        """What a file holds, on the transformer's device, and the random numbers as they were."""
-        saved = saving.read(path)
+    def _resume(self, request: Request, record: Record, generator: Generators) -> Saved:
+        """Read a file to the transformer's device, and restore the generators."""
+        assert request.resume is not None
+        saved = resume.read(request.resume)
         wanted = {
-            name: value for name, value in record.items() if seed is not None or name != "seed"
+            name: value
+            for name, value in record.items()
+            if request.seed is not None or name != "seed"
         }
-        check_record(path, saved.record, wanted)
+        check_record(request.resume, saved.record, wanted)
         if saved.generator_states is not None:
             states = saved.generator_states.view(len(each(generator)), -1)
             for one, state in zip(each(generator), states, strict=True):
@@ -552,7 +465,7 @@ class CogVideoX:
             warnings.warn(
                 "the models of 5 billion parameters are trained in bfloat16, and in float16 they "
                 "overflow: a black video, or NaN; load them with dtype=torch.bfloat16",
-                stacklevel=5,
+                stacklevel=4,
             )
 
 
@@ -572,7 +485,7 @@ def _warn_of_range(sources: dict[str, Any]) -> None:
             warnings.warn(
                 f"{name} has no value below 0, as if it were in [0, 1], and would come out pale "
                 f"and gray: values are in [-1, 1], which 2 * {name} - 1 makes of [0, 1]",
-                stacklevel=5,
+                stacklevel=4,
             )
 
 

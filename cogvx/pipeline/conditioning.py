@@ -1,4 +1,4 @@
-"""Text, image and video as the tensors that the transformer takes, and latents as a video."""
+"""Build conditioning tensors from text, image and video; decode latents."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,27 +10,27 @@ from ..schedulers import Generators, Solver, TimestepSchedule, randn_tensor
 from ..text import TextEncoder
 from ..vae import CausalVAE, Tiling
 from .denoise import each
-from .params import Inputs, Request, check_finite
+from .params import Request, check_finite
 
 Progress = Callable[[str, int, int], None]
 
 
 def embeddings(
-    text_encoder: TextEncoder | None, inputs: Inputs, request: Request, progress: Progress
+    text_encoder: TextEncoder | None, request: Request, progress: Progress
 ) -> tuple[Tensor, Tensor | None]:
-    """Embeddings of the prompts, and of the negative ones if there is guidance.
+    """Embeddings of the prompts and, with guidance, of the negative prompts.
 
-    Both (batch, text_len, dim). With uncond="zeros" the negative ones are zeros, as SAT trains and
-    samples; with "prompt" they are those of the negative prompt, by default of no words, as in
-    diffusers. Each text is encoded once.
+    Both (batch, text_len, dim). With uncond="zeros" the negative ones are zeros, as in SAT; with
+    "prompt" they are those of the negative prompt, by default "", as in diffusers. Each distinct
+    text is encoded once.
     """
-    text, negative = inputs.prompt_embeds, inputs.negative_prompt_embeds
+    text, negative = request.prompt_embeds, request.negative_prompt_embeds
     total = (text is None) + (request.guided and request.uncond == "prompt" and negative is None)
     done = 0
     if total:
         progress("text", done, total)
     if text is None:
-        text = _encode(text_encoder, inputs.prompts, request)
+        text = _encode(text_encoder, request.prompts, request)
         done += 1
         progress("text", done, total)
     if not request.guided:
@@ -38,7 +38,7 @@ def embeddings(
     if request.uncond == "zeros":
         return text, torch.zeros_like(text)
     if negative is None:
-        words = inputs.negative_prompt
+        words = request.negative_prompt
         texts = [words] if isinstance(words, str) else list(words)
         negative = _encode(text_encoder, texts, request).expand(request.batch, -1, -1)
         progress("text", done + 1, total)
@@ -66,19 +66,19 @@ def encoded(
     progress: Progress,
     tiling: Tiling | None = None,
 ) -> Tensor:
-    """Raw latents of (batch, frames, channels, height, width), drawn from what the VAE says.
+    """Unscaled latents of (batch, frames, channels, height, width), sampled from the posterior.
 
-    One item after another, each with its own draw, as diffusers does and as memory likes it. Of
-    several generators each draws for its item, or all for the same one.
+    One item after another, as in diffusers and to save memory, each with its own noise. Of several
+    generators each draws for its item, or all for the same one.
     """
     weight = next(vae.parameters())
     latents = []
     generators = each(generator)
     for index, item in enumerate(torch.split(video.to(weight), 1)):
         chunks = partial(_item_progress, progress, index, len(video))
-        found = vae.encode(item, tiling=tiling, progress=chunks)
-        draws = generators if len(video) == 1 else [generators[index % len(generators)]]
-        latents += [found.sample(draw) for draw in draws]
+        posterior = vae.encode(item, tiling=tiling, progress=chunks)
+        own = generators if len(video) == 1 else [generators[index % len(generators)]]
+        latents += [posterior.sample(one) for one in own]
     raw = torch.cat(latents)
     check_finite(raw, "the VAE's encoder")
     return raw
@@ -94,29 +94,29 @@ def decode(
     tiling: Tiling | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """The video of scaled latents without padding, float32 and clamped to [-1, 1].
+    """Decode scaled latents without padding to a video, float32, clamped to [-1, 1].
 
     latents   (batch, frames, channels, height, width), any device and dtype
-    progress  called with "decode", the chunks that are done, and how many there are
+    progress  called with "decode", the number of chunks done, and their total
 
     Raises FloatingPointError if the VAE gives NaN or infinity.
     """
     weight = next(vae.parameters())
-    tell = None if progress is None else partial(progress, "decode")
+    chunks = None if progress is None else partial(progress, "decode")
     raw = (1 / vae.config.scaling_factor) * latents.to(weight)
     with torch.no_grad():
-        video = vae.decode(raw, tiling=tiling, progress=tell)
+        video = vae.decode(raw, tiling=tiling, progress=chunks)
     check_finite(video, "decode")
     return video.float().clamp_(-1, 1)
 
 
 def image_condition(raw: Tensor, vae: CausalVAE, request: Request, like: Tensor) -> Tensor:
-    """What goes beside the noisy latents of image-to-video: the image's latents, then zeros.
+    """Condition channels of image-to-video: the image's latents, then zeros.
 
-    CogVideoX1.5 (a VAE with `invert_scale_latents`) has three opinions about their scale:
-    "diffusers" divides by the scaling factor, "sat" leaves them raw, "train" multiplies, as both
-    training programs did. 1.0 multiplies everywhere. With padding, the image lies on the padding,
-    which is dropped in the end. Source: fact sheet section 6.3.
+    For CogVideoX1.5 (a VAE with `invert_scale_latents`) three scales are in use: "diffusers"
+    divides by the scaling factor, "sat" leaves the latents as they are, "train" multiplies, as both
+    training programs did. 1.0 always multiplies. With padding, the image is in the first padding
+    frame, which is dropped in the end. Source: `docs/model.md`, section 6.3.
 
     raw      (1 or batch, 1, channels, height, width)
     returns  of request.shape, dtype and device of `like`
@@ -134,14 +134,14 @@ def noisy_video(
     vae: CausalVAE,
     request: Request,
     solver: Solver,
-    steps: TimestepSchedule,
+    timesteps: TimestepSchedule,
     generator: Generators,
     like: Tensor,
 ) -> Tensor:
-    """Where video-to-video begins: the video's latents, as noisy as the first of the steps is.
+    """Initial latents of video-to-video: the video's, noised to the first timestep.
 
-    Padding repeats the first latent, as in the training of CogVideoX1.5. (diffusers refuses what
-    would need any.) The scale multiplies in every model. Source: fact sheet section 6.4.
+    Padding repeats the first latent, as in the training of CogVideoX1.5. (diffusers refuses clips
+    that need padding.) The scale multiplies in every model. Source: `docs/model.md`, section 6.4.
 
     raw      (1 or batch, frames without padding, channels, height, width)
     returns  of request.shape, dtype and device of `like`
@@ -150,4 +150,4 @@ def noisy_video(
     padding = latents[:, :1].expand(-1, request.padding, -1, -1, -1)
     latents = torch.cat([padding, latents], 1).expand(request.shape)
     noise = randn_tensor(latents, generator)
-    return solver.schedule.add_noise(latents, noise, steps.timesteps[0])
+    return solver.schedule.add_noise(latents, noise, timesteps.timesteps[0])

@@ -1,7 +1,7 @@
-"""The loop from noise to latents: predict, guide, step."""
+"""Denoising loop: predict, guide, step."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,19 +12,17 @@ from ..threads import suited_threads
 from ..transformer import STEPS_AHEAD, ExpertTransformer, Modulations, ProjectedText
 from .params import Request, check_finite
 
-OFS = 2.0  # the only one that CogVideoX1.5-5B-I2V was trained with
-
-Callback = Callable[[int, int, Tensor], Tensor | None]
+OFS = 2.0  # the only value that CogVideoX1.5-5B-I2V was trained with
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What every prediction is told.
+    """Conditioning of every step.
 
     text      embeddings of the prompts, (batch, text_len, dim)
-    negative  of what to stay away from, the same shape; None without guidance
-    image     latents of the first frame and zeros after it, as the noisy latents but for noise;
-              None in a model that takes no image
+    negative  of the negative prompts, the same shape; None without guidance
+    image     latents of the first frame, then zeros, of the shape of the noisy latents; None if the
+              model takes no image
     """
 
     text: Tensor
@@ -34,7 +32,7 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class State:
-    """Where a run is: latents after `done` steps, and the solver's memory of the last of them."""
+    """State after `done` steps: latents, and the solver's previous x0."""
 
     latents: Tensor
     prev_x0: Tensor | None = None
@@ -44,36 +42,34 @@ class State:
 def denoise(
     transformer: ExpertTransformer,
     solver: Solver,
-    steps: TimestepSchedule,
+    timesteps: TimestepSchedule,
     state: State,
     conditioning: Conditioning,
     request: Request,
     generator: Generators,
-    callback: Callback | None = None,
 ) -> Iterator[State]:
-    """Yields the state after each step that is left, until all are done.
+    """Yield the state after each remaining step.
 
-    What depends on the text alone is computed once, and what depends on the time alone for
-    `STEPS_AHEAD` steps at a time.
+    Text projections are computed once, modulations for `STEPS_AHEAD` steps at a time.
 
-    callback  called with the number of the step, from 0, its timestep and the latents after it;
-              what it returns, unless None, takes their place
+    `request.callback` is called with the index of the step, from 0, its timestep and the latents
+    after it; a result other than None replaces them.
 
-    Raises FloatingPointError, naming the step, as soon as latents are not finite. (To know it, each
-    step waits for the device; that is what a progress bar is about, too.)
+    Raises FloatingPointError, naming the step, as soon as latents are not finite. (This waits for
+    the device at each step, as a progress bar needs it, too.)
     """
     latents, prev_x0 = state.latents, state.prev_x0
     texts = prepare_text(transformer, conditioning, request.cfg == "batch")
-    for index, modulations in iter_modulations(transformer, steps, state.done):
-        timestep = steps.timesteps[index]
+    for index, modulations in iter_modulations(transformer, timesteps, state.done):
+        timestep = timesteps.timesteps[index]
         guidance = request.guidance
         if request.dynamic_guidance:
-            guidance = dynamic_guidance(guidance, timestep, len(steps))
+            guidance = dynamic_guidance(guidance, timestep, len(timesteps))
         v = predict(transformer, latents, conditioning.image, texts, modulations, guidance)
-        latents, prev_x0 = solver.step(latents, v, index, steps, prev_x0, generator)
-        check_finite(latents, f"step {index + 1} of {len(steps)}, timestep {timestep},")
-        if callback is not None:
-            changed = callback(index, timestep, latents)
+        latents, prev_x0 = solver.step(latents, v, index, timesteps, prev_x0, generator)
+        check_finite(latents, f"step {index + 1} of {len(timesteps)}, timestep {timestep},")
+        if request.callback is not None:
+            changed = request.callback(index, timestep, latents)
             latents = latents if changed is None else changed.to(latents)
         yield State(latents, prev_x0, index + 1)
 
@@ -81,10 +77,9 @@ def denoise(
 def prepare_text(
     transformer: ExpertTransformer, conditioning: Conditioning, together: bool
 ) -> list[ProjectedText]:
-    """The texts of every prediction of a step, in the order in which the transformer is asked.
+    """Projected texts of each forward of a step, the negative ones first.
 
-    together  the negative text and the text in one batch, the negative half first; else one after
-              the other, in half the memory
+    together  one batch, the negative half first; else one after the other, in half the memory
     """
     if conditioning.negative is None:
         texts = [conditioning.text]
@@ -96,16 +91,16 @@ def prepare_text(
 
 
 def iter_modulations(
-    transformer: ExpertTransformer, steps: TimestepSchedule, done: int
+    transformer: ExpertTransformer, timesteps: TimestepSchedule, done: int
 ) -> Iterator[tuple[int, Modulations]]:
-    """The number of each step that is left, and its modulations.
+    """Index and modulations of each remaining step.
 
-    They are made for the same runs of steps wherever a generation is gone on with, because a
-    product's bits may depend on how many rows it has.
+    Computed for the same runs of steps wherever a generation is resumed, because the bits of a
+    matrix product may depend on its number of rows.
     """
     ofs = None if transformer.config.ofs_embed_dim is None else torch.tensor(OFS)
-    for first in range(done - done % STEPS_AHEAD, len(steps), STEPS_AHEAD):
-        run = steps.timesteps[first : first + STEPS_AHEAD]
+    for first in range(done - done % STEPS_AHEAD, len(timesteps), STEPS_AHEAD):
+        run = timesteps.timesteps[first : first + STEPS_AHEAD]
         ahead = transformer.modulations(torch.tensor(run), ofs)
         for index in range(max(first, done), first + len(run)):
             yield index, ahead.at(index - first)
@@ -119,36 +114,35 @@ def predict(
     modulations: Modulations,
     guidance: float,
 ) -> Tensor:
-    """v at a step, in float32: without - and away from - the negative text, with the text.
+    """Predict v at a step, with guidance, in float32.
 
-    v = v_negative + guidance·(v_text - v_negative). Where the texts (`told`) have no negative one,
-    v_text.
+    v_negative + guidance·(v_text - v_negative), or v_text without a negative text.
     """
     if image is not None:
         latents = torch.cat([latents, image], 2)
 
-    def ask(latents: Tensor, text: ProjectedText) -> Tensor:
+    def forward(latents: Tensor, text: ProjectedText) -> Tensor:
         with suited_threads(_values(transformer, latents, text), latents.device):
             v: Tensor = transformer(latents, text, modulations=modulations)
         return v.float()
 
     if len(texts) == 2:
-        away, towards = (ask(latents, text) for text in texts)
+        negative, positive = (forward(latents, text) for text in texts)
     elif len(texts[0].tokens) == len(latents):
-        return ask(latents, texts[0])
+        return forward(latents, texts[0])
     else:
-        away, towards = ask(torch.cat([latents, latents]), texts[0]).chunk(2)
-    return away + guidance * (towards - away)
+        negative, positive = forward(torch.cat([latents, latents]), texts[0]).chunk(2)
+    return negative + guidance * (positive - negative)
 
 
 def _values(transformer: ExpertTransformer, latents: Tensor, text: ProjectedText) -> int:
-    """Values of the joint sequence of a prediction."""
+    """Number of values of the joint sequence."""
     patches = latents.numel() // latents.shape[2] // math.prod(transformer.patch)
     return text.tokens.numel() + patches * transformer.config.hidden_size
 
 
 def make_generator(seed: int | None, generator: Generators | None, batch: int) -> Generators:
-    """The caller's; or one of the seed, on the CPU; or of a seed that torch itself draws."""
+    """The caller's generator; or a CPU one with the seed, or a seed that torch draws."""
     if generator is not None:
         if seed is not None:
             raise ValueError("CogVideoX.generate: seed must be None beside a generator; got both")
@@ -174,5 +168,5 @@ def make_generator(seed: int | None, generator: Generators | None, batch: int) -
 
 
 def each(generator: Generators) -> list[torch.Generator]:
-    """One generator, or all of several, as a list."""
+    """Generators as a list."""
     return [generator] if isinstance(generator, torch.Generator) else list(generator)

@@ -1,8 +1,8 @@
-"""The arguments of a generation, checked before anything is computed.
+"""Validation of a generation's options.
 
-`resolve` turns the arguments of `CogVideoX.generate` and the configs of its models into a
-`Request`, where every default has become a number, or raises with the argument's name. It needs no
-weights, so that what cannot be is refused before they are read.
+`resolve` turns options and the configs of the models into a `Request`, in which every default is
+replaced by a value, or raises with the argument's name. It needs no weights, so that errors come
+before they are read.
 """
 
 import math
@@ -17,83 +17,32 @@ from torch import Tensor
 
 from .. import frames
 from ..config import TransformerConfig, VAEConfig
-from ..schedulers import SOLVERS
-from ..vae import Tiling
+from ..generation import CHOICES, GenerationParams
 
 WHERE = "CogVideoX.generate"
-CHOICES: dict[str, tuple[str, ...]] = {
-    "scheduler": tuple(SOLVERS),
-    "cfg": ("batch", "two_pass"),
-    "uncond": ("prompt", "zeros"),
-    "image_latent_scale": ("diffusers", "sat", "train"),
-    "output": ("video", "latents"),
-}
 # What the converter writes into 1.5's config is the bound of a table, not a size to generate.
 TABLE_BOUND, SIZE_OF_1_5 = (300, 300), (96, 170)
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Texts and tensors that a generation starts from, as the caller gave them."""
-
-    prompt: str | Sequence[str] | None = None
-    negative_prompt: str | Sequence[str] = ""
-    image: Tensor | None = None
-    video: Tensor | None = None
-    prompt_embeds: Tensor | None = None
-    negative_prompt_embeds: Tensor | None = None
-    latents: Tensor | None = None
-
-    @property
-    def prompts(self) -> list[str]:
-        return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt or ())
-
-    def repeated(self, count: int) -> "Inputs":
-        """Everything of each prompt so many times, one after another; latents are all there."""
-        count = _integer("num_videos_per_prompt", count)
-        if count < 1:
-            raise _wrong("num_videos_per_prompt", "at least 1", f"{count}")
-        if count == 1:
-            return self
-        found: dict[str, Any] = {}
-        for name, value in vars(self).items():
-            if name == "prompt":
-                found[name] = [text for text in self.prompts for _ in range(count)] or None
-            elif name == "negative_prompt" and not isinstance(value, str):
-                found[name] = [text for text in value for _ in range(count)]
-            elif name != "latents" and isinstance(value, Tensor) and value.dim():
-                alone = len(value) == 1 and name in ("image", "video")
-                found[name] = value if alone else value.repeat_interleave(count, 0)
-        return replace(self, **found)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """Everything that decides a video besides `Inputs`, the models and the random numbers.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request(GenerationParams):
+    """Checked options, every default replaced by a value.
 
     mode     "text", "image" or "video": what the video is made from
-    frames   of the video; height and width in pixels
     shape    of the latents that are denoised: (batch, frames, channels, height, width)
     padding  latent frames at the front that CogVideoX 1.5 needs to make their number a multiple of
              its patch; they are denoised with the others and dropped before they are decoded
     """
 
-    mode: str
-    frames: int
+    negative_prompt: str | Sequence[str]
+    num_frames: int
     height: int
     width: int
+    solver: str
+    text_length: int
+    mode: str
     shape: tuple[int, int, int, int, int]
     padding: int
-    text_length: int
-    scheduler: str
-    compat: bool
-    steps: int
-    strength: float
-    guidance: float
-    dynamic_guidance: bool
-    cfg: str
-    uncond: str
-    image_latent_scale: str
 
     @property
     def batch(self) -> int:
@@ -101,73 +50,50 @@ class Request:
 
     @property
     def guided(self) -> bool:
-        """Whether there are two predictions, with and without the text, to tell apart."""
+        """Whether there is classifier-free guidance: two predictions a step."""
         return self.guidance > 1
 
 
 def resolve(
     transformer: TransformerConfig,
     vae: VAEConfig,
-    inputs: Inputs,
-    *,
-    num_frames: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    text_length: int | None = None,
-    steps: int = 50,
-    strength: float = 0.8,
-    guidance: float = 6.0,
-    scheduler: str = "ddim",
-    compat: bool = False,
-    dynamic_guidance: bool = False,
-    cfg: str = "batch",
-    uncond: str = "prompt",
-    image_latent_scale: str = "diffusers",
-    output: str = "video",
-    tiling: Tiling | None = None,
+    params: GenerationParams,
+    default_solver: str = "ddim",
     num_train_timesteps: int = 1000,
 ) -> Request:
-    """The request that the arguments of `generate` make.
+    """Check options; image and video are tensors already.
 
     Raises ValueError or TypeError, naming the argument, what was wanted and what came.
     """
-    chosen = {
-        "scheduler": scheduler,
-        "cfg": cfg,
-        "uncond": uncond,
-        "image_latent_scale": image_latent_scale,
-        "output": output,
-    }
-    for name, choice in chosen.items():
-        if choice not in CHOICES[name]:
-            raise _wrong(name, f"one of {', '.join(CHOICES[name])}", repr(choice))
+    params = _repeated(replace(params, negative_prompt=params.negative_prompt or ""))
+    solver = default_solver if params.solver is None else params.solver
+    for name, choices in CHOICES.items():
+        choice = solver if name == "solver" else getattr(params, name)
+        if choice not in choices:
+            raise _wrong(name, f"one of {', '.join(choices)}", repr(choice))
     num_frames, height, width, text_length = (
         size if size is None else _integer(name, size)
-        for name, size in (
-            ("num_frames", num_frames),
-            ("height", height),
-            ("width", width),
-            ("text_length", text_length),
-        )
+        for name in ("num_frames", "height", "width", "text_length")
+        for size in [getattr(params, name)]
     )
-    steps = _integer("steps", steps)
-    guidance, strength = _number("guidance", guidance), _number("strength", strength)
-    mode = _mode(transformer, inputs)
+    steps = _integer("steps", params.steps)
+    guidance, strength = (_number(name, getattr(params, name)) for name in ("guidance", "strength"))
+    mode = _mode(transformer, params)
     strength = strength if mode == "video" else 1.0
     _check_steps(steps, strength, num_train_timesteps)
-    if tiling is not None:
-        tiling.check(WHERE, vae.spatial_compression_ratio)
-    batch = _batch(inputs, guidance > 1, uncond)
-    source = {"image": inputs.image, "video": inputs.video}.get(mode)
+    if params.tiling is not None:
+        params.tiling.check(WHERE, vae.spatial_compression_ratio)
+    batch = _batch(params, guidance > 1)
+    source = {"image": params.image, "video": params.video}.get(mode)
     if source is not None:
         height, width = _like_source(mode, source, batch, vae, height, width)
-    if inputs.video is not None:
-        num_frames = _agreed("num_frames", num_frames, inputs.video.shape[1], "the video's")
+    if mode == "video":
+        num_frames = _agreed("num_frames", num_frames, params.video.shape[1], "the video's")
     ratio, usual = vae.spatial_compression_ratio, default_size(transformer, vae)
     height = usual[0] if height is None else height
     width = usual[1] if width is None else width
     num_frames = transformer.sample_frames if num_frames is None else num_frames
-    frames.check(WHERE, "num_frames" if inputs.video is None else "video", num_frames, vae)
+    frames.check(WHERE, "video" if mode == "video" else "num_frames", num_frames, vae)
     of = None if source is None else mode
     frames.check_size(WHERE, of, height, width, ratio * transformer.patch_size)
     if transformer.use_learned_positional_embeddings and (height, width) != usual:
@@ -175,31 +101,44 @@ def resolve(
         raise _wrong("height and width", only, f"{height}x{width}")
     length = frames.latent_frames(num_frames, vae)
     padding = -length % (transformer.patch_size_t or 1)
-    channels = transformer.out_channels
-    request = Request(
-        mode=mode,
-        frames=num_frames,
-        height=height,
-        width=width,
-        shape=(batch, length + padding, channels, height // ratio, width // ratio),
-        padding=padding,
-        text_length=_text_length(transformer, text_length, inputs.prompt_embeds),
-        strength=strength,
-        steps=steps,
-        guidance=guidance,
-        dynamic_guidance=dynamic_guidance,
-        scheduler=scheduler,
-        compat=compat,
-        cfg=cfg,
-        uncond=uncond,
-        image_latent_scale=image_latent_scale,
-    )
-    _check_tensors(transformer, inputs, request)
+    resolved: dict[str, Any] = {
+        **vars(params),
+        "num_frames": num_frames,
+        "height": height,
+        "width": width,
+        "solver": solver,
+        "text_length": _text_length(transformer, text_length, params.prompt_embeds),
+        "strength": strength,
+        "steps": steps,
+        "guidance": guidance,
+    }
+    latents = (length + padding, transformer.out_channels, height // ratio, width // ratio)
+    request = Request(**resolved, mode=mode, shape=(batch, *latents), padding=padding)
+    _check_tensors(transformer, request)
     return request
 
 
+def _repeated(params: GenerationParams) -> GenerationParams:
+    """Repeat what belongs to a prompt `num_videos_per_prompt` times; latents are of all videos."""
+    count = _integer("num_videos_per_prompt", params.num_videos_per_prompt)
+    if count < 1:
+        raise _wrong("num_videos_per_prompt", "at least 1", f"{count}")
+    if count == 1:
+        return params
+    changed: dict[str, Any] = {"num_videos_per_prompt": 1}
+    changed["prompt"] = [text for text in params.prompts for _ in range(count)] or None
+    if params.negative_prompt is not None and not isinstance(params.negative_prompt, str):
+        changed["negative_prompt"] = [t for t in params.negative_prompt for _ in range(count)]
+    for name in ("image", "video", "prompt_embeds", "negative_prompt_embeds"):
+        value = getattr(params, name)
+        if isinstance(value, Tensor) and value.dim():
+            shared = len(value) == 1 and name in ("image", "video")
+            changed[name] = value if shared else value.repeat_interleave(count, 0)
+    return replace(params, **changed)
+
+
 def default_size(transformer: TransformerConfig, vae: VAEConfig) -> tuple[int, int]:
-    """(height, width) in pixels of a video that nobody said the size of."""
+    """Default (height, width) of a model's videos, in pixels."""
     height, width = transformer.sample_height, transformer.sample_width
     if (height, width) == TABLE_BOUND:
         height, width = SIZE_OF_1_5
@@ -236,17 +175,16 @@ def _check_steps(steps: int, strength: float, most: int) -> None:
 
 
 def default_dtype(config: TransformerConfig, device: str | torch.device = "cuda") -> torch.dtype:
-    """The dtype that a model was published to run in: float16 for 2B, bfloat16 for 5B and 1.5 (and
-    whatever is trained anew), float32 on a CPU."""
+    """Default dtype of a model: float16 for 2B, bfloat16 for all others, float32 on a CPU."""
     if torch.device(device).type == "cpu":
         return torch.float32
     return torch.bfloat16 if config.use_rotary_positional_embeddings else torch.float16
 
 
-def _mode(transformer: TransformerConfig, inputs: Inputs) -> str:
-    if inputs.image is not None and inputs.video is not None:
+def _mode(transformer: TransformerConfig, params: GenerationParams) -> str:
+    if params.image is not None and params.video is not None:
         raise _wrong("image", "None where a video is given", "both")
-    mode = "image" if inputs.image is not None else "video" if inputs.video is not None else "text"
+    mode = "image" if params.image is not None else "video" if params.video is not None else "text"
     takes_image = transformer.in_channels == 2 * transformer.out_channels
     if takes_image != (mode == "image"):
         kind = "an image-to-video" if takes_image else "a text- and video-to-video"
@@ -259,27 +197,28 @@ def _mode(transformer: TransformerConfig, inputs: Inputs) -> str:
     return mode
 
 
-def _batch(inputs: Inputs, guided: bool, uncond: str) -> int:
-    texts = (inputs.prompt, inputs.negative_prompt)
+def _batch(params: GenerationParams, guided: bool) -> int:
+    texts = (params.prompt, params.negative_prompt)
     for name, text in zip(("prompt", "negative_prompt"), texts, strict=True):
         words = [text] if isinstance(text, str) or text is None else list(text)
         if any(not isinstance(word, str) for word in words if word is not None):
             raise TypeError(f"{WHERE}: {name} must be text or a list of texts; got {text!r:.80}")
-    if (inputs.prompt is None) == (inputs.prompt_embeds is None):
-        came = "neither" if inputs.prompt is None else "both"
+    if (params.prompt is None) == (params.prompt_embeds is None):
+        came = "neither" if params.prompt is None else "both"
         raise _wrong("prompt", "given, or else prompt_embeds", came)
-    if inputs.prompt_embeds is not None:
-        batch = len(inputs.prompt_embeds)
+    if params.prompt_embeds is not None:
+        batch = len(params.prompt_embeds)
     else:
-        batch = len(inputs.prompts)
+        batch = len(params.prompts)
     if batch < 1:
         raise _wrong("prompt", "at least one text", "none")
-    negative = inputs.negative_prompt
+    negative = params.negative_prompt
     if not isinstance(negative, str) and len(negative) != batch:
         raise _wrong("negative_prompt", f"one text, or {batch} as prompts", f"{len(negative)}")
-    if inputs.negative_prompt_embeds is not None and negative:
+    if params.negative_prompt_embeds is not None and negative:
         raise _wrong("negative_prompt", "empty where negative_prompt_embeds are given", "both")
-    if guided and uncond == "zeros" and (negative or inputs.negative_prompt_embeds is not None):
+    some = negative or params.negative_prompt_embeds is not None
+    if guided and params.uncond == "zeros" and some:
         raise _wrong("negative_prompt", 'empty with uncond="zeros", which has no words', "one")
     return batch
 
@@ -287,7 +226,7 @@ def _batch(inputs: Inputs, guided: bool, uncond: str) -> int:
 def _like_source(
     mode: str, source: Tensor, batch: int, vae: VAEConfig, height: int | None, width: int | None
 ) -> tuple[int, int]:
-    """The size of the image or video, which must agree with what else was said."""
+    """Check the image or video; returns its (height, width)."""
     dims = {"image": "(batch, {}, height, width)", "video": "(batch, frames, {}, height, width)"}
     wanted = f"a tensor {dims[mode].format(vae.in_channels)} in [-1, 1]"
     if not isinstance(source, Tensor) or not source.is_floating_point():
@@ -310,20 +249,20 @@ def _like_source(
     )
 
 
-def _agreed(name: str, said: int | None, has: int, whose: str) -> int:
-    if said not in (None, has):
-        raise _wrong(name, f"{whose}, {has} (resize it first), or None", f"{said}")
-    return has
+def _agreed(name: str, given: int | None, actual: int, whose: str) -> int:
+    if given not in (None, actual):
+        raise _wrong(name, f"{whose}, {actual} (resize it first), or None", f"{given}")
+    return actual
 
 
-def _text_length(transformer: TransformerConfig, said: int | None, embeds: Tensor | None) -> int:
+def _text_length(transformer: TransformerConfig, given: int | None, embeds: Tensor | None) -> int:
     longest = transformer.max_text_seq_length
     added = (
         transformer.use_learned_positional_embeddings
         or not transformer.use_rotary_positional_embeddings
     )
     usual = longest if embeds is None else embeds.shape[1]
-    length = usual if said is None else said
+    length = usual if given is None else given
     if length < 1:
         raise _wrong("text_length", "at least 1", f"{length}")
     if added and length != longest:
@@ -333,13 +272,13 @@ def _text_length(transformer: TransformerConfig, said: int | None, embeds: Tenso
     return length
 
 
-def _check_tensors(transformer: TransformerConfig, inputs: Inputs, request: Request) -> None:
+def _check_tensors(transformer: TransformerConfig, request: Request) -> None:
     embeds = (request.batch, request.text_length, transformer.text_embed_dim)
     for name in ("prompt_embeds", "negative_prompt_embeds"):
-        value = getattr(inputs, name)
+        value = getattr(request, name)
         if value is not None and tuple(value.shape) != embeds:
             raise _wrong(name, f"(batch, text_len, text_embed_dim) = {embeds}", _came(value))
-    latents = inputs.latents
+    latents = request.latents
     if latents is not None and request.mode == "video":
         raise _wrong("latents", "None where a video is given, which they come from", "both")
     if latents is not None and tuple(latents.shape) != request.shape:
@@ -361,7 +300,7 @@ def _came(value: object) -> str:
 
 
 def check_finite(tensor: Tensor, stage: str) -> None:
-    """Raises FloatingPointError that names the stage if a value is NaN or infinite."""
+    """Raises FloatingPointError, naming the stage, if a value is NaN or infinite."""
     low, high = tensor.aminmax()  # NaN is the least and the most; no copy is made
     if not (math.isfinite(low) and math.isfinite(high)):
         dtype = str(tensor.dtype).removeprefix("torch.")

@@ -80,5 +80,5 @@ def _warn_of_shape(name: str, height: int, width: int, wanted: int, wanted_width
         warnings.warn(
             f"{name} of {height}x{width} is stretched to {wanted}x{wanted_width}, which has "
             "another shape; crop it first, or give height and width like it",
-            stacklevel=7,
+            stacklevel=6,
         )

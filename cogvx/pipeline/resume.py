@@ -8,7 +8,7 @@ options; a file is only used if the record agrees.
 
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,9 +21,14 @@ from ..files import CheckpointError, check_writable, parse_json
 from ..vae import CausalVAE, Tiling
 from .conditioning import Progress, decode
 from .denoise import Conditioning, State
-from .params import Inputs, Request
+from .params import Request
 
 FORMAT = "cogvx latents 1"
+# Options that may differ when a run is resumed. (The generators are recorded apart.)
+NOT_RECORDED = {
+    "seed", "generator", "num_videos_per_prompt", "tiling", "output", "callback", "progress",
+    "save_latents", "checkpoint_every", "resume",
+}  # fmt: skip
 
 PathLike = str | os.PathLike[str]
 T = TypeVar("T", State, Conditioning)
@@ -148,8 +153,8 @@ def check_saving(save_latents: PathLike | None, checkpoint_every: int | None) ->
             ) from error
 
 
-def record_of(request: Request, inputs: Inputs) -> Record:
-    """Record of the options, as JSON values; tensors as hashes."""
-    given = {**vars(inputs), "prompt": inputs.prompts}
-    hashes = {name: fingerprint(v) for name, v in given.items() if isinstance(v, Tensor)}
-    return to_json({**asdict(request), **given, **hashes})
+def record_of(request: Request) -> Record:
+    """Record of the options that decide the video; tensors as hashes."""
+    options = {name: value for name, value in vars(request).items() if name not in NOT_RECORDED}
+    hashes = {name: fingerprint(v) for name, v in options.items() if isinstance(v, Tensor)}
+    return to_json({**options, "prompt": request.prompts, **hashes})

@@ -201,7 +201,7 @@ def test_generate(capsys, here, model):
 
 def test_generate_from_a_video(capsys, here, model):
     said = facts(capsys, "generate", "--model", model, *GENERATE, "--video", BIKES, "--frames", 9,
-                 "--cfg", "two_pass", "--scheduler", "dpm", "--fps", 8,
+                 "--cfg", "two_pass", "--solver", "dpm", "--fps", 8,
                  "--out", "a.gif")  # fmt: skip
     assert said["frames"] == probe("a.gif").frames == 9
 

@@ -12,7 +12,7 @@ from cogvx.cli import arguments
 from cogvx.cli.parser import FAMILY, make
 from cogvx.config import TransformerConfig, unknown_key
 from cogvx.data import scoring
-from cogvx.pipeline.params import CHOICES
+from cogvx.generation import CHOICES
 from cogvx.schedulers import SOLVERS
 from cogvx.training import STAGES
 from cogvx.vae import Tiling
@@ -31,9 +31,7 @@ def said(capsys, *words):
 def test_constants_are_the_librarys():
     """The parser imports no torch, so that it cannot import these."""
     assert arguments.BACKENDS == BACKENDS
-    assert arguments.CFG == CHOICES["cfg"]
-    assert arguments.IMAGE_LATENT_SCALES == CHOICES["image_latent_scale"]
-    assert arguments.SCHEDULERS == tuple(sorted(SOLVERS))
+    assert CHOICES["solver"] == tuple(sorted(SOLVERS))
     assert arguments.STAGES == STAGES
     assert arguments.FPS_LIMIT == RATES[1]
     assert arguments.TILE == (Tiling().height, Tiling().width)
@@ -51,6 +49,9 @@ def test_help_explains_every_option(name):
     """A sentence for each, its default where it has one, and an example that parses."""
     parser = COMMANDS[name]
     for action in parser._actions:
+        if action.help == argparse.SUPPRESS:  # an old name
+            assert isinstance(action, arguments.Deprecated)
+            continue
         assert action.help, action.dest
         takes_value = action.option_strings and action.nargs != 0
         if takes_value and not action.required and action.dest not in FAMILY:
@@ -137,6 +138,12 @@ def test_short_names_of_dtypes(text, dtype):
     assert arguments.DTYPES[options.dtype] == dtype
 
 
+def test_old_names_of_options(capsys):
+    words = ["generate", "--model", "m", "--prompt", "x", "--out", "a.mp4", "--scheduler", "dpm"]
+    assert make().parse_args(words).solver == "dpm"
+    assert "--scheduler is deprecated; use --solver" in capsys.readouterr().err
+
+
 def completed(script, *words):
     """What bash suggests for the last word."""
     line = " ".join(f"'{word}'" for word in words)
@@ -151,8 +158,9 @@ def test_completion(capsys):
     assert status == 0
     assert completed(script, "cogvx", "re") == ["reconstruct"]
     assert completed(script, "cogvx", "generate", "--pro") == ["--prompt"]
-    assert completed(script, "cogvx", "generate", "--scheduler", "d") == ["ddim", "dpm"]
+    assert completed(script, "cogvx", "generate", "--solver", "d") == ["ddim", "dpm"]
     assert completed(script, "cogvx", "generate", "--image", "x") == []
+    assert completed(script, "cogvx", "generate", "--sch") == []
     assert "bashcompinit" in said(capsys, "completion", "zsh")[1]
     fish = said(capsys, "completion", "fish")[1]
-    assert "'__fish_seen_subcommand_from generate' -l scheduler -x -a 'ddim dpm'" in fish
+    assert "'__fish_seen_subcommand_from generate' -l solver -x -a 'ddim dpm'" in fish

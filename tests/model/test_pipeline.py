@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import warnings
 from itertools import groupby
 
@@ -12,7 +13,8 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from cogvx.config import PRESETS
-from cogvx.pipeline import CogVideoX, cogvideox, default_dtype, params
+from cogvx.generation import CHOICES, GenerationParams
+from cogvx.pipeline import CogVideoX, cogvideox, default_dtype
 from cogvx.pipeline.conditioning import decode
 from cogvx.pipeline.params import default_size
 from cogvx.pipeline.pictures import to_tensor
@@ -110,7 +112,7 @@ def test_image_latents_have_three_scales_in_1_5_and_one_in_1_0():
         pipe = tiny(kind)
         videos = {
             name: pipe.generate("a", image=image, image_latent_scale=name, **SMALL)
-            for name in params.CHOICES["image_latent_scale"]
+            for name in CHOICES["image_latent_scale"]
         }
         distinct = {tuple(video.flatten().tolist()) for video in videos.values()}
         assert len(distinct) == count
@@ -310,7 +312,7 @@ def test_given_latents_are_the_noise():
     one, two = (pipe.generate("a", steps=2, latents=noise, seed=seed) for seed in (1, 2))
     assert torch.equal(one, two)
     kept = noise.clone()
-    pipe.generate("a", steps=2, latents=noise, scheduler="dpm")
+    pipe.generate("a", steps=2, latents=noise, solver="dpm")
     assert torch.equal(noise, kept)
 
 
@@ -392,7 +394,31 @@ def test_names_of_diffusers_are_taken():
     zero = {"callback_on_step_end": lambda *now: {"latents": torch.zeros_like(now[3]["latents"])}}
     assert pipe.generate("a", **SMALL, **zero, output="latents").abs().max() == 0
     assert "num_inference_steps" in inspect.getdoc(CogVideoX.generate)
-    assert "steps" in inspect.signature(CogVideoX.generate).parameters
+
+
+def test_params_are_the_keyword_arguments():
+    pipe, given = tiny(), {"steps": 2, "num_frames": 9, "seed": 1}
+    wanted = pipe.generate("a", **given)
+    assert torch.equal(pipe.generate(params=GenerationParams("a", **given)), wanted)
+    params = GenerationParams("b", **{**given, "steps": 5})
+    assert torch.equal(pipe.generate("a", params, steps=2), wanted)
+    with pytest.raises(TypeError, match="params must be GenerationParams; got dict"):
+        pipe.generate("a", given)
+    names = list(inspect.signature(CogVideoX.generate).parameters)
+    fields = list(inspect.signature(GenerationParams).parameters)
+    assert names == ["self", "prompt", "params", *fields[1:]]
+    text = inspect.getdoc(CogVideoX.generate)
+    assert all(re.search(rf"^    (\w+, )*{name}[:,]", text, re.MULTILINE) for name in fields)
+
+
+def test_solver_by_its_old_name():
+    pipe = tiny()
+    with pytest.warns(DeprecationWarning, match="scheduler is deprecated; use solver") as caught:
+        old = pipe.generate("a", **SMALL, scheduler="dpm")
+    assert caught[0].filename == __file__
+    assert torch.equal(old, pipe.generate("a", **SMALL, solver="dpm"))
+    with pytest.raises(TypeError, match="scheduler and solver are one argument; got both"):
+        pipe.generate("a", scheduler="dpm", solver="dpm")
 
 
 @pytest.mark.parametrize("mode", ["text", "image", "video"])
@@ -400,7 +426,7 @@ def test_each_video_of_its_own_generator(mode):
     """As if it had been made alone, with a solver that draws at every step."""
     pipe = tiny("5b-i2v" if mode == "image" else "5b")
     given = {"image": {"image": picture(1)}, "video": {"video": picture(2, 9)}}.get(mode, {})
-    options = {"steps": 3, "scheduler": "dpm", "output": "latents"}
+    options = {"steps": 3, "solver": "dpm", "output": "latents"}
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
     came = pipe.generate(["a", "b"], generator=generators, **given, **options)
     for n, prompt in enumerate("ab"):
@@ -479,7 +505,7 @@ def test_to_moves_every_part_and_repr_says_where_it_is():
     said = repr(pipe).splitlines()
     assert said[0] == "CogVideoX(text-to-video and video-to-video, 9 frames of 32x32 by default)"
     assert said[1] == f"  transformer: ExpertTransformer, {count:,} parameters, bfloat16 on cpu"
-    assert said[3].startswith("  text_encoder: T5TextEncoder, ") and said[4] == "  scheduler: ddim"
+    assert said[3].startswith("  text_encoder: T5TextEncoder, ") and said[4] == "  solver: ddim"
     assert pipe.to(torch.float32).dtype == torch.float32
     for wrong in ((torch.int8,), ("cpu", torch.int8), (torch.float16, torch.float16)):
         with pytest.raises(TypeError, match=r"CogVideoX.to: dtype must be"):

@@ -49,7 +49,7 @@ def both(kind, mode, frames, solver, steps=5, guidance=6.0, dynamic=False, batch
         return {}
 
     video = pipe.generate(
-        scheduler=solver,
+        solver=solver,
         generator=torch.Generator().manual_seed(3),
         callback=lambda step, timestep, latents: ours.append(latents),
         **given,

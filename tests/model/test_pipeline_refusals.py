@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from cogvx.config import PRESETS
+from cogvx.generation import GenerationParams
 from cogvx.pipeline import CogVideoX
-from cogvx.pipeline.params import Inputs, resolve
+from cogvx.pipeline.params import resolve
 from cogvx.transformer import ExpertTransformer
 from cogvx.vae import CausalVAE, Tiling
 
@@ -60,7 +61,7 @@ WRONG = {
     "a typo": ({"num_inference_step": 2}, "unknown argument .*did you mean num_inference_steps"),
     "none of ours": ({"eta": 0.0}, "eta of diffusers has no counterpart here; leave it out"),
     "output type": ({"output_type": "pil"}, 'output_type must be "latent".*got .pil.*write_video'),
-    "scheduler": ({"scheduler": "euler"}, "scheduler must be one of ddim, dpm; got 'euler'"),
+    "solver": ({"solver": "euler"}, "solver must be one of ddim, dpm; got 'euler'"),
     "cfg": ({"cfg": "none"}, "cfg must be one of batch, two_pass"),
     "uncond": ({"uncond": "none"}, "uncond must be one of prompt, zeros"),
     "scale": ({"image_latent_scale": "x"}, "image_latent_scale must be one of diffusers, sat, tr"),
@@ -92,20 +93,21 @@ def test_what_cannot_be_is_refused_before_anything_is_computed(name):
 def test_configs_are_enough_to_know_a_request():
     """What a command refuses before it reads gigabytes of weights."""
     preset = PRESETS["1.5-5b"]
-    request = resolve(preset.transformer, preset.vae, Inputs("a"))
+    request = resolve(preset.transformer, preset.vae, GenerationParams("a"))
     assert request.shape == (1, 22, 16, 96, 170) and request.padding == 1
-    assert (request.frames, request.height, request.width) == (81, 768, 1360)
+    assert (request.num_frames, request.height, request.width) == (81, 768, 1360)
     for options, match in (
         ({"steps": 2000}, "steps must be an integer"),
         ({"width": 1000}, "width must be a multiple of 16"),
         ({"num_frames": 50}, "num_frames must have"),
         ({"tiling": Tiling(100, 100)}, "tiling must have a height"),
         ({"guidance": float("inf")}, "guidance must be a finite number"),
-        ({"scheduler": "euler"}, "scheduler must be one of"),
-        ({"num_train_timesteps": 40}, r"steps must be an integer in \[1, 40\]; got 50"),
+        ({"solver": "euler"}, "solver must be one of"),
+        ({}, r"steps must be an integer in \[1, 40\]; got 50"),
     ):
+        more = {} if options else {"num_train_timesteps": 40}
         with pytest.raises(ValueError, match=match):
-            resolve(preset.transformer, preset.vae, Inputs("a"), **options)
+            resolve(preset.transformer, preset.vae, GenerationParams("a", **options), **more)
 
 
 def test_image_models_refuse_what_is_no_image():

@@ -37,7 +37,7 @@ def kill_at(step):
 @pytest.mark.parametrize("mode", MODES)
 def test_resumed_after_any_step_it_is_the_same_video(tmp_path, mode, solver):
     kind, given = MODES[mode]
-    given = {**given, "prompt": "a panda", "steps": STEPS, "scheduler": solver, "seed": 3}
+    given = {**given, "prompt": "a panda", "steps": STEPS, "solver": solver, "seed": 3}
     whole = tiny(kind).generate(**given, dynamic_guidance=True)
     path = tmp_path / "latents.safetensors"
     for step in range(1, STEPS):
@@ -81,7 +81,7 @@ def test_latents_saved_decode_to_the_video(tmp_path):
 
 def test_a_video_without_a_seed_can_be_resumed_too(tmp_path):
     path, pipe = tmp_path / "latents.safetensors", tiny()
-    given = {"prompt": "a", "steps": 3, "num_frames": 9, "scheduler": "dpm"}
+    given = {"prompt": "a", "steps": 3, "num_frames": 9, "solver": "dpm"}
     torch.manual_seed(11)
     whole = pipe.generate(**given)
     torch.manual_seed(11)
@@ -93,7 +93,7 @@ def test_a_video_without_a_seed_can_be_resumed_too(tmp_path):
 def test_several_generators_go_on_where_each_was(tmp_path):
     def given(*seeds):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return {"prompt": ["a", "b"], "steps": STEPS, "scheduler": "dpm", "generator": generators}
+        return {"prompt": ["a", "b"], "steps": STEPS, "solver": "dpm", "generator": generators}
 
     path, pipe = tmp_path / "latents.safetensors", tiny()
     whole = pipe.generate(**given(3, 4))
@@ -122,7 +122,7 @@ MISMATCHES = {
     "steps": ({"steps": 5}, "steps 4 there, 5 here"),
     "guidance": ({"guidance": 3.0}, "guidance 6.0 there, 3.0 here"),
     "dynamic": ({"dynamic_guidance": True}, "dynamic_guidance false there, true here"),
-    "solver": ({"scheduler": "dpm"}, 'scheduler "ddim" there, "dpm" here'),
+    "solver": ({"solver": "dpm"}, 'solver "ddim" there, "dpm" here'),
     "compat": ({"compat": True}, "compat false there, true here"),
     "prompt": ({"prompt": "a bear"}, r'prompt \["a"\] there, \["a bear"\] here'),
     "negative": ({"negative_prompt": "b"}, 'negative_prompt "" there, "b" here'),
@@ -242,7 +242,7 @@ class InterruptAt(TorchDispatchMode):
 def test_interrupted_at_any_operation_nothing_is_spoiled(tmp_path):
     """No part of a file, nothing left in the models: the same video when asked again."""
     path, pipe = tmp_path / "latents.safetensors", tiny()
-    given = {"prompt": "a", "steps": 2, "num_frames": 9, "seed": 1, "scheduler": "dpm"}
+    given = {"prompt": "a", "steps": 2, "num_frames": 9, "seed": 1, "solver": "dpm"}
     given = {**given, "save_latents": path, "checkpoint_every": 1}
     expected = pipe.generate(**given)
     path.unlink()

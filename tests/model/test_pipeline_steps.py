@@ -19,7 +19,7 @@ def test_steps_do_not_add_up_in_memory(monkeypatch):
 
     def peak(steps):
         with LiveBytes() as live:
-            pipe.generate("a", steps=steps, num_frames=9, seed=1, scheduler="dpm", output="latents")
+            pipe.generate("a", steps=steps, num_frames=9, seed=1, solver="dpm", output="latents")
         return live.peak
 
     peak(2)  # tables that are kept
