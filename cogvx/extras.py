@@ -1,4 +1,4 @@
-"""Packages that not everybody has, reached for when they are needed."""
+"""Optional packages, imported when they are needed."""
 
 import importlib
 import logging
@@ -7,18 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# What pip calls a module that is not there, where the names differ.
+# pip's names of modules, if they differ.
 PACKAGES = {"google": "protobuf", "google.protobuf": "protobuf"}
-# Loggers of what transformers, peft and accelerate import where it is installed. They tell of files
-# built for other machines and of each other's deprecated calls, which nobody who loads a model can
-# change.
+# Loggers of packages that transformers, peft and accelerate import. They warn of binaries built for
+# other machines and of each other's deprecated calls, which a user cannot change.
 NOISY = ("torchao", "torch.utils._pytree")
 
 
 def extra(module: str, who: str, how: str) -> Any:
-    """A module of an optional package.
+    """Import a module of an optional package.
 
-    who  needs it, how  it is installed: both for the message of the ModuleNotFoundError
+    who, how  for the ModuleNotFoundError: what needs it, and what to install
     """
     try:
         with quiet_imports():
@@ -32,9 +31,9 @@ def extra(module: str, who: str, how: str) -> Any:
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Hold back what other packages say of each other while they are imported; errors are not.
+    """Silence warnings of other packages while they are imported.
 
-    Also for the first use of a package, such as transformers, that imports its modules then.
+    Also for the first use of a package, such as transformers, that imports its modules lazily.
     """
     loggers = [logging.getLogger(name) for name in NOISY]
     levels = [logger.level for logger in loggers]

@@ -1,9 +1,8 @@
-"""Bytes alive in tensors, counted as a program runs: what a clip needs, on any device or on none.
+"""Count the bytes of live tensors, on any device.
 
-`LiveBytes` sees every tensor that torch operations make inside it, through the dispatcher, so it
-works for the meta device too, where there are shapes and no memory: that is how `cogvx.plan`
-forecasts. It does not see what a library allocates inside one operation (a convolution's
-workspace), nor the rounding and fragmentation of an allocator.
+`LiveBytes` sees every tensor that torch operations create, through the dispatcher, on the meta
+device, too: `cogvx.plan` uses that. It does not see memory allocated inside one operation (a
+convolution's workspace), nor an allocator's rounding and fragmentation.
 """
 
 import weakref
@@ -16,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made inside it: `now` and, since the last `reset`, `peak`.
+    """Count the bytes of tensors created inside it: `now` and, since the last `reset`, `peak`.
 
-    Tensors that existed before are not counted, unless they are given to `count`.
+    Existing tensors are not counted unless passed to `count`.
 
     >>> with LiveBytes() as live:
     ...     x = torch.zeros(1000).exp().sum()
@@ -40,7 +39,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def count(self, *tensors: Any) -> None:
-        """Counts the storages of tensors (in any nesting) from now until they are freed."""
+        """Count the storages of tensors (in any nesting) until they are freed."""
         for storage in _storages(tensors):
             if storage not in self._seen:
                 self._seen.add(storage)
@@ -52,7 +51,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= nbytes
 
     def reset(self) -> None:
-        """Forgets the peak: from here it is what is alive now."""
+        """Reset the peak to `now`."""
         self.peak = self.now
 
 
@@ -63,7 +62,7 @@ def module_bytes(module: nn.Module) -> int:
 
 
 def _storages(*tensors: Any) -> list[torch.UntypedStorage]:
-    # By hand, not by torch's pytree: this runs twice for every operation, and is half the price.
+    # Without torch's pytree: this runs twice for every operation, and takes half the time.
     found, left = [], [*tensors]
     while left:
         x = left.pop()

@@ -1,10 +1,8 @@
-"""Threads of small models on a CPU.
+"""Number of threads of small models on a CPU.
 
-torch divides every operation among the cores, and its threads wait for each other at the end of
-each one. Where other programs use the cores, a wait lasts until the system gives the other thread
-its turn again, some milliseconds. An operation that takes less than that gains little on idle cores
-and loses much on busy ones: 30 steps of the model tiny took 36 s on two threads and 6 s on one
-while other processes used both cores, of 2 s of computing.
+torch splits every operation among the cores and synchronises at its end. If other programs use the
+cores, that takes some milliseconds, so short operations lose more than they gain: 30 steps of the
+model tiny took 36 s on two threads and 6 s on one while other processes used both cores.
 """
 
 from collections.abc import Iterator
@@ -20,11 +18,11 @@ SMALL = 1 << 20
 
 @contextmanager
 def suited_threads(values: int, device: torch.device) -> Iterator[None]:
-    """Runs its body on one thread if a model is small and on a CPU, else as many as before.
+    """Use one thread inside if the model is small and on a CPU.
 
-    values: of the largest tensor between two layers.
+    values: number of values of the largest tensor between two layers.
 
-    Not while gradients are recorded: their backward pass comes after the body.
+    Not while gradients are recorded: the backward pass runs outside.
     """
     before = torch.get_num_threads()
     if device.type != "cpu" or values > SMALL or before == 1 or torch.is_grad_enabled():

@@ -1,11 +1,10 @@
-"""`cogvx`: the model on the command line.
+"""Command line `cogvx`.
 
-Each subcommand maps its arguments to a call of the library and a file; nothing is computed here.
-An error is one line on stderr. The exit status is 0; 1 for an error; 2 for a command line that
-makes no sense; 130 after Ctrl-C, 143 after SIGTERM. Outputs appear whole or not at all.
+Each command maps its arguments to a call of the library. An error is one line on stderr. The exit
+status is 0; 1 for an error; 2 for an invalid command line; 130 after Ctrl-C, 143 after SIGTERM.
+Outputs are written atomically.
 
-Importing this package imports no torch: `parser` has the options, and the module of a command is
-imported when it runs.
+Importing this package imports no torch: the module of a command is imported when it runs.
 """
 
 import argparse
@@ -23,16 +22,16 @@ from typing import Any
 from .console import Console
 from .parser import make
 
-# What a user can cause. Anything else is a fault of the program, and keeps its traceback.
+# Errors that a user can cause. Anything else is a bug, and keeps its traceback.
 ERRORS = (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError, ImportError)
-# Arguments of the library whose option has another name.
+# Options that are named differently from the argument of the library.
 OPTIONS = {
     "num_frames": "frames",
     "num_steps": "steps",
     "negative_prompt": "negative",
     "save_latents": "out",
 }
-# Classes and functions that errors begin with; who types a command knows none of them.
+# Classes and functions at the start of messages, which a user of the command line does not know.
 CALLEES = re.compile(
     r"\A(?:cogvx|build_transformer|build_vae|timestep_schedule|forecast|plan|train|convert|load_lora|"
     r"open_video|read_image|read_video|write_video|write_tensors|stream_encode|stream_decode|held_out_prompts|"
@@ -42,11 +41,11 @@ CALLEES = re.compile(
 
 
 class Terminated(BaseException):
-    """SIGTERM came; raised where it came, so that everything is tidied up on the way out."""
+    """Raised on SIGTERM, so that everything is cleaned up."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns its exit status."""
+    """Run a command line; returns its exit status."""
     try:
         options = make().parse_args(argv)
     except SystemExit as end:  # argparse has printed help, version or error
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _end(console, 130, "interrupted")
         except Terminated:
             return _end(console, 143, "terminated")
-        except BrokenPipeError:  # whoever read stdout has gone; nothing more can be printed there
+        except BrokenPipeError:  # the reader of stdout has exited
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except ERRORS as error:
@@ -72,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM raises, as Ctrl-C does; a second signal ends the process at once."""
+    """Raise an exception on SIGTERM, as on Ctrl-C; a second signal ends the process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -82,7 +81,7 @@ def _signals() -> Iterator[None]:
             signal.signal(other, signal.SIG_DFL)
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
-    # A signal that is ignored, as in a background job of a script, goes on being ignored.
+    # A signal that is ignored, as in a background job of a script, stays ignored.
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     for number in before:
@@ -96,7 +95,7 @@ def _signals() -> Iterator[None]:
 
 @contextmanager
 def _warnings() -> Iterator[None]:
-    """Warnings worded as the errors, each once."""
+    """Print warnings like errors, each once."""
 
     def show(message: Warning | str, *where: Any, **more: Any) -> None:
         print(f"cogvx: warning: {CALLEES.sub('', str(message), 1)}", file=sys.stderr)
@@ -109,8 +108,8 @@ def _warnings() -> Iterator[None]:
 def _message(error: BaseException, options: argparse.Namespace) -> str:
     if type(error).__name__ == "OutOfMemoryError":
         return (
-            "out of memory on the GPU. cogvx plan says what a clip needs; --tiling, --cfg two_pass "
-            "and a smaller clip need less"
+            "out of memory on the GPU. cogvx plan prints what a clip needs; --tiling, --cfg "
+            "two_pass and a smaller clip need less"
         )
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
@@ -118,7 +117,7 @@ def _message(error: BaseException, options: argparse.Namespace) -> str:
 
 
 def _as_typed(message: str, options: argparse.Namespace) -> str:
-    """The message with options in the place of a function of the library and its arguments.
+    """Replace the library's argument names in a message by options.
 
     "timestep_schedule: num_steps must be …" becomes "--steps must be …" if the command has --steps.
     """

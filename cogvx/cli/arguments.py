@@ -1,4 +1,4 @@
-"""Types of options, and options that several commands share. Imports no torch."""
+"""Option types, and options shared by several commands. Imports no torch."""
 
 import argparse
 import math
@@ -11,7 +11,7 @@ from typing import Any
 from ..config import did_you_mean
 from ..generation import CHOICES, GenerationParams
 
-# As the library names them; tests compare. The library itself cannot be imported without torch.
+# Copies of the library's constants, because it imports torch; a test compares them.
 BACKENDS = ("auto", "kernel", "reference")
 SHELLS = ("bash", "zsh", "fish")
 STAGES = ("vae", "transformer")
@@ -27,10 +27,10 @@ TILE = (240, 360)
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that suggests the nearest option, command or choice after a typo."""
+    """ArgumentParser that suggests the nearest option, command or choice after a typo."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Refuse an unknown option before whatever is missing; argparse does it the other way."""
+        """Report an unknown option before missing ones; argparse does the opposite."""
         if self._subparsers is None:
             for word in args:
                 if word == "--":
@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
 
     @property
     def names(self) -> list[str]:
-        """The options, such as --out."""
+        """Option strings, such as --out."""
         return list(self._option_string_actions)
 
 
@@ -126,7 +126,7 @@ def tile(text: str) -> tuple[int, int]:
 
 
 def add_model(parser: Any, default: str | None = None, required: bool = True) -> None:
-    """`--model`; to a group of options that exclude each other, too."""
+    """Add `--model` to a parser or a group."""
     usual = f"; default {default}" if default else ""
     parser.add_argument(
         "--model", metavar="NAME", default=default, required=required and default is None,
@@ -136,13 +136,13 @@ def add_model(parser: Any, default: str | None = None, required: bool = True) ->
 
 
 def add_hub(parser: argparse.ArgumentParser) -> None:
-    """How a model of the hub is downloaded."""
+    """Add options of a model on the Hugging Face hub."""
     group = parser.add_argument_group(
-        "a model on the hub", "A gated model needs `hf auth login` once."
+        "Hugging Face hub", "A gated model needs `hf auth login` once."
     )
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit; default main")
     group.add_argument(
-        "--variant", metavar="NAME", help="of the weights' files, such as fp16; by default none"
+        "--variant", metavar="NAME", help="variant of the weights, such as fp16; by default none"
     )
 
 
@@ -164,20 +164,20 @@ class Deprecated(argparse.Action):
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Of commands that generate clips of the procedural kind."""
+    """Add sampling options of models of the procedural clips."""
     group = parser.add_argument_group("sampling")
     group.add_argument("--steps", type=count, default=SAMPLING_STEPS, metavar="N",
                        help="denoising steps; default %(default)s")  # fmt: skip
     group.add_argument("--guidance", type=number, default=SAMPLING_GUIDANCE, metavar="SCALE",
-                       help="weight of the prompt; 1: without guidance; default "
+                       help="guidance scale; 1: without guidance; default "
                        "%(default)s")  # fmt: skip
     group.add_argument("--seed", type=seed, default=0, metavar="N",
-                       help="of the first clip's noise; default %(default)s")  # fmt: skip
+                       help="random seed of the first clip; default %(default)s")  # fmt: skip
 
 
 def add_size(parser: argparse.ArgumentParser, usual: str, fps: str | None = None) -> None:
-    """`--frames`, `--height`, `--width`; `usual` says their defaults, `fps` what --fps is."""
-    group = parser.add_argument_group("clip")
+    """Add `--frames`, `--height`, `--width` and, with its help, `--fps`; `usual`: the defaults."""
+    group = parser.add_argument_group("video size")
     group.add_argument("--frames", type=count, metavar="N",
                        help=f"number of frames; by default {usual}")  # fmt: skip
     for side in ("height", "width"):
@@ -192,7 +192,7 @@ def add_fps(parser: Any, what: str) -> None:
 
 
 def add_machine(parser: argparse.ArgumentParser, tiles: bool = True) -> None:
-    group = parser.add_argument_group("where it runs")
+    group = parser.add_argument_group("device and precision")
     add_device(group)
     add_dtype(group, "by default float32 on a CPU; on a GPU float16 for CogVideoX-2B, bfloat16 for "
               "all others")  # fmt: skip
@@ -209,22 +209,22 @@ def add_device(parser: Any) -> None:
 
 def add_dtype(parser: Any, usual: str, default: str | None = None) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default=default,
-                        help=f"of the weights; {usual}")  # fmt: skip
+                        help=f"dtype of the weights; {usual}")  # fmt: skip
 
 
 def add_backend(parser: Any) -> None:
     parser.add_argument(
         "--backend", choices=BACKENDS, default="auto",
-        help="of the ops: kernels where they can run, kernels or an error, or plain torch; default "
-        "%(default)s",
+        help="backend of the ops: auto takes kernels if they can run, kernel fails if they cannot, "
+        "reference is plain torch; default %(default)s",
     )  # fmt: skip
 
 
 def add_tiling(parser: Any) -> None:
     parser.add_argument(
         "--tiling", nargs="?", const=TILE, type=tile, metavar="HxW",
-        help="run the VAE in tiles of so many pixels, 240x360 if no size is given: less memory, "
-        "and not quite the same result; by default no tiles",
+        help="run the VAE in tiles of this size in pixels, 240x360 if none is given: less memory, "
+        "slightly different result; by default no tiles",
     )  # fmt: skip
 
 
@@ -234,12 +234,13 @@ def add_vae(parser: argparse.ArgumentParser) -> None:
     add_model(which, required=False)
     which.add_argument(
         "--vae", metavar="DIR|random",
-        help="a VAE's folder instead; random: an untrained one of the factorised family",
+        help="a VAE's folder instead; random: an untrained factorised VAE",
     )  # fmt: skip
     group.add_argument("--base-channels", type=count, default=16, metavar="N",
                        help="width of a random VAE; default %(default)s")  # fmt: skip
     group.add_argument("--seed", type=seed, default=0, metavar="N",
-                       help="of a random VAE, and of --sample; default %(default)s")  # fmt: skip
+                       help="random seed of the VAE and of --sample; default "
+                       "%(default)s")  # fmt: skip
     add_backend(group)
     add_hub(parser)
 
@@ -250,5 +251,5 @@ def add_output(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def one_of(names: Iterable[str]) -> str:
-    """{a,b}, as argparse shows choices."""
+    """Format choices as argparse does: {a,b}."""
     return "{" + ",".join(names) + "}"

@@ -1,4 +1,4 @@
-"""`cogvx encode`, `decode`, `reconstruct`: clips and their latents, streamed."""
+"""`cogvx encode`, `decode`, `reconstruct`: videos to latents and back, streamed."""
 
 import argparse
 import itertools
@@ -30,7 +30,7 @@ if sys.platform != "win32":
     import resource
 
 VIDEOS = tuple(WRITTEN)
-OF_A_FILE = ("mode", "sample", "fps", "tiling", "force")  # options of `encode`
+FILE_OPTIONS = ("mode", "sample", "fps", "tiling", "force")  # options of `encode`
 
 
 @torch.no_grad()
@@ -44,12 +44,12 @@ def encode(options: argparse.Namespace, console: Console) -> None:
     vae = source.load(console)
     done = partial(console.progress, "encode")
     if tiling is not None:
-        known = vae.encode(clip.read().to(_like(vae)), tiling=tiling, progress=done)
+        posterior = vae.encode(clip.read().to(_like(vae)), tiling=tiling, progress=done)
     else:
         moments = [part.moments.cpu() for part in _encoded(vae, clip, done)]
-        known = DiagonalGaussian(torch.cat(moments, 1))
+        posterior = DiagonalGaussian(torch.cat(moments, 1))
     generator = torch.Generator().manual_seed(options.seed)
-    latents = known.sample(generator) if options.sample else known.mode()
+    latents = posterior.sample(generator) if options.sample else posterior.mode()
     record = {
         **record_of_model("vae", vae),
         "padding": 0,
@@ -66,8 +66,8 @@ def encode(options: argparse.Namespace, console: Console) -> None:
 
 
 def _encode_folder(options: argparse.Namespace, console: Console) -> None:
-    """Writes the latents of every video, with embeddings of its caption if the model has a T5."""
-    given = [name for name in OF_A_FILE if getattr(options, name) not in (None, False)]
+    """Encode every video of a folder, and its caption if the model has a T5."""
+    given = [name for name in FILE_OPTIONS if getattr(options, name) not in (None, False)]
     if given:
         raise ValueError(
             f"{options.video}: must be a file for {', '.join(f'--{name}' for name in given)}; it "
@@ -139,7 +139,7 @@ def reconstruct(options: argparse.Namespace, console: Console) -> None:
     if options.whole:
         video = iter([_whole(vae, clip)])
     else:
-        latents = (known.mode() for known in _encoded(vae, clip, lambda done, total: None))
+        latents = (posterior.mode() for posterior in _encoded(vae, clip, lambda done, total: None))
         video = vae.stream_decode(latents, total=total)
     write_video(options.out, _compared(video, clip, measure, done), clip.fps)
     decibels = measure.decibels
@@ -148,21 +148,21 @@ def reconstruct(options: argparse.Namespace, console: Console) -> None:
         "psnr_db": round(decibels, 3) if math.isfinite(decibels) else None,
         **_process_memory(vae),
         "seconds": console.seconds,
-        "note": "seconds are of this run, reading and writing included: no benchmark",
+        "note": "seconds include reading and writing: no benchmark",
         "out": str(options.out),
     }
     console.print_summary(facts)
 
 
 def check_latents(path: Path, saved: resume.Saved, vae: CausalVAE) -> None:
-    """Raises CheckpointError unless a VAE with these very weights is to decode the latents."""
+    """Raises CheckpointError if the latents are of a VAE with other weights."""
     here = record_of_model("vae", vae)
-    if saved.record.get("vae.dtype") == here["vae.dtype"]:  # else the bits say nothing
+    if saved.record.get("vae.dtype") == here["vae.dtype"]:  # else the fingerprints differ anyway
         check_record(path, saved.record, {"vae.weights": here["vae.weights"]})
 
 
 def _check_latents(path: Path, saved: resume.Saved, vae: VAEConfig) -> None:
-    """Raises CheckpointError for latents of another kind of VAE, or with steps left."""
+    """Raises CheckpointError for latents of another VAE config, or with steps left."""
     check_record(path, saved.record, record_of_config("vae", vae))
     if saved.state.done < saved.steps:
         raise CheckpointError(
@@ -174,7 +174,7 @@ def _check_latents(path: Path, saved: resume.Saved, vae: VAEConfig) -> None:
 def write_latents(
     path: Path, vae: CausalVAE, saved: resume.Saved, fps: float, tiling: Tiling | None, done: Any
 ) -> int:
-    """Decodes to a file, in constant memory unless in tiles; returns the number of frames."""
+    """Decode to a file, in constant memory unless tiled; returns the number of frames."""
     raw = saved.state.latents[:1, saved.padding :] / vae.config.scaling_factor
     if tiling is not None:
         return write_video(path, vae.decode(raw.to(_like(vae)), tiling=tiling, progress=done), fps)
@@ -199,7 +199,7 @@ def _clip(options: argparse.Namespace, vae: VAEConfig) -> Clip:
 
 
 def _latent_size(clip: Clip, vae: VAEConfig) -> tuple[int, int, int]:
-    """(frames, height, width) of a clip's latents."""
+    """Size (frames, height, width) of a clip's latents."""
     ratio = vae.spatial_compression_ratio
     return frame_rule.latent_frames(clip.frames, vae), clip.height // ratio, clip.width // ratio
 
@@ -212,13 +212,13 @@ def _encoded(vae: CausalVAE, clip: Clip, done: Any) -> Iterator[DiagonalGaussian
 
 
 def _whole(vae: CausalVAE, clip: Clip) -> Tensor:
-    """The clip through the VAE and back, not as a stream."""
+    """Encode and decode a clip at once."""
     video = torch.cat(list(clip.chunks(clip.frames)), 1).to(_like(vae))
     return vae.decode(vae.encode(video).mode())
 
 
 def _compared(video: Iterator[Tensor], clip: Clip, measure: PSNR, done: Any) -> Iterator[Tensor]:
-    """The chunks of a video, each measured against the file, which is read a second time."""
+    """Yield the chunks of a video, each compared with the file, which is read again."""
     frames = clip.chunks(1)
     for number, chunk in enumerate(video, 1):
         original = torch.cat(list(itertools.islice(frames, chunk.shape[1])), 1)

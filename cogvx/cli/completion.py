@@ -1,4 +1,4 @@
-"""`cogvx completion`: a script by which a shell completes commands, options and choices."""
+"""`cogvx completion`: shell completion of commands, options and choices."""
 
 import argparse
 import shlex
@@ -41,7 +41,7 @@ def completion(options: argparse.Namespace, console: Console) -> None:
 
 
 def bash(commands: dict[str, Parser]) -> str:
-    """The script for bash, and with bashcompinit for zsh."""
+    """Script for bash, and with bashcompinit for zsh."""
     choices, options = [], []
     for name, parser in commands.items():
         names = [option for action in _shown(parser) for option in action.option_strings]

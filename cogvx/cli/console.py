@@ -1,4 +1,4 @@
-"""Messages of a command: progress while it runs, facts at the end."""
+"""Output of a command: progress on stderr, summary on stdout."""
 
 import json
 import sys
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 class Console:
-    """Progress on stderr, in one line on a terminal, else a line now and then; facts on stdout.
+    """Progress on stderr (one line on a terminal, else one every 10 s), summary on stdout.
 
-    With `as_json` stdout holds one JSON object and nothing else. `hold` keeps a context manager
-    open until the command ends.
+    With `as_json` stdout is one JSON object. `hold` keeps a context manager open until the command
+    ends.
     """
 
     def __init__(self, quiet: bool, as_json: bool, every: float = EVERY) -> None:
@@ -42,12 +42,11 @@ class Console:
         self._held.close()
 
     def hold(self, manager: AbstractContextManager[T]) -> T:
-        """Enters a context manager, to leave it when the command ends."""
+        """Enter a context manager until the command ends."""
         return self._held.enter_context(manager)
 
     def progress(self, stage: str, done: int = 0, total: int | None = None) -> None:
-        """`done` of `total` parts of a stage: chunks, steps, prompts; without a total, a stage
-        whose parts are not counted."""
+        """Report `done` of `total` chunks, steps or prompts of a stage; no total: not counted."""
         if self.quiet:
             return
         now = self._stage
@@ -62,13 +61,13 @@ class Console:
             self._thread.start()
 
     def note(self, message: str) -> None:
-        """A line for people, on stderr."""
+        """Print a line on stderr unless quiet."""
         if not self.quiet:
             self.close()
             print(f"cogvx: {message}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Ends the progress."""
+        """End the progress line."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
@@ -80,11 +79,11 @@ class Console:
 
     @property
     def seconds(self) -> float:
-        """Since the command began."""
+        """Seconds since the command began."""
         return round(time.monotonic() - self.started, 3)
 
     def print_summary(self, facts: dict[str, Any], text: str | None = None) -> None:
-        """The facts as JSON, or for people: `text`, or else a line for each fact."""
+        """Print the facts as JSON or, without --json, as `text`, by default a line for each."""
         self.close()
         if self.as_json:
             print(json.dumps(facts, indent=1, allow_nan=False), flush=True)
@@ -94,14 +93,14 @@ class Console:
             print("\n".join(lines) if text is None else text, flush=True)
 
     def _report(self) -> None:
-        """Says how far the command is, also while nothing is done: a step may take minutes."""
+        """Refresh the progress periodically: a step may take minutes."""
         while not self._ended.wait(1.0 if sys.stderr.isatty() else self._every):
             if (stage := self._stage) is not None:
                 stage.report()
 
 
 class _Stage:
-    """One stage of the work, and the line on stderr that says how far it is."""
+    """Progress of one stage, and its line on stderr."""
 
     def __init__(self, name: str, done: int, total: int | None) -> None:
         self.name = name
@@ -116,7 +115,7 @@ class _Stage:
             self.report()
 
     def report(self) -> None:
-        if self.terminal:  # over the line before
+        if self.terminal:  # overwrite the line
             print(f"\r{self}\x1b[K", end="", file=sys.stderr, flush=True)
         else:
             print(self, file=sys.stderr, flush=True)
@@ -126,7 +125,7 @@ class _Stage:
             print(f"\r{self}\x1b[K", file=sys.stderr, flush=True)
 
     def __str__(self) -> str:
-        """denoise 12/50, 0:34 elapsed, about 1:47 left"""
+        """Format as "denoise 12/50, 0:34 elapsed, about 1:47 left"."""
         elapsed = time.monotonic() - self.began
         count = "" if self.total is None else f" {self.done}/{self.total}"
         line = f"{self.name}{count}, {clock(elapsed)} elapsed"
@@ -137,7 +136,7 @@ class _Stage:
 
 
 def clock(seconds: float) -> str:
-    """1:05, or 2:03:00."""
+    """Format seconds as 1:05 or 2:03:00."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

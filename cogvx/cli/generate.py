@@ -1,4 +1,4 @@
-"""`cogvx generate`: a prompt, an image or a video to a video."""
+"""`cogvx generate`: text-, image- or video-to-video."""
 
 import argparse
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What options stand for: a device, a dtype, a model's folder, configs, a VAE."""
+"""Resolve options to a device, a dtype, a model's folder, configs, a VAE."""
 
 import argparse
 import time
@@ -21,13 +21,13 @@ from .arguments import DTYPES
 from .console import Console
 
 C = TypeVar("C", bound=Config)
-LONG = 600.0  # seconds that are worth a warning
-SLOWEST = 1e9  # operations a second, of any device
+LONG = 600.0  # seconds; longer runs are announced
+SLOWEST = 1e9  # operations a second of the slowest device
 SIDE = 512  # of the matrices whose product is timed
 
 
 def device_of(options: argparse.Namespace) -> torch.device:
-    """The device of `--device`, which must be here; by default a GPU if there is one."""
+    """Device of `--device`, which must be available; by default a GPU if there is one."""
     here = devices()
     name = {"gpu": "cuda"}.get(options.device, options.device)
     if name is None:
@@ -40,7 +40,7 @@ def device_of(options: argparse.Namespace) -> torch.device:
 
 
 def devices() -> list[str]:
-    """Names of the devices here that a model can run on."""
+    """Names of the available devices."""
     gpus = ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
     mps = ["mps"] if torch.backends.mps.is_available() else []
     return ["cpu", *(gpus if torch.cuda.is_available() else []), *mps]
@@ -49,7 +49,7 @@ def devices() -> list[str]:
 def dtype_of(
     options: argparse.Namespace, transformer: TransformerConfig | None = None
 ) -> torch.dtype:
-    """The dtype of `--dtype`, or else the one that a model with this transformer is run in."""
+    """Dtype of `--dtype`, or the default of a model with this transformer."""
     if options.dtype is not None:
         dtype = getattr(torch, DTYPES[options.dtype])
         assert isinstance(dtype, torch.dtype)
@@ -58,17 +58,17 @@ def dtype_of(
 
 
 def model_of(options: argparse.Namespace, parts: Sequence[str] | None = None) -> Path:
-    """The folder of `--model`; of a model of the hub `parts`, by default all, are downloaded."""
+    """Folder of `--model`; from the hub `parts`, by default all, are downloaded."""
     return located(options.model, parts=parts, revision=options.revision, variant=options.variant)
 
 
 def usual_fps(transformer: TransformerConfig | None) -> float:
-    """Frames a second of a model's videos: 16 for CogVideoX 1.5, which patches frames, else 8."""
+    """Default frames per second: 16 for CogVideoX 1.5, which patches frames, else 8."""
     return 16.0 if transformer is not None and (transformer.patch_size_t or 1) > 1 else 8.0
 
 
 def read_configs(folder: Path) -> tuple[TransformerConfig | None, VAEConfig | None]:
-    """The configs in a model's folder; no weights are read."""
+    """Read the configs in a model's folder."""
     transformer = _config(folder / "transformer", TransformerConfig)
     vae = _config(folder / "vae", VAEConfig)
     if transformer is None and vae is None:
@@ -82,10 +82,10 @@ def read_configs(folder: Path) -> tuple[TransformerConfig | None, VAEConfig | No
 
 @dataclass(frozen=True)
 class VAESource:
-    """The VAE of `arguments.add_vae`, before its weights are read.
+    """VAE of `arguments.add_vae`, before its weights are read.
 
     folder       None for a random one
-    transformer  of the model that it is a part of, if it is
+    transformer  config of the model that it is part of, or None
     """
 
     options: argparse.Namespace
@@ -95,7 +95,7 @@ class VAESource:
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> "VAESource":
-        """Finds the VAE and reads its config, and refuses a device or a tile that cannot be."""
+        """Find the VAE and read its config; checks device and tile size."""
         device_of(options)
         if options.vae == "random":
             with torch.device("meta"):
@@ -124,12 +124,12 @@ class VAESource:
     def warn_if_long(
         self, console: Console, frames: int, height: int, width: int, *kinds: str
     ) -> None:
-        """Says if it takes long to "encode" to latents of this size, to "decode" them, or both."""
+        """Print an estimate if "encode", "decode" or both of these latents take long."""
         flops = [vae_flops(self.config, frames, height, width, decode=k == "decode") for k in kinds]
         warn_if_long(console, sum(flops), device_of(self.options), self.dtype)
 
     def load(self, console: Console) -> CausalVAE:
-        """The VAE on its device."""
+        """Load the VAE to its device."""
         options = self.options
         device, dtype = device_of(options), self.dtype
         if self.folder is not None:
@@ -142,19 +142,19 @@ class VAESource:
 
 
 def tiling_of(options: argparse.Namespace) -> Tiling | None:
-    """The tiles of `--tiling`."""
+    """Tiles of `--tiling`, or None."""
     return None if options.tiling is None else Tiling(*options.tiling)
 
 
 def check_tiling(options: argparse.Namespace, vae: VAEConfig) -> None:
-    """Raises ValueError unless tiles are whole latents."""
+    """Raises ValueError if tiles are not a multiple of a latent."""
     tiling = tiling_of(options) if "tiling" in options else None
     if tiling is not None:
         tiling.check("cogvx", vae.spatial_compression_ratio)
 
 
 def warn_if_long(console: Console, flops: float, device: torch.device, dtype: torch.dtype) -> None:
-    """Says about how long so many floating-point operations will take, if it is long."""
+    """Print an estimate of the time for `flops` operations, if it is long."""
     if flops < LONG * SLOWEST:
         return
     rate = matmul_rate(device, dtype)
@@ -168,9 +168,9 @@ def warn_if_long(console: Console, flops: float, device: torch.device, dtype: to
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.1) -> float:
-    """Floating-point operations a second of a matrix product, measured for so many seconds."""
+    """Measured floating-point operations per second of a matrix product."""
     x, count = torch.ones(SIDE, SIDE, device=device, dtype=dtype), 0
-    float((x @ x)[0, 0])  # what the first call prepares
+    float((x @ x)[0, 0])  # warm-up
     start = now = time.perf_counter()
     while now < start + seconds:
         float((x @ x)[0, 0])  # waits for the device
@@ -179,7 +179,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.1) 
 
 
 def duration(seconds: float) -> str:
-    """25 min, 3 h 20 min, or 12 days."""
+    """Format seconds as 25 min, 3 h 20 min, or 12 days."""
     minutes = round(seconds / 60)
     if minutes >= 2 * 24 * 60:
         return f"{round(minutes / (24 * 60)):,} days"
@@ -187,7 +187,7 @@ def duration(seconds: float) -> str:
 
 
 def text_encoder_bytes(folder: Path) -> int:
-    """Bytes of the text encoder's weights, as they are in the files."""
+    """Bytes of the text encoder's weight files."""
     return sum(path.stat().st_size for path in folder.glob("text_encoder/*.safetensors"))
 
 

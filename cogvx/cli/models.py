@@ -1,4 +1,4 @@
-"""`cogvx plan`, `params`, `convert`: what a model needs, how large it is, where it comes from."""
+"""`cogvx plan`, `params`, `convert`."""
 
 import argparse
 from pathlib import Path
@@ -96,7 +96,7 @@ def convert(options: argparse.Namespace, console: Console) -> None:
 
 
 def _folder(options: argparse.Namespace) -> Path:
-    """The folder of `--model`. Nothing is downloaded: who plans may want to know beforehand."""
+    """Folder of `--model`; nothing is downloaded."""
     return located(
         options.model, revision=options.revision, variant=options.variant, local_files_only=True
     )

@@ -1,4 +1,4 @@
-"""Outputs of a command: checked and locked before any work."""
+"""Check and lock the outputs of a command before any work."""
 
 import os
 import sys
@@ -12,8 +12,7 @@ if sys.platform != "win32":
 
 @contextmanager
 def output(path: Path, force: bool, suffixes: tuple[str, ...]) -> Iterator[None]:
-    """Hold a file to be written (`claimed`), of one of the kinds, that must not exist unless
-    `force`."""
+    """Lock a file to be written (`claimed`); check its suffix, and that it is new or `force`."""
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"--out must end in {' or '.join(suffixes)}; got {path}")
     if path.is_dir() or not path.absolute().parent.is_dir():
@@ -26,11 +25,11 @@ def output(path: Path, force: bool, suffixes: tuple[str, ...]) -> Iterator[None]
 
 @contextmanager
 def claimed(path: Path) -> Iterator[None]:
-    """Hold an output for this process: a second command that wants it is refused at its start.
+    """Lock an output, so that a second command with the same output fails at its start.
 
-    The lock is that of a hidden file beside the output. The system releases it with the process,
-    however that ends, and a file left by a killed process is taken over. Where the file system or
-    the platform has no such locks, nothing is refused.
+    Locks a hidden file beside the output. The system releases the lock when the process ends, and
+    the file of a killed process is reused. Without file locks on this platform or file system,
+    nothing is locked.
 
     Raises OSError if nothing can be written there, BlockingIOError if another process holds it.
     """
@@ -49,12 +48,12 @@ def claimed(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)  # before the lock is released, so that it is this one
+        lock.unlink(missing_ok=True)  # while it is still locked
         os.close(handle)
 
 
 def _locked(path: Path) -> int:
-    """A handle of the file, created if need be, that holds its lock."""
+    """Open and lock a file, created if needed; returns its handle."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
@@ -65,7 +64,7 @@ def _locked(path: Path) -> int:
         except BaseException:
             os.close(handle)
             raise
-        os.close(handle)  # whoever held it has removed it meanwhile
+        os.close(handle)  # its previous owner has removed it meanwhile
 
 
 if sys.platform != "win32":

@@ -1,4 +1,4 @@
-"""The commands and their options. Imports no torch: a command's module is imported when it runs."""
+"""Commands and options. Imports no torch: the module of a command is imported when it runs."""
 
 import argparse
 import importlib
@@ -33,7 +33,7 @@ Run = Callable[[argparse.Namespace, Console], None]
 
 
 def make() -> Parser:
-    """The parser of `cogvx`. `options.run(options, console)` runs the command it has parsed."""
+    """Build the parser. `options.run(options, console)` runs the parsed command."""
     parser = Parser(prog="cogvx", description=DESCRIPTION, epilog=EPILOG,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--version", action="version", version=f"cogvx {__version__}")
@@ -45,9 +45,9 @@ def make() -> Parser:
 
 
 def _command(commands: Any, name: str, module: str, what: str, more: str, example: str) -> Parser:
-    """A command: `what` is its line in the list of commands, `more` the rest of its description.
+    """Add a command that runs the function of its name in `module`.
 
-    It runs the function of its name in `module`.
+    what, more  its line in the list of commands, and the rest of its description
     """
     parser: Parser = commands.add_parser(
         name,
@@ -56,18 +56,18 @@ def _command(commands: Any, name: str, module: str, what: str, more: str, exampl
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    group = parser.add_argument_group("messages")
+    group = parser.add_argument_group("output")
     group.add_argument("--quiet", action="store_true", help="no progress, no summary")
     group.add_argument("--json", action="store_true",
                        help="print the summary as one JSON object on stdout; an error is text on "
                        "stderr, and stdout stays empty")  # fmt: skip
-    group.add_argument("--traceback", action="store_true", help="with an error, where it arose")
+    group.add_argument("--traceback", action="store_true", help="print the traceback of an error")
     parser.set_defaults(run=_later(module, name))
     return parser
 
 
 def _later(module: str, function: str) -> Run:
-    """A function of a module of this package, which is imported when the function is called."""
+    """Import a module of this package when its function is called."""
 
     def run(options: argparse.Namespace, console: Console) -> None:
         getattr(importlib.import_module(f".{module}", __package__), function)(options, console)
@@ -88,8 +88,8 @@ def _demo(commands: Any) -> None:
                         help="folder of the files; default %(default)s")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace files that exist")
     parser.add_argument("--clip", type=Path, metavar="FILE",
-                        help="also a video of yours, through the VAE and back; the VAE of tiny "
-                        "knows slow shapes of plain colours, and blurs all else")  # fmt: skip
+                        help="also reconstruct a video of yours with the VAE; that of tiny was "
+                        "trained on slow shapes of plain colours, and blurs others")  # fmt: skip
     arguments.add_sampling(parser)
     arguments.add_machine(parser, tiles=False)
     arguments.add_hub(parser)
@@ -97,16 +97,16 @@ def _demo(commands: Any) -> None:
 
 def _generate(commands: Any) -> None:
     parser = _command(
-        commands, "generate", "generate", "Generate a video of a prompt.",
-        "With an image or a video, of that too.\nThe latents are saved beside the video, so that "
-        "nothing is lost if it cannot be decoded.",
+        commands, "generate", "generate", "Generate a video from a prompt.",
+        "Also from an image or a video.\nThe latents are saved beside the video, so that nothing "
+        "is lost if decoding fails.",
         'cogvx generate --model THUDM/CogVideoX-5b --prompt "A red kite over a lake" '
         "--out kite.mp4",
     )  # fmt: skip
     arguments.add_model(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT",
-                        help="what the video shows; the released models know English, best long "
-                        "and detailed")  # fmt: skip
+                        help="text of the video; for the released models English, best long and "
+                        "detailed")  # fmt: skip
     arguments.add_output(parser, "the video, .mp4, .mov, .mkv or .gif")
     parser.add_argument("--negative", default="", metavar="TEXT",
                         help="what the video should not show; by default nothing")  # fmt: skip
@@ -114,21 +114,21 @@ def _generate(commands: Any) -> None:
     source.add_argument("--image", type=Path, metavar="FILE",
                         help="the first frame, for image-to-video models")  # fmt: skip
     source.add_argument("--video", type=Path, metavar="FILE",
-                        help="a video to be changed, for other models")  # fmt: skip
+                        help="source of video-to-video, for other models")  # fmt: skip
     add = arguments.add_param
     add(parser, "strength", type=arguments.part, metavar="PART",
         help="how much of --video is changed, above 0 and at most 1; default "
         "%(default)s")  # fmt: skip
     arguments.add_size(parser, "as the model was trained",
-                       "by default 8, or 16 for CogVideoX 1.5; --video is read at it too, by "
-                       "default at its own")  # fmt: skip
+                       "by default 8, or 16 for CogVideoX 1.5; --video is read at this rate, too, "
+                       "by default at its own")  # fmt: skip
     steps = parser.add_argument_group("sampling")
     add(steps, "seed", type=arguments.seed, metavar="N",
-        help="of the noise; by default a new one, which is printed")  # fmt: skip
+        help="random seed; by default a new one, which is printed")  # fmt: skip
     add(steps, "steps", type=arguments.count, metavar="N",
         help="denoising steps, at most 1000; default %(default)s")  # fmt: skip
     add(steps, "guidance", type=arguments.number, metavar="SCALE",
-        help="weight of the prompt; 1 is without guidance, twice as fast; default "
+        help="guidance scale; 1 is without guidance, twice as fast; default "
         "%(default)s")  # fmt: skip
     add(steps, "dynamic_guidance", help="less guidance in the first steps, as recommended for 5B")
     add(steps, "solver", help="DDIM or DPM-Solver++; by default the model's own")
@@ -144,13 +144,13 @@ def _generate(commands: Any) -> None:
                       help="an adapter of cogvx train, diffusers or peft; may be repeated; by "
                       "default none")  # fmt: skip
     lora.add_argument("--lora-scale", type=arguments.number, action="append", default=[],
-                      metavar="SCALE", help="how much of it, once for all or once for each; "
-                      "default 1")  # fmt: skip
+                      metavar="SCALE",
+                      help="factor, once for all or once for each; default 1")  # fmt: skip
     arguments.add_machine(parser)
     arguments.add_backend(parser)
     parser.add_argument("--vram-budget", type=arguments.size_in_bytes, metavar="BYTES",
-                        help="refuse, before weights are read, what needs more, such as 10G; by "
-                        "default no limit")  # fmt: skip
+                        help="fail before weights are read if more memory is needed, such as "
+                        "10G; by default no limit")  # fmt: skip
     arguments.add_hub(parser)
     safe = parser.add_argument_group("checkpoints")
     add(safe, "checkpoint_every", type=arguments.count, metavar="N",
@@ -162,7 +162,7 @@ def _generate(commands: Any) -> None:
 def _encode(commands: Any) -> None:
     parser = _command(
         commands, "encode", "clips", "Encode a video to a file of latents.",
-        "Or a folder of videos with captions,\nto train on: clip.mp4 has its caption in clip.txt.",
+        "Or a folder of videos with\ncaptions, for training: clip.mp4 has its caption in clip.txt.",
         "cogvx encode clip.mp4 --model THUDM/CogVideoX-5b --out clip.safetensors",
     )  # fmt: skip
     parser.add_argument("video", type=Path, help="a video file; or a folder of them")
@@ -178,7 +178,7 @@ def _encode(commands: Any) -> None:
 def _decode(commands: Any) -> None:
     parser = _command(
         commands, "decode", "clips", "Decode a file of latents to a video.",
-        "Of cogvx encode or cogvx generate.",
+        "From cogvx encode or cogvx generate.",
         "cogvx decode clip.safetensors --model THUDM/CogVideoX-5b --out clip.mp4",
     )  # fmt: skip
     parser.add_argument("latents", type=Path, help="a .safetensors file")
@@ -193,7 +193,7 @@ def _decode(commands: Any) -> None:
 def _reconstruct(commands: Any) -> None:
     parser = _command(
         commands, "reconstruct", "clips", "Reconstruct a video by a VAE, and measure it.",
-        "The clip streams through the VAE and back;\nprinted are PSNR and the peak of memory.",
+        "The clip is streamed through the VAE;\nprints PSNR and peak memory.",
         "cogvx reconstruct clip.mp4 --model THUDM/CogVideoX-5b --frames 49 --out back.mp4",
     )  # fmt: skip
     parser.add_argument("video", type=Path, help="a video file")
@@ -208,9 +208,9 @@ def _reconstruct(commands: Any) -> None:
 def _plan(commands: Any) -> None:
     parser = _command(
         commands, "plan", "models", "Plan the memory that a video needs.",
-        "Nothing is loaded or run.\nweights and activations of each stage; streamed: activations "
-        "where the clip streams from and to a\nfile; cache: kept between two chunks; chunks: "
-        "frames of each (latent frames for decode).",
+        "Nothing is loaded or run.\nPrints weights and activations of each stage; streamed: "
+        "activations if the clip is streamed from and to\na file; cache: kept between two chunks; "
+        "chunks: frames of each (latent frames for decode).",
         "cogvx plan --preset 1.5-5b --frames 81 --vram-budget 80G",
     )  # fmt: skip
     _add_which(parser)
@@ -220,7 +220,7 @@ def _plan(commands: Any) -> None:
                         "the other; default %(default)s")  # fmt: skip
     parser.add_argument("--no-guidance", action="store_true", help="one prediction a step")
     parser.add_argument("--no-text-encoder", action="store_true",
-                        help="without T5: embeddings are given")  # fmt: skip
+                        help="without T5, if embeddings are given")  # fmt: skip
     arguments.add_tiling(parser)
     parser.add_argument("--vram-budget", type=arguments.size_in_bytes, metavar="BYTES",
                         help="fail if it needs more, such as 10G; by default no limit")  # fmt: skip

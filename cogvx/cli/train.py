@@ -1,4 +1,4 @@
-"""`cogvx train`: a recipe to a model."""
+"""`cogvx train`: train a model by a recipe."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""Text, image or video in, video out."""
+"""Generation pipeline: text, image or video to video."""
 
 from .cogvideox import CogVideoX
 from .params import default_dtype, default_size

@@ -50,17 +50,17 @@ LARGE = 3072  # the hidden size of the models of 5 billion parameters
 
 
 class CogVideoX:
-    """A model of the CogVideoX family with all that it takes to generate a video.
+    """Generation pipeline of a model of the CogVideoX family.
 
-    transformer   with twice as many channels in as out, an image-to-video model; else text- and
+    transformer   image-to-video if it has twice as many input as output channels; else text- and
                   video-to-video
-    vae           of the same latents
-    scheduler     the noise that the transformer was trained with
+    vae           with the same latent channels
+    scheduler     config of the noise schedule that the transformer was trained with
     text_encoder  anything with `encode` (see `cogvx.text.TextEncoder`); None if embeddings are
                   always given
-    solver        "ddim" or "dpm", what `generate` takes by default
+    solver        "ddim" or "dpm", the default of `generate`
 
-    The parts are attributes, and may be exchanged. Raises ValueError if they do not fit together.
+    The parts are attributes and may be replaced. Raises ValueError if they do not fit together.
 
     >>> from cogvx.video import write_video
     >>> pipe = CogVideoX.from_pretrained("THUDM/CogVideoX-5b", torch.bfloat16, "cuda")
@@ -117,23 +117,23 @@ class CogVideoX:
         cache_dir: PathLike | None = None,
         local_files_only: bool = False,
     ) -> "CogVideoX":
-        """The model in a folder of the hub's layout: transformer/, vae/, scheduler/ and, if the
-        model has one, text_encoder/ with tokenizer/.
+        """Load a model from a folder in diffusers' layout: transformer/, vae/, scheduler/ and, if
+        the model has one, text_encoder/ with tokenizer/.
 
-        path          the folder, which never touches the network; or a model of the Hugging Face
-                      hub, such as "THUDM/CogVideoX-5b", of which the files that are needed are
-                      downloaded to the hub's cache; or "tiny", the model inside the package
-        dtype         of all weights: bfloat16 for 5B and 1.5, float16 for 2B. None takes for each
-                      part the dtype of most of its weights, but float32 for "tiny" on a CPU
+        path          the folder, which never touches the network; or a model on the Hugging Face
+                      hub, such as "THUDM/CogVideoX-5b", whose files are downloaded to the hub's
+                      cache as needed; or "tiny", the model inside the package
+        dtype         of all weights: bfloat16 for 5B and 1.5, float16 for 2B. By default, for each
+                      part, the dtype of most of its weights; float32 for "tiny" on a CPU
         backend       of the kernels, and attention: see `ExpertTransformer`
-        text_encoder  False leaves it out (4.8 billion parameters), for when embeddings are given;
-                      or one of your own
-        variant       of the weights, as in "fp16"; a part that has none of it is read without
+        text_encoder  False leaves it out (4.8 billion parameters), if embeddings are given; or one
+                      of your own
+        variant       of the weights, as in "fp16"; parts without this variant are read without it
         revision, token, cache_dir, local_files_only
-                      of a model of the hub; see `cogvx.assets.located`
+                      of a model on the hub; see `cogvx.assets.located`
 
-        Raises CheckpointError or FileNotFoundError for what is missing or not as it should be, and
-        the errors of `located` for a name of the hub.
+        Raises CheckpointError or FileNotFoundError for missing or invalid files, and the errors of
+        `located` for a name on the hub.
         """
         if dtype is None and path in SHIPPED and torch.device(device).type == "cpu":
             dtype = torch.float32
@@ -143,7 +143,7 @@ class CogVideoX:
             "cache_dir": cache_dir,
             "local_files_only": local_files_only,
         }
-        # the small files first: what is wrong with them is found before gigabytes are downloaded
+        # the small files first, so that their errors come before gigabytes are downloaded
         folder = located(path, parts=["scheduler", "tokenizer"], **hub)
         solver, scheduler = load_scheduler(folder)
         wants_text = text_encoder is True and _has_text_encoder(folder)
@@ -175,35 +175,35 @@ class CogVideoX:
             path: a safetensors file, or a folder that holds one: of `cogvx train`, diffusers
                 (`pytorch_lora_weights.safetensors`), peft (`adapter_model.safetensors` beside its
                 `adapter_config.json`) or kohya's scripts.
-            scale: how much of it, on top of its own alpha / rank.
+            scale: factor, on top of the adapter's own alpha / rank.
 
-        The weights as they were stay in CPU memory for `unload_lora`. In 16 bits the sum is rounded
-        as every weight is, so that the result is not bit for bit that of an adapter that runs
-        beside. `save_pretrained` writes the merged weights.
+        The original weights stay in CPU memory for `unload_lora`. In 16 bits the merged weight is
+        rounded, so results are not bit for bit those of an unmerged adapter. `save_pretrained`
+        writes the merged weights.
 
-        Raises CheckpointError, naming the keys, for an adapter of another model or of a kind that
-        is not supported (DoRA, LoHa, text encoders, pickles); nothing has been changed then.
+        Raises CheckpointError, naming the keys, for an adapter of another model or an unsupported
+        kind (DoRA, LoHa, text encoders, pickles); then nothing has been changed.
         """
         adapters = self._adapters_of_transformer() or Adapters(self.transformer)
         adapters.add(Path(path), scale)
         self._adapters = adapters
 
     def unload_lora(self) -> None:
-        """Take all LoRA adapters out: every weight is, bit for bit, what it was before them."""
+        """Remove all LoRA adapters; restores the original weights bit for bit."""
         if self._adapters is not None:
             self._adapters.remove()
         self._adapters = None
 
     def _adapters_of_transformer(self) -> Adapters | None:
-        """The adapters in the transformer that is there now, if it has any."""
+        """Adapters of the current transformer, or None."""
         if self._adapters is None or self._adapters.transformer is not self.transformer:
             return None
         return self._adapters
 
     def save_pretrained(self, path: PathLike) -> None:
-        """Writes the folder that `from_pretrained` reads; a released model's diffusers reads too.
+        """Write the folder that `from_pretrained` reads; diffusers reads that of a released model.
 
-        A text encoder is written if it is one of the library's, else left out.
+        A text encoder is written if it is one of this library's.
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
@@ -218,12 +218,12 @@ class CogVideoX:
 
     @property
     def device(self) -> torch.device:
-        """The transformer's."""
+        """Device of the transformer."""
         return next(self.transformer.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The transformer's."""
+        """Dtype of the transformer."""
         return next(self.transformer.parameters()).dtype
 
     def to(
@@ -231,9 +231,9 @@ class CogVideoX:
         device: str | torch.device | torch.dtype | None = None,
         dtype: torch.dtype | None = None,
     ) -> "CogVideoX":
-        """Move all parts to a device, convert their weights to a dtype, or both; returns self.
+        """Move all parts to a device, convert them to a dtype, or both; returns self.
 
-        As of a torch module: `to("cuda")`, `to(torch.bfloat16)`, `to("cuda", torch.bfloat16)`.
+        As for a torch module: `to("cuda")`, `to(torch.bfloat16)`, `to("cuda", torch.bfloat16)`.
         """
         if isinstance(device, torch.dtype):
             if dtype is not None:
@@ -246,7 +246,7 @@ class CogVideoX:
         return self
 
     def _modules(self) -> dict[str, nn.Module]:
-        """The parts that have weights; the text encoder only if it is, or has, a torch module."""
+        """The parts that are torch modules; of the text encoder, its `model`."""
         encoder = getattr(self.text_encoder, "model", self.text_encoder)
         found = {"transformer": self.transformer, "vae": self.vae, "text_encoder": encoder}
         return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
@@ -357,7 +357,7 @@ class CogVideoX:
         tiling: Tiling | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
-        """The video of latents that `generate` saved; see `cogvx.pipeline.resume.decode_saved`."""
+        """Decode latents that `generate` saved; see `cogvx.pipeline.resume.decode_saved`."""
         return resume.decode_saved(self.vae, path, tiling, progress)
 
     def plan(
@@ -368,8 +368,8 @@ class CogVideoX:
         width: int | None = None,
         **options: Any,
     ) -> Plan:
-        """What `generate` needs for a clip, before it begins; see `cogvx.plan.forecast`, also for
-        `options`: batch, guidance, cfg, tiling, budget, …"""
+        """Memory that `generate` will need; see `cogvx.plan.forecast`, also for `options`: batch,
+        guidance, cfg, tiling, budget, …"""
         usual = self._default_size()
         weight = next(self.transformer.parameters())
         if num_frames is not None:
@@ -443,7 +443,7 @@ class CogVideoX:
         return saved.to(next(self.transformer.parameters()).device)
 
     def _model_index(self) -> dict[str, Any]:
-        """What tells diffusers which of its classes read the folders."""
+        """Contents of model_index.json: diffusers' classes for the folders."""
         image = self.transformer.config.in_channels > self.transformer.config.out_channels
         text, tokenizer = {
             T5TextEncoder: (["transformers", "T5EncoderModel"], ["transformers", "T5Tokenizer"]),
@@ -470,7 +470,7 @@ class CogVideoX:
 
 
 def _has_text_encoder(folder: Path) -> bool:
-    """Whether the model has one: by its index, if it has that, else by its folder."""
+    """Look for a text encoder in the model's index, if it has one, else by its folder."""
     if (folder / "model_index.json").is_file():
         entry = read_json(folder / "model_index.json", CONFIG_BYTES).get("text_encoder")
         return isinstance(entry, list) and any(entry)
@@ -479,7 +479,7 @@ def _has_text_encoder(folder: Path) -> bool:
 
 
 def _warn_of_range(sources: dict[str, Any]) -> None:
-    """Tensors in [0, 1] are also in [-1, 1], where they are pale."""
+    """Warn of tensors in [0, 1], which are valid but pale in [-1, 1]."""
     for name, source in sources.items():
         if isinstance(source, Tensor) and source.min() >= 0:
             warnings.warn(
@@ -490,7 +490,7 @@ def _warn_of_range(sources: dict[str, Any]) -> None:
 
 
 def _states(generator: Generators) -> Tensor:
-    """The state of a generator, (bytes,), or of each of several, (batch, bytes)."""
+    """State of a generator, (bytes,), or of several, (batch, bytes)."""
     states = [one.get_state() for one in each(generator)]
     return states[0] if len(states) == 1 else torch.stack(states)
 

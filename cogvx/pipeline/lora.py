@@ -1,4 +1,4 @@
-"""LoRA adapters merged into a transformer's weights, and taken out again bit for bit."""
+"""Merge LoRA adapters into a transformer's weights, and remove them bit for bit."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from ..transformer import ExpertTransformer
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as it was read; `digest` tells it from others of the same name."""
+    """A loaded adapter; `digest` distinguishes adapters of the same name."""
 
     name: str
     layers: Mapping[str, LowRank]
@@ -28,10 +28,10 @@ class Adapter:
 
 
 class Adapters:
-    """The adapters in one transformer. Each layer's weight is its original plus their sum.
+    """Adapters merged into one transformer: each weight is the original plus their sum.
 
-    originals  weights of the adapted layers as they were, on the CPU, by parameter: as much memory
-               as those layers have (3.2 GB for the attention of 5B in bfloat16)
+    originals  original weights of the adapted layers, on the CPU (3.2 GB for the attention of 5B in
+               bfloat16)
     """
 
     def __init__(self, transformer: ExpertTransformer) -> None:
@@ -40,7 +40,7 @@ class Adapters:
         self.originals: dict[str, Tensor] = {}
 
     def add(self, path: Path, scale: float) -> None:
-        """Reads an adapter and merges it. If anything fails, all weights are as they were."""
+        """Read an adapter and merge it. On an error all weights stay as they were."""
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
             raise TypeError(f"load_lora: scale must be a number; got {scale!r}")
         if not math.isfinite(scale):
@@ -49,7 +49,7 @@ class Adapters:
         file = adapter_file(path)
         name = f"{path.resolve().name}/{file.name}" if path.is_dir() else file.name
         new = Adapter(name, layers, float(scale), _digest(layers))
-        names = [f"{layer}.{part}" for layer, has in layers.items() for part in has.parts]
+        names = [f"{layer}.{part}" for layer, change in layers.items() for part in change.parts]
         for parameter in names:
             self._check(parameter)
         before, self.loaded = self.loaded, (*self.loaded, new)
@@ -64,17 +64,17 @@ class Adapters:
             raise
 
     def remove(self) -> None:
-        """Puts every original weight back."""
+        """Restore every original weight."""
         self.loaded = ()
         for parameter in list(self.originals):
             self._merge(parameter)
 
     def record(self) -> str | None:
-        """The adapters in words, for the record of a run; None without any."""
+        """Names, scales and digests, for the record of a run; None without adapters."""
         return ", ".join(map(str, self.loaded)) or None
 
     def weights(self) -> dict[str, Tensor]:
-        """The transformer's tensors by name, adapted ones as they were before."""
+        """State dict of the transformer with the original weights."""
         state = self.transformer.state_dict()
         return state | {name: t.to(state[name].dtype) for name, t in self.originals.items()}
 
@@ -88,7 +88,7 @@ class Adapters:
 
     @torch.no_grad()
     def _merge(self, name: str) -> None:
-        """Sets a parameter to its original plus what the loaded adapters add, in float32."""
+        """Set a parameter to its original plus the loaded adapters' sum, computed in float32."""
         parameter = self.transformer.get_parameter(name)
         layer, part = name.rsplit(".", 1)
         active = [
@@ -113,9 +113,9 @@ class Adapters:
 
 
 def _digest(layers: Mapping[str, LowRank]) -> str:
-    """A hash of all that an adapter adds at scale 1."""
+    """Hash of an adapter's tensors and scales."""
     parts = [
-        [layer, has.scale, *(fingerprint(t) for t in (has.down, has.up, has.bias) if t is not None)]
-        for layer, has in sorted(layers.items())
+        [layer, low.scale, *(fingerprint(t) for t in (low.down, low.up, low.bias) if t is not None)]
+        for layer, low in sorted(layers.items())
     ]
     return hashed(json.dumps(parts).encode())

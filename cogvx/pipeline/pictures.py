@@ -1,4 +1,4 @@
-"""PIL images and numpy arrays as the tensors that `CogVideoX.generate` takes."""
+"""Convert PIL images and numpy arrays to tensors."""
 
 import warnings
 from typing import Any
@@ -12,15 +12,15 @@ ASPECT_TOLERANCE = 0.02
 
 
 def to_tensor(name: str, value: Any, height: int, width: int) -> Any:
-    """Pictures as (batch, 3, height, width), or (batch, frames, 3, height, width), in [-1, 1].
+    """Convert pictures to (batch, 3, height, width) or (batch, frames, 3, height, width).
 
     name   "image": a picture or a list of them, one for each prompt; or "video": a list of pictures
            or an array of one more axis, or a list of such
-    value  pictures of PIL, or arrays (height, width, 3) of uint8
+    value  PIL images, or uint8 arrays (height, width, 3)
 
-    A PIL image is resized to height and width by Lanczos' filter, as in diffusers, an array
-    bilinearly with antialiasing; both without cropping, with a warning if the shape changes.
-    Anything else, a tensor among others, is returned as it is.
+    Values are in [-1, 1]. PIL images are resized with Lanczos filtering, as in diffusers, arrays
+    bilinearly with antialiasing; both without cropping, with a warning if the aspect ratio changes.
+    Anything else, such as a tensor, is returned unchanged.
     """
     if not _is_pictures(value):
         return value

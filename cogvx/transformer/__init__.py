@@ -1,4 +1,4 @@
-"""The expert transformer: noisy latents, text and time to v."""
+"""The expert transformer (DiT): predicts v from noisy latents, text and timestep."""
 
 from .attention import ATTENTION_BACKENDS
 from .embedding import ProjectedText

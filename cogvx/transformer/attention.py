@@ -1,7 +1,4 @@
-"""Joint attention: every token of text and video sees every other, under no mask.
-
-`attend` is the one place that chooses who computes the softmax.
-"""
+"""Joint attention over text and video tokens, without a mask; attention backends."""
 
 import importlib.util
 
@@ -23,7 +20,7 @@ SDPA_BACKENDS = {
 }
 ATTENTION_BACKENDS = ("auto", *SDPA_BACKENDS, "flash-attn")
 
-# On a GPU: torch's own order has FlashAttention 2 first, which cuDNN outruns on Hopper.
+# torch's own order begins with FlashAttention 2, which cuDNN outruns on Hopper.
 GPU_ORDER = [SDPA_BACKENDS[name] for name in ("cudnn", "flash", "efficient", "math")]
 
 QK_NORM_EPS = 1e-6  # of the released models
@@ -42,10 +39,10 @@ def check_attention(where: str, attention: str) -> None:
 def attend(q: Tensor, k: Tensor, v: Tensor, attention: str = "auto") -> Tensor:
     """softmax(q kᵀ / √headdim) v for every head: (batch, seqlen, nheads, headdim), like q, k, v.
 
-    "auto" is cuDNN, FlashAttention, memory-efficient or plain, the first that can on a GPU, and
-    torch's choice elsewhere. On the meta device the shape comes out and nothing of seqlen².
+    "auto" is the first of cuDNN, FlashAttention, memory-efficient and plain that can run on a GPU,
+    and torch's choice elsewhere. On the meta device no tensor of seqlen² is made.
 
-    Raises RuntimeError if a backend asked for by name cannot run on these tensors.
+    Raises RuntimeError if a backend requested by name cannot run on these tensors.
     """
     if q.device.type == "meta":
         turned = [x.transpose(1, 2) for x in (q, k, v)]
@@ -56,11 +53,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attention: str = "auto") -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if attention == "auto":
         if not q.is_cuda:
-            return _elsewhere(q, k, v).transpose(1, 2)
+            return _without_gpu(q, k, v).transpose(1, 2)
         order = GPU_ORDER
     else:
         order = [SDPA_BACKENDS[attention]]
-        # Under a compiler torch itself refuses, with less to say.
+        # Under a compiler torch itself raises, with a shorter message.
         reason = None if torch.compiler.is_compiling() else _sdpa_reason(q, k, v, attention)
         if reason:
             raise RuntimeError(
@@ -70,10 +67,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attention: str = "auto") -> Tensor:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def _elsewhere(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's choice where there is no GPU. On a CPU its backward in 16 bits took 3 times that of
-    float32 for 96 tokens of bfloat16, 10 times for 400 of float16 (torch 2.13, one thread), so
-    training under autocast, which is there to be fast, is in float32 here."""
+def _without_gpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's choice of backend; in float32 when training under autocast on a CPU.
+
+    There the backward in 16 bits took 3 times that of float32 for 96 tokens of bfloat16, 10 times
+    for 400 of float16 (torch 2.13, one thread).
+    """
     mixed = q.device.type == "cpu" and torch.is_autocast_enabled("cpu")
     if not (mixed and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
         return F.scaled_dot_product_attention(q, k, v)
@@ -83,7 +82,7 @@ def _elsewhere(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _sdpa_reason(q: Tensor, k: Tensor, v: Tensor, attention: str) -> str | None:
-    """Why that backend cannot take these tensors, or None."""
+    """Reason why a backend cannot take these tensors, or None."""
     if attention == "math":
         return None
     if not q.is_cuda:
@@ -101,7 +100,7 @@ def _sdpa_reason(q: Tensor, k: Tensor, v: Tensor, attention: str) -> str | None:
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The flash-attn package, which takes this layout as it is."""
+    """The flash-attn package, which has the same layout."""
     if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
         raise RuntimeError(
             'attention="flash-attn" cannot run: it takes float16 or bfloat16 on a CUDA GPU; '
@@ -113,7 +112,7 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class JointAttention(nn.Module):
-    """Attention over the joint sequence: q and k are normalised by head, those of video turned."""
+    """Attention over the joint sequence, with QK-norm, and RoPE on the video tokens."""
 
     def __init__(
         self, dim: int, nheads: int, backend: str = "auto", attention: str = "auto"
@@ -131,7 +130,7 @@ class JointAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Attention of every token to every token.
+        """Project, normalise and rotate q and k, attend, project.
 
         Args:
             x: (batch, seqlen, dim), text tokens first.

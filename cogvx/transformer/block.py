@@ -1,4 +1,4 @@
-"""One block: attention and feed-forward, each between an adaptive norm and a gate."""
+"""Transformer block: attention and feed-forward with expert adaptive layer norms and gates."""
 
 from torch import Tensor, nn
 
@@ -10,9 +10,8 @@ from .modulation import Branch, ExpertAdaLayerNorm, Modulation
 class ExpertBlock(nn.Module):
     """x + gate · attention(adaln(x)), and then x + gate · feed_forward(adaln(x)).
 
-    The last of the two sums is left to the next block, which makes it in one pass with its own
-    first norm. Without experts one feed-forward serves text and video. Source: fact sheet section
-    2.3.
+    The second residual sum is left to the next block, which fuses it with its own first norm.
+    Without experts one feed-forward serves text and video. Source: `docs/model.md`, section 2.3.
     """
 
     def __init__(
@@ -49,18 +48,19 @@ class ExpertBlock(nn.Module):
         sin: Tensor,
         text_len: int,
     ) -> tuple[Tensor, Branch, tuple[Routing, ...]]:
-        """The block, whose last residual sum is left to the next one.
+        """Run the block, except for its last residual sum.
 
         Args:
             x: (batch, text_len + video_len, dim), text first.
-            branch: what the block before left to add to x; None where there is nothing.
-            time: (batch, time_embed_dim) after its SiLU; or the modulations of both norms, made of
-                it ahead.
+            branch: residual branch of the previous block, still to be added to x; None for the
+                first block.
+            time: (batch, time_embed_dim) after its SiLU; or the precomputed modulations of both
+                norms.
             cos, sin: (rows, headdim // 2), as in `JointAttention`.
             text_len: number of text tokens.
 
         Returns:
-            x, (batch, text_len + video_len, dim); the branch that is still to be added to it; and a
+            x, (batch, text_len + video_len, dim); the branch still to be added to it; and a
             `Routing` of each router.
         """
         if isinstance(time, Tensor):
@@ -84,7 +84,7 @@ class ExpertBlock(nn.Module):
         sin: Tensor,
         text_len: int,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
-        """The whole block, residual added.
+        """Full block forward with the residual added.
 
         Returns:
             (batch, text_len + video_len, dim), and a `Routing` of each router.

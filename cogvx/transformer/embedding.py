@@ -1,4 +1,4 @@
-"""What enters the blocks: the time as one vector, and text and video as one sequence."""
+"""Timestep embedding, and embedding of text and video patches as one sequence."""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ def timestep_sincos(timestep: Tensor, dim: int) -> Tensor:
     timestep  (batch,), any real dtype; training steps, 0 (clean) to 999 (noise)
     dim       even
 
-    Source: fact sheet section 2.1.
+    Source: `docs/model.md`, section 2.1.
     """
     half = dim // 2
     exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) / half
@@ -27,7 +27,7 @@ def timestep_sincos(timestep: Tensor, dim: int) -> Tensor:
 
 
 class TimestepEmbedding(nn.Module):
-    """A number of each batch item, as a vector: sines and cosines, then two linear layers."""
+    """Sinusoidal embedding of one number per batch item, then an MLP."""
 
     def __init__(self, dim: int, embed_dim: int) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class TimestepEmbedding(nn.Module):
 
 @dataclass(frozen=True)
 class ProjectedText:
-    """A text as tokens of the model's width, made once for all steps that are told it.
+    """Text tokens of the model's width, projected once for all steps.
 
     tokens  (batch, text_len, dim); see `ExpertTransformer.project_text`
     """
@@ -52,11 +52,11 @@ class ProjectedText:
 
 
 class JointEmbedding(nn.Module):
-    """Text and patches of video as tokens of one width, in one sequence.
+    """Embed text and video patches as tokens of one width, in one sequence.
 
-    Patches are made by a convolution, frame by frame, in 1.0, and by a linear layer in 1.5
-    (`linear`). `pos_embedding`, if there is one, is the learned table of 5B-I2V, a buffer as in the
-    released model: (1, text_len + video_len, dim).
+    1.0 embeds patches by a convolution, frame by frame, 1.5 by a linear layer (`linear`).
+    `pos_embedding` is the learned table of 5B-I2V, a buffer as in the released model:
+    (1, text_len + video_len, dim); None otherwise.
     """
 
     pos_embedding: Tensor | None
@@ -85,12 +85,12 @@ class JointEmbedding(nn.Module):
     def forward(
         self, text: Tensor | ProjectedText, latents: Tensor, positions: Tensor | None
     ) -> Tensor:
-        """The joint sequence.
+        """Build the joint sequence.
 
         Args:
-            text: (batch, text_len, text_embed_dim), or projected already.
+            text: (batch, text_len, text_embed_dim), or already projected.
             latents: (batch, frames, in_channels, height, width).
-            positions: (text_len + video_len, dim), which are added; or None.
+            positions: (text_len + video_len, dim), to be added; or None.
 
         Returns:
             (batch, text_len + video_len, dim), text first.

@@ -1,4 +1,4 @@
-"""The feed-forward of a block: one for all tokens, or experts of text and experts of video."""
+"""Feed-forward of a block: shared, or routed experts of each modality."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -16,22 +16,21 @@ ROUTER_STD = 0.02
 
 
 class Routing(NamedTuple):
-    """What one router did with the tokens of one forward, in numbers of one per expert, fp32."""
+    """Statistics of one router in one forward, one fp32 value per expert."""
 
-    fraction: Tensor  # (num_experts,): the part of all choices that fell on it; sums to 1
-    probability: Tensor  # (num_experts,): the mean that the router gave it; has the gradient
+    fraction: Tensor  # (num_experts,): share of the choices; sums to 1
+    probability: Tensor  # (num_experts,): mean router probability; has the gradient
 
 
 def load_balancing_loss(routing: Iterable[Routing]) -> Tensor:
-    """How unevenly routers spread their tokens: 1 where every expert gets its share, else more.
+    """Auxiliary loss num_experts · Σ fraction · probability, averaged over the routers.
 
-    num_experts · Σ fraction · probability, averaged over the routers. The gradient goes through
-    the probabilities.
+    1 if the load is balanced, else more. The gradient goes through the probabilities.
 
-    routing  the list that was given to `ExpertTransformer` and filled by it
+    routing  the list that `ExpertTransformer.forward` filled
 
     Raises ValueError if it is empty. Source: Switch Transformer (arXiv 2101.03961), section 2.2,
-    and GShard (arXiv 2006.16668), for one and for several choices of a token.
+    for top 1, and GShard (arXiv 2006.16668) for more.
     """
     losses = [len(r.fraction) * (r.fraction * r.probability).sum() for r in routing]
     if not losses:
@@ -43,7 +42,7 @@ def load_balancing_loss(routing: Iterable[Routing]) -> Tensor:
 
 
 class GELUProjection(nn.Module):
-    """Linear and GELU, in its tanh form."""
+    """Linear and GELU (tanh approximation)."""
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
@@ -55,7 +54,7 @@ class GELUProjection(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Up, GELU, down; (..., dim) -> (..., dim). The middle entry is diffusers' dropout of 0.
+    """Linear, GELU, linear; (..., dim) -> (..., dim). The middle entry is diffusers' dropout of 0.
 
     `cogvx_kernels.expert_ffn` reads the weights where everything inside is plain, and the modules
     are called where something is wrapped (`module_utils.py`).
@@ -75,7 +74,7 @@ class FeedForward(nn.Module):
         return self.net(x)
 
     def is_plain(self) -> bool:
-        """Whether its weights are all there is to it."""
+        """True if its weights determine the output: nothing inside is wrapped or hooked."""
         first, middle, last = self.net
         return (
             is_unmodified(self.net, nn.Sequential)
@@ -98,7 +97,7 @@ def fused(
     text_len: int = 0,
     backend: str,
 ) -> Tensor:
-    """`expert_ffn` of plain experts; x (batch, seqlen, dim) -> the same."""
+    """`expert_ffn` of plain experts; (batch, seqlen, dim) -> (batch, seqlen, dim)."""
     ups = [e.net[0].get_submodule("proj") for e in experts]
     downs = [e.net[2] for e in experts]
 
@@ -119,10 +118,10 @@ def fused(
 
 
 class ExpertFeedForward(nn.Module):
-    """Text tokens to experts of text, video tokens to experts of video.
+    """Feed-forward experts of text tokens and of video tokens.
 
-    A modality with several has a router, a linear layer without bias, that sends each of its tokens
-    to the `top_k` it gives the highest probability. No token is dropped.
+    A modality with several experts has a router, a linear layer without bias, that sends each token
+    to the `top_k` experts of the highest probability. No token is dropped.
     """
 
     def __init__(
@@ -150,15 +149,15 @@ class ExpertFeedForward(nn.Module):
         self.video_router = router(num_video_experts)
 
     def reset_routers(self) -> None:
-        """Small and random: experts that begin alike see different tokens, and so grow apart."""
+        """Initialise the routers, small and random, so that equal experts see different tokens."""
         for router in (self.text_router, self.video_router):
             if router is not None:
                 nn.init.normal_(router.weight, std=ROUTER_STD)
 
     def forward(self, x: Tensor, text_len: int) -> tuple[Tensor, tuple[Routing, ...]]:
-        """Each token through its experts, and the statistics of each router.
+        """Run each token through its experts.
 
-        All experts are one call, text's first in the list; nothing waits for the device.
+        All experts are one call, text's first in the list, without host synchronisation.
 
         Args:
             x: (batch, text_len + video_len, dim), text first.
@@ -183,9 +182,10 @@ class ExpertFeedForward(nn.Module):
         return y, routing
 
     def _choices(self, x: Tensor, text_len: int) -> list["Choice | None"]:
-        """Of the router of text and of that of video.
+        """Choices of the text router and of the video router.
 
-        Each sees the whole sequence, and the rest is cut: a part of it would be copied first.
+        Each runs on the whole sequence and its result is sliced, because slices of the sequence
+        would be copied first.
         """
         choices = []
         for which, router in enumerate((self.text_router, self.video_router)):
@@ -196,9 +196,9 @@ class ExpertFeedForward(nn.Module):
     def _joint(
         self, x: Tensor, choices: Sequence["Choice | None"], text_len: int
     ) -> tuple[Tensor, Tensor]:
-        """index and weight of `expert_ffn`: both modalities' choices in the list of all experts.
+        """index and weight of `expert_ffn` for both modalities, in the list of all experts.
 
-        The one expert of a modality is the first choice of its tokens; the others are no expert.
+        A modality with one expert has it as first choice; its other choices are out of range.
         """
         lengths, firsts = (text_len, x.shape[1] - text_len), (0, len(self.text))
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -217,17 +217,17 @@ class ExpertFeedForward(nn.Module):
 
 
 class Choice(NamedTuple):
-    """What a router chose for its tokens, and what that was in all."""
+    """A router's choice for its tokens, and its statistics."""
 
-    expert: Tensor  # (batch, any, top_k): numbers in the router's own list
+    expert: Tensor  # (batch, any, top_k): indices of the router's own experts
     weight: Tensor  # (batch, any, top_k), at least fp32
     routing: Routing
 
 
 def choose(logits: Tensor | None, top_k: int) -> Choice | None:
-    """What follows from a router's logits (batch, any, experts); None without any.
+    """Choice from a router's logits (batch, any, experts); None without logits.
 
-    The weights of a token sum to one. A single one is exactly 1, and yet has a gradient.
+    The weights of a token sum to one. With top_k 1 the weight is exactly 1, but has a gradient.
     """
     if logits is None or not logits.shape[1]:
         return None
@@ -241,11 +241,11 @@ def choose(logits: Tensor | None, top_k: int) -> Choice | None:
 
 
 def run_unfused(x: Tensor, choice: Choice | None, experts: nn.ModuleList) -> Tensor:
-    """x (batch, any, dim) through experts that must be called, one after another.
+    """Call experts one after another; x (batch, any, dim).
 
-    Tokens are brought together by expert and taken back by the inverse order, so that sums have one
-    order and nothing is added atomically. An expert without tokens gets gradients of zero. It waits
-    for the device, to know how many tokens each expert has.
+    Tokens are sorted by expert and back, so that sums have one order, without atomics. An expert
+    without tokens gets zero gradients. Waits for the device, to know the number of tokens of each
+    expert.
     """
     if choice is None:
         return experts[0](x)
@@ -259,7 +259,7 @@ def run_unfused(x: Tensor, choice: Choice | None, experts: nn.ModuleList) -> Ten
 
 
 def _sizes(counts: Tensor, total: int) -> Sequence[int]:
-    """The counts as numbers; on the meta device, which has none, equal shares."""
+    """Counts as ints; on the meta device, which has no values, equal shares."""
     if counts.device.type == "meta":
         share, rest = divmod(total, len(counts))
         return [share + (i < rest) for i in range(len(counts))]

@@ -1,8 +1,7 @@
-"""Adaptive layer norms with the layers that make their shift, scale and gate of the time.
+"""Adaptive layer norms: shift, scale and gate as linear functions of the time embedding.
 
-Text and video of the joint sequence are modulated each by numbers of its own, in one pass over both
-(`cogvx_kernels.expert_adaln`). They depend on the time alone, so that those of a whole run can be
-made before it begins: `Modulations`.
+Text and video have separate modulations, applied in one pass (`cogvx_kernels.expert_adaln`). They
+depend on the timestep alone, so those of a whole run can be computed in advance: `Modulations`.
 """
 
 from collections.abc import Sequence
@@ -18,16 +17,16 @@ from cogvx_kernels import expert_adaln, gated_residual, gated_residual_adaln
 
 from .module_utils import is_plain_linear
 
-# Of a run, so many steps are made ahead at once: of 5B, 3.1 MB each in bfloat16.
+# Steps whose modulations are computed at once: of 5B, 3.1 MB each in bfloat16.
 STEPS_AHEAD = 50
-# Weights of one product of `stacked`, which are copied for it.
+# Limit of the weights that `stacked` copies for one matrix product.
 STACK_BYTES = 1 << 28
 
 
 class Modulation(NamedTuple):
-    """What a norm does to its tokens and the gate after it, (batch, dim) each.
+    """Shift, scale and gate of one norm, (batch, dim) each.
 
-    In the order of the rows of the released layers: of video, then of text.
+    In the row order of the released layers: video, then text.
     """
 
     shift: Tensor
@@ -39,7 +38,7 @@ class Modulation(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """What attention or feed-forward gave, not yet added to the stream, and how much of it is.
+    """Output of attention or feed-forward, not yet added to the residual stream, and its gates.
 
     y                (batch, seqlen, dim)
     gate, text_gate  (batch, dim) of each modality
@@ -52,10 +51,10 @@ class Branch(NamedTuple):
 
 @dataclass(frozen=True)
 class Modulations:
-    """Every shift, scale and gate of a model at some times; `ExpertTransformer.modulations`.
+    """All shifts, scales and gates of a model at some timesteps; `ExpertTransformer.modulations`.
 
     values  (steps, 12 · num_layers + 2, dim): six rows of each norm of each block, in the order of
-            `Modulation`, and at last shift and scale of the last norm
+            `Modulation`, then shift and scale of the final norm
     """
 
     values: Tensor
@@ -64,7 +63,7 @@ class Modulations:
         return len(self.values)
 
     def at(self, step: int) -> "Modulations":
-        """Those of one step, for every item of a batch; a view. Raises IndexError beyond them."""
+        """Modulations of one step, shared by the batch; a view. Raises IndexError."""
         if not 0 <= step < len(self):
             raise IndexError(f"Modulations: step must be in [0, {len(self)}); got {step}")
         return Modulations(self.values[step : step + 1])
@@ -72,7 +71,7 @@ class Modulations:
     def block_modulations(
         self, batch: int, dtype: torch.dtype
     ) -> tuple[list[tuple[Modulation, Modulation]], tuple[Tensor, Tensor]]:
-        """What each block takes, and what the last norm takes, (batch, dim) each; views.
+        """Modulations of each block and of the final norm, (batch, dim) each; views.
 
         There is one step for all items, or one for each.
         """
@@ -82,10 +81,10 @@ class Modulations:
 
 
 def stacked(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """What every layer makes of x, (batch, in) -> (batch, the rows of all of them).
+    """Concatenated outputs of all layers: (batch, in) -> (batch, sum of their rows).
 
-    Plain linear layers are one product: their weights are copied into one, so many at once as
-    `STACK_BYTES` holds. Those in a wrapping (LoRA, few bits) are called.
+    Plain linear layers are one matrix product per `STACK_BYTES` of copied weights. Wrapped ones
+    (LoRA, quantised) are called.
     """
     parts = []
     for plain, run in groupby(layers, is_plain_linear):
@@ -103,24 +102,24 @@ def _product(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 
 def _few(layers: list[nn.Module]) -> list[list[nn.Module]]:
-    """Runs of layers, in order, whose weights together are at most `STACK_BYTES`; one at least."""
+    """Split layers, in order, into runs of at most `STACK_BYTES` of weights, at least one each."""
     runs: list[list[nn.Module]] = []
-    room = 0
+    left = 0
     for layer in layers:
         nbytes = layer.get_parameter("weight").nbytes
-        if nbytes > room or not runs:
+        if nbytes > left or not runs:
             runs.append([])
-            room = STACK_BYTES
+            left = STACK_BYTES
         runs[-1].append(layer)
-        room -= nbytes
+        left -= nbytes
     return runs
 
 
 class ExpertAdaLayerNorm(nn.Module):
-    """The norm before a branch, with the layer that modulates it and the gate after the branch.
+    """Expert adaptive layer norm before a branch; also makes the gate after the branch.
 
-    The layer's rows are shift, scale and gate of video and then of text, as released. Source: fact
-    sheet section 2.3.
+    The rows of `linear` are shift, scale and gate of video, then of text, as released. Source:
+    `docs/model.md`, section 2.3.
     """
 
     def __init__(
@@ -132,17 +131,17 @@ class ExpertAdaLayerNorm(nn.Module):
         self.norm = nn.LayerNorm(dim, eps)
 
     def modulation(self, temb: Tensor, dtype: torch.dtype) -> Modulation:
-        """Of temb (batch, time_embed_dim), after its SiLU; of that dtype, autocast or not."""
+        """Modulation from temb (batch, time_embed_dim), after a SiLU; dtype even under autocast."""
         return Modulation(*self.linear(temb).to(dtype).chunk(6, 1))
 
     def forward(
         self, x: Tensor, branch: Branch | None, modulation: Modulation, text_len: int
     ) -> tuple[Tensor, Tensor]:
-        """x with a branch added to it, and its modulated norm, in one pass.
+        """Add a branch to x, and normalise and modulate the sum, in one pass.
 
         Args:
             x: (batch, text_len + video_len, dim), text first.
-            branch: what is still to be added to x, of the same shape; None where there is nothing.
+            branch: of the same shape, to be added to x; or None.
             modulation: shift, scale and gate of each modality, (batch, dim) each.
             text_len: number of text tokens.
 
@@ -182,7 +181,7 @@ class ExpertAdaLayerNorm(nn.Module):
         )
 
     def add(self, x: Tensor, branch: Branch, text_len: int) -> Tensor:
-        """The stream with a branch added to it, where no norm follows."""
+        """Add a branch to x where no norm follows."""
         y, gate, text_gate = branch
         return gated_residual(
             x, y.to(x.dtype), gate, text_gate, text_len=text_len, backend=self.backend
@@ -193,7 +192,7 @@ class ExpertAdaLayerNorm(nn.Module):
 
 
 class AdaLayerNorm(nn.Module):
-    """The last modulation: the same for one modality, without a gate."""
+    """Final adaptive layer norm, of video tokens only, without a gate."""
 
     def __init__(
         self, dim: int, time_embed_dim: int, eps: float = 1e-5, backend: str = "auto"
@@ -204,11 +203,11 @@ class AdaLayerNorm(nn.Module):
         self.norm = nn.LayerNorm(dim, eps)
 
     def forward(self, x: Tensor, time: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        """The modulated norm of video tokens.
+        """Normalise and modulate video tokens.
 
         Args:
             x: (batch, video_len, dim).
-            time: (batch, time_embed_dim) after its SiLU; or shift and scale made of it, (batch,
+            time: (batch, time_embed_dim) after its SiLU; or precomputed shift and scale, (batch,
                 dim) each.
 
         Returns:

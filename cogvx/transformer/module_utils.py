@@ -1,8 +1,7 @@
-"""Whether a module is as torch has it, so that its weights may be read in place of calling it.
+"""Detect linear layers that are unmodified, so that kernels may read their weights directly.
 
-peft wraps a linear layer in a module of its own, torchao puts a tensor of another type in the place
-of its weight, accelerate replaces `forward`, others hang hooks on it. All of that is seen where the
-module is called, and nowhere else.
+peft wraps linear layers, torchao replaces their weights by tensor subclasses, accelerate replaces
+`forward`, others add hooks: those layers must be called.
 """
 
 from torch import nn
@@ -11,7 +10,7 @@ from cogvx_kernels.module_utils import is_unmodified
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether `F.linear(x, module.weight, module.bias)` is all that calling it would do."""
+    """True if calling the module is just `F.linear(x, module.weight, module.bias)`."""
     return (
         is_unmodified(module, nn.Linear)
         and type(module.weight) is nn.Parameter

@@ -1,17 +1,17 @@
-"""Latents to patches and back: two functions, inverse of each other."""
+"""Split latents into patches and back."""
 
 from torch import Tensor
 
 
 def patchify(latents: Tensor, patch: tuple[int, int, int]) -> Tensor:
-    """Cuts latents into patches, one token each; frames slowest, width fastest.
+    """Split latents into patches, one token each; frames slowest, width fastest.
 
     latents  (batch, frames, channels, height, width)
     patch    (frames, height, width) of a patch; each divides its side of the latents
     returns  (batch, video_len, channels · patch frames · patch height · patch width), in this
              order, channels slowest
 
-    Source: fact sheet sections 2.2 and 2.6; `unpatchify` takes it back.
+    Source: `docs/model.md`, sections 2.2 and 2.6. `unpatchify` is the inverse.
     """
     patch_frames, patch_height, patch_width = patch
     x = latents.unflatten(4, (-1, patch_width)).unflatten(3, (-1, patch_height))
@@ -21,7 +21,7 @@ def patchify(latents: Tensor, patch: tuple[int, int, int]) -> Tensor:
 
 
 def unpatchify(x: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:
-    """Lays patches out as latents again.
+    """Join patches to latents, the inverse of `patchify`.
 
     x        (batch, video_len, channels · patch frames · patch height · patch width)
     grid     (frames, height, width) in tokens; their product is video_len

@@ -1,8 +1,8 @@
-"""Where a token is: the tables that a model adds to its tokens, or turns q and k by.
+"""Positional embeddings: RoPE tables and added sin-cos tables.
 
-CogVideoX-2B adds a table of sines and cosines, the 5B models turn q and k (RoPE), and 5B-I2V turns
-and adds a learned table on top. Every table is made on the CPU, from sizes alone, and is no part of
-the state dict but for the learned one.
+CogVideoX-2B adds a table of sines and cosines, the 5B models rotate q and k (RoPE), and 5B-I2V does
+that and adds a learned table. All but the learned one are computed on the CPU from sizes alone, and
+are not in the state dict.
 """
 
 from operator import index
@@ -18,7 +18,7 @@ from ..config import TransformerConfig
 def token_grid(
     config: TransformerConfig, frames: int, height: int, width: int
 ) -> tuple[int, int, int]:
-    """(frames, height, width) in tokens of latents of that size."""
+    """Size (frames, height, width) of latents in tokens."""
     patch = config.patch_size
     return frames // (config.patch_size_t or 1), height // patch, width // patch
 
@@ -32,13 +32,13 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of every video token, each (video_len, headdim // 2) fp32.
 
-    CogVideoX 1.0 spreads its tokens over a centred crop of the grid of its training; 1.5, a model
-    with `patch_size_t`, counts them. Those integers are the same whatever the size of training, so
-    a grid larger than it is no error here (diffusers, which slices a finite table, cannot).
+    CogVideoX 1.0 spreads positions over a centred crop of the training grid; 1.5, with
+    `patch_size_t`, counts tokens. Those integers do not depend on the training size, so larger
+    grids work, too (diffusers slices a finite table).
 
     frames, height, width  of the latents, before patches
 
-    Source: fact sheet sections 3.2 and 3.3.
+    Source: `docs/model.md`, sections 3.2 and 3.3.
     """
     grid = token_grid(config, frames, height, width)
     if config.patch_size_t is None:
@@ -54,13 +54,13 @@ def sincos_table(
 ) -> Tensor:
     """The fixed table of CogVideoX-2B, (video_len, dim) fp64.
 
-    A quarter of the dims tells the frame, then 3/8 the column and 3/8 the row, each as the sines
-    and then the cosines of position / scale · 10000^(-i / n) for its n pairs.
+    A quarter of the dims encodes the frame, then 3/8 the column and 3/8 the row, each as sines,
+    then cosines, of position / scale · 10000^(-i / n) for its n pairs.
 
     dim   a multiple of 16
     grid  (frames, height, width) in tokens
 
-    Raises ValueError if 16 does not divide dim. Source: fact sheet section 2.2.
+    Raises ValueError if 16 does not divide dim. Source: `docs/model.md`, section 2.2.
     """
     if dim % 16:
         raise ValueError(f"sincos_table: dim must be a multiple of 16; got {dim}")
@@ -79,7 +79,7 @@ def sincos_table(
 
 
 def sincos_positions(config: TransformerConfig, frames: int, height: int, width: int) -> Tensor:
-    """`sincos_table` for latents of that size, under the zeros of the text: (seqlen, dim) fp64."""
+    """`sincos_table` for latents of that size, after zeros for the text: (seqlen, dim) fp64."""
     grid = token_grid(config, frames, height, width)
     table = sincos_table(
         config.hidden_size,
@@ -91,9 +91,9 @@ def sincos_positions(config: TransformerConfig, frames: int, height: int, width:
 
 
 class Tables:
-    """The tables of one model for the sizes it saw last, so that a step does not make them again.
+    """Cache of the positional tables of one model, for the last `KEPT` sizes.
 
-    At most `KEPT` are kept. To torch.compile a table is a constant, and a new size a new graph.
+    For torch.compile a table is a constant, and a new size a new graph.
     """
 
     KEPT = 4
@@ -104,14 +104,14 @@ class Tables:
 
     def rope(self, frames: int, height: int, width: int, device: torch.device) -> Tensor:
         """cos and sin, stacked: (2, video_len, headdim // 2); video_len is 0 without RoPE."""
-        size = index(frames), index(height), index(width)  # numbers, where a compiler has symbols
+        size = index(frames), index(height), index(width)  # ints, not the compiler's symbols
         return self._table("rope", *size, device, torch.float32)
 
     def sincos(
         self, frames: int, height: int, width: int, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        """`sincos_positions` as it is added: (seqlen, dim)."""
-        size = index(frames), index(height), index(width)  # numbers, where a compiler has symbols
+        """`sincos_positions` on a device, in a dtype: (seqlen, dim)."""
+        size = index(frames), index(height), index(width)  # ints, not the compiler's symbols
         return self._table("sincos", *size, device, dtype)
 
     def _table(
@@ -133,10 +133,10 @@ class Tables:
                 while len(self._kept) >= self.KEPT:
                     del self._kept[next(iter(self._kept))]
                 self._kept[key] = table
-        # Of a parameter the compiler knows that its shape is not going to change.
+        # The compiler takes the shape of a parameter as static.
         return nn.Parameter(table, False) if torch.compiler.is_compiling() else table
 
-    # As torch.compiler.assume_constant_result marks it, which would import the whole compiler here.
+    # What torch.compiler.assume_constant_result sets, without importing the compiler.
     _table._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _make(self, kind: str, frames: int, height: int, width: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The expert transformer: from noisy latents, a text and a time to v."""
+"""The expert transformer."""
 
 from collections.abc import Sequence
 
@@ -25,20 +25,20 @@ WITH_BACKEND = (JointAttention, ExpertAdaLayerNorm, AdaLayerNorm, FeedForward, E
 class ExpertTransformer(nn.Module):
     """CogVideoX's transformer, released or with experts; see `TransformerConfig`.
 
-    The keys of its state dict are diffusers' where a model has one feed-forward for text and video.
-    With experts they are `transformer_blocks.{i}.ff.text.{e}.…`, `ff.video.{e}.…` and, for several
+    State-dict keys are diffusers' for a model with one feed-forward for text and video. With
+    experts they are `transformer_blocks.{i}.ff.text.{e}.…`, `ff.video.{e}.…` and, for several
     of a modality, `ff.text_router.weight`, `ff.video_router.weight`.
 
-    config     what model
+    config     of the model
     backend    of the kernels: "auto", "kernel" or "reference"
     attention  one of `ATTENTION_BACKENDS`
 
-    `gradient_checkpointing = True` makes a training step keep only what goes from block to block,
-    and compute each block again on the way back.
+    `gradient_checkpointing = True` keeps only the inputs of the blocks for the backward pass, which
+    recomputes each block.
 
-    A new one is ready to train: modulations are zero, so that each block passes its input on; patch
-    and last layer are Xavier's, routers small. Raises ValueError for an unknown backend. Source:
-    fact sheet sections 2 and 3.
+    A new model is initialised for training: modulations are zero, so that each block is the
+    identity; patch embedding and last layer are Xavier uniform, routers small. Raises ValueError
+    for an unknown backend. Source: `docs/model.md`, sections 2 and 3.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ExpertTransformer(nn.Module):
             dim,
             self.patch,
             linear=config.patch_size_t is not None,
-            # 1.5 says patch_bias=false and has the bias all the same: fact sheet section 2.2.
+            # 1.5 says patch_bias=false, but has a bias: `docs/model.md`, section 2.2.
             bias=config.patch_bias or config.patch_size_t is not None,
             pos_embedding=_learned_positions(config),
         )
@@ -104,14 +104,14 @@ class ExpertTransformer(nn.Module):
             latents: (batch, frames, in_channels, height, width), scaled, noisy; in an
                 image-to-video model the image's latents are its last channels. Height and width
                 are multiples of patch_size, frames of patch_size_t (1.5).
-            text: (batch, text_len, text_embed_dim), or what `project_text` made of it. Exactly
-                max_text_seq_length tokens where positions are added to the sequence (2B, 5B-I2V),
-                else any number.
+            text: (batch, text_len, text_embed_dim), or the result of `project_text`. Exactly
+                max_text_seq_length tokens if positions are added to the sequence (2B, 5B-I2V), else
+                any number.
             timestep: a scalar or (batch,), any real dtype; training steps, 0 (clean) to 999.
             ofs: a scalar, (1,) or (batch,), for a model with ofs_embed_dim: 2.0 as released.
-            routing: a list; each router appends what it did, for `load_balancing_loss`.
+            routing: a list, to which each router appends statistics for `load_balancing_loss`.
             modulations: of one step for all items, or of one for each (see `modulations`); then
-                timestep and ofs, which they are made of, are None.
+                timestep and ofs are None.
 
         Returns:
             (batch, frames, out_channels, height, width).
@@ -119,8 +119,8 @@ class ExpertTransformer(nn.Module):
         Raises:
             TypeError, ValueError: an argument is not as above.
 
-        A model with learned positions (5B-I2V) knows one height and width, and one number of
-        frames: at another number it adds the table of sines and cosines instead, as diffusers does.
+        A model with learned positions (5B-I2V) takes one height and width. At another number of
+        frames than the trained one it adds the sin-cos table instead, as in diffusers.
         """
         dtype = self.norm_final.weight.dtype
         check_arguments(self.config, dtype, latents, text, timestep, ofs, routing, modulations)
@@ -132,7 +132,7 @@ class ExpertTransformer(nn.Module):
         if modulations is not None:
             block_modulations, last_modulation = modulations.block_modulations(batch, x.dtype)
         else:
-            assert timestep is not None  # or check_arguments would have said so
+            assert timestep is not None  # checked above
             last_modulation = self._time(timestep, ofs, batch, latents.device, latents.dtype)
             block_modulations = [last_modulation] * len(self.transformer_blocks)
         text_len = (text.tokens if isinstance(text, ProjectedText) else text).shape[1]
@@ -141,7 +141,7 @@ class ExpertTransformer(nn.Module):
         return unpatchify(video, token_grid(self.config, frames, height, width), self.patch)
 
     def project_text(self, text: Tensor) -> ProjectedText:
-        """What `forward` makes of a text, (batch, text_len, text_embed_dim), at every step anew.
+        """Project a text, (batch, text_len, text_embed_dim), once for all steps.
 
         Raises TypeError or ValueError for another shape or dtype.
         """
@@ -149,12 +149,12 @@ class ExpertTransformer(nn.Module):
         return ProjectedText(self.patch_embed.text_proj(text))
 
     def modulations(self, timesteps: Tensor, ofs: Tensor | None = None) -> Modulations:
-        """Every shift, scale and gate at many times, by one product of matrices over all of them.
+        """Compute all shifts, scales and gates for many timesteps, in few matrix products.
 
-        They depend on time and weights alone: a run makes them before its first step, and hands
-        `forward` those of each (`Modulations.at`). They take (12 · num_layers + 2) · hidden_size
-        values a step: of 5B in bfloat16 3.1 MB, 155 MB for 50. While they are made the weights are
-        copied, `modulation.STACK_BYTES` at a time; where those are more, there is a product each.
+        They depend only on the timestep and the weights: a run computes them before its first step
+        and passes those of each step to `forward` (`Modulations.at`). They take
+        (12 · num_layers + 2) · hidden_size values a step: for 5B in bfloat16 3.1 MB, 155 MB for 50.
+        Meanwhile up to `modulation.STACK_BYTES` of weights are copied.
 
         timesteps  (steps,), any real dtype
         ofs        a scalar, (1,) or (steps,), as in `forward`
@@ -169,7 +169,7 @@ class ExpertTransformer(nn.Module):
         return Modulations(rows.unflatten(1, (-1, self.config.hidden_size)))
 
     def set_backend(self, backend: str) -> None:
-        """Which way the ops of cogvx_kernels go from now on: "auto", "kernel" or "reference"."""
+        """Set the backend of all ops of cogvx_kernels: "auto", "kernel" or "reference"."""
         check_choice("ExpertTransformer.set_backend", "backend", backend, BACKENDS)
         self.backend = backend
         for module in self.modules():
@@ -185,18 +185,18 @@ class ExpertTransformer(nn.Module):
         text_len: int,
         routing: list[Routing] | None,
     ) -> Tensor:
-        """The joint sequence through all blocks; the video tokens, (batch, video_len, dim).
+        """Run the joint sequence through all blocks; returns video tokens, (batch, video_len, dim).
 
-        Each block leaves its last sum to the next. Not so where blocks are computed again: there
-        one tensor goes from block to block, and not two.
+        Each block leaves its last residual sum to the next; not with gradient checkpointing, so
+        that one tensor per block is kept, not two.
         """
         branch: Branch | None = None
         for block, time in zip(self.transformer_blocks, block_modulations, strict=True):
-            where = time, cos, sin, text_len
+            inputs = time, cos, sin, text_len
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, routed = checkpoint(block.whole, x, *where, use_reentrant=False)
+                x, routed = checkpoint(block.whole, x, *inputs, use_reentrant=False)
             else:
-                x, branch, routed = block(x, branch, *where)
+                x, branch, routed = block(x, branch, *inputs)
             if routing is not None:
                 routing.extend(routed)
         video = modality.split(x, text_len)[1]
@@ -213,14 +213,14 @@ class ExpertTransformer(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
     ) -> Tensor:
-        """The SiLU, which every modulation takes, of time and ofs: (batch, time_embed_dim)."""
+        """Embedding of timestep and ofs, after a SiLU: (batch, time_embed_dim)."""
         temb = self.time_embedding(timestep.to(device).expand(batch), dtype)
         if self.ofs_embedding is not None and ofs is not None:
             temb = temb + self.ofs_embedding(ofs.to(device).expand(batch), dtype)
         return F.silu(temb)
 
     def _positions(self, latents: Tensor) -> Tensor | None:
-        """What is added to the joint sequence, (text_len + video_len, dim), or None."""
+        """Positions to add to the joint sequence, (text_len + video_len, dim), or None."""
         config = self.config
         _, frames, _, height, width = latents.shape
         learned = self.patch_embed.pos_embedding
@@ -232,7 +232,7 @@ class ExpertTransformer(nn.Module):
         return self.tables.sincos(frames, height, width, latents.device, latents.dtype)
 
     def _initialise(self) -> None:
-        """Source: fact sheet section 2.4; everything else is as torch makes it."""
+        """Initialise for training. Source: `docs/model.md`, section 2.4; else torch's default."""
         for module in self.modules():
             if isinstance(module, (ExpertAdaLayerNorm, AdaLayerNorm)):
                 nn.init.zeros_(module.linear.weight)
@@ -246,7 +246,7 @@ class ExpertTransformer(nn.Module):
 
 
 def _learned_positions(config: TransformerConfig) -> Tensor | None:
-    """The learned table as it begins: sines and cosines."""
+    """Initial learned table (sin-cos), (1, seqlen, dim); None without one."""
     if not config.use_learned_positional_embeddings:
         return None
     size = config.sample_latent_frames, config.sample_height, config.sample_width

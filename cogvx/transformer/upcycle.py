@@ -1,4 +1,4 @@
-"""A model with more experts out of one with fewer, that computes the same on the day."""
+"""Sparse upcycling: a model with more experts and the same outputs at initialisation."""
 
 import dataclasses
 import re
@@ -13,17 +13,16 @@ from .transformer import ExpertTransformer
 def upcycle(
     model: ExpertTransformer, *, num_text_experts: int, num_video_experts: int, top_k: int = 1
 ) -> ExpertTransformer:
-    """A new model whose experts are copies of the feed-forward of `model`.
+    """Copy a model, its feed-forward replicated to several experts.
 
-    Everything else is copied as it is; nothing is shared with `model`. Since the experts agree, it
-    matters not which of them a router chooses, and the outputs are those of `model`: exactly with
-    top_k 1 wherever a product of matrices gives a row the same bits among few rows as among many,
-    and within rounding where the outputs of several experts are averaged.
+    Nothing is shared with `model`. The experts are equal, so the outputs do not depend on the
+    routers: exactly those of `model` with top_k 1 (if the bits of a matrix product's row do not
+    depend on the number of rows), and up to rounding if several experts are averaged.
 
     model              has at most one expert of each modality
     num_text_experts   at least 1, each a copy of the text expert or of the shared feed-forward
-    num_video_experts  likewise of video
-    top_k              experts of each token, where a modality has several
+    num_video_experts  likewise, of the video expert
+    top_k              experts of each token, if a modality has several
 
     Raises ValueError if a number is out of range. Source: sparse upcycling (arXiv 2212.05055).
     """
@@ -61,7 +60,7 @@ def upcycle(
 
 
 def _value(key: str, like: Tensor, state: dict[str, Tensor], weight: Tensor) -> Tensor:
-    """The tensor of the new model under `key`: a copy, or room for a router."""
+    """Tensor of the new model: a copy, or uninitialised for a router."""
     if key in state:
         return state[key].clone()
     if key.endswith("_router.weight"):

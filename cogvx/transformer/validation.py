@@ -1,4 +1,4 @@
-"""The door of the transformer: every argument is looked at once, before anything is computed."""
+"""Argument validation of the transformer; runs before anything is computed."""
 
 import torch
 from torch import Tensor
@@ -24,9 +24,9 @@ def check_arguments(
     routing: list[Routing] | None,
     modulations: Modulations | None = None,
 ) -> None:
-    """Raises TypeError or ValueError, naming the argument, what was wanted and what came.
+    """Check the arguments of `ExpertTransformer.forward`; dtype is the model's.
 
-    dtype  of the model
+    Raises TypeError or ValueError, naming the argument, what was wanted and what came.
     """
     _tensor("latents", latents, ("batch", "frames", "channels", "height", "width"))
     projected = isinstance(text, ProjectedText)
@@ -38,7 +38,7 @@ def check_arguments(
             f"{WHERE}: text must have the batch of latents, {len(latents)}; got {len(tokens)}"
         )
     _tokens(config, tokens, projected)
-    # Under autocast torch casts what enters a layer, of whatever dtype it is.
+    # Under autocast torch casts the inputs of every layer.
     autocast = autocast_dtype(latents.device) is not None
     if latents.dtype != dtype and not autocast:
         raise TypeError(
@@ -64,14 +64,14 @@ def check_arguments(
 
 
 def check_run(config: TransformerConfig, timesteps: Tensor, ofs: Tensor | None) -> None:
-    """Of `ExpertTransformer.modulations`, likewise."""
+    """Check the arguments of `ExpertTransformer.modulations`."""
     steps = timesteps.numel() if isinstance(timesteps, Tensor) else 0
     _numbers("timesteps", timesteps, [(steps,)], "(steps,)")
     _ofs(config, ofs, steps)
 
 
 def check_text(config: TransformerConfig, dtype: torch.dtype, text: Tensor) -> None:
-    """Of `ExpertTransformer.project_text`, likewise."""
+    """Check the argument of `ExpertTransformer.project_text`."""
     _tensor("text", text, TEXT)
     _tokens(config, text)
     if text.dtype != dtype and autocast_dtype(text.device) is None:
@@ -146,7 +146,6 @@ def _modulations(
     ofs: Tensor | None,
     latents: Tensor,
 ) -> None:
-    """Made by a model of this size, for a step of this batch; and of nothing else."""
     for name, value in (("timestep", timestep), ("ofs", ofs)):
         if value is not None:
             raise ValueError(
