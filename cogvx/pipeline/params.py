@@ -212,7 +212,7 @@ def _batch(params: GenerationParams, guided: bool) -> int:
         batch = len(params.prompts)
     if batch < 1:
         raise _wrong("prompt", "at least one text", "none")
-    negative = params.negative_prompt
+    negative = params.negative_prompt or ""
     if not isinstance(negative, str) and len(negative) != batch:
         raise _wrong("negative_prompt", f"one text, or {batch} as prompts", f"{len(negative)}")
     if params.negative_prompt_embeds is not None and negative:
