@@ -17,7 +17,7 @@ __all__ = [
     "SOLVERS",
     "Solver",
     "TimestepSchedule",
-    "randn_tensor",
     "dynamic_guidance",
+    "randn_tensor",
     "timestep_schedule",
 ]
