@@ -1,14 +1,14 @@
-"""Which of an op's two ways runs, the kernel or the reference. The only place that chooses.
+"""Backend dispatch: the kernel or the reference of an op.
 
 =============  ==============  =========================  ============================
-asked for      kernel can run  cannot, tensors on a CPU   cannot, tensors on a GPU
+backend=       kernel can run  cannot, tensors on a CPU   cannot, tensors on a GPU
 =============  ==============  =========================  ============================
 "auto"         kernel          reference, silently        reference, and a warning
 "kernel"       kernel          error with the reason      error with the reason
 "reference"    reference       reference                  reference
 =============  ==============  =========================  ============================
 
-A reason is a sentence that an op returns, never an exception that somebody caught.
+An op returns the reason as text; no exception is caught to find out.
 """
 
 import importlib.util
@@ -28,28 +28,28 @@ BACKENDS = ("auto", "kernel", "reference")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Triton decides when a kernel is decorated, so a later change of the variable has no effect there.
+# Triton reads the variable when a kernel is decorated; a later change has no effect.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 # Set by `tools.interpreter.install`.
 interprets_bfloat16 = False
 
-# Of tracers, which record a call of the kernel and run nothing.
+# Tensor subclasses of tracers, which record the kernel's op and do not run it.
 TRACED = ("FakeTensor", "FunctionalTensor")
 
 _last = threading.local()
 
 
 class KernelFallbackWarning(UserWarning):
-    """A GPU tensor takes the plain-torch reference because the kernel cannot run."""
+    """Warning that a GPU tensor runs the plain-torch reference because the kernel cannot run."""
 
 
 def choose(backend: str, op: str, reason: str | None, x: Tensor) -> bool:
-    """True if the kernel is to run, False for the reference.
+    """Return True to run the kernel, False for the reference.
 
-    `reason` says why the kernel cannot take these arguments, or is None if it can; `x` is any of
-    the op's tensors. Raises ValueError for an unknown backend and RuntimeError if `"kernel"` is
-    asked for and cannot run.
+    `reason` is why the kernel cannot take these arguments, None if it can; `x` is any of the op's
+    tensors. Raises ValueError for an unknown backend, RuntimeError if `backend="kernel"` cannot
+    run.
     """
     _checks.choice(op, "backend", backend, BACKENDS)
     if backend == "reference":
@@ -70,8 +70,10 @@ def choose(backend: str, op: str, reason: str | None, x: Tensor) -> bool:
 
 
 def last_reason() -> str | None:
-    """Why the last op of this thread took the reference, or None if it took the kernel. Compiled
-    calls choose when they are traced, and leave nothing here."""
+    """Return why the last op of this thread ran the reference; None if it ran the kernel.
+
+    Compiled calls choose when they are traced, and are not recorded.
+    """
     return getattr(_last, "reason", None)
 
 
@@ -82,14 +84,14 @@ def _chosen(reason: str | None) -> bool:
 
 
 def triton_reason(name: str, x: Tensor) -> str | None:
-    """Why no Triton kernel can run on `x`, an argument called `name`; None if one can."""
+    """Return why no Triton kernel can run on `x`, the argument `name`; None if one can."""
     if x.dtype not in KERNEL_DTYPES:
         names = ", ".join(_checks.dtype_name(dtype) for dtype in KERNEL_DTYPES)
         return f"{name} is {_checks.dtype_name(x.dtype)}; the kernel takes {names}"
     if not HAS_TRITON:
         return "Triton is not installed (pip install triton)"
     if x.is_meta:
-        return None  # nothing runs: the op says what shapes would come out
+        return None  # nothing runs: the op's fake gives the shapes
     if INTERPRETED:
         if x.dtype is torch.bfloat16 and not interprets_bfloat16:
             return (
@@ -110,20 +112,21 @@ def triton_reason(name: str, x: Tensor) -> str | None:
 
 
 def transform_reason(**tensors: Tensor | Sequence[Tensor] | None) -> str | None:
-    """Why only plain torch operations can take these arguments, given by name; None if a kernel
-    can. Kernels read memory: they know nothing of `torch.func` transforms (grad, vmap, jvp, ...),
-    of tangents of forward-mode differentiation, and of tensors that hold others, such as DTensor.
+    """Return why only plain torch operations can take these arguments; None if a kernel can.
+
+    Kernels read memory: they have no rules for `torch.func` transforms (grad, vmap, jvp, ...),
+    forward-mode tangents, and tensors that wrap others, such as DTensor.
     """
     if _in_transform():
         return "a torch.func transform is active, and the kernel has rules for none"
-    dual = forward_ad._current_level >= 0  # a compiler guards on what it reads here
+    dual = forward_ad._current_level >= 0  # torch.compile guards on this read
     if dual and torch.compiler.is_compiling():
         return "a level of dual tensors is open, and a compiler does not see which have a tangent"
     for name, value in tensors.items():
         if value is None or (type(value) is Tensor and not dual):
             continue
         for x in (value,) if isinstance(value, Tensor) else value:
-            # Without a __torch_dispatch__ of its own a subclass is a tensor with memory.
+            # A subclass without its own __torch_dispatch__ has memory, as a plain tensor has.
             wraps = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
             if wraps and type(x).__name__ not in TRACED:
                 return f"{name} is a {type(x).__name__}, and the kernel takes plain tensors"
@@ -136,6 +139,6 @@ def _in_transform() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
-# A compiler guards on transforms, and calls the function as it traces. This is what
-# torch.compiler.assume_constant_result does after it has imported the compiler.
+# torch.compile guards on transforms and calls the function while it traces. This is what
+# torch.compiler.assume_constant_result does, without its import of the compiler.
 _in_transform.__dict__["_dynamo_marked_constant"] = True

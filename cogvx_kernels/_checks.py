@@ -1,7 +1,7 @@
-"""Argument checks, in one voice: op, argument, what was wanted, what came.
+"""Argument validation with uniform error messages: op, argument, what was wanted, what came.
 
-Called at the door (`op.py`), once; inside, everything trusts. A wrong type is a TypeError, a wrong
-value a ValueError. Nothing is allocated and nothing launched before a check has spoken.
+Public functions call it before any allocation or launch; the code below them does not check again.
+A wrong type is a TypeError, a wrong value a ValueError.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def describe(value: Any) -> str:
-    """What came, in words short enough for an error message."""
+    """A short description of a value, for an error message."""
     if isinstance(value, Tensor):
         return f"{dtype_name(value.dtype)} {tuple(value.shape)} on {value.device}"
     text = repr(value)
@@ -24,7 +24,7 @@ def describe(value: Any) -> str:
 
 
 def tensor(op: str, name: str, value: Any, dims: Sequence[str]) -> Tensor:
-    """`value` is a floating-point tensor with one dimension for each word of `dims`."""
+    """Check for a floating-point tensor with the dimensions named by `dims`; return it."""
     wanted = f"({', '.join(dims)})"
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor {wanted}; got {describe(value)}")
@@ -47,9 +47,9 @@ def shape(
     dims: str,
     why: Callable[[], str] = lambda: "",
 ) -> None:
-    """`value` has the shape `wanted`, which `dims` spells in words and `why` explains.
+    """Check for the shape `wanted`; `dims` describes it and `why()` explains it in the message.
 
-    `why` is called only to complain: a compiler that traces the check could not print its sizes.
+    `why` is a function because torch.compile cannot format the sizes while it traces.
     """
     if tuple(value.shape) != tuple(wanted):
         raise ValueError(
@@ -72,7 +72,7 @@ def same_device(op: str, name: str, value: Tensor, other_name: str, other: Tenso
 
 
 def no_grad(op: str, name: str, value: Tensor) -> None:
-    """`value` is not differentiable here; refuse, rather than detach in silence."""
+    """Refuse a non-differentiable argument that requires a gradient, instead of detaching it."""
     if value.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             f"{op}: {name} is not differentiable and must not require a gradient; "
@@ -81,7 +81,7 @@ def no_grad(op: str, name: str, value: Tensor) -> None:
 
 
 def integer(op: str, name: str, value: Any, low: int, high: int, why: str) -> None:
-    """`value` is an integer in [low, high]; a torch.SymInt of a traced shape counts as one."""
+    """Check for an integer in [low, high]; a torch.SymInt of a traced shape is one."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an integer; got {describe(value)}")
     if not low <= value <= high:

@@ -1,4 +1,4 @@
-"""Where tensors lie: the device of a launch, how far strides are aligned, dense memory formats."""
+"""Helpers of launchers: device context, alignment of strides, dense memory formats."""
 
 import contextlib
 import math
@@ -8,15 +8,15 @@ from torch import Tensor
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """The context of every launch: Triton launches on the current device, so make it x's."""
+    """The context of every launch: Triton launches on the current device, so it must be x's."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def alignment(*tensors: Tensor) -> int:
     """The largest power of two, at most 16, that divides the strides of all but the last dims.
 
-    In elements. Kernels multiply by it as a constant: a compiler that only sees runtime strides
-    knows of their alignment if they are multiples of 16, and of nothing less.
+    In elements. Kernels multiply strides by it as a constant, because Triton specialises a runtime
+    stride only if it is a multiple of 16.
     """
     strides = [
         stride
@@ -28,13 +28,13 @@ def alignment(*tensors: Tensor) -> int:
 
 
 def dense(x: Tensor, channels_last: bool) -> Tensor:
-    """`x` (batch, channels, ...) without gaps, channels_last or contiguous; itself if it is so.
+    """`x` (batch, channels, ...) as dense channels_last or contiguous memory, copied if it is not.
 
-    As Tensor.contiguous(memory_format=...), which torch.vmap does not take.
+    Like Tensor.contiguous(memory_format=...), which torch.vmap does not support.
     """
     if not channels_last:
         return x.contiguous()
     rows = x.movedim(1, -1)
-    # A tensor without elements calls itself contiguous with any strides.
+    # A tensor without elements is contiguous with any strides.
     rows = rows.contiguous() if x.numel() else rows.clone(memory_format=torch.contiguous_format)
     return rows.movedim(-1, 1)

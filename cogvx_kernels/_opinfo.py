@@ -1,7 +1,7 @@
-"""What an op promises, as data: `OpInfo`, after PyTorch's own. And `SIZES`, the real sizes.
+"""`OpInfo`, the metadata of an op for tests and tools, after PyTorch's; and `SIZES` of real models.
 
-One contract test, `cogvx-kernels verify`, `cogvx-kernels aot` and the benchmarks all read these; a
-room describes its op once, in its `opinfo.py`.
+Each op package has one in its `opinfo.py`; the contract test, `cogvx-kernels verify` and `aot`, and
+the benchmarks read it.
 """
 
 import random
@@ -23,11 +23,11 @@ class Size:
     headdim: int
     text_len: int = 226
     batch: int = 2
-    channels: int = 128  # of the VAE, where it is at the size of the pixels
+    channels: int = 128  # of the VAE at full resolution
 
     @property
     def pixels(self) -> tuple[int, int]:
-        """Height and width of the video: 16 by 16 of them are a token."""
+        """Height and width of the video; a token covers 16 by 16 pixels."""
         return 16 * self.height, 16 * self.width
 
     @property
@@ -39,8 +39,8 @@ class Size:
         return self.text_len + self.video_len
 
 
-# Named after the model, the video's height and width in pixels, and its frames. `card` is the
-# design card's transformer, 48 heads of 40; `tiny` is for a machine without a GPU.
+# Named by model, height x width in pixels, and frames. `card` has heads that are no power of two,
+# 48 of 40 dims; `tiny` is for a machine without a GPU.
 SIZES: Mapping[str, Size] = {
     "2b-480x720-49f": Size(13, 30, 45, 30, 64),
     "5b-480x720-49f": Size(13, 30, 45, 48, 64),
@@ -53,17 +53,22 @@ SIZES: Mapping[str, Size] = {
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor argument before it exists: whoever makes it chooses memory, values and dtype.
+    """A tensor argument, not yet allocated; memory and dtype are chosen by `testing.materialize`.
 
-    values  "normal"; "rows" (normal, with an offset and a scale for each row); "weight" (near 1);
-            "cos", "sin" (of the same angles); "flip" (normal, but 0 or 2 where integers are asked
-            for, the same for both dims of a pair: rows plus twice their negative are rows);
-            "matrix" (normal / sqrt(last dim); as integers -1, 0, 1); "few" (normal; -2 to 2);
-            "lifted" (as "matrix", or normal with fewer than 3 dims; -128, 0, 128: of their sums
-            a GELU is exactly a ReLU); "index" (int64 in [0, below), whatever the dtype under test)
+    values  how it is filled at random, and in exact tests with integers:
+            "normal"      normal; -125 to 125
+            "rows"        normal, with an offset and a scale for each row; 1 and -1
+            "weight"      near 1; -125 to 125
+            "cos", "sin"  of the same angles; of quarter turns
+            "flip"        normal; 0 or 2, the same for both dims of a pair
+            "few"         normal; -2 to 2
+            "matrix"      normal / sqrt(last dim); -1 to 1
+            "lifted"      as "matrix", or as "normal" with fewer than 3 dims; -128, 0 or 128, of
+                          whose sums a GELU is exactly a ReLU
+            "index"       int64 in [0, below), whatever the dtype under test
     layout  a key of `testing.LAYOUTS`
     dtype   None for the dtype under test, "wide" for at least fp32
-    below   of "index" alone: how many there are to choose from
+    below   upper bound of "index"
     """
 
     shape: tuple[int, ...]
@@ -73,7 +78,7 @@ class TensorSpec:
     below: int = 0
 
     def dtype_for(self, dtype: torch.dtype) -> torch.dtype:
-        """What the tensor is made of when `dtype` is under test."""
+        """The tensor's dtype when `dtype` is under test."""
         if self.values == "index":
             return torch.int64
         return torch.promote_types(dtype, torch.float32) if self.dtype == "wide" else dtype
@@ -81,9 +86,9 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Sample:
-    """Arguments of one call by name, tensors as `TensorSpec`, and why this call is worth a test.
+    """Arguments of one call by name, tensors as `TensorSpec`, and the reason to test it.
 
-    exact  whether there are small integers on which every order of computing gives the same bits
+    exact  small integers give the same bits in every order of computation
     """
 
     reason: str
@@ -99,7 +104,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Cost:
-    """The least that a call must move through memory, and the arithmetic it does."""
+    """Least bytes that a call moves through memory, and its arithmetic."""
 
     bytes: int
     flops: int
@@ -107,13 +112,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a compiled kernel may cost, at a named size and dtype, on every target it is held to.
+    """Limits of a compiled kernel at a size and dtype, on every target.
 
     registers   for each thread, on NVIDIA targets
     shared      bytes of shared memory for each block
-    access      bits of the narrowest global load or store of a big tensor, 128 being the widest
-    narrow      how many narrower accesses there may be: those of tables, weights and shares
-    convention  one of the op's, where it is not the call `at_size`
+    access      bits of the narrowest global load or store of a large tensor; 128 is the widest
+    narrow      number of narrower accesses allowed: of tables, weights and partial sums
+    convention  one of the op's `conventions`; "" for `at_size`
     """
 
     kernel: str
@@ -128,30 +133,30 @@ class Budget:
 
 @dataclass(frozen=True)
 class OpInfo:
-    """An op, its law, and what is promised of it.
+    """Metadata for one op: reference, samples, costs, budgets.
 
     op, reference   called with a sample's arguments; op also takes backend=
-    samples         small and ragged
-    random_sample   one more, drawn from a generator, for the fuzz test
-    at_size         the arguments at one of SIZES, laid out as a model has them
-    conventions     further calls worth timing, by name, each at one of SIZES
-    tokens          names of the arguments over the joint sequence, (batch, seqlen, ...)
-    videos          or of those over the frames of a video, (batch, channels, frames, ...)
-    batched         names of others with a part for each sample of the batch, (batch, ...)
-    differentiable  names of the arguments with a gradient
-    summed          those of them whose gradient is a sum over rows
-    constant        which of its outputs have no gradient, by number
-    products        whether it is made of matrix products, whose sums have no order of their own
-    rounds_between  whether it rounds to the dtype before it is done, and goes on from there
-    variants        further arguments of the op that change no value, but allow no gradient
-    cost            of the forward and of the backward, of a sample's arguments
-    launch          calls its launchers, given the room's kernel module and a sample's arguments;
-                    None if its kernel is not Triton's
-    rows            how many rows are normalised, of a call's arguments; None: each last dim is one
-    resized         for an op on videos: a small call of so large a batch and so many frames
+    samples         small and irregular calls
+    random_sample   another call from a random generator, for the fuzz test
+    at_size         the call at one of SIZES, laid out as in a model
+    conventions     further calls to time, by name, each at one of SIZES
+    tokens          arguments over the joint sequence, (batch, seqlen, ...)
+    videos          arguments over the frames of a video, (batch, channels, frames, ...)
+    batched         other arguments with a batch dim, (batch, ...)
+    differentiable  arguments with a gradient
+    summed          those whose gradient is a sum over rows
+    constant        indices of the outputs without a gradient
+    products        made of matrix products, whose sums have no order of their own
+    rounds_between  rounds intermediate results to the dtype
+    variants        options of the op that change no value, but allow no gradient
+    cost            (forward, backward) of a sample's arguments
+    launch          calls the launchers of the op's kernel module with a sample's arguments; None
+                    if the kernel is not Triton's
+    rows            number of rows that are normalised; None if each last dim is one
+    resized         for an op on videos: a small call with a batch size and a number of frames
     gradcheck       for an op on videos: a call small enough for finite differences
-    budgets         of its kernels, ahead of time
-    peers           name -> a function with the op's arguments, from other libraries, if installed
+    budgets         of its kernels, compiled ahead of time
+    peers           name -> the same op from another library, if installed
     """
 
     name: str

@@ -204,7 +204,7 @@ EXPERT_FFN_MUTANTS = tuple(
         (FFN_KERNEL, "one choice too few summed",
          "for choice in tl.static_range(TOP_K):", "for choice in tl.static_range(TOP_K - 1):"),
         (FFN_GRADIENTS, "the gradient of a weight without its bias",
-         "along += _along_bias(", "along += 0.0 * _along_bias("),
+         "dot += _dot_bias(", "dot += 0.0 * _dot_bias("),
         (FFN_GRADIENTS, "the hidden activation without its weight",
          "            hidden *= share\n", ""),
         (FFN_GRADIENTS, "a bias' gradient without the weights",

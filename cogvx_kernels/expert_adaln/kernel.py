@@ -1,12 +1,12 @@
-"""The way: gate, residual, norm and modulation of a token in one pass, a run of tokens at a time.
+"""Triton kernels and launchers for expert_adaln, gated_residual and the two fused.
 
-A strip is a run of tokens that share their modulation: of one sample, one modality and one group.
-A program takes one strip, loads the modulation once, folded into a factor and a term, and walks
-over the tokens; text strips and video strips are programs of one launch. The backward walks the
-same way, recomputes the statistics of the rows it holds anyway (they are never stored), and sums
-two vectors in registers, dout and dout·x̂, from which every gradient of modulation, weight and bias
-follows; a program's sums are a row of a buffer, summed at the end, without atomics, so the same
-input gives the same bits.
+A strip is a run of tokens with the same modulation: of one sample, one modality and one group. A
+program loads the modulation of a strip once, as a factor and a term, and loops over its tokens:
+gate, residual, norm and modulation in one pass. Text and video strips are programs of one launch.
+The backward loops over the same strips, recomputes the norm's statistics, which are not stored, and
+sums dout and dout·x̂ in registers; the gradients of modulation, weight and bias follow from these
+two vectors. Each program writes its sums to a row of a buffer, which is summed at the end, without
+atomics, so the same input gives the same bits.
 """
 
 from typing import NamedTuple
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from .._launch import alignment, on_device
 
-# Reasoned, not yet measured: enough tokens that loading the modulation, and storing its gradients,
-# is at most a twentieth of a strip's bytes; and few enough that a real sequence makes some 900
-# programs, six or seven for each multiprocessor of a large GPU, all of them there at once.
+# Not yet measured. Large enough that the modulation and its gradients are at most a twentieth of a
+# strip's bytes; small enough that a real sequence has some 900 programs, six or seven for each
+# multiprocessor of a large GPU, all resident at once.
 TOKENS = 40
 BACKWARD_TOKENS = 40
-# Lanes of a row for each warp: 16 elements a thread, two 16-byte loads of bf16.
+# For each warp: 16 elements a thread, two 16-byte loads of bf16.
 LANES_PER_WARP = 512
 
 
@@ -32,9 +32,10 @@ Modulation = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class Rows(NamedTuple):
-    """A tensor (batch, seqlen, dim); strides of batch and seq are in units of ALIGN elements.
+    """Pointer and strides of a tensor (batch, seqlen, dim).
 
-    The product with a constant shows every compiler how far a row is aligned.
+    Strides of batch and seq are in units of ALIGN elements: by the product with a constant the
+    compiler knows the alignment of a row.
     """
 
     ptr: Tensor | None
@@ -44,13 +45,13 @@ class Rows(NamedTuple):
 
 
 class Modality(NamedTuple):
-    """The tokens of one modality: where they begin, how many share a modulation, in which strips.
+    """The tokens of one modality, and their strips.
 
-    shift, scale, gate  Rows (batch, groups, dim), their second stride that of a group
+    shift, scale, gate  Rows (batch, groups, dim), the second stride is that of a group
     first               the first token
-    run                 tokens that share a modulation
-    strips              programs for each run
-    programs            for each sample
+    run                 tokens of a group, which share a modulation
+    strips              strips of a group
+    programs            strips of a sample
     """
 
     shift: Rows
@@ -63,7 +64,7 @@ class Modality(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is constant in a launch, and compiled into the kernel."""
+    """Compile-time constants of a launch."""
 
     DIM: int
     LANES: int  # a power of two
@@ -77,7 +78,7 @@ class Plan(NamedTuple):
 
 @triton.jit
 def _at(rows, batch, index, cols, P: tl.constexpr):
-    """Addresses of one row; 64 bits from the first product on."""
+    """Addresses of one row, in 64 bits from the first product on."""
     start = tl.cast(batch, tl.int64) * rows.batch + tl.cast(index, tl.int64) * rows.seq
     return rows.ptr + (start * P.ALIGN + cols * rows.dim)
 
@@ -89,7 +90,7 @@ def _load(rows, batch, index, cols, mask, P: tl.constexpr):
 
 @triton.jit
 def _store(rows, batch, index, cols, mask, x, P: tl.constexpr):
-    """Rounds to the tensor's dtype, once; returns what was stored, widened again."""
+    """Store a row, rounded to the tensor's dtype; return the rounded values, widened."""
     rounded = x.to(rows.ptr.dtype.element_ty)
     tl.store(_at(rows, batch, index, cols, P), rounded, mask=mask)
     return rounded.to(P.COMPUTE)
@@ -97,7 +98,7 @@ def _store(rows, batch, index, cols, mask, x, P: tl.constexpr):
 
 @triton.jit
 def _vector(ptr, cols, mask, otherwise: tl.constexpr, P: tl.constexpr):
-    """A vector (dim,), or a constant where there is none."""
+    """Load a vector (dim,); without a pointer, a constant."""
     LANES: tl.constexpr = P.LANES
     if ptr is None:
         vector = tl.full((LANES,), otherwise, P.COMPUTE)
@@ -108,7 +109,7 @@ def _vector(ptr, cols, mask, otherwise: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def _normalise(x, mask, P: tl.constexpr):
-    """The row, less its mean for a LayerNorm, over its root mean square; and 1 / that root."""
+    """The normalised row, and 1 / its standard deviation or root mean square."""
     if P.NORM == "layer":
         mean = tl.sum(x, axis=0) * (1.0 / P.DIM)
         x = tl.where(mask, x - mean, 0.0)
@@ -120,7 +121,7 @@ def _normalise(x, mask, P: tl.constexpr):
 def _forward_strip(
     out, stream, x, y, weight_ptr, bias_ptr, modality, batch, place, P: tl.constexpr
 ):
-    """One strip: `place` counts those of this sample and modality."""
+    """Compute one strip; `place` is its index within the sample and modality."""
     cols = tl.arange(0, P.LANES).to(tl.int64)
     mask = cols < P.DIM
     group = tl.cast(place // modality.strips, tl.int64)
@@ -140,15 +141,15 @@ def _forward_strip(
             row += gate * _load(y, batch, token, cols, mask, P)
             row = _store(stream, batch, token, cols, mask, row, P)
         if P.NORM != "none":
-            normal, _ = _normalise(row, mask, P)
-            _store(out, batch, token, cols, mask, normal * factor + term, P)
+            xhat, _ = _normalise(row, mask, P)
+            _store(out, batch, token, cols, mask, xhat * factor + term, P)
 
 
 @triton.jit(do_not_specialize=["programs"])
 def _expert_adaln_fwd_kernel(
     out, stream, x, y, weight_ptr, bias_ptr, text, video, programs, P: tl.constexpr
 ):
-    """Grid (batch · programs,), of which a sample's first are its text strips."""
+    """Grid (batch · programs,); in each sample text strips come first."""
     batch = tl.program_id(0) // programs
     place = tl.program_id(0) % programs
     if place < text.programs:
@@ -163,15 +164,15 @@ def _backward_strip(
     dx, dy, dout, dstream, stream, y, weight_ptr, sums_ptr, modality, batch, place,
     P: tl.constexpr,
 ):  # fmt: skip
-    """One strip; its sums over tokens of dout, of dout·x̂ and of dx·y into a row of `sums`."""
+    """Gradients of one strip; its sums of dout, dout·x̂ and dx·y go to a row of `sums`."""
     cols = tl.arange(0, P.LANES).to(tl.int64)
     mask = cols < P.DIM
     group = tl.cast(place // modality.strips, tl.int64)
     begin = tl.cast(place % modality.strips, tl.int64) * P.TOKENS
     LANES: tl.constexpr = P.LANES
-    of_dout = tl.zeros((LANES,), P.COMPUTE)
-    of_normal = tl.zeros((LANES,), P.COMPUTE)
-    of_y = tl.zeros((LANES,), P.COMPUTE)
+    sum_dout = tl.zeros((LANES,), P.COMPUTE)
+    sum_dout_xhat = tl.zeros((LANES,), P.COMPUTE)
+    sum_dx_y = tl.zeros((LANES,), P.COMPUTE)
     if P.NORM != "none":
         factor = 1.0 + _load(modality.scale, batch, group, cols, mask, P)
         factor *= _vector(weight_ptr, cols, mask, 1.0, P)
@@ -181,29 +182,29 @@ def _backward_strip(
     for step in range(0, tl.minimum(modality.run - begin, P.TOKENS)):
         token = first + step
         if P.NORM != "none":
-            normal, rstd = _normalise(_load(stream, batch, token, cols, mask, P), mask, P)
+            xhat, rstd = _normalise(_load(stream, batch, token, cols, mask, P), mask, P)
             grad = _load(dout, batch, token, cols, mask, P)
-            of_dout += grad
-            of_normal += grad * normal
+            sum_dout += grad
+            sum_dout_xhat += grad * xhat
             grad *= factor
-            along = tl.sum(grad * normal, axis=0) * (1.0 / P.DIM)
+            dot = tl.sum(grad * xhat, axis=0) * (1.0 / P.DIM)
             if P.NORM == "layer":
                 grad -= tl.sum(grad, axis=0) * (1.0 / P.DIM)
-            grad = (grad - normal * along) * rstd
+            grad = (grad - xhat * dot) * rstd
             if P.GATED:
                 grad += _load(dstream, batch, token, cols, mask, P)
             _store(dx, batch, token, cols, mask, grad, P)
         else:
             grad = _load(dstream, batch, token, cols, mask, P)
         if P.GATED:
-            of_y += grad * _load(y, batch, token, cols, mask, P)
+            sum_dx_y += grad * _load(y, batch, token, cols, mask, P)
             _store(dy, batch, token, cols, mask, grad * gate, P)
     if P.NORM != "none":
-        tl.store(sums_ptr + cols, of_dout, mask=mask)
-        tl.store(sums_ptr + P.DIM + cols, of_normal, mask=mask)
+        tl.store(sums_ptr + cols, sum_dout, mask=mask)
+        tl.store(sums_ptr + P.DIM + cols, sum_dout_xhat, mask=mask)
         sums_ptr += 2 * P.DIM
     if P.GATED:
-        tl.store(sums_ptr + cols, of_y, mask=mask)
+        tl.store(sums_ptr + cols, sum_dx_y, mask=mask)
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -234,18 +235,18 @@ def _rows(x: Tensor | None, plan: Plan) -> Rows:
 
 
 def _alike(text: Modulation, video: Modulation) -> tuple[Modulation, Modulation]:
-    """Both; in place of one that is not there, the other, because both branches are compiled."""
+    """Both; an absent one is replaced by the other, because both branches are compiled."""
     if _groups(*text) and _groups(*video):
         return text, video
-    there = text if _groups(*text) else video
-    return there, there
+    present = text if _groups(*text) else video
+    return present, present
 
 
 def _modality(
     shift: Tensor | None, scale: Tensor | None, gate: Tensor | None, first: int, tokens: int,
     plan: Plan,
 ) -> Modality:  # fmt: skip
-    """A modality of `tokens` tokens; modulation that is not there is not read."""
+    """A modality of `tokens` tokens; absent modulation is not read."""
     groups = _groups(shift, scale, gate)
     run = tokens // max(groups, 1)
     strips = triton.cdiv(run, plan.TOKENS)
@@ -254,14 +255,14 @@ def _modality(
 
 
 def _groups(*modulation: Tensor | None) -> int:
-    """In how many runs the tokens of a modality share their modulation; 0 if it has none."""
+    """The number of groups in a modality's modulation; 0 without modulation."""
     return next((x.shape[1] for x in modulation if x is not None), 0)
 
 
 def _plan(
     x: Tensor, tokens: int, norm: str, gated: bool, eps: float, *others: Tensor | None
 ) -> Plan:
-    """For a launch over x and the other tensors of rows, outputs and modulation included."""
+    """The constants of a launch over x and others, outputs and modulation included."""
     return Plan(
         DIM=x.shape[2],
         LANES=triton.next_power_of_2(x.shape[2]),
@@ -290,9 +291,9 @@ def expert_adaln_fwd(
     weight: Tensor | None, bias: Tensor | None,
     text_len: int, norm: str, eps: float, *, inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(x + gate·y, its modulated norm): what is not asked for is x as it came, or empty.
+    """(x + gate·y, its modulated norm).
 
-    y is None for the norm alone, norm is "none" for the residual alone; `inplace` writes the
+    Without y the first is x itself; with norm="none" the second is empty. `inplace` writes the
     residual stream over x. Modulation is (batch, groups, dim).
     """
     stream = x if y is None or inplace else torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -325,9 +326,9 @@ def expert_adaln_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dy, sums), where sums are (batch, groups, vectors, dim), text's groups first.
 
-    Vectors, summed over the tokens of a group: dout and dout·x̂ if there is a norm, then dx·y if
-    there is a gate; in fp32 (fp64 for fp64 inputs). `stream` is what was normalised. Without a
-    norm dx is empty, because it is dstream; without a gate dy is.
+    Vectors, summed over the tokens of a group: dout and dout·x̂ with a norm, then dx·y with a gate;
+    in fp32 (fp64 for fp64 inputs). `stream` is the norm's input. Without a norm dx is empty,
+    because it is dstream; without a gate dy is empty.
     """
     gated, normed = y is not None, norm != "none"
     dx = torch.empty(stream.shape if normed else (0,), dtype=stream.dtype, device=stream.device)

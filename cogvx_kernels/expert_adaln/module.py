@@ -1,4 +1,4 @@
-"""Module for the norm of a block, whose modulation is an argument."""
+"""`nn.Module` of an adaptive norm; the modulation is an argument."""
 
 from torch import Tensor, nn
 
@@ -9,9 +9,9 @@ from .op import expert_adaln, gated_residual_adaln
 class ExpertAdaLayerNorm(nn.Module):
     """`expert_adaln` and `gated_residual_adaln` as a module that owns the norm.
 
-    The norm is a plain torch module, so the keys of the state dict are `norm.weight` and
-    `norm.bias`, as in diffusers' CogVideoXLayerNormZero, whatever the backend. The default eps is
-    CogVideoX's, 1e-5; a DiT, Wan, HunyuanVideo or Mochi needs eps=1e-6.
+    The norm is a torch module: the keys of the state dict are `norm.weight` and `norm.bias`, as in
+    diffusers' CogVideoXLayerNormZero, for every backend. The default eps is CogVideoX's, 1e-5;
+    DiT, Wan, HunyuanVideo and Mochi have 1e-6.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class ExpertAdaLayerNorm(nn.Module):
         text_scale: Tensor | None = None,
         text_len: int = 0,
     ) -> Tensor:
-        """norm(x) * (1 + scale) + shift, text and video each with their own pair.
+        """norm(x) * (1 + scale) + shift, with a shift and scale for each modality.
 
         Args:
             x: (batch, seqlen, dim), text first.
             shift, scale: of video tokens, (batch, dim), or (batch, groups, dim) for equal runs of
                 tokens, such as frames.
-            text_shift, text_scale: of text tokens, likewise; None where there are none.
-            text_len: tokens of text.
+            text_shift, text_scale: of text tokens, likewise; None without text.
+            text_len: number of text tokens.
 
         Returns:
             A new tensor of x's shape and dtype.
@@ -82,9 +82,9 @@ class ExpertAdaLayerNorm(nn.Module):
         Args:
             x, y: (batch, seqlen, dim), text first.
             gate, shift, scale: of video tokens, as in `forward`; alike in shape.
-            text_gate, text_shift, text_scale: of text tokens; None where there are none, and then
-                shift and scale are given by name.
-            text_len: tokens of text.
+            text_gate, text_shift, text_scale: of text tokens; None without text, where shift and
+                scale are passed by name.
+            text_len: number of text tokens.
 
         Returns:
             (the sum, its norm), new tensors of x's shape and dtype.

@@ -14,7 +14,7 @@ from .reference import (
 )
 
 ROWS = ("batch", "seqlen", "dim")
-KERNEL_DIM = 16384  # of a row that a program holds in its registers
+KERNEL_DIM = 16384  # largest row that a program holds in registers
 
 
 # --- cogvx::expert_adaln ---------------------------------------------------------------------
@@ -167,7 +167,7 @@ def _groups(*modulation):
 
 
 def _gradients(ctx, dstream, dout):
-    """Of x, y, gate, text_gate, shift, scale, text_shift, text_scale, weight, bias.
+    """Gradients of x, y, gate, text_gate, shift, scale, text_shift, text_scale, weight, bias.
 
     The norm's factor is (1 + scale)·weight and its term (1 + scale)·bias + shift, so the sums of
     dout and of dout·x̂ over the tokens of a group give all of their gradients.
@@ -180,22 +180,21 @@ def _gradients(ctx, dstream, dout):
     gates = shifts = scales = (None, None)
     dweight = dbias = None
     if y is not None:
-        of_y = sums[:, :, -1]
-        gates = _of_modalities(of_y, ntext, text_gate, gate)
+        gates = _of_modalities(sums[:, :, -1], ntext, text_gate, gate)
     else:
         dy = None
     if dout is None:
         dx = dstream  # the residual passes it on
     else:
-        of_dout, of_normal = sums[:, :, 0], sums[:, :, 1]
-        dscale = of_normal if weight is None else of_normal * weight
-        dscale = dscale if bias is None else dscale + of_dout * bias
-        shifts = _of_modalities(of_dout, ntext, text_scale, scale)
+        sum_dout, sum_dout_xhat = sums[:, :, 0], sums[:, :, 1]
+        dscale = sum_dout_xhat if weight is None else sum_dout_xhat * weight
+        dscale = dscale if bias is None else dscale + sum_dout * bias
+        shifts = _of_modalities(sum_dout, ntext, text_scale, scale)
         scales = _of_modalities(dscale, ntext, text_scale, scale)
         factors = [1 + x.to(sums.dtype) for x in (text_scale, scale) if x is not None]
-        factor = torch.cat([of_dout[:, :0], *factors], 1)
-        dweight = None if weight is None else (factor * of_normal).sum((0, 1)).to(weight.dtype)
-        dbias = None if bias is None else (factor * of_dout).sum((0, 1)).to(bias.dtype)
+        factor = torch.cat([sum_dout[:, :0], *factors], 1)
+        dweight = None if weight is None else (factor * sum_dout_xhat).sum((0, 1)).to(weight.dtype)
+        dbias = None if bias is None else (factor * sum_dout).sum((0, 1)).to(bias.dtype)
     (dtext_gate, dgate), (dtext_shift, dshift), (dtext_scale, dscale) = gates, shifts, scales
     modulation = (dgate, dtext_gate, dshift, dscale, dtext_shift, dtext_scale)
     return dx, dy, *modulation, dweight, dbias
@@ -223,7 +222,7 @@ def _check_rows(op: str, x: Tensor, text_len: int, y: Tensor | None = None) -> N
 
 
 def _check_modulation(op: str, x: Tensor, tokens: int, **modulation: Tensor | None) -> None:
-    """Of one modality: alike in shape and dtype, and fit for its tokens."""
+    """Check the modulation of one modality: equal shapes and dtypes that fit its tokens."""
     first = None
     for name, value in modulation.items():
         if value is None:
@@ -286,14 +285,14 @@ def _check_inplace(op: str, x: Tensor, **others: Tensor | None) -> None:
 
 
 def _unsupported_reason(x: Tensor, **others: Tensor | None) -> str | None:
-    """Why the kernels cannot take `x` and the others, or None."""
+    """Return why the kernels cannot take `x` and the others, or None."""
     if x.shape[2] > KERNEL_DIM:
         return f"x has dim {x.shape[2]}; the kernel takes at most {KERNEL_DIM}"
     return _backend.triton_reason("x", x) or _backend.transform_reason(x=x, **others)
 
 
 def _grouped(modulation: Tensor | None) -> Tensor | None:
-    """(batch, groups, dim); one group for a (batch, dim)."""
+    """The modulation as (batch, groups, dim); (batch, dim) is one group."""
     return modulation[:, None] if modulation is not None and modulation.dim() == 2 else modulation
 
 
@@ -303,7 +302,7 @@ def _grouped(modulation: Tensor | None) -> Tensor | None:
 def _expert_adaln_under_autocast(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, modulation: dict[str, Any], **rest: Any
 ) -> Tensor:
-    """`modulation` by the name of the argument; `rest` as it is given."""
+    """Cast to the dtype to which x and the modulation promote; `modulation` is by argument name."""
     dtype = _autocast.promoted(x, *modulation.values())
     x, *values = _autocast.cast(dtype, x, *modulation.values())
     weight, bias = _autocast.parameters(dtype, weight, bias)
@@ -315,7 +314,7 @@ def _expert_adaln_under_autocast(
 def _gated_residual_under_autocast(
     x: Tensor, y: Tensor, gate: Any, text_gate: Any, inplace: bool, **rest: Any
 ) -> Tensor:
-    """In place the stream keeps its dtype, and takes what is computed in a wider one rounded."""
+    """Cast to the common dtype; in place, x keeps its dtype and the result is rounded to it."""
     dtype = _autocast.promoted(x, y, gate, text_gate)
     wide, *others = _autocast.cast(dtype, x, y, gate, text_gate)
     with _autocast.off(x):
@@ -330,7 +329,7 @@ def _gated_residual_adaln_under_autocast(
     x: Tensor, y: Tensor, gates: dict[str, Any], modulation: dict[str, Any],
     weight: Tensor | None, bias: Tensor | None, **rest: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One pass if the stream and its norm have one dtype; else two, and the norm's is wider."""
+    """One pass if the stream and its norm have the same dtype, else two: the norm's is wider."""
     dtype = _autocast.promoted(x, y, *gates.values())
     if dtype is not _autocast.promoted(x, y, *gates.values(), *modulation.values()):
         stream = gated_residual(x, y, **gates, text_len=rest["text_len"], backend=rest["backend"])
@@ -360,30 +359,29 @@ def expert_adaln(
     eps: float = 1e-5,
     backend: str = "auto",
 ) -> Tensor:
-    """Normalise every token, then n·(1 + scale) + shift, text and video each with their own pair.
+    """Normalise every token, then n·(1 + scale) + shift, with a pair for each modality.
 
     Args:
         x: (batch, seqlen, dim), any strides; the first `text_len` tokens are text.
-        shift, scale: of video tokens, (batch, dim) for one of each sample, or (batch, groups, dim)
-            where the tokens are `groups` equal runs: as many groups as frames for one of each
-            frame, as tokens for one of each token. Any strides; fp32 or x's dtype. None only if
-            there are no video tokens.
-        text_shift, text_scale: of text tokens, likewise; None where there are none.
-        weight, bias: (dim,) of the norm, which both modalities share, or None.
-        text_len: tokens of text, 0 to seqlen.
+        shift, scale: of video tokens, (batch, dim), or (batch, groups, dim) for `groups` equal
+            runs of tokens: one for each frame, or for each token. Any strides; fp32 or x's dtype.
+            None only without video tokens.
+        text_shift, text_scale: of text tokens, likewise; None without text.
+        weight, bias: (dim,) of the norm, shared by both modalities, or None.
+        text_len: number of text tokens, 0 to seqlen.
         norm: "layer" (CogVideoX) or "rms".
         eps: added to the variance: 1e-5 in CogVideoX; DiT, Wan, HunyuanVideo and Mochi have 1e-6.
         backend: "auto", "kernel" or "reference".
 
     Returns:
         A new contiguous tensor of x's shape and dtype; computed in at least fp32, rounded once.
-        Gradients for every tensor; what is kept for the backward is the inputs as they are.
+        Gradients for every tensor; only the inputs are saved for the backward.
         Under autocast dtypes may be mixed, and the result has the one to which x and the
         modulation promote, as norm(x) * (1 + scale) + shift has. The norm itself counts as x's
-        dtype, where torch's on CUDA gives fp32: whatever multiplies it next would round it.
+        dtype, where torch's on CUDA gives fp32: the next product would round it.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; the message names it.
+        TypeError, ValueError: an invalid argument, named in the message.
         RuntimeError: backend="kernel" and the kernel cannot run.
 
     Source: arXiv 2408.06072, section 2.2 (expert adaptive LayerNorm); arXiv 2212.09748 (adaLN).
@@ -416,13 +414,13 @@ def gated_residual(
     inplace: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """x + gate·y, text and video each with their own gate.
+    """x + gate·y, with a gate for each modality.
 
     Args:
         x, y: (batch, seqlen, dim), any strides; the first `text_len` tokens are text.
         gate, text_gate: as `shift` and `text_shift` of `expert_adaln`.
         text_len, backend: as in `expert_adaln`.
-        inplace: overwrite x and return it; refused where a gradient is wanted.
+        inplace: overwrite x and return it; an error if a gradient is required.
 
     Returns:
         A tensor of x's shape and dtype, new and contiguous unless inplace; computed in at least
@@ -430,7 +428,7 @@ def gated_residual(
         result has the one to which they promote, as x + gate * y has; in place x keeps its own.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; the message names it.
+        TypeError, ValueError: an invalid argument, named in the message.
         RuntimeError: backend="kernel" and the kernel cannot run; inplace under grad.
 
     Source: arXiv 2408.06072, section 2.2; arXiv 2212.09748, section 3.2.
@@ -473,23 +471,23 @@ def gated_residual_adaln(
     eps: float = 1e-5,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`gated_residual`, and `expert_adaln` of what it gives: two tensors read and two written.
+    """`gated_residual`, then `expert_adaln` of its result: two tensors read and two written.
 
     Args:
         x, y, gate, text_gate: as in `gated_residual`.
-        shift, scale, text_shift, text_scale, weight, bias, norm, eps: as in `expert_adaln`; a
-            model without text leaves out its arguments and gives shift and scale by name. Gate,
-            shift and scale of a modality are alike in shape.
+        shift, scale, text_shift, text_scale, weight, bias, norm, eps: as in `expert_adaln`; without
+            text, shift and scale are passed by name. Gate, shift and scale of a modality have the
+            same shape.
         text_len, backend: as in both.
 
     Returns:
         (the residual stream, its modulated norm), each new, contiguous, of x's shape and dtype;
-        each is rounded once, and the norm is of the stream as it was rounded. What is kept for the
-        backward is the stream and y, and not x. Under autocast dtypes may be mixed, and each
-        result has the dtype that `gated_residual` and then `expert_adaln` give it.
+        each is rounded once, and the norm's input is the rounded stream. The stream and y are
+        saved for the backward, and not x. Under autocast dtypes may be mixed, and each result has
+        the dtype of `gated_residual` followed by `expert_adaln`.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; the message names it.
+        TypeError, ValueError: an invalid argument, named in the message.
         RuntimeError: backend="kernel" and the kernel cannot run.
 
     Source: arXiv 2408.06072, section 2.2; arXiv 2212.09748, section 3.2.

@@ -1,4 +1,4 @@
-"""The promise of `expert_adaln`, `gated_residual` and the two in one: samples, costs, budgets."""
+"""Test samples, cost model and compile budgets for `expert_adaln` and `gated_residual`."""
 
 import math
 import random
@@ -33,7 +33,7 @@ def _sample(
     modulation: str = "chunk",
     wide: bool = False,
 ) -> Sample:
-    """Of the arguments in `names`. 0 groups is a modulation (batch, dim), without groups."""
+    """A sample with the arguments in `names`; with 0 groups a modulation is (batch, dim)."""
     kind = "wide" if wide else None
     shape = (batch, text_len + video_len, dim)
     arguments: dict[str, Any] = {"x": TensorSpec(shape, "rows", layout)}
@@ -52,7 +52,7 @@ def _sample(
         arguments["weight"] = TensorSpec((dim,), "weight", dtype=kind) if "w" in affine else None
         arguments["bias"] = TensorSpec((dim,), dtype=kind) if "b" in affine else None
         arguments["norm"] = norm
-    # Of an odd number of small integers the mean is not 0 and the mean square not 1.
+    # An odd number of 1 and -1 does not have mean 0.
     return Sample(
         reason, arguments | {"text_len": text_len}, exact="norm" not in names or not dim % 2
     )
@@ -122,7 +122,7 @@ def _random(rng: random.Random, norm: bool, residual: bool) -> dict[str, Any]:
 
 
 def _at_size(size: Size, names: tuple[str, ...]) -> Sample:
-    """As a block has it: a modulation for each sample, all six of one projection."""
+    """As in a transformer block: a modulation for each sample, all six chunks of one projection."""
     return _sample(
         "a model's size",
         names,
@@ -134,7 +134,7 @@ def _at_size(size: Size, names: tuple[str, ...]) -> Sample:
 
 
 def _cost(passes: tuple[int, int], flops: tuple[int, int]) -> Any:
-    """Forward and backward: so many tensors of x's size, the modulation, so much an element."""
+    """Cost from (forward, backward) numbers of tensors of x's size, and of flops an element."""
 
     def cost(arguments: Mapping[str, Any]) -> tuple[Cost, Cost]:
         x = arguments["x"]
@@ -158,7 +158,7 @@ def _bytes(x: Any) -> int:
 
 
 def _launch(kernel: Any, a: Mapping[str, Any]) -> None:
-    """Forward and backward, of whatever the sample has."""
+    """Launch forward and backward."""
 
     def grouped(name: str) -> Any:
         x = a.get(name)
@@ -176,8 +176,8 @@ def _launch(kernel: Any, a: Mapping[str, Any]) -> None:
     kernel.expert_adaln_bwd(dstream, dout, x, y, *gates, scale, text_scale, weight, *settings)
 
 
-# A thread holds 16 lanes of each vector that stays for a strip: factor, term and gate forward, two
-# or three sums besides backward. Shared memory is what AMD's reductions take; NVIDIA's take less.
+# A thread holds 16 lanes of each vector that is kept for a strip: forward factor, term and gate,
+# backward two or three sums more. Shared memory is that of AMD's reductions; NVIDIA's need less.
 _SIZES = ("2b-480x720-49f", "5b-480x720-49f", "1.5-5b-768x1360-81f", "card-480x720-49f")
 
 

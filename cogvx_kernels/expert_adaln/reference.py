@@ -1,4 +1,4 @@
-"""Reference of the adaptive LayerNorm and the gated residual, text and video modulated apart.
+"""Reference of the adaptive LayerNorm and the gated residual, with a modulation for each modality.
 
 Plain PyTorch. It computes in at least fp32 and rounds once, to the dtype of its input;
 gradients come from autograd.
@@ -29,8 +29,8 @@ def expert_adaln_reference(
     norm="rms":    n = x / sqrt(mean(x²) + eps) · weight + bias
 
     x                       (batch, seqlen, dim), text first: seqlen = text_len + video_len
-    shift, scale            of video tokens: (batch, dim) or (batch, groups, dim), where the tokens
-                            are `groups` equal runs; None if there is no video
+    shift, scale            of video tokens: (batch, dim), or (batch, groups, dim) for `groups`
+                            equal runs of tokens; None without video
     text_shift, text_scale  of text tokens, likewise
     weight, bias            (dim,) of the norm, shared by both modalities, or None
     returns                 the shape and dtype of x
@@ -58,7 +58,7 @@ def gated_residual_reference(
     *,
     text_len: int = 0,
 ) -> Tensor:
-    """x + gate·y, with a gate of each modality's own.
+    """x + gate·y, with a gate for each modality.
 
     x, y             (batch, seqlen, dim), text first
     gate, text_gate  as `shift` and `text_shift` of `expert_adaln_reference`
@@ -88,10 +88,10 @@ def gated_residual_adaln_reference(
     norm: str = "layer",
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """`gated_residual_reference`, and `expert_adaln_reference` of what it returns.
+    """`gated_residual_reference`, then `expert_adaln_reference` of its result.
 
-    returns  (the residual stream, its modulated norm), each of x's shape and dtype; the norm is of
-             the residual stream as it is returned, after its rounding
+    returns  (the residual stream, its modulated norm), each of x's shape and dtype; the norm's
+             input is the rounded residual stream
     """
     h = gated_residual_reference(x, y, gate, text_gate, text_len=text_len)
     out = expert_adaln_reference(
@@ -103,24 +103,24 @@ def gated_residual_adaln_reference(
 
 def _modulated(tokens: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
     if shift is None or scale is None:
-        return tokens  # there are none
+        return tokens  # there are no tokens
     runs = _runs(tokens, scale)
     return (runs * (1 + _each(scale, tokens)) + _each(shift, tokens)).flatten(1, 2)
 
 
 def _gated(tokens: Tensor, gate: Tensor | None) -> Tensor:
     if gate is None:
-        return tokens  # there are none
+        return tokens  # there are no tokens
     return (_runs(tokens, gate) * _each(gate, tokens)).flatten(1, 2)
 
 
 def _runs(tokens: Tensor, modulation: Tensor) -> Tensor:
-    """Tokens by the groups that share a modulation: (batch, groups, run, dim)."""
+    """Tokens split into the groups of a modulation: (batch, groups, run, dim)."""
     groups = modulation.shape[1] if modulation.dim() == 3 else 1
     return tokens.unflatten(1, (groups, tokens.shape[1] // groups))
 
 
 def _each(modulation: Tensor, like: Tensor) -> Tensor:
-    """(batch, groups, 1, dim), for all tokens of a group."""
+    """The modulation as (batch, groups, 1, dim), in the dtype of `like`."""
     groups = modulation if modulation.dim() == 3 else modulation[:, None]
     return groups[:, :, None].to(like.dtype)

@@ -1,4 +1,4 @@
-"""A feed-forward for each modality, or for each expert, of one joint sequence."""
+"""Feed-forwards of a joint sequence: one for each modality, or for each expert."""
 
 from .module import ExpertFFN
 from .op import expert_ffn

@@ -1,7 +1,6 @@
-"""What a program holds, and where it lies: tiles of an expert's rows, of its weights, of products.
+"""Device functions of the expert_ffn kernels: tiles of rows, matrix products, activations.
 
-The device functions of `kernel.py`. A tile of rows finds its expert by counting tiles, and each row
-its token; a product steps through the inner dim; activations come with their derivatives.
+A tile of rows finds its expert by counting tiles, and each row its token.
 """
 
 from typing import NamedTuple
@@ -12,9 +11,10 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """A tensor (batch, seqlen, dim); strides of batch and seq are in units of ALIGN elements.
+    """Pointer and strides of a tensor (batch, seqlen, dim).
 
-    The product with a constant shows every compiler how far a row is aligned.
+    Strides of batch and seq are in units of ALIGN elements: by the product with a constant the
+    compiler knows the alignment of a row.
     """
 
     ptr: Tensor | None
@@ -24,7 +24,7 @@ class Rows(NamedTuple):
 
 
 class Experts(NamedTuple):
-    """A weight of every expert, (rows, cols) each and alike in strides, or a bias of each."""
+    """A weight (rows, cols) of each expert, with the same strides."""
 
     ptrs: tuple[Tensor, ...]
     row: int  # in units of ALIGN elements
@@ -32,12 +32,12 @@ class Experts(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Which rows belong to which expert.
+    """The rows of each expert.
 
-    order, ends  the sorted pairs, and the end of each expert's among them; None without routing
+    order, ends  of `routing.Routing`; None without routing
     seqlen       of the joint sequence
-    text_len     tokens of the first expert, if there are two and no routing
-    samples      of the batch
+    text_len     tokens of the first of two experts, without routing
+    samples      in the batch
     """
 
     order: Tensor | None
@@ -48,7 +48,7 @@ class Groups(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is constant in a launch, and compiled into the kernel."""
+    """Compile-time constants of a launch."""
 
     EXPERTS: int
     ROUTED: bool
@@ -56,7 +56,7 @@ class Plan(NamedTuple):
     DIM: int
     FFN_DIM: int  # columns of the hidden activation
     ACTIVATION: str
-    GATED: bool  # the pre-activation has twice as many columns: values, and then gates
+    GATED: bool  # the pre-activation has twice as many columns: values, then gates
     BLOCK_ROWS: int
     BLOCK_COLS: int
     BLOCK_INNER: int
@@ -65,12 +65,12 @@ class Plan(NamedTuple):
     COMPUTE: tl.dtype
 
 
-# --- which rows, and where they lie ----------------------------------------------------------
+# --- rows of an expert -----------------------------------------------------------------------
 
 
 @triton.jit
 def rows_of(groups, group: tl.constexpr, P: tl.constexpr):
-    """Rows of an expert; the one after the last stands for the pairs without any."""
+    """Number of rows of an expert; group EXPERTS is the pairs without an expert."""
     if P.ROUTED:
         count = tl.load(groups.ends + tl.cast(group, tl.int64))
         if group > 0:
@@ -86,7 +86,7 @@ def rows_of(groups, group: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def locate(tile, groups, GROUPS: tl.constexpr, P: tl.constexpr):
-    """(expert, its first row among all, the tile's first row in it, its rows); -1: no expert."""
+    """(expert, its first row among all, the tile's first row in it, its rows); expert -1: none."""
     expert = tl.cast(-1, tl.int64)
     first = tl.cast(0, tl.int64)
     begin = tl.cast(0, tl.int64)
@@ -108,9 +108,9 @@ def locate(tile, groups, GROUPS: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def pairs_of(groups, expert, first, row, P: tl.constexpr):
-    """The (token, choice) pairs of an expert's rows, counted through batch, sequence and choices.
+    """The (token, choice) pairs of an expert's rows, numbered through batch, sequence and choices.
 
-    Rows past the expert's last must not be asked for: their pairs need not exist.
+    `row` must be less than the expert's rows: a pair past them need not exist.
     """
     if P.ROUTED:
         pair = tl.load(groups.order + first + row)
@@ -133,7 +133,7 @@ def token_rows(x, groups, pair, P: tl.constexpr):
 
 @triton.jit
 def of_expert(ptrs, expert, P: tl.constexpr):
-    """The tensor of an expert, picked by selects: a branch would cost the loop its pipeline."""
+    """The tensor of an expert, by selects: with a branch the loop is not pipelined."""
     EXPERTS: tl.constexpr = P.EXPERTS
     ptr = ptrs[0]
     for e in tl.static_range(1, EXPERTS):
@@ -148,7 +148,7 @@ def bias_of(ptrs, expert, cols, mask, P: tl.constexpr):
 
 @triton.jit
 def tile_of(tiles, NCOLS: tl.constexpr, P: tl.constexpr):
-    """The tile of rows and the tile of columns of this program: bands of rows, column by column."""
+    """(tile of rows, tile of columns) of this program: bands of BAND tiles of rows, by column."""
     program = tl.program_id(0).to(tl.int64)
     WIDTH: tl.constexpr = P.BAND * NCOLS
     band = program // WIDTH * P.BAND
@@ -164,7 +164,7 @@ def tile_of(tiles, NCOLS: tl.constexpr, P: tl.constexpr):
 def product(
     acc, a, a_step, b, b_step, cols_mask, INNER: tl.constexpr, EVEN: tl.constexpr, P: tl.constexpr
 ):
-    """acc + a·b for addresses a (rows, block) and b (block, cols), stepping through INNER."""
+    """acc + a·b for addresses a (rows, block) and b (block, cols), in steps over INNER."""
     inner = tl.arange(0, P.BLOCK_INNER)
     for begin in range(0, INNER, P.BLOCK_INNER):
         if EVEN and INNER % P.BLOCK_INNER == 0:
@@ -183,7 +183,7 @@ def product(
 @triton.jit
 def matmul_wt(acc, rows, step, ptrs, experts, expert, cols, mask, N: tl.constexpr,
            INNER: tl.constexpr, P: tl.constexpr):  # fmt: skip
-    """acc + rows · weightᵀ: the columns are the weight's rows. `rows` are addresses."""
+    """acc + rows · weightᵀ: columns are rows of the weight. `rows` are addresses."""
     inner = tl.arange(0, P.BLOCK_INNER).to(tl.int64)
     a = rows[:, None] + inner[None, :] * step
     b = of_expert(ptrs, expert, P) + (
@@ -195,7 +195,7 @@ def matmul_wt(acc, rows, step, ptrs, experts, expert, cols, mask, N: tl.constexp
 @triton.jit
 def matmul_w(acc, rows, step, ptrs, experts, expert, cols, mask, N: tl.constexpr,
           INNER: tl.constexpr, P: tl.constexpr):  # fmt: skip
-    """acc + rows · weight: the columns are the weight's own."""
+    """acc + rows · weight: columns are those of the weight. `rows` are addresses."""
     inner = tl.arange(0, P.BLOCK_INNER).to(tl.int64)
     a = rows[:, None] + inner[None, :] * step
     b = of_expert(ptrs, expert, P) + (
@@ -219,7 +219,7 @@ def sigmoid(x):
 
 @triton.jit
 def activate(pre, gate, P: tl.constexpr):
-    """The activation of a pre-activation; `gate` is that of the gates, if there are some."""
+    """The activation of `pre`; `gate` is the pre-activation of the gates, for SwiGLU."""
     if P.ACTIVATION == "gelu_tanh":
         cube = pre * (1.0 + 0.044715 * pre * pre)
         out = pre * sigmoid(cube * TWICE_SQRT_2_OVER_PI)
@@ -232,30 +232,30 @@ def activate(pre, gate, P: tl.constexpr):
 
 @triton.jit
 def slopes(pre, gate, P: tl.constexpr):
-    """The activation's derivatives along pre and along gate.
+    """The activation's derivatives by pre and by gate.
 
-    1 - sigmoid(z) is taken as sigmoid(-z), which has all its digits where the other has few.
+    sigmoid(-z) is 1 - sigmoid(z) without the cancellation.
     """
     if P.ACTIVATION == "gelu_tanh":
         square = pre * pre
         z = pre * (1.0 + 0.044715 * square) * TWICE_SQRT_2_OVER_PI
         s = sigmoid(z)
-        along = s + pre * s * sigmoid(-z) * TWICE_SQRT_2_OVER_PI * (1.0 + 0.134145 * square)
-        along_gate = along
+        by_pre = s + pre * s * sigmoid(-z) * TWICE_SQRT_2_OVER_PI * (1.0 + 0.134145 * square)
+        by_gate = by_pre
     elif P.ACTIVATION == "gelu":
-        along = 0.5 * (1.0 + tl.erf(pre * SQRT_HALF))
-        along += pre * INV_SQRT_2PI * tl.exp(-0.5 * pre * pre)
-        along_gate = along
+        by_pre = 0.5 * (1.0 + tl.erf(pre * SQRT_HALF))
+        by_pre += pre * INV_SQRT_2PI * tl.exp(-0.5 * pre * pre)
+        by_gate = by_pre
     else:
         s = sigmoid(gate)
-        along = gate * s
-        along_gate = pre * s * (1.0 + gate * sigmoid(-gate))
-    return along, along_gate
+        by_pre = gate * s
+        by_gate = pre * s * (1.0 + gate * sigmoid(-gate))
+    return by_pre, by_gate
 
 
 @triton.jit
 def pre_activation(x, groups, pair, expert, up, up_bias, cols, mask, P: tl.constexpr):
-    """x · upᵀ + bias at some columns, and at the gates that belong to them."""
+    """x · upᵀ + bias at some columns, and at the columns of their gates."""
     BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
     BLOCK_COLS: tl.constexpr = P.BLOCK_COLS
     rows = x.ptr + token_rows(x, groups, pair, P)

@@ -1,6 +1,6 @@
-"""The kernels of the backward: the gradient of the pre-activation, and those of the weights.
+"""Kernels of the backward: gradients of the pre-activation and of the weights.
 
-That of x is `kernel.py`'s second product, the other way about.
+The gradient of x is the second product of `kernel.py`, with the weight transposed.
 """
 
 import triton
@@ -25,9 +25,9 @@ def hidden_grad_kernel(
     dpre_ptr, hidden_ptr, dshare_ptr, dout, x, pre_ptr, groups, up, up_bias, down, down_bias,
     share_ptr, tiles, npairs, P: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the pre-activation, and the hidden activation again, times the pair's share.
+    """The gradient of the pre-activation, and the hidden activation recomputed, times the share.
 
-    dshare (tiles of columns, pairs) gets each program's part of dout · y. Grid as in the forward.
+    dshare (tiles of columns, pairs) is each program's part of dout · y. Grid as in the forward.
     """
     NCOLS: tl.constexpr = (P.FFN_DIM + P.BLOCK_COLS - 1) // P.BLOCK_COLS
     BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
@@ -57,11 +57,11 @@ def hidden_grad_kernel(
                 gate = tl.load(kept + P.FFN_DIM, mask=stored, other=0.0).to(P.COMPUTE)
         hidden = activate(pre, gate, P)
         if share_ptr is not None:
-            along = tl.sum(grad * hidden, 1)
+            dot = tl.sum(grad * hidden, 1)
             if down_bias is not None:
                 if col_tile == 0:
-                    along += _along_bias(dout, rows, down_bias, expert, P)
-            tl.store(dshare_ptr + col_tile * npairs + pair, along, mask=there)
+                    dot += _dot_bias(dout, rows, down_bias, expert, P)
+            tl.store(dshare_ptr + col_tile * npairs + pair, dot, mask=there)
             share = tl.load(share_ptr + pair).to(P.COMPUTE)[:, None]
             grad *= share
             hidden *= share
@@ -75,7 +75,7 @@ def hidden_grad_kernel(
 
 
 @triton.jit
-def _along_bias(dout, rows, bias, expert, P: tl.constexpr):
+def _dot_bias(dout, rows, bias, expert, P: tl.constexpr):
     """dout · bias of each row; `rows` are addresses."""
     BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
     total = tl.zeros((BLOCK_ROWS,), P.COMPUTE)
@@ -89,7 +89,7 @@ def _along_bias(dout, rows, bias, expert, P: tl.constexpr):
 
 @triton.jit
 def _rows_at(x, groups, sample, run, first, row, TOKENS: tl.constexpr, P: tl.constexpr):
-    """Offsets of rows of a sample's run: of tokens (samples evenly spaced), or of compact rows."""
+    """Offsets of rows of a sample's run, in a tensor of tokens or of compact rows."""
     if P.ROUTED:
         at = first + row
         if TOKENS:
@@ -108,7 +108,7 @@ def weight_grad_kernel(
 ):  # fmt: skip
     """dweight (experts, ROWS, COLS) = leftᵀ · right over each expert's rows; dbias = leftᵀ · share.
 
-    One of the two is of tokens and the other compact. Grid (experts · tiles,).
+    One of left and right has a row for each token, the other is compact. Grid (experts · tiles,).
     """
     BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
     BLOCK_COLS: tl.constexpr = P.BLOCK_COLS
@@ -157,9 +157,9 @@ def weight_grad_kernel(
 
 @triton.jit
 def _run(expert, groups, P: tl.constexpr):
-    """An expert's rows: their first, in `order` or of the sequence, how many, in how many samples.
+    """(first, rows, samples) of an expert; first is in `order`, or in the sequence.
 
-    A single expert's tokens are one run through all samples.
+    A single expert's tokens are one run over all samples.
     """
     zero = tl.cast(0, tl.int64)
     if P.ROUTED:

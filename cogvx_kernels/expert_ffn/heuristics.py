@@ -1,6 +1,6 @@
-"""Which way is faster for experts that need no sorting, as measured; nothing is tuned at run time.
+"""Choice of the GEMM backend for experts without an index, by measurements made in advance.
 
-`python -m benchmarks.tune --op expert_ffn --dense` measures both side by side and prints a row.
+`python -m benchmarks.tune --op expert_ffn --dense` measures both backends and prints a row.
 """
 
 from typing import NamedTuple
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 class Measured(NamedTuple):
-    """One comparison: the faster way, by how much, on what, and when."""
+    """One measurement of both backends."""
 
-    device: str  # as torch.cuda.get_device_name says
+    device: str  # of torch.cuda.get_device_name
     dtype: str
     dim: int
     ffn_dim: int  # rows of `up`
@@ -26,11 +26,11 @@ MEASURED: tuple[Measured, ...] = ()
 
 
 def select_gemm(x: Tensor, up: Tensor, experts: int) -> str:
-    """The faster way for tokens x and experts like `up`, of which there are one or two.
+    """The faster backend for tokens x and one or two experts like `up`.
 
-    Where nothing was measured, one expert on a GPU is dense, because its product is cuBLAS' own
-    field; and two are grouped, because dense takes a launch for each expert and sample. Triton's
-    interpreter is there to check kernels: grouped.
+    Without a measurement, one expert on a GPU is "dense", because cuBLAS is hard to beat at a plain
+    product, and two are "grouped", because "dense" needs a launch for each expert and sample. In
+    Triton's interpreter it is "grouped".
     """
     if not x.is_cuda:
         return "grouped"

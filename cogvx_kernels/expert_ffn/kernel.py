@@ -1,12 +1,12 @@
-"""The way: two grouped matrix products, an expert's rows being a group, all experts in one launch.
+"""Triton kernels and launchers for expert_ffn: two grouped matrix products over all experts.
 
-A tile of rows finds its expert by counting tiles: where each modality has one expert the groups are
-the runs of text and of video, read where they lie; where tokens choose, (token, choice) pairs are
-sorted by expert, and rows are gathered as they are loaded and scattered as they are stored. Nobody
-asks how many rows an expert got: there are programs for the most tiles that could be, and those
-left over return. Between the products lies the hidden activation, compact: a row for each pair.
-Backward: one kernel makes the pre-activation anew beside its gradient (or loads it, if it was
-kept), one the gradient of x, one the gradient of each weight; a sum has one order, and no atomics.
+The rows of an expert are a group, and a tile of rows finds its expert by counting tiles. Without an
+index the groups are the runs of text and of video, read in place. With one, (token, choice) pairs
+are sorted by expert, and rows are gathered on load and scattered on store. The number of rows of an
+expert is not read back to the host: the grid has the largest possible number of tiles, and programs
+without a tile return. Between the products the hidden activation is compact, a row for each pair.
+Backward: a kernel for the gradient of the pre-activation, which it recomputes unless it was kept,
+one for the gradient of x, one for each weight. Sums have a fixed order, without atomics.
 """
 
 import math
@@ -36,21 +36,21 @@ from .device_utils import (
 )
 from .gradients import hidden_grad_kernel, weight_grad_kernel
 
-# Reasoned from what compiles without spills, not yet measured.
+# Not yet measured; the largest that compile without spills.
 BLOCK_ROWS = 128
 BLOCK_COLS = 128
 BLOCK_INNER = 64  # of 2-byte elements; half as many of 4
 WARPS = 8
 STAGES = 3
 AMD_STAGES = 2  # with 64 KB of shared memory
-BAND = 8  # tiles of rows that share their tiles of weights in the L2 cache
+BAND = 8  # tiles of rows that reuse tiles of weights in the L2 cache
 
 # --- forward ---------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["tiles"])
 def _up_kernel(hidden_ptr, pre_ptr, x, groups, up, up_bias, tiles, P: tl.constexpr):
-    """hidden = act(x · upᵀ + bias), a row for each pair. Grid (tiles · tiles of columns,)."""
+    """hidden = act(x · upᵀ + bias), a row for each pair. Grid (tiles of rows · of columns,)."""
     NCOLS: tl.constexpr = (P.FFN_DIM + P.BLOCK_COLS - 1) // P.BLOCK_COLS
     WIDTH: tl.constexpr = P.FFN_DIM * (1 + P.GATED)
     tile, col_tile = tile_of(tiles, NCOLS, P)
@@ -77,10 +77,10 @@ def _down_kernel(
     out_ptr, rows_ptr, groups, weights, bias, share_ptr, residual, gate, text_gate, tiles,
     INNER: tl.constexpr, TRANSPOSED: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Compact rows (pairs, INNER) times their expert's weight, to where their tokens are.
+    """Compact rows (pairs, INNER) times their expert's weight, scattered to their tokens.
 
-    out (batch, seqlen, TOP_K, dim), contiguous. Grid as above. TRANSPOSED: times the weight as it
-    lies, and not its transpose. A pair without an expert gets zeros.
+    out (batch, seqlen, TOP_K, dim), contiguous. Grid as above. The product is with the transposed
+    weight, with TRANSPOSED with the weight itself. A pair without an expert gets zeros.
     """
     NCOLS: tl.constexpr = (P.DIM + P.BLOCK_COLS - 1) // P.BLOCK_COLS
     BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
@@ -117,7 +117,7 @@ def _down_kernel(
 
 @triton.jit
 def _gated(y, residual, gate, text_gate, groups, token, cols, mask, P: tl.constexpr):
-    """residual + gate · y, each token with the gate of its sample and modality."""
+    """residual + gate · y, with the gate of the token's sample and modality."""
     sample, place = token // groups.seqlen, token % groups.seqlen
     at = (sample * residual.batch + place * residual.seq) * P.ALIGN + cols * residual.dim
     g = _gates(text_gate, sample, cols, mask & (place < groups.text_len), P)
@@ -127,9 +127,9 @@ def _gated(y, residual, gate, text_gate, groups, token, cols, mask, P: tl.conste
 
 @triton.jit
 def _gates(gate, sample, cols, mask, P: tl.constexpr):
-    """A modality's gates for its tokens, which `mask` leaves, and 0 for the others.
+    """Gates of a modality for the tokens in `mask`, 0 for the others.
 
-    An absent modality's are the other's: there is no token that they would be wrong for.
+    The pointer of an absent modality is the other's, and its mask is empty.
     """
     at = sample * gate.batch * P.ALIGN + cols * gate.dim
     return tl.load(gate.ptr + at, mask=mask, other=0.0).to(P.COMPUTE)
@@ -139,7 +139,7 @@ def _gates(gate, sample, cols, mask, P: tl.constexpr):
 def _combine_kernel(
     out_ptr, slots_ptr, residual, gate, text_gate, groups, BLOCK: tl.constexpr, P: tl.constexpr
 ):
-    """The sum over a token's choices. Grid (tokens,)."""
+    """Sum over the choices of a token. Grid (tokens,)."""
     token = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK).to(tl.int64)
     mask = cols < P.DIM
@@ -170,7 +170,7 @@ def _compact(x: Tensor | None, plan: Plan) -> Rows:
 
 
 def _alike(weights: Weights) -> Weights:
-    """With the same strides for all; copies only where they differ."""
+    """Weights with equal strides, copied only if they differ."""
     same = all(w.stride() == weights[0].stride() for w in weights)
     return weights if same else tuple(w.contiguous() for w in weights)
 
@@ -191,7 +191,7 @@ def _groups(x: Tensor, order: Tensor | None, ends: Tensor | None, text_len: int)
 def _plan(
     x: Tensor, up: Weights, down: Weights, index: Tensor | None, activation: str, *rows: Tensor
 ) -> Plan:
-    """For launches over x, the experts' weights, and other tensors of rows."""
+    """The constants of launches over x, the experts' weights, and other tensors of rows."""
     dim, ffn_dim = down[0].shape
     small = x.element_size() == 2
     inner = BLOCK_INNER if small else BLOCK_INNER // 2
@@ -208,18 +208,18 @@ def _plan(
         BLOCK_COLS=_block(BLOCK_COLS // block, min(dim, ffn_dim)),
         BLOCK_INNER=_block(inner, min(dim, ffn_dim)),
         BAND=BAND,
-        ALIGN=math.gcd(alignment(x, *up, *down, *rows), ffn_dim),  # compact rows are so wide
+        ALIGN=math.gcd(alignment(x, *up, *down, *rows), ffn_dim),  # the width of compact rows
         COMPUTE=tl.float64 if x.dtype is torch.float64 else tl.float32,
     )
 
 
 def _block(most: int, size: int) -> int:
-    """A power of two from 16, which a tensor core wants at least, to `most`."""
+    """A power of two from 16, the least of a tensor core, to `most`."""
     return max(16, min(most, triton.next_power_of_2(size)))
 
 
 def _tiles(plan: Plan, groups: Groups) -> int:
-    """Tiles of rows, or the most that there could be."""
+    """The number of tiles of rows, or with routing its upper bound."""
     if plan.ROUTED:
         pairs = groups.samples * groups.seqlen * plan.TOP_K
         return pairs // plan.BLOCK_ROWS + plan.EXPERTS + 1
@@ -245,9 +245,9 @@ def expert_ffn_fwd(
     residual: Tensor | None, gate: Tensor | None, text_gate: Tensor | None,
     text_len: int, activation: str, keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y, the pre-activation if it is to be kept, else empty). No biases are an empty tuple.
+    """(y, pre-activation), the latter a row for each (token, choice) pair; empty without `keep`.
 
-    Gates are (batch, dim); the pre-activation has a row for each (token, choice) pair.
+    Without biases their tuple is empty; gates are (batch, dim).
     """
     up, down = _alike(up), _alike(down)
     gates = [g[:, None] for g in (text_gate, gate) if g is not None]
@@ -282,7 +282,7 @@ def _to_tokens(
     out: Tensor, rows: Tensor, groups: Groups, weights: Weights, bias: Weights,
     share: Tensor | None, residuals: list[Rows], tiles: int, plan: Plan, transposed: bool,
 ) -> None:  # fmt: skip
-    """`_down_kernel`, and the sum over choices where a token has several."""
+    """Launch `_down_kernel`, and with several choices the sum over them."""
     nothing = [Rows(None, 0, 0, 1)] * 3
     several = plan.TOP_K > 1
     slots = out
@@ -307,15 +307,15 @@ def expert_ffn_bwd(
     share: Tensor | None, index: Tensor | None, order: Tensor | None, ends: Tensor | None,
     pre: Tensor | None, text_len: int, activation: str, rows: bool, weights: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """(dx, dup, dup_bias, ddown, ddown_bias, dshare); what is not there, or not wanted, is empty.
+    """(dx, dup, dup_bias, ddown, ddown_bias, dshare); those absent or not required are empty.
 
-    Gradients of the experts' weights are (num_experts, …). `rows`: the gradient of x is wanted;
-    `weights`: those of the weights are.
+    Gradients of the experts' weights are (num_experts, …). `rows`: compute the gradient of x;
+    `weights`: those of the weights.
     """
     up, down = _alike(up), _alike(down)
     dout, x = _flat(dout), _flat(x)
     plan = _plan(x, up, down, index, activation, dout)
-    # The pre-activation's tile lies beside the gradient's: half as wide, both stay in registers.
+    # Half as wide, so that the tiles of the pre-activation and its gradient both fit in registers.
     halved = plan._replace(BLOCK_COLS=max(16, plan.BLOCK_COLS // 2))
     groups = _groups(x, order, ends, text_len)
     pairs, width = x.shape[0] * x.shape[1] * plan.TOP_K, up[0].shape[0]
@@ -373,8 +373,8 @@ def _weight_grad(
 
 
 def _flat(x: Tensor) -> Tensor:
-    """With samples evenly spaced, so that a token is one number; a copy only if they are not."""
-    if x.shape[1] == 1:  # whose stride may be anything
+    """x with evenly spaced tokens over all samples, copied only if they are not."""
+    if x.shape[1] == 1:  # its stride is arbitrary
         x = x.as_strided(x.shape, (x.stride(0), x.stride(0), x.stride(2)))
     even = x.shape[0] <= 1 or x.stride(0) == x.shape[1] * x.stride(1)
     return x if even else x.contiguous()

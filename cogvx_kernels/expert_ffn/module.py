@@ -1,4 +1,4 @@
-"""Module for the feed-forwards of text and of video, or of several experts."""
+"""`nn.Module` of feed-forwards: of text and of video, or of several experts."""
 
 import math
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from .reference import ACTIVATIONS
 
 
 class ExpertFFN(nn.Module):
-    """`expert_ffn` as a module: `num_experts` feed-forwards, their weights stacked.
+    """`expert_ffn` as a module: `num_experts` feed-forwards with stacked weights.
 
-    With one expert it serves all tokens; with two the first serves text and the second video,
-    unless an index says otherwise. State dict: `up`, `up_bias`, `down`, `down_bias`, whatever the
-    backend. Weights are initialised as nn.Linear's are.
+    Without an index one expert serves all tokens; of two, the first serves text and the second
+    video. State dict: `up`, `up_bias`, `down`, `down_bias`, for every backend. Weights are
+    initialised as those of nn.Linear.
 
-    Feed-forwards that a model has already, as pairs of nn.Linear, become one by `from_linears`:
+    `from_linears` builds one from the pairs of nn.Linear of an existing model:
 
         >>> ffn = ExpertFFN.from_linears([(text.up, text.down), (video.up, video.down)])
         >>> y = ffn(torch.cat([text_tokens, video_tokens], 1), text_len=text_tokens.shape[1])
@@ -56,21 +56,21 @@ class ExpertFFN(nn.Module):
         recompute: bool = True,
         backend: str = "auto",
     ) -> "ExpertFFN":
-        """A module with copies of the weights of linear layers, (up, down) of each expert.
+        """Create a module from copies of linear layers, (up, down) of each expert.
 
         Args:
-            pairs: layers dim -> ffn_dim and ffn_dim -> dim of each expert, of text and then of
-                video; alike in sizes, dtype and device, and all with a bias or all without. For
-                "swiglu" up has 2 · ffn_dim rows, values and then gates.
+            pairs: layers dim -> ffn_dim and ffn_dim -> dim of each expert, text before video; of
+                equal sizes, dtype and device, all with a bias or all without. For "swiglu" up has
+                2 · ffn_dim rows, values and then gates.
             activation, recompute, backend: as in the constructor.
 
         Returns:
             A module of their dtype, on their device; it computes down(activation(up(x))) for the
-            tokens of each expert. Of a weight of all experts there is one parameter, which is
-            trained if that of any layer is.
+            tokens of each expert. A stacked parameter requires a gradient if that of any layer
+            does.
 
         Raises:
-            TypeError, ValueError: a layer does not fit; the message names it.
+            TypeError, ValueError: an invalid layer, named in the message.
         """
         where = "ExpertFFN.from_linears"
         _checks.choice(where, "activation", activation, tuple(ACTIVATIONS))
@@ -109,14 +109,14 @@ class ExpertFFN(nn.Module):
         weight: Tensor | None = None,
         text_len: int = 0,
     ) -> Tensor:
-        """Send each token through its experts.
+        """Apply the experts of each token.
 
         Args:
             x: (batch, seqlen, dim), text first.
             index: (batch, seqlen, top_k) int32 or int64, the experts of each token; None for one
                 expert, or for two, of which the first serves text.
-            weight: (batch, seqlen, top_k), how much of each; None for 1.
-            text_len: tokens of text.
+            weight: (batch, seqlen, top_k), the weight of each expert; None for 1.
+            text_len: number of text tokens.
 
         Returns:
             (batch, seqlen, dim), new, of x's dtype.
@@ -143,7 +143,7 @@ class ExpertFFN(nn.Module):
 def _check_linears(
     where: str, pairs: Sequence[tuple[nn.Linear, nn.Linear]], activation: str
 ) -> None:
-    """Pairs of layers as `from_linears` takes them, all like the first pair."""
+    """Check the pairs of layers of `from_linears`: all like the first pair."""
     if not isinstance(pairs, Sequence) or not len(pairs):
         raise TypeError(
             f"{where}: pairs must be a sequence of (up, down) layers, one pair for each expert; "
@@ -155,7 +155,7 @@ def _check_linears(
                 f"{where}: pairs[{i}] must be two layers, (up, down); got {_checks.describe(pair)}"
             )
         for name, layer in zip(("up", "down"), pair, strict=True):
-            # A quantised or adapted layer, or one with a hook, may compute something else.
+            # A quantised or adapted layer, or one with a hook, does not compute x · weightᵀ + bias.
             if not isinstance(layer, nn.Module) or not is_unmodified(layer, nn.Linear):
                 raise TypeError(
                     f"{where}: {name} of pairs[{i}] must be an nn.Linear without hooks; "

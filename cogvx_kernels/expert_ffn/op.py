@@ -15,7 +15,7 @@ from .routing import sort_by_expert
 
 ROWS = ("batch", "seqlen", "dim")
 CHOICES = ("batch", "seqlen", "top_k")
-KERNEL_EXPERTS = 64  # pointers that a launch takes, and selects that find the right one
+KERNEL_EXPERTS = 64  # a launch takes a pointer, and a tile a select, for each expert
 GEMMS = ("auto", "grouped", "dense")
 
 
@@ -130,7 +130,7 @@ def _expert_ffn_grads_fake(
 
 
 def _listed(op: str, name: str, value: Weights | None, dims: Sequence[str]) -> tuple[Tensor, ...]:
-    """One tensor for each expert, none if there are none."""
+    """The weights of each expert as a tuple, empty for None."""
     if value is None:
         return ()
     if isinstance(value, Tensor):
@@ -214,8 +214,10 @@ def _check_residual(
     text_len: int,
     inputs: Sequence[Tensor | None],
 ) -> None:
-    """All of the dtype. Raises RuntimeError if a gradient would be cut: that of the gates needs
-    what is not kept."""
+    """Check residual and gates of a dtype.
+
+    Raises RuntimeError if a gradient is required: the product that the gates' needs is not kept.
+    """
     if residual is None:
         for name, value in (("gate", gate), ("text_gate", text_gate)):
             if value is not None:
@@ -242,7 +244,7 @@ def _check_residual(
         value is not None and value.requires_grad for value in (residual, gate, text_gate, *inputs)
     ):
         raise RuntimeError(
-            f"{op}: residual is for inference, and a gradient is asked for: use gated_residual, or "
+            f"{op}: residual is for inference, and a gradient is required: use gated_residual, or "
             "torch.no_grad()"
         )
 
@@ -250,7 +252,7 @@ def _check_residual(
 def _unsupported_reason(
     x: Tensor, experts: int, **others: Tensor | Sequence[Tensor] | None
 ) -> str | None:
-    """Why the kernel cannot run, or None."""
+    """Return why the kernel cannot run, or None."""
     if experts > KERNEL_EXPERTS:
         return f"there are {experts} experts; the kernel takes up to {KERNEL_EXPERTS}"
     return _backend.triton_reason("x", x) or _backend.transform_reason(x=x, **others)
@@ -263,7 +265,7 @@ def _expert_ffn_under_autocast(
     x: Tensor, experts: tuple[Any, ...], index: Any, weight: Any, residual: Any, gate: Any,
     text_gate: Any, text_len: int, **settings: Any,
 ) -> Tensor:  # fmt: skip
-    """In autocast's dtype, as a linear layer; a residual of a wider one is added in its own."""
+    """Cast to autocast's dtype, as a linear layer; a wider residual is added in its own dtype."""
     op = "expert_ffn"
     wide = _autocast.promoted(residual, gate, text_gate)
     product = _autocast.dtype(x)
@@ -305,7 +307,7 @@ def expert_ffn(
     gemm: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
-    """A feed-forward, up, activation and down, each token of a joint sequence through its experts.
+    """Feed-forward with experts: up, activation, down.
 
     Args:
         x: (batch, seqlen, dim), text first; fp32, fp16 or bf16, any strides.
@@ -313,41 +315,40 @@ def expert_ffn(
             as the weights of linear layers; of x's dtype, any strides. For "swiglu" 2 · ffn_dim
             rows: values, and then gates.
         up_bias: (num_experts, ffn_dim), or a sequence of (ffn_dim,), or None.
-        down: (num_experts, dim, ffn_dim), or a sequence of (dim, ffn_dim); must be given, by name
-            where up_bias is left out.
+        down: (num_experts, dim, ffn_dim), or a sequence of (dim, ffn_dim); required, by name where
+            up_bias is left out.
         down_bias: (num_experts, dim), or a sequence of (dim,), or None.
-        index: (batch, seqlen, top_k) int32 or int64: the experts of each token. A number below 0
-            or from num_experts on is no expert and adds nothing. No token is dropped and no
-            expert has a capacity; one may have no token. None: a single expert serves all
-            tokens, and of two the first serves text and the second video.
-        weight: (batch, seqlen, top_k), x's dtype or fp32: how much of each; None for 1.
-        residual: the shape of x; the result is then residual + gate · it, in the same pass. For
-            inference: it raises where a gradient is asked for.
+        index: (batch, seqlen, top_k) int32 or int64: the experts of each token. A number out of
+            [0, num_experts) adds nothing. No token is dropped and experts have no capacity; one
+            may have no token. None: a single expert serves all tokens; of two the first serves
+            text and the second video.
+        weight: (batch, seqlen, top_k), x's dtype or fp32: the weight of each expert; None for 1.
+        residual: the shape of x; the result is then residual + gate · sum, in the same pass. For
+            inference: an error if a gradient is required.
         gate, text_gate: (batch, dim), of video and of text.
         text_len: number of text tokens.
         activation: "gelu_tanh", "gelu" (exact) or "swiglu".
-        recompute: what the backward has besides its arguments. True: nothing, it computes the
-            pre-activation again (four products in the backward become five). False: the
-            pre-activation, batch · seqlen · top_k rows as wide as up has rows, in x's dtype; at
-            5B, 49 frames of 480x720 and batch 2 that is 874 MB a layer in bf16.
+        recompute: compute the pre-activation again in the backward (five products instead of
+            four). False: keep it, batch · seqlen · top_k rows as wide as up has rows, in x's
+            dtype; at 5B, 49 frames of 480x720 and batch 2 that is 874 MB a layer in bf16.
         gemm: "grouped", one Triton launch for each product, over all experts; "dense", torch's
-            own matrix products (cuBLAS), expert by expert and without an index; "auto", the
-            faster, by the measurements in `heuristics.py`.
+            matrix products (cuBLAS), one expert at a time, without an index; "auto", the faster by
+            the measurements in `heuristics.py`.
         backend: "auto", "kernel" or "reference".
 
     Returns:
-        (batch, seqlen, dim), new, contiguous, of x's dtype. The hidden activation, what each of a
-        token's experts gives, and the result are each rounded once. Under autocast x and the
+        (batch, seqlen, dim), new, contiguous, of x's dtype. The hidden activation, the output of
+        each of a token's experts, and the result are each rounded once. Under autocast x and the
         experts are cast to autocast's dtype, which is the result's, as F.linear's is there; with a
         residual the result has the dtype to which that, the gates and the product promote.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; the message names it.
+        TypeError, ValueError: an invalid argument, named in the message.
         RuntimeError: backend="kernel" and the kernel cannot run; or a residual under grad.
 
-    Where dense wins: one expert for all tokens is a plain matrix product, for which no Triton
-    kernel is expected to beat cuBLAS. Grouped saves launches, copies and the tail of small
-    products where experts are several.
+    One expert for all tokens is a plain matrix product, at which a Triton kernel is not expected to
+    beat cuBLAS. With several experts, grouped saves launches, copies and the tails of small
+    products.
 
     Source: arXiv 1706.03762, section 3.3; arXiv 2311.03079, section 2.1; arXiv 2002.05202.
     """

@@ -1,4 +1,4 @@
-"""The promise of `expert_ffn`: samples, costs, budgets."""
+"""Test samples, cost model and compile budgets for `expert_ffn`."""
 
 import math
 import random
@@ -32,11 +32,11 @@ def _sample(
     weights: str = "contiguous",
     wide: bool = False,
 ) -> Sample:
-    """top_k 0 is no index; an index is `below` a number, the number of experts unless it is given.
+    """A sample; without an index if top_k is 0.
 
-    shares  values of the choices' weights
-    biases  letters of "u" for up and "d" for down
-    wide    weights of the choices in fp32
+    below   upper bound of the index, by default the number of experts
+    share   pass the weights of the choices, filled with the values `shares`, in fp32 if `wide`
+    biases  letters: "u" for up, "d" for down
     """
     seqlen = text_len + video_len
     rows = 2 * ffn_dim if activation == "swiglu" else ffn_dim
@@ -54,7 +54,7 @@ def _sample(
         "text_len": text_len,
         "activation": activation,
     }
-    # A SiLU is never exactly a step, and an exact GELU is one where a tanh is not.
+    # Only the tanh-GELU is exactly a ReLU on these values.
     return Sample(reason, arguments, exact=activation == "gelu_tanh")
 
 
@@ -94,7 +94,7 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("odd storage offset", {"layout": "offset", "weights": "offset"}),
     ("every other dim", {"layout": "strided", "weights": "strided", "experts": 2, "top_k": 1}),
     ("expanded batch", {"layout": "expanded", "batch": 3}),
-    ("weights the other way about", {"weights": "transposed"}),
+    ("transposed weights", {"weights": "transposed"}),
     ("weights packed", {"weights": "chunk", "experts": 3, "top_k": 2}),
 )
 
@@ -112,7 +112,7 @@ def _random(rng: random.Random) -> dict[str, Any]:
         "top_k": top_k,
         "below": rng.choice((0, 0, 1, experts + 2)),
         "share": rng.random() < 0.7,
-        # Above zero, as a router's: of an expert chosen twice nothing takes itself away.
+        # Positive, as a router's: the parts of an expert chosen twice do not cancel.
         "shares": "weight",
         "biases": "".join(letter for letter in "ud" if rng.random() < 0.7),
         "activation": rng.choice(("gelu_tanh", "gelu_tanh", "gelu", "swiglu")),
@@ -123,7 +123,7 @@ def _random(rng: random.Random) -> dict[str, Any]:
 
 
 def _at_size(size: Size, experts: int = 1, top_k: int = 0) -> Sample:
-    """As a block has it: four times as wide inside."""
+    """As in a transformer block: the hidden width is four times dim."""
     dim = size.nheads * size.headdim
     return _sample(
         "a model's size",
@@ -141,7 +141,7 @@ def _at_size(size: Size, experts: int = 1, top_k: int = 0) -> Sample:
 def _cost(arguments: Mapping[str, Any]) -> tuple[Cost, Cost]:
     """Forward: all arguments and the result, and two products. Backward: four products more.
 
-    The least: everything that lies outside the chip once, the hidden activation not at all.
+    Everything is moved once, and the hidden activation not at all.
     """
     x, down, index = arguments["x"], arguments["down"], arguments["index"]
     tokens = math.prod(x.shape[:2]) * (1 if index is None else index.shape[2])
@@ -157,7 +157,10 @@ def _bytes(x: Any) -> int:
 
 
 def _launch(kernel: Any, a: Mapping[str, Any]) -> None:
-    """Forward and backward, keeping the pre-activation and with a residual; a small call, one."""
+    """Launch forward and backward, with the pre-activation kept and with a residual.
+
+    A small call launches one of the two.
+    """
 
     def listed(name: str) -> tuple[Any, ...]:
         return () if a[name] is None else a[name].unbind(0)

@@ -1,8 +1,8 @@
-"""Reference of a feed-forward of two linear layers, each token through its own experts.
+"""Reference of a feed-forward with experts: two linear layers for each expert.
 
-Plain PyTorch. It computes in at least fp32 and rounds to the dtype of its input what has to
-lie in memory: the hidden activation, between the two products; where a token has several experts,
-what each of them gives; and the result. Gradients come from autograd.
+Plain PyTorch. It computes in at least fp32 and rounds to the dtype of its input what is stored: the
+hidden activation between the two products, the output of each expert of a token with several, and
+the result. Gradients come from autograd.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -51,9 +51,9 @@ def expert_ffn_reference(
     up, up_bias        (num_experts, ffn_dim, dim), (num_experts, ffn_dim) or None; for "swiglu"
                        twice as many rows, values and then gates
     down, down_bias    (num_experts, dim, ffn_dim), (num_experts, dim) or None
-    index, weight      (batch, seqlen, top_k): the experts of each token, and how much of each, or
-                       None for 1; a number that is no expert adds nothing
-    residual           the shape of x: the result is residual + gate · it
+    index, weight      (batch, seqlen, top_k): the experts of each token and their weights, None
+                       for 1; an index out of range adds nothing
+    residual           the shape of x; the result is residual + gate · sum
     gate, text_gate    (batch, dim), of video and of text
     returns            the shape and dtype of x
 
@@ -81,7 +81,7 @@ def expert_ffn_reference(
         y = torch.zeros_like(x, dtype=wide)
         for e in range(len(up)):
             mine = index == e  # (batch, seqlen, top_k)
-            # A token that is not this expert's does not meet it: not even its infinities.
+            # Tokens of other experts are masked out, with their infinities.
             output = expert(e, torch.where(mine.any(-1, keepdim=True), x, 0))
             for k in range(index.shape[2]):
                 part = output if weight is None else output * weight[..., k, None].to(wide)
@@ -94,7 +94,7 @@ def expert_ffn_reference(
 def added(
     y: Tensor, residual: Tensor, gate: Tensor | None, text_gate: Tensor | None, text_len: int
 ) -> Tensor:
-    """residual + gate · y in y's dtype, text and video each with their own gate."""
+    """residual + gate · y in y's dtype, with a gate for each modality."""
     text, video = modality.split(y, text_len)
     text = text if text_gate is None else text * text_gate[:, None].to(y.dtype)
     video = video if gate is None else video * gate[:, None].to(y.dtype)

@@ -1,4 +1,4 @@
-"""Who goes to whom: the (token, choice) pairs of an index, brought together by expert."""
+"""Sort the (token, choice) pairs of an index by expert, on the device and without a host sync."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 class Routing(NamedTuple):
-    """Pairs, counted through batch, sequence and choices, sorted by expert.
+    """Pairs sorted by expert; a pair is numbered through batch, sequence and choices.
 
-    order  (pairs,) int64: those of expert 0, of expert 1, …, and then those of nobody; the ones of
-           an expert in the order of their tokens, so that every sum has one order
-    ends   (num_experts + 1,) int64: where the pairs of each expert, and nobody's, end in `order`
+    order  (pairs,) int64: pairs of expert 0, of expert 1, …, then those without an expert; within
+           an expert by token, so that sums have a fixed order
+    ends   (num_experts + 1,) int64: end of each expert's pairs in `order`, then of the others
     """
 
     order: Tensor
@@ -19,10 +19,10 @@ class Routing(NamedTuple):
 
 
 def sort_by_expert(index: Tensor, num_experts: int) -> Routing:
-    """By a stable sort, on the device: nobody waits to hear how many tokens an expert got."""
+    """Sort the pairs of an index (batch, seqlen, top_k) by expert, stably."""
     flat = index.flatten()
     known = (flat >= 0) & (flat < num_experts)
-    # Keys of one byte are sorted in one pass over them.
+    # One-byte keys are sorted in one pass.
     key = torch.where(known, flat, num_experts).to(
         torch.uint8 if num_experts < 255 else torch.int64
     )

@@ -1,7 +1,8 @@
-"""The other way: torch's own matrix products, expert by expert, each run of rows where it lies.
+"""GEMM backend "dense" of expert_ffn: torch's matrix products, one expert at a time, no copies.
 
-A single expert's tokens are one run; those of text and of video are a run in each sample. On a GPU
-the products are cuBLAS', with bias and tanh-GELU in its epilogue where nothing is to be kept.
+A single expert's tokens are one run of rows; those of text and of video are a run in each sample.
+On a GPU the products are cuBLAS', with bias and tanh-GELU in its epilogue where the pre-activation
+is not kept.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +31,7 @@ def _swiglu_grad(grad: Tensor, pre: Tensor) -> Tensor:
     return torch.cat([grad * F.silu(gates), dgates], -1)
 
 
-# Of each activation: (its gradient, the pre-activation) -> the pre-activation's gradient.
+# By activation: (gradient of the activation, pre-activation) -> gradient of the pre-activation.
 GRADIENTS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu_tanh": _gelu_tanh_grad,
     "gelu": _gelu_grad,
@@ -39,7 +40,7 @@ GRADIENTS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def _runs(experts: int, text_len: int, *tensors: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
-    """(expert, rows of each tensor), views where strides allow; text's before video's.
+    """Yield (expert, rows of each tensor), text before video; views where strides allow.
 
     tensors  (batch, seqlen, …) each
     """
@@ -59,7 +60,7 @@ def _up(x: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> tuple[Te
 
 
 def _hidden(x: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """The hidden activation alone."""
+    """The hidden activation without its pre-activation."""
     if x.is_cuda and activation == "gelu_tanh" and bias is not None:
         return torch._addmm_activation(bias, x, up.t(), use_gelu=True)
     return _up(x, up, bias, activation)[0]
@@ -70,7 +71,7 @@ def expert_ffn_fwd(
     residual: Tensor | None, gate: Tensor | None, text_gate: Tensor | None,
     text_len: int, activation: str, keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As the kernel's, without routing."""
+    """As `kernel.expert_ffn_fwd`, without routing."""
     batch, seqlen, _ = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     pre = x.new_empty((batch, seqlen, len(up[0])) if keep else (batch, seqlen, 0))
@@ -93,7 +94,7 @@ def expert_ffn_fwd(
 def _add_residual(
     y: Tensor, residual: Tensor, gate: Tensor | None, text_gate: Tensor | None, text_len: int
 ) -> None:
-    """residual + gate · y, over y."""
+    """Write residual + gate · y over y."""
     parts = (modality.split(t, text_len) for t in (y, residual))
     for to, of, by in zip(*parts, (text_gate, gate), strict=True):
         if by is not None:
@@ -104,7 +105,7 @@ def expert_ffn_bwd(
     dout: Tensor, x: Tensor, up: Weights, up_bias: Weights, down: Weights, down_bias: Weights,
     pre: Tensor | None, text_len: int, activation: str, rows: bool, weights: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """As the kernel's, without routing: (dx, dup, dup_bias, ddown, ddown_bias, empty)."""
+    """As `kernel.expert_ffn_bwd`, without routing; the gradient of the share is empty."""
     nothing = x.new_empty((0,))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     kept = x[..., :0] if pre is None else pre.view(*x.shape[:2], pre.shape[1])

@@ -1,4 +1,4 @@
-"""Rotary position over frames, height and width, with the norms of q and k."""
+"""3-D rotary position embedding over frames, height and width, with the norms of q and k."""
 
 from .frequencies import crop_positions, rope3d_tables, slice_positions, split_headdim
 from .module import QKNormRoPE3D, RoPE3D

@@ -1,8 +1,7 @@
-"""Grid to angles: positions along frames, height and width, and the cos and sin of every pair.
+"""Tables of 3-D rotary positions: positions along frames, height and width, cos and sin.
 
 A table has one row for each video token, frames slowest and width fastest, and one column for each
-pair of dims that turn: first the pairs of the time axis, then of height, then of width. It is half
-as wide as the head dims it turns, because both dims of a pair share an angle.
+rotated pair of dims: first the pairs of the time axis, then of height, then of width.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,12 +16,12 @@ AXES = ("frames", "height", "width")
 
 
 def split_headdim(headdim: int) -> tuple[int, int, int]:
-    """How many dims of a head turn with time, height and width: 16, 24, 24 of 64.
+    """Split a head's dims among time, height and width: 16, 24, 24 of 64.
 
     Height and width get the even number nearest to 3/8 of headdim (ties up, but time keeps at
     least 2), time the rest; 8, 16, 16 of 40 and 32, 48, 48 of 128. At 64 it is CogVideoX's split.
 
-    Raises TypeError if headdim is no integer, ValueError if it is odd or less than 6.
+    Raises TypeError if headdim is not an integer, ValueError if it is odd or less than 6.
     """
     if not _is_integer(headdim):
         raise TypeError(
@@ -38,18 +37,18 @@ def split_headdim(headdim: int) -> tuple[int, int, int]:
 def crop_positions(
     grid: Sequence[int], base_grid: tuple[int, int] = (30, 45)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions of CogVideoX 1.0: the tokens cover a centred crop of the grid it was trained on.
+    """Positions of CogVideoX 1.0: a centred crop of the training grid.
 
-    The crop has the aspect of the token grid and is as large as fits in `base_grid`. The n rows lie
-    evenly from top to bottom·(n - 1)/n, and the columns likewise: it is the *absolute* end that is
-    scaled, so that with an offset the step is not extent/n. Where grid and base_grid agree, as at
-    480x720, the positions are the integers.
+    The crop has the aspect of the token grid and is the largest that fits in `base_grid`. The n
+    rows are evenly spaced from top to bottom·(n - 1)/n, and the columns likewise: the *absolute*
+    end is scaled, so with an offset the step is not extent/n. Where grid and base_grid are equal,
+    as at 480x720, the positions are integers.
 
     grid       (frames, height, width) in tokens, positive
     base_grid  (height, width) in tokens of the training size; 30, 45 for 480x720
     returns    three 1-D fp32 tensors: frames, height, width
 
-    Raises TypeError for sizes that are no integers, ValueError for sizes below 1.
+    Raises TypeError for sizes that are not integers, ValueError for sizes below 1.
     Source: diffusers' get_resize_crop_region_for_grid and linspace grid of get_3d_rotary_pos_embed.
     """
     frames, height, width = _grid("crop_positions", grid)
@@ -73,10 +72,10 @@ def slice_positions(
     """Positions of CogVideoX 1.5: the integers along each axis.
 
     grid      (frames, height, width) in tokens, positive; frames after the temporal patch
-    max_grid  (height, width) in tokens that the model knows; None for no bound
+    max_grid  largest (height, width) in tokens; None for no bound
     returns   three 1-D fp32 tensors: frames, height, width
 
-    Raises TypeError for sizes that are no integers, ValueError for sizes below 1 or a grid larger
+    Raises TypeError for sizes that are not integers, ValueError for sizes below 1 or a grid larger
     than max_grid. Source: diffusers' get_3d_rotary_pos_embed with grid_type="slice".
     """
     sizes = _grid("slice_positions", grid)
@@ -103,7 +102,7 @@ def rope3d_tables(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin for `rope3d`, each (video_len, sum(split) // 2) fp32.
 
-    Axis i turns split[i] dims: pair j by position · theta^(-2j / split[i]).
+    Axis i rotates split[i] dims: pair j by position · theta^(-2j / split[i]).
 
     positions    three 1-D tensors (frames, height, width), whose product is the grid, as
                  `crop_positions` and `slice_positions` give them; or (video_len, 3), a position
@@ -112,10 +111,10 @@ def rope3d_tables(
                  others, (44, 42, 42) for Wan, (16, 56, 56) for HunyuanVideo
     theta        base of the frequencies: 10000 for CogVideoX and Wan, 256 for HunyuanVideo
     frequencies  instead of theta: three tensors (split[i] // 2,), radians per position
-    precision    in which angles are computed; float32 as in CogVideoX, float64 as in Wan
+    precision    dtype in which angles are computed; float32 as in CogVideoX, float64 as in Wan
 
-    Raises TypeError for what is no tensor or no integer, ValueError if shapes do not fit. The
-    tables lie on the device of the positions.
+    Raises TypeError for a wrong type, ValueError for shapes that do not fit. The tables are on the
+    device of the positions.
     Source: diffusers' get_3d_rotary_pos_embed; arXiv 2408.06072, section 2.2.
     """
     op = "rope3d_tables"
@@ -190,7 +189,7 @@ def _integers(op: str, name: str, value: Sequence[int], axes: Sequence[str]) -> 
 
 
 def _is_integer(value: Any) -> bool:
-    """True for integers of Python, torch and NumPy; a torch.SymInt of a traced shape is one."""
+    """True for integers of Python, torch and NumPy, and the torch.SymInt of a traced shape."""
     if isinstance(value, Tensor):
         return not value.is_floating_point() and not value.dim()
     return isinstance(value, (int, torch.SymInt)) or hasattr(value, "__index__")

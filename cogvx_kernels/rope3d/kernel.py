@@ -1,11 +1,11 @@
-"""The way: q and k are read once, normalised and rotated in registers, and written once.
+"""Triton kernels and launchers for rope3d and qk_norm_rope3d.
 
-Forward: one program per token walks over the heads of q, then of k, `BLOCK_H` at a time, so that
-the token's angles and the norm's weights are loaded once for all of them. Backward: a fixed number
-of programs stride over the tokens; each turns the gradient back, recomputes the statistics of the
-rows it holds anyway (they are never stored), and adds up its share of the weights' gradients in
-registers; the shares are summed at the end, without atomics, so the same input gives the same bits.
-In registers a head is two halves, `a` and `b`, the first and the second elements of its pairs.
+Forward: one program per token loops over the heads of q, then of k, `BLOCK_H` at a time, and loads
+the token's angles and the norm's weights once. Backward: a fixed number of programs stride over the
+tokens; each rotates the gradient back, recomputes the norm's statistics, which are not stored, and
+sums its part of the weights' gradients in registers. The partial sums are added at the end, without
+atomics, so the same input gives the same bits. In registers a head is two halves, `a` and `b`, the
+first and the second elements of its pairs.
 """
 
 from typing import NamedTuple
@@ -17,20 +17,19 @@ from torch import Tensor
 
 from .._launch import alignment, on_device
 
-# Reasoned, not yet measured: two 16-byte loads of bf16 in flight for each thread.
-# TILE: elements of one tensor that a program holds at a time.
-TILE = 1024
+# Not yet measured; chosen for two 16-byte loads of bf16 in flight for each thread.
+TILE = 1024  # elements of one tensor that a program holds at a time
 NUM_WARPS = 2
-# A constant, whatever the GPU, so that the weights' gradients are summed in one order everywhere.
+# The same on every GPU, so that the weights' gradients are summed in the same order.
 BACKWARD_PROGRAMS = 1056
 
 
 class Heads(NamedTuple):
-    """A tensor (batch, seqlen, nheads, headdim) as the kernels see it.
+    """Pointer and strides of a tensor (batch, seqlen, nheads, headdim).
 
-    Strides of batch, seq and head are in units of ALIGN elements, that of dim in elements: the
-    product with a constant shows every compiler how far a head is aligned. (Without it, heads of
-    40 dims, 80 bytes apart, are read 2 bytes at a time; a `tl.multiple_of` is lost on AMD.)
+    Strides of batch, seq and head are in units of ALIGN elements, that of dim in elements: by the
+    product with a constant the compiler knows the alignment of a head. Without it, heads of 40
+    dims, 80 bytes apart, are read 2 bytes at a time; a `tl.multiple_of` is lost on AMD.
     """
 
     ptr: Tensor
@@ -41,13 +40,13 @@ class Heads(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is constant in a launch, and compiled into the kernel."""
+    """Compile-time constants of a launch."""
 
     HEADDIM: int
-    ROTARY: int  # dims that turn
+    ROTARY: int  # dims that are rotated
     HALF: int  # lanes for the pairs of a head: a power of two
     INTERLEAVED: bool
-    INVERSE: bool  # turn back
+    INVERSE: bool  # rotate by the opposite angle
     BLOCK_H: int  # heads at a time
     ALIGN: int  # elements that strides are multiples of
     NORM: str  # "layer", "rms" or "none"
@@ -64,7 +63,7 @@ class Affine(NamedTuple):
 
 @triton.jit
 def _rows(x, token, seqlen, head, P: tl.constexpr):
-    """Offset of each head's first element; 64 bits from the first product on."""
+    """Offset of each head's first element, in 64 bits from the first product on."""
     batch = (token // seqlen).to(tl.int64)
     seq = (token % seqlen).to(tl.int64)
     return (batch * x.batch + seq * x.seq + head.to(tl.int64) * x.head) * P.ALIGN
@@ -72,7 +71,7 @@ def _rows(x, token, seqlen, head, P: tl.constexpr):
 
 @triton.jit
 def _pair_dims(P: tl.constexpr):
-    """Dims of the first and second elements of half-split pairs; those that pass pair up too."""
+    """Dims of the first and second elements of half-split pairs, also of dims not rotated."""
     j = tl.arange(0, P.HALF)
     if P.ROTARY == P.HEADDIM:
         return j, j + P.HEADDIM // 2
@@ -85,10 +84,10 @@ def _pair_dims(P: tl.constexpr):
 
 @triton.jit
 def _load_pairs(ptr, rows, row_mask, stride_dim, P: tl.constexpr):
-    """Heads as (rows, HALF) twice, widened.
+    """Load heads as two blocks (rows, HALF), widened.
 
-    Interleaved ones are loaded whole and split in registers: every access is then 16 bytes wide,
-    where loading odd and even dims apart would make it 2.
+    Interleaved heads are loaded whole and split in registers, with 16-byte accesses; loads of odd
+    and of even dims would take 2 bytes each.
     """
     if P.INTERLEAVED:
         d = tl.arange(0, 2 * P.HALF)
@@ -107,7 +106,7 @@ def _load_pairs(ptr, rows, row_mask, stride_dim, P: tl.constexpr):
 
 @triton.jit
 def _store_pairs(ptr, rows, row_mask, stride_dim, a, b, P: tl.constexpr):
-    """The inverse of `_load_pairs`; rounds to the tensor's dtype, once."""
+    """Store what `_load_pairs` loads, rounded once to the tensor's dtype."""
     a = a.to(ptr.dtype.element_ty)
     b = b.to(ptr.dtype.element_ty)
     if P.INTERLEAVED:
@@ -124,14 +123,14 @@ def _store_pairs(ptr, rows, row_mask, stride_dim, a, b, P: tl.constexpr):
 
 @triton.jit
 def _load_weight(ptr, P: tl.constexpr):
-    """A vector (headdim,) as (1, HALF) twice."""
+    """Load a vector (headdim,) as two blocks (1, HALF)."""
     row = tl.zeros((1,), tl.int64)
     return _load_pairs(ptr, row, row == 0, 1, P)
 
 
 @triton.jit
-def _store_share(ptr, a, b, P: tl.constexpr):
-    """The sum over heads of (BLOCK_H, HALF) twice, as a vector (headdim,)."""
+def _store_partial_sum(ptr, a, b, P: tl.constexpr):
+    """Sum two blocks (BLOCK_H, HALF) over heads and store them as a vector (headdim,)."""
     row = tl.zeros((1,), tl.int64)
     a, b = tl.sum(a, axis=0)[None, :], tl.sum(b, axis=0)[None, :]
     _store_pairs(ptr, row, row == 0, 1, a, b, P)
@@ -139,7 +138,7 @@ def _store_share(ptr, a, b, P: tl.constexpr):
 
 @triton.jit
 def _load_angles(cos_ptr, sin_ptr, token, seqlen, text_len, P: tl.constexpr):
-    """cos and sin of the token's pairs, and which of them turn: none of a text token's."""
+    """cos and sin of the token's pairs, and the mask of rotated pairs: none for a text token."""
     position = token % seqlen - text_len
     j = tl.arange(0, P.HALF)
     turning = (j < P.ROTARY // 2) & (position >= 0)
@@ -153,13 +152,13 @@ def _load_angles(cos_ptr, sin_ptr, token, seqlen, text_len, P: tl.constexpr):
 
 @triton.jit
 def _rotate(a, b, cos, sin, turning):
-    """Turn each pair by its angle. A select, not an angle of 0, lets the rest pass bit for bit."""
+    """Rotate each pair by its angle; a select, not an angle of 0, keeps the others bit for bit."""
     return tl.where(turning, a * cos - b * sin, a), tl.where(turning, b * cos + a * sin, b)
 
 
 @triton.jit
 def _normalise(a, b, P: tl.constexpr):
-    """Each head, less its mean for a LayerNorm, over its root mean square; and 1 / that root."""
+    """Normalised heads, and 1 / their standard deviation or root mean square."""
     if P.NORM == "layer":
         mean = (tl.sum(a + b, axis=1) * (1.0 / P.HEADDIM))[:, None]
         a -= mean
@@ -177,7 +176,7 @@ def _normalise(a, b, P: tl.constexpr):
 def _forward_heads(
     out, x, affine, token, seqlen, cos, sin, turning, NHEADS: tl.constexpr, P: tl.constexpr
 ):
-    """All heads of one token of one tensor."""
+    """Normalise and rotate all heads of one token of one tensor."""
     if affine.weight is not None:
         weight_a, weight_b = _load_weight(affine.weight, P)
     if affine.bias is not None:
@@ -216,7 +215,7 @@ def _backward_heads(
     dx, dweight_ptr, dout, x, weight_ptr, cos_ptr, sin_ptr, ntokens, seqlen, text_len,
     NHEADS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """All heads of every PROGRAMS-th token of one tensor, and their share of dweight and dbias."""
+    """dx of all heads of every num_programs-th token, and partial sums of dweight and dbias."""
     if weight_ptr is not None:
         weight_a, weight_b = _load_weight(weight_ptr, P)
     BLOCK_H: tl.constexpr = P.BLOCK_H
@@ -243,16 +242,16 @@ def _backward_heads(
                 dbias_b += db
             if weight_ptr is not None:
                 da, db = da * weight_a, db * weight_b
-            along = (tl.sum(da * a + db * b, axis=1) * (1.0 / P.HEADDIM))[:, None]
+            dot = (tl.sum(da * a + db * b, axis=1) * (1.0 / P.HEADDIM))[:, None]
             if P.NORM == "layer":
                 mean = (tl.sum(da + db, axis=1) * (1.0 / P.HEADDIM))[:, None]
                 da, db = da - mean, db - mean
-            da, db = (da - a * along) * rstd, (db - b * along) * rstd
+            da, db = (da - a * dot) * rstd, (db - b * dot) * rstd
             rows = _rows(dx, token, seqlen, head, P)
             _store_pairs(dx.ptr, rows, mask, dx.dim, da, db, P)
     if dweight_ptr is not None:
-        _store_share(dweight_ptr, dweight_a, dweight_b, P)
-        _store_share(dweight_ptr + P.HEADDIM, dbias_a, dbias_b, P)
+        _store_partial_sum(dweight_ptr, dweight_a, dweight_b, P)
+        _store_partial_sum(dweight_ptr + P.HEADDIM, dbias_a, dbias_b, P)
 
 
 @triton.jit(do_not_specialize=["ntokens", "seqlen", "text_len"])
@@ -293,7 +292,7 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 def _plan(
     cos: Tensor, interleaved: bool, norm: str, eps: float, *heads: Tensor, inverse: bool = False
 ) -> Plan:
-    """For a launch over these tensors of heads, outputs included."""
+    """The constants of a launch over these tensors, outputs included."""
     dtype, headdim = heads[0].dtype, heads[0].shape[3]
     lanes = triton.next_power_of_2(headdim)
     nheads = triton.next_power_of_2(max(x.shape[2] for x in heads))
@@ -314,7 +313,7 @@ def _plan(
 def rope3d_fwd(
     x: Tensor, cos: Tensor, sin: Tensor, text_len: int, interleaved: bool, inverse: bool
 ) -> Tensor:
-    """x turned by its angles, or back by them, as a new contiguous tensor."""
+    """x rotated by its angles, or by the opposite ones, as a new contiguous tensor."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
@@ -336,7 +335,7 @@ def qk_norm_rope3d_fwd(
     cos: Tensor, sin: Tensor, text_len: int, norm: str, eps: float, interleaved: bool,
     *, inplace: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q and k normalised and turned: written over themselves, or as new contiguous tensors."""
+    """q and k normalised and rotated, in place or as new contiguous tensors."""
     q_out = q if inplace else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = k if inplace else torch.empty(k.shape, dtype=k.dtype, device=k.device)
     if q.numel() + k.numel() == 0:
@@ -362,7 +361,7 @@ def qk_norm_rope3d_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, of k, and of (q_weight, q_bias, k_weight, k_bias) as rows of one tensor.
 
-    The rows are (4, headdim) in fp32 (fp64 for fp64 inputs), or (0, headdim) if not asked for.
+    The rows are (4, headdim) in fp32 (fp64 for fp64 inputs), (0, headdim) without `affine_grads`.
     """
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
@@ -372,15 +371,15 @@ def qk_norm_rope3d_bwd(
     if q.numel() + k.numel() == 0:
         return dq, dk, torch.zeros((rows, headdim), dtype=wide, device=q.device)
     programs = min(batch * seqlen, BACKWARD_PROGRAMS)
-    shares = torch.empty((2, programs, rows // 2, headdim), dtype=wide, device=q.device)
+    partials = torch.empty((2, programs, rows // 2, headdim), dtype=wide, device=q.device)
     plan = _plan(cos, interleaved, norm, eps, q, k, dq, dk, dq_out, dk_out, inverse=True)
     with on_device(q):
         _qk_norm_rope3d_bwd_kernel[(programs, 2)](
-            _heads(dq, plan), _heads(dk, plan), shares if affine_grads else None,
+            _heads(dq, plan), _heads(dk, plan), partials if affine_grads else None,
             _heads(dq_out, plan), _heads(dk_out, plan), _heads(q, plan), _heads(k, plan),
             _contiguous(q_weight), _contiguous(k_weight),
             cos.contiguous(), sin.contiguous(), batch * seqlen, seqlen, text_len,
             Q_HEADS=q_heads, K_HEADS=k.shape[2], P=plan,
             num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
-    return dq, dk, shares.sum(1).view(rows, headdim)
+    return dq, dk, partials.sum(1).view(rows, headdim)

@@ -1,4 +1,4 @@
-"""Modules for an attention: rotary position, with or without the norms of q and k."""
+"""`nn.Module`s for attention: rotary position, with or without the norms of q and k."""
 
 from torch import Tensor, nn
 
@@ -15,12 +15,12 @@ class RoPE3D(nn.Module):
         self.backend = backend
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, text_len: int = 0) -> Tensor:
-        """Turn the video tokens of x.
+        """Rotate the video tokens of x.
 
         Args:
             x: (batch, seqlen, nheads, headdim), text first.
             cos, sin: (seqlen - text_len, rotary_dim // 2) fp32, of `rope3d_tables`.
-            text_len: tokens that do not turn.
+            text_len: text tokens, which are not rotated.
 
         Returns:
             A new tensor of x's shape and dtype.
@@ -34,11 +34,11 @@ class RoPE3D(nn.Module):
 
 
 class QKNormRoPE3D(nn.Module):
-    """`qk_norm_rope3d` as a module: the two norms of an attention, and its rotation.
+    """`qk_norm_rope3d` as a module that owns the norms of q and k.
 
-    The norms are plain torch modules named as in diffusers, so that the keys of the state dict are
-    `norm_q.weight`, `norm_q.bias`, `norm_k.weight`, `norm_k.bias`, whatever the backend. Their eps
-    is 1e-6 in CogVideoX and HunyuanVideo; Mochi has 1e-5.
+    The norms are torch modules named as in diffusers: the keys of the state dict are
+    `norm_q.weight`, `norm_q.bias`, `norm_k.weight`, `norm_k.bias` for every backend. Their eps is
+    1e-6 in CogVideoX and HunyuanVideo, 1e-5 in Mochi.
     """
 
     def __init__(
@@ -69,13 +69,13 @@ class QKNormRoPE3D(nn.Module):
         text_len: int = 0,
         inplace: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Normalise every head of q and k, and turn the video tokens.
+        """Normalise every head of q and k, and rotate the video tokens.
 
         Args:
             q, k: (batch, seqlen, nheads, headdim), text first; k may have fewer heads.
             cos, sin: (seqlen - text_len, rotary_dim // 2) fp32, of `rope3d_tables`.
-            text_len: tokens that are normalised and do not turn.
-            inplace: overwrite q and k; refused where a gradient is wanted.
+            text_len: text tokens, which are normalised and not rotated.
+            inplace: overwrite q and k; an error if a gradient is required.
 
         Returns:
             (q, k), each of its shape and dtype.

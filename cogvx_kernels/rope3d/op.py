@@ -198,7 +198,7 @@ def _check_inplace(op: str, q: Tensor, k: Tensor, affine: dict[str, Tensor | Non
 
 
 def _unsupported_reason(name: str, x: Tensor, **others: Tensor | None) -> str | None:
-    """Why the kernels cannot take `x`, called `name`, and the others; or None."""
+    """Return why the kernels cannot take `x`, the argument `name`, and the others; else None."""
     if x.shape[-1] % 2:
         return f"{name} has headdim {x.shape[-1]}; the kernel takes even ones"
     reason = _backend.triton_reason(name, x)
@@ -209,7 +209,7 @@ def _unsupported_reason(name: str, x: Tensor, **others: Tensor | None) -> str | 
 
 
 def _tables(x: Tensor, *tables: Tensor | None) -> tuple[Any, ...]:
-    """Tables in the dtype in which `x` turns, at least fp32."""
+    """Tables in the dtype of the rotation of `x`, at least fp32."""
     return _autocast.cast(torch.promote_types(x.dtype, torch.float32), *tables)
 
 
@@ -225,7 +225,7 @@ def _qk_norm_rope3d_under_autocast(
     inplace: bool,
     **settings: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Unlike q and k meet in the dtype to which they promote, and go back to their own."""
+    """Run q and k in the dtype to which they promote; each result has its own input's dtype."""
     dtype = _autocast.promoted(q, k)
     wide_q, wide_k = _autocast.cast(dtype, q, k)
     affine = _autocast.parameters(dtype, q_weight, q_bias, k_weight, k_bias)
@@ -254,24 +254,24 @@ def rope3d(
     interleaved: bool = True,
     backend: str = "auto",
 ) -> Tensor:
-    """Rotary position for the video tokens of a joint sequence; text tokens pass bit for bit.
+    """Rotary position for the video tokens of a joint sequence; text tokens are copied.
 
     Args:
         x: (batch, seqlen, nheads, headdim), any strides; the first `text_len` tokens are text. q
-            and k of one packed projection, (batch, seqlen, 3 · nheads · headdim), turn in one call
-            as its first 2 · nheads heads.
+            and k of one packed projection, (batch, seqlen, 3 · nheads · headdim), are rotated in
+            one call as its first 2 · nheads heads.
         cos, sin: (video_len, rotary_dim // 2) fp32, as `rope3d_tables` makes them of the grid of
             tokens; rotary_dim <= headdim. Constants: they get no gradient.
-        text_len: tokens that pass, 0 to seqlen.
+        text_len: text tokens, which are not rotated, 0 to seqlen.
         interleaved: pairs are dims (2j, 2j + 1), as in CogVideoX; else (j, j + rotary_dim / 2).
         backend: "auto", "kernel" or "reference".
 
     Returns:
         A new contiguous tensor of x's shape and dtype; computed in at least fp32, rounded once.
-        Under autocast too; tables in 16 bits, as products make them there, are then cast to fp32.
+        Under autocast too, where tables in 16 bits, the results of products, are cast to fp32.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; the message names it.
+        TypeError, ValueError: an invalid argument, named in the message.
         RuntimeError: backend="kernel" and the kernel cannot run, or a table requires a gradient.
 
     Example:
@@ -311,29 +311,29 @@ def qk_norm_rope3d(
 
     Args:
         q, k: (batch, seqlen, nheads, headdim), any strides, for example views of one packed qkv
-            projection, which are read where they are; k may have fewer heads than q.
+            projection, which are not copied; k may have fewer heads than q.
         q_weight, q_bias, k_weight, k_bias: (headdim,) of the norm, or None; fp32 or q's dtype.
-        cos, sin: must be given, by name where the weights are left out; (video_len,
-            rotary_dim // 2) fp32, as `rope3d_tables` makes them of the grid of tokens.
-        text_len: tokens that are normalised and do not turn, 0 to seqlen.
+        cos, sin: required, by name where the weights are left out; (video_len, rotary_dim // 2)
+            fp32, as `rope3d_tables` makes them of the grid of tokens.
+        text_len: text tokens, which are normalised and not rotated, 0 to seqlen.
         norm: "layer" (CogVideoX) or "rms" (HunyuanVideo, Mochi).
         eps: added to the variance: 1e-6 in CogVideoX and HunyuanVideo; Mochi has 1e-5.
         interleaved: pairs are dims (2j, 2j + 1), as in CogVideoX; else (j, j + rotary_dim / 2).
-        inplace: overwrite q and k and return them; refused where a gradient is wanted.
+        inplace: overwrite q and k and return them; an error if a gradient is required.
         backend: "auto", "kernel" or "reference".
 
     Returns:
         (q, k) of the same shapes and dtype, new and contiguous unless inplace; computed in at
-        least fp32, rounded once. Gradients for q, k and the weights and biases; what is kept for
-        the backward is the inputs as they are. Under autocast q and k may differ in dtype and each
-        keeps its own, as in torch's norms; weights and tables may have any.
+        least fp32, rounded once. Gradients for q, k and the weights and biases; only the inputs
+        are saved for the backward. Under autocast q and k may differ in dtype and each keeps its
+        own, as in torch's norms; weights and tables may have any.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; the message names it.
+        TypeError, ValueError: an invalid argument, named in the message.
         RuntimeError: backend="kernel" and the kernel cannot run; inplace under grad; a table
             requires a gradient.
 
-    Example, of a model whose norms have no weights:
+    Example, for norms without weights:
         >>> cos, sin = rope3d_tables(slice_positions((13, 30, 45)), split=(16, 24, 24))
         >>> q, k = qk_norm_rope3d(q, k, cos=cos, sin=sin, text_len=226, norm="rms")
 

@@ -1,4 +1,4 @@
-"""The promise of `rope3d` and `qk_norm_rope3d`: samples, sizes, costs, budgets."""
+"""Test samples, cost model and compile budgets for `rope3d` and `qk_norm_rope3d`."""
 
 import math
 import random
@@ -45,7 +45,7 @@ def _qk_norm_rope(
     wide_affine: bool = False,
     **rope: Any,
 ) -> Sample:
-    """`affine` says which of q_weight, k_weight, q_bias, k_bias are there: w, w, b, b."""
+    """A sample; `affine` has a letter for each of q_weight, k_weight, q_bias, k_bias, or "-"."""
     arguments = dict(_rope(reason, **rope).arguments)
     q = arguments.pop("x")
     batch, seqlen, nheads, headdim = q.shape
@@ -123,7 +123,7 @@ def _random_rope(rng: random.Random, smallest: int = 4) -> dict[str, Any]:
 
 
 def _random_qk_norm_rope(rng: random.Random) -> dict[str, Any]:
-    # A few numbers that happen to be alike make a LayerNorm ill-conditioned: in fp32 anything goes.
+    # A LayerNorm of few numbers that are nearly equal is ill-conditioned in fp32.
     norm = rng.choice(("layer", "layer", "rms"))
     return _random_rope(rng, smallest=16 if norm == "layer" else 4) | {
         "norm": norm,
@@ -146,7 +146,7 @@ def _at_size(size: Size) -> dict[str, Any]:
 
 
 def _rope_cost(arguments: Mapping[str, Any]) -> tuple[Cost, Cost]:
-    """x read and written once, and the tables; 6 operations a pair."""
+    """x read and written once, and the tables; 6 operations for each pair."""
     x, cos = arguments["x"], arguments["cos"]
     moved = 2 * _bytes(x) + 2 * _bytes(cos)
     flops = 3 * math.prod(x.shape)
@@ -164,7 +164,7 @@ def _qk_norm_rope_cost(arguments: Mapping[str, Any]) -> tuple[Cost, Cost]:
 
 
 def _rope_launch(kernel: Any, a: Mapping[str, Any]) -> None:
-    """Forward and backward are one kernel, turning the one way or the other."""
+    """The forward; the backward is the same kernel with opposite angles."""
     kernel.rope3d_fwd(a["x"], a["cos"], a["sin"], a["text_len"], a["interleaved"], False)
 
 
@@ -180,7 +180,7 @@ def _bytes(x: Any) -> int:
 
 
 # 64 registers let 16 programs of the forward share an SM of 65,536: 32 KiB of loads in flight. The
-# narrow accesses are the norm's weights, 2 bytes a thread, and the shares of their gradients.
+# narrow accesses are the norm's weights, 2 bytes a thread, and the sums of their gradients.
 _SIZES = ("2b-480x720-49f", "5b-480x720-49f", "card-480x720-49f")
 _ROPE_BUDGETS = tuple(Budget("_rope3d_fwd_kernel", size, registers=40, shared=0) for size in _SIZES)
 _QK_NORM_ROPE_BUDGETS = tuple(

@@ -1,4 +1,4 @@
-"""Reference of rotary position over frames, height and width, and the norms of q and k.
+"""Reference of 3-D rotary position embedding, and of the norms of q and k.
 
 Plain PyTorch. It computes in at least fp32 and rounds once, to the dtype of its input;
 gradients come from autograd.
@@ -13,10 +13,11 @@ from .. import modality
 def rope3d_reference(
     x: Tensor, cos: Tensor, sin: Tensor, *, text_len: int = 0, interleaved: bool = True
 ) -> Tensor:
-    """Rotate the video tokens of `x` by their position; text tokens pass.
+    """Rotate the video tokens of `x` by their position; text tokens are unchanged.
 
     Pair j of a head, (a, b), becomes (a·cos_j - b·sin_j, b·cos_j + a·sin_j). Interleaved pairs are
-    dims (2j, 2j + 1); half-split pairs are (j, j + rotary_dim / 2). Dims from rotary_dim on pass.
+    dims (2j, 2j + 1); half-split pairs are (j, j + rotary_dim / 2). Dims from rotary_dim on are
+    unchanged.
 
     x         (batch, seqlen, nheads, headdim), text first: seqlen = text_len + video_len
     cos, sin  (video_len, rotary_dim // 2), rotary_dim <= headdim
@@ -27,13 +28,13 @@ def rope3d_reference(
     """
     text, video = modality.split(x, text_len)
     half = cos.shape[-1]
-    turned, passed = video[..., : 2 * half], video[..., 2 * half :]
+    rotated, rest = video[..., : 2 * half], video[..., 2 * half :]
     wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = cos.to(wide)[:, None], sin.to(wide)[:, None]  # (video_len, 1, rotary_dim // 2)
     pairs, axis = ((half, 2), -1) if interleaved else ((2, half), -2)
-    a, b = turned.to(wide).unflatten(-1, pairs).unbind(axis)
-    turned = torch.stack([a * cos - b * sin, b * cos + a * sin], axis).flatten(-2)
-    return modality.join(text, torch.cat([turned.to(x.dtype), passed], -1))
+    a, b = rotated.to(wide).unflatten(-1, pairs).unbind(axis)
+    rotated = torch.stack([a * cos - b * sin, b * cos + a * sin], axis).flatten(-2)
+    return modality.join(text, torch.cat([rotated.to(x.dtype), rest], -1))
 
 
 def qk_norm_rope3d_reference(
