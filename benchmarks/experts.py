@@ -23,9 +23,9 @@ import torch
 
 from cogvx import CogVideoX
 from cogvx.assets import located
-from cogvx.data import ProceduralClips
-from cogvx.data.scoring import NAMES, score_model
 from cogvx.schedulers import NoiseSchedule
+from cogvx.shapes import ProceduralClips
+from cogvx.shapes.scoring import NAMES, score_model
 from cogvx.training import Recipe, train
 from cogvx.training.losses import VelocityLoss
 from cogvx.training.recipe import PRECISIONS, TransformerTraining

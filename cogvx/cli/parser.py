@@ -45,7 +45,7 @@ def make() -> Parser:
 
 
 def _command(commands: Any, name: str, module: str, what: str, more: str, example: str) -> Parser:
-    """Add a command that runs the function of its name in `module`.
+    """Add a command that runs the function of its name in a module, relative to this.
 
     what, more  its line in the list of commands, and the rest of its description
     """
@@ -77,7 +77,7 @@ def _later(module: str, function: str) -> Run:
 
 def _demo(commands: Any) -> None:
     parser = _command(
-        commands, "demo", "demo", "Watch a model of the procedural clips.",
+        commands, "demo", ".shapes.commands", "Watch a model of the procedural clips.",
         "Each sentence becomes a video, a GIF and a sheet of frames.",
         'cogvx demo --prompt "a red circle moves right" --out out',
     )  # fmt: skip
@@ -280,7 +280,7 @@ def _train(commands: Any) -> None:
 
 def _score(commands: Any) -> None:
     parser = _command(
-        commands, "score", "score", "Score a model of the procedural clips.",
+        commands, "score", ".shapes.commands", "Score a model of the procedural clips.",
         "A program reads off its clips how often they\nshow what held-out sentences say.",
         "cogvx score --prompts 50",
     )  # fmt: skip

@@ -1,24 +1,17 @@
-"""Clips to train on, drawn or from a folder, and what drawn ones show, read back."""
+"""Data sets of clips to train on: folders of videos with captions, and encoded latents."""
 
-from .folder import FolderClips, read_captions
+import importlib
+import warnings
+from typing import Any
+
+from .folder import Clip, FolderClips, read_captions
 from .latents import LatentClip, LatentClips, encode_clips
-from .procedural import Clip, ProceduralClips
-from .reading import Score, score
-from .scenes import Scene, Thing, describe, parse, vocabulary
 
-__all__ = [
-    "Clip",
-    "FolderClips",
-    "LatentClip",
-    "LatentClips",
-    "ProceduralClips",
-    "Scene",
-    "Score",
-    "Thing",
-    "describe",
-    "encode_clips",
-    "parse",
-    "read_captions",
-    "score",
-    "vocabulary",
-]
+__all__ = ["Clip", "FolderClips", "LatentClip", "LatentClips", "encode_clips", "read_captions"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ProceduralClips":
+        warnings.warn(f"cogvx.data.{name} is now cogvx.shapes.{name}", DeprecationWarning, 2)
+        return getattr(importlib.import_module("cogvx.shapes"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,19 +10,28 @@ import os
 import unicodedata
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..config import VAEConfig
 from ..files import CheckpointError, format_list, open_regular, parse_json, short_repr
 from ..video import PICTURE_SUFFIXES, SUFFIXES, open_video
-from .procedural import Clip
 
 PathLike = str | os.PathLike[str]
 CAPTION_BYTES = 1 << 16
 METADATA = "metadata.jsonl"
 METADATA_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video (frames, 3, height, width) in [-1, 1] with its caption."""
+
+    video: Tensor
+    caption: str
 
 
 class FolderClips(Dataset[Clip]):

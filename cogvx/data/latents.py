@@ -21,7 +21,7 @@ from ..checkpoint.tensors import TensorFile, write_tensors
 from ..files import CheckpointError, parse_json
 from ..text import TextEncoder
 from ..vae import CausalVAE
-from .procedural import Clip
+from .folder import Clip
 
 PathLike = str | os.PathLike[str]
 FORMAT = "cogvx latents of clips 1"

@@ -32,10 +32,10 @@ from ..generation import GenerationParams
 from ..hub import PARTS
 from ..plan import Plan, forecast
 from ..schedulers import SOLVERS, Generators, Solver, TimestepSchedule, randn_tensor
+from ..shapes.word_encoder import WordTextEncoder, has_word_encoder
 from ..text import T5TextEncoder, TextEncoder, check_packages
 from ..transformer import ExpertTransformer
 from ..vae import CausalVAE, Tiling
-from ..words import WordTextEncoder, is_words
 from . import resume
 from .conditioning import Progress, decode, embeddings, encoded, image_condition, noisy_video
 from .denoise import Conditioning, State, denoise, each, make_generator
@@ -152,7 +152,7 @@ class CogVideoX:
         parts = [part for part in PARTS if wants_text or part not in ("text_encoder", "tokenizer")]
         folder = located(path, parts=parts, variant=variant, **hub)
         variants = variants_of(folder, variant)
-        if wants_text and is_words(folder):
+        if wants_text and has_word_encoder(folder):
             text_encoder = WordTextEncoder.from_pretrained(folder)
         elif wants_text:
             text_encoder = T5TextEncoder.from_pretrained(

@@ -1,7 +1,7 @@
 """What a training is, in a TOML file: data, models, and how each of the two is trained.
 
     seed = 0
-    [data]                  # without a folder: the procedural clips of `cogvx.data`
+    [data]                  # without a folder: the procedural clips of `cogvx.shapes`
     [vae]                   # a `VAEConfig`, for one that is made anew
     [vae_training]
     [transformer]           # a `TransformerConfig`, likewise
@@ -32,7 +32,7 @@ from ..config import (
     unknown_key,
 )
 from ..files import CONFIG_BYTES
-from ..words import WINDOW_LIMIT
+from ..shapes.word_encoder import WINDOW_LIMIT
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -13,15 +13,14 @@ from torch.utils.data import Dataset
 
 from ..checkpoint import load_scheduler, load_transformer, load_vae, save_vae
 from ..config import SchedulerConfig, check_choice
-from ..data import Clip, FolderClips, LatentClip, LatentClips, ProceduralClips, encode_clips
-from ..data.scenes import vocabulary
-from ..data.scoring import GUIDANCE, STEPS
+from ..data import Clip, FolderClips, LatentClip, LatentClips, encode_clips
 from ..pipeline import CogVideoX
 from ..schedulers import NoiseSchedule
+from ..shapes import ProceduralClips, WordTextEncoder, vocabulary
+from ..shapes.scoring import GUIDANCE, STEPS
 from ..transformer import ExpertTransformer
 from ..vae import CausalVAE, DiagonalGaussian
 from ..video import write_sheet
-from ..words import WordTextEncoder
 from .batches import mixed
 from .beginnings import begin_vae
 from .loop import Loop, Tell, make_accelerator

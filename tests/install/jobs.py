@@ -52,7 +52,7 @@ def text():
 
 def video():
     """A clip through the VAE of the packaged model."""
-    from cogvx.data import ProceduralClips
+    from cogvx.shapes import ProceduralClips
     from cogvx.video import write_video
 
     clip = ProceduralClips(frames=9, height=64, width=64)[0].video

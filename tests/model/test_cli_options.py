@@ -11,9 +11,9 @@ from cogvx import cli
 from cogvx.cli import arguments
 from cogvx.cli.parser import FAMILY, make
 from cogvx.config import TransformerConfig, unknown_key
-from cogvx.data import scoring
 from cogvx.generation import CHOICES
 from cogvx.schedulers import SOLVERS
+from cogvx.shapes import scoring
 from cogvx.training import STAGES
 from cogvx.vae import Tiling
 from cogvx.video.container import RATES

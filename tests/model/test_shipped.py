@@ -13,7 +13,7 @@ from cogvx import CogVideoX
 from cogvx.assets import SHIPPED, located
 from cogvx.checkpoint import CheckpointError, load_vae
 from cogvx.cli import parser
-from cogvx.data.scoring import NAMES, score_model, score_vae
+from cogvx.shapes.scoring import NAMES, score_model, score_vae
 from cogvx.training import Recipe
 
 TINY = located("tiny")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cogvx import CogVideoX, threads
-from cogvx.data import ProceduralClips
+from cogvx.shapes import ProceduralClips
 from cogvx.threads import suited_threads
 from cogvx.transformer import ExpertTransformer
 from cogvx.vae import Decoder, Encoder

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from cogvx.checkpoint import CheckpointError
-from cogvx.data import FolderClips, LatentClips, ProceduralClips, encode_clips, read_captions
+from cogvx.data import FolderClips, LatentClips, encode_clips, read_captions
 from cogvx.data import latents as latents_module
 from cogvx.factorized import build_vae
+from cogvx.shapes import ProceduralClips
 from cogvx.vae import CausalVAE
 from cogvx.video import (
     PICTURE_SUFFIXES,

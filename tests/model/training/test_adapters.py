@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from cogvx import CogVideoX, load_transformer
 from cogvx.cli import main
-from cogvx.data import ProceduralClips
+from cogvx.shapes import ProceduralClips
 from cogvx.training import Recipe, train
 from cogvx.training.lora import FILE, TARGETS, add_adapters
 from cogvx.training.stages import new_transformer

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from cogvx.config import VAEConfig
-from cogvx.data import ProceduralClips
 from cogvx.schedulers import NoiseSchedule
+from cogvx.shapes import ProceduralClips
 from cogvx.training.averages import MovingAverage
 from cogvx.training.batches import Batches, mixed
 from cogvx.training.beginnings import begin_vae

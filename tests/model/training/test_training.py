@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from cogvx import CogVideoX
 from cogvx.checkpoint import load_vae
 from cogvx.cli import main
-from cogvx.cli import score as cli_score
-from cogvx.data import LatentClips, ProceduralClips
-from cogvx.data.scoring import score_vae
+from cogvx.data import LatentClips
+from cogvx.shapes import ProceduralClips, commands
+from cogvx.shapes.scoring import score_vae
 from cogvx.training import stages, train
 from cogvx.training.losses import VelocityLoss
 from cogvx.training.run import Run
@@ -218,7 +218,7 @@ def test_more_steps_make_it_better(tmp_path):
 
 
 def test_it_is_scored_and_shown(whole, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli_score, "score_vae", partial(score_vae, clips=4))
+    monkeypatch.setattr(commands, "score_vae", partial(score_vae, clips=4))
     model = ["--model", str(whole), "--steps", "2"]
     assert main(["score", *model, "--prompts", "4", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)

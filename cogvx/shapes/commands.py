@@ -1,4 +1,4 @@
-"""`cogvx demo`: a model of the procedural clips, from sentences to pictures that move."""
+"""The commands `cogvx demo` and `cogvx score`, for models of the procedural clips."""
 
 import argparse
 import re
@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..assets import SHIPPED
+from ..cli import loading
+from ..cli.console import Console
+from ..cli.outputs import output
 from ..files import atomic_path
 from ..pipeline import CogVideoX
 from ..video import PSNR, Clip, open_video, write_contact_sheet, write_video
-from ..words import WordTextEncoder, is_words
-from . import loading
-from .console import Console
-from .outputs import output
+from .scoring import NAMES, Scores, score_model, score_vae
+from .word_encoder import WordTextEncoder, has_word_encoder
 
 PROMPTS = (
     "a large blue circle moves up and a small blue circle moves down on white",
@@ -28,14 +29,14 @@ PROMPTS = (
     "two yellow triangles on gray, one moving down",
 )
 FPS = 8.0
-SCALE = 4  # of the files' pixels: 64 of them are few on a screen
-KINDS = {
+SCALE = 4  # enlargement of the 64 pixels in files
+SUFFIXES = {
     ".mp4": "the clip, for a video player",
     ".gif": "the same, for a browser",
     ".png": "its frames side by side, numbered, under the sentence",
 }
 SEEDS = 1 << 63
-LONGEST = 100  # letters of a file's name
+NAME_LENGTH = 100
 T = TypeVar("T")
 
 
@@ -47,9 +48,9 @@ def demo(options: argparse.Namespace, console: Console) -> None:
         raise ValueError(f"{options.model}: must have a transformer/ and a vae/")
     prompts = options.prompt or list(PROMPTS)
     text_encoder: Any = True
-    if is_words(folder):
+    if has_word_encoder(folder):
         text_encoder = WordTextEncoder.from_pretrained(folder)
-        text_encoder.encode(prompts, transformer.max_text_seq_length)  # refuses other words
+        text_encoder.encode(prompts, transformer.max_text_seq_length)  # raises for unknown words
     clip = None
     if options.clip is not None:
         side = vae.sample_height
@@ -59,7 +60,7 @@ def demo(options: argparse.Namespace, console: Console) -> None:
     names = [f"{_name(text)}-seed{seed}" for text, seed in zip(prompts, seeds, strict=True)]
     options.out.mkdir(parents=True, exist_ok=True)
     for name in names:
-        for suffix in KINDS:
+        for suffix in SUFFIXES:
             console.hold(output(options.out / f"{name}{suffix}", options.force, (suffix,)))
     beside = options.out / f"{_name(Path(options.clip or '').stem)}-reconstructed.mp4"
     if clip is not None:
@@ -68,7 +69,7 @@ def demo(options: argparse.Namespace, console: Console) -> None:
     pipe = CogVideoX.from_pretrained(folder, dtype, device, text_encoder=text_encoder)
     if pipe.text_encoder is None:
         raise ValueError(f"{options.model}: must have a text encoder to be shown sentences")
-    done = []
+    rows = []
     for prompt, name, seed in zip(prompts, names, seeds, strict=True):
         made = partial(
             pipe.generate,
@@ -80,17 +81,17 @@ def demo(options: argparse.Namespace, console: Console) -> None:
         )
         video, row = _timed(prompt, device, made)
         _write(options.out / name, _enlarged(video.cpu()), prompt)
-        done.append({**row, "files": [str(options.out / f"{name}{suffix}") for suffix in KINDS]})
+        rows.append({**row, "files": [str(options.out / f"{name}{suffix}") for suffix in SUFFIXES]})
     if clip is not None:
         row = _reconstruct(pipe, clip, options.clip.name, beside, device)
-        done.append({**row, "files": [str(beside)]})
-    console.print_summary({"device": str(device), "runs": done}, _text(done, device, options))
+        rows.append({**row, "files": [str(beside)]})
+    console.print_summary({"device": str(device), "runs": rows}, _text(rows, device, options))
 
 
 def _write(path: Path, video: Tensor, prompt: str) -> None:
-    """The files of a sentence, all or none of them."""
+    """Write all files of a prompt, or none."""
     with ExitStack() as stack:
-        mp4, gif, png = (stack.enter_context(atomic_path(f"{path}{suffix}")) for suffix in KINDS)
+        mp4, gif, png = (stack.enter_context(atomic_path(f"{path}{suffix}")) for suffix in SUFFIXES)
         write_video(mp4, video, FPS)
         write_video(gif, video, FPS)
         write_contact_sheet(png, video, caption=prompt)
@@ -99,7 +100,7 @@ def _write(path: Path, video: Tensor, prompt: str) -> None:
 def _reconstruct(
     pipe: CogVideoX, clip: Clip, name: str, path: Path, device: torch.device
 ) -> dict[str, Any]:
-    """A real clip through the VAE and back, written side by side with itself."""
+    """Reconstruct a clip by the VAE, and write both side by side."""
     video = clip.read()
     weight = next(pipe.vae.parameters())
 
@@ -114,7 +115,7 @@ def _reconstruct(
 
 
 def _timed(what: str, device: torch.device, work: Callable[[], T]) -> tuple[T, dict[str, Any]]:
-    """The result, and how long it took; on a GPU also its peak memory, which costs no time."""
+    """Result of `work`, with its seconds and on a GPU its peak memory."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
@@ -129,18 +130,18 @@ def _timed(what: str, device: torch.device, work: Callable[[], T]) -> tuple[T, d
 
 
 def _enlarged(video: Tensor) -> Tensor:
-    """A clip in `SCALE` times as many pixels across and down, smooth between them."""
+    """Upsample a clip `SCALE` times, bicubically."""
     frames = F.interpolate(video[0].float(), scale_factor=SCALE, mode="bicubic")
     return frames.clamp(-1, 1)[None]
 
 
 def _name(text: str) -> str:
-    """A file's name of a sentence."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:LONGEST].strip("-") or "clip"
+    """Turn a prompt into a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:NAME_LENGTH].strip("-") or "clip"
 
 
 def _text(rows: list[dict[str, Any]], device: torch.device, options: argparse.Namespace) -> str:
-    """How long each took, and which files there are."""
+    """Format a table of timings and a list of files."""
     width = max(len(row["what"]) for row in rows)
     lines = [f"{'on ' + str(device):{width}}  seconds"]
     for row in rows:
@@ -148,7 +149,7 @@ def _text(rows: list[dict[str, Any]], device: torch.device, options: argparse.Na
         psnr = f"  {row['psnr_db']} dB" if "psnr_db" in row else ""
         lines.append(f"{row['what']:{width}}  {row['seconds']:7.2f}{peak}{psnr}")
     lines += ["", f"made in {options.out}, of each sentence:"]
-    lines += [f"  {suffix}  {what}" for suffix, what in KINDS.items()]
+    lines += [f"  {suffix}  {what}" for suffix, what in SUFFIXES.items()]
     if options.clip is not None:
         lines.append(f"and {rows[-1]['files'][0]}: the clip beside what came back of it")
         if options.model in SHIPPED:
@@ -157,3 +158,35 @@ def _text(rows: list[dict[str, Any]], device: torch.device, options: argparse.Na
                 "  back as they were; a real clip comes back blurred, and what is fast smears)"
             )
     return "\n".join([*lines, f"look at {rows[0]['files'][-1]} first"])
+
+
+@torch.no_grad()
+def score(options: argparse.Namespace, console: Console) -> None:
+    device, folder = loading.device_of(options), loading.model_of(options)
+    transformer, _ = loading.read_configs(folder)
+    console.progress("load weights")
+    dtype = loading.dtype_of(options, transformer)
+    pipe = CogVideoX.from_pretrained(folder, dtype, device, variant=options.variant)
+    console.progress("VAE")
+    decibels = score_vae(pipe.vae)
+    scores, control = score_model(
+        pipe,
+        options.prompts,
+        skip=options.skip,
+        steps=options.steps,
+        guidance=options.guidance,
+        seed=options.seed,
+        progress=partial(console.progress, "clips"),
+    )
+    summary = {"psnr_db": round(decibels, 2), **scores.to_dict(), "control": control.to_dict()}
+    console.print_summary(
+        {**summary, "seconds": console.seconds}, _table(scores, control, decibels)
+    )
+
+
+def _table(scores: Scores, control: Scores, decibels: float) -> str:
+    lines = [f"{'of ' + str(scores.prompts) + ' clips':16}{'own':>8}{'another':>9}  sentence's"]
+    for name in NAMES:
+        own, other = getattr(scores, name), getattr(control, name)
+        lines.append(f"{name:16}{own:8.1%}{other:9.1%}")
+    return "\n".join([*lines, "", f"held-out clips through the VAE: {decibels:.2f} dB"])

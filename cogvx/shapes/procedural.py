@@ -1,37 +1,35 @@
-"""Clips of shapes with their sentences, without end and each from its own seed."""
+"""An endless data set of drawn clips with captions, each a function of its seed and number."""
 
 import hashlib
 import random
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from ..data import Clip
 from .drawing import Placed, draw, place
-from .scenes import COLORS, GROUNDS, SHAPES, SIZES, WAYS, Scene, Thing, describe
+from .scenes import COLORS, DIRECTIONS, GROUNDS, SHAPES, SIZES, Scene, Thing, describe
 
-HELD_OUT = 0.1  # of all sentences
+HELD_OUT = 0.1  # part of all captions that is in the test split
 
 
 @dataclass(frozen=True)
-class Clip:
-    """video: (frames, 3, height, width) in [-1, 1]; scene: of a drawn one."""
+class DrawnClip(Clip):
+    """A clip with the scene that it shows."""
 
-    video: Tensor
-    caption: str
-    scene: Scene | None = None
+    scene: Scene
 
 
-class ProceduralClips(torch.utils.data.Dataset[Clip]):
-    """Clip number `index` of a seed is always the same one, on every machine.
+class ProceduralClips(torch.utils.data.Dataset[DrawnClip]):
+    """Drawn clips: the same one for an index, split and seed, on every machine.
 
     Args:
-        split: "train", or "test": one in ten sentences is in no clip of the other.
-        length: how many there are; what is beyond them is not another clip, so that epochs end.
-        frames, height, width: of every clip.
-        seed: of all of them.
+        split: "train" or "test"; no caption is in both, one in ten is in "test".
+        length: number of clips. It does not change them; it ends an epoch.
+        frames, height, width: size of every clip.
+        seed: of all clips.
 
-    Raises ValueError for a split that is not one of the two, IndexError beyond `length`.
+    Raises ValueError for another split, IndexError for an index beyond `length`.
     """
 
     def __init__(
@@ -53,12 +51,12 @@ class ProceduralClips(torch.utils.data.Dataset[Clip]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> Clip:
+    def __getitem__(self, index: int) -> DrawnClip:
         scene, placed = self._placed(index)
-        return Clip(draw(placed, scene.ground, *self.size), describe(scene), scene)
+        return DrawnClip(draw(placed, scene.ground, *self.size), describe(scene), scene)
 
     def scene(self, index: int) -> Scene:
-        """What a clip shows; it is not drawn."""
+        """Scene of a clip, without drawing it."""
         return self._placed(index)[0]
 
     def _placed(self, index: int) -> tuple[Scene, tuple[Placed, ...]]:
@@ -73,25 +71,25 @@ class ProceduralClips(torch.utils.data.Dataset[Clip]):
 
 
 def held_out(caption: str) -> bool:
-    """Whether a sentence belongs to the test split, now and for ever."""
+    """Return True for captions of the test split, by a hash."""
     return hashlib.sha256(caption.encode()).digest()[0] < 256 * HELD_OUT
 
 
 def random_scene(numbers: random.Random) -> Scene:
-    """Half of them of one thing, a quarter of two alike, a quarter of two that are not."""
+    """Draw a scene: one thing in half of all, two equal or two independent ones in a quarter."""
     kind = numbers.choice(("one", "one", "alike", "two"))
     first = _random_thing(numbers)
     ground = numbers.choice(list(GROUNDS))
     if kind == "one":
         return Scene((first,), ground)
     if kind == "alike":
-        way = numbers.choice([w for w in WAYS if w])
-        first = Thing(first.color, first.shape, first.size, way)
-        second = Thing(first.color, first.shape, first.size, numbers.choice((way, "")))
+        direction = numbers.choice([d for d in DIRECTIONS if d])
+        first = Thing(first.color, first.shape, first.size, direction)
+        second = Thing(first.color, first.shape, first.size, numbers.choice((direction, "")))
         return Scene((first, second), ground)
     return Scene((first, _random_thing(numbers)), ground)
 
 
 def _random_thing(numbers: random.Random) -> Thing:
-    words = (numbers.choice(list(names)) for names in (COLORS, SHAPES, SIZES, WAYS))
+    words = (numbers.choice(list(names)) for names in (COLORS, SHAPES, SIZES, DIRECTIONS))
     return Thing(*words)

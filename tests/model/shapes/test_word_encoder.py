@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cogvx.checkpoint import CheckpointError
-from cogvx.data import ProceduralClips, vocabulary
-from cogvx.words import WordTextEncoder, is_words
+from cogvx.shapes import ProceduralClips, WordTextEncoder, vocabulary
+from cogvx.shapes.word_encoder import has_word_encoder
 
 WORDS = ("a", "red", "circle", ",")
 
@@ -88,10 +88,10 @@ def test_windows_that_cannot_be(window):
 @pytest.mark.parametrize("window", [0, 3])
 def test_to_a_folder_and_back(window, tmp_path):
     words = WordTextEncoder(WORDS, 6, window)
-    assert not is_words(tmp_path)
+    assert not has_word_encoder(tmp_path)
     words.save_pretrained(tmp_path)
     again = WordTextEncoder.from_pretrained(tmp_path)
-    assert is_words(tmp_path) and vars(again) == vars(words)
+    assert has_word_encoder(tmp_path) and vars(again) == vars(words)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""How often a model's clips show what their sentences say, over sentences it was not trained on."""
+"""Evaluation: how often a model's clips show what held-out captions describe."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -13,11 +13,11 @@ from .reading import Score, score
 from .scenes import Scene, describe
 
 NAMES = ("color", "shape", "motion", "count", "all")
-AT_ONCE = 10
-CLIPS_OF_PSNR = 50
+BATCH = 10
+PSNR_CLIPS = 50
 
-# How models of these clips are sampled. What the first steps predict is a mean over all places
-# where a thing may be; guidance makes more of it, until one thing comes twice: 1 is without.
+# Sampling of models of these clips. The first steps predict a mean over all places where a thing
+# may be; guidance above 1 amplifies it, until one thing appears twice.
 STEPS, GUIDANCE = 30, 1.0
 
 Progress = Callable[[int, int], None]
@@ -25,8 +25,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Scores:
-    """Parts of the clips, in [0, 1], that show the right colors, shapes, motions, number of things,
-    and all of it; `prompts` is how many clips there were."""
+    """Fractions of `prompts` clips with the right colors, shapes, motions, number, and all four."""
 
     prompts: int
     color: float
@@ -41,12 +40,11 @@ class Scores:
         return cls(prompts=len(scores), **parts)
 
     def to_dict(self) -> dict[str, float]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return asdict(self)
 
 
 def held_out_prompts(count: int, skip: int = 0) -> dict[str, Scene]:
-    """So many sentences of the test split, all different, each with its scene; the first `skip` of
-    them left out."""
+    """`count` different captions of the test split after the first `skip`, with their scenes."""
     clips = ProceduralClips("test", 100 * (skip + count))
     found: dict[str, Scene] = {}
     for index in range(len(clips)):
@@ -69,18 +67,18 @@ def score_model(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Scores, Scores]:
-    """(scores, control): a clip for each of so many held-out sentences, read by `score`.
+    """(scores, control) of one clip for each of `prompts` held-out captions.
 
-    `skip` leaves out so many of the sentences, the first, as those that a choice was made with.
-    The control reads the same clips against the sentences of others, and so says what chance gives.
-    Seeds are `seed` and those after it, one for every ten clips.
+    `skip` leaves out the first captions, such as those that a model was selected with. The control
+    compares the same clips with other captions, which gives the level of chance. Each batch of ten
+    clips has the next seed, from `seed` on.
     """
     scenes = held_out_prompts(prompts, skip)
-    said, wanted = list(scenes), list(scenes.values())
+    captions, wanted = list(scenes), list(scenes.values())
     own, others = [], []
-    for first in range(0, prompts, AT_ONCE):
-        batch = said[first : first + AT_ONCE]
-        number = seed + first // AT_ONCE
+    for first in range(0, prompts, BATCH):
+        batch = captions[first : first + BATCH]
+        number = seed + first // BATCH
         videos = pipe.generate(batch, steps=steps, guidance=guidance, seed=number)
         for index, video in enumerate(videos, first):
             own.append(score(video, wanted[index]))
@@ -91,9 +89,8 @@ def score_model(
 
 
 @torch.no_grad()
-def score_vae(vae: CausalVAE, clips: int = CLIPS_OF_PSNR) -> float:
-    """Decibels of the peak signal over the noise of held-out clips, encoded and decoded: over all
-    their values together."""
+def score_vae(vae: CausalVAE, clips: int = PSNR_CLIPS) -> float:
+    """PSNR in dB of reconstructions of held-out clips, over all their values together."""
     measure, weight = PSNR(), next(vae.parameters())
     data = ProceduralClips("test", clips)
     for index in range(clips):

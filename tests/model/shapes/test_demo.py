@@ -9,10 +9,10 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from cogvx import cli
-from cogvx.cli import clips, demo
-from cogvx.data.reading import read, score
-from cogvx.data.scenes import parse
+from cogvx.cli import clips
 from cogvx.pipeline import CogVideoX
+from cogvx.shapes import commands, parse, score
+from cogvx.shapes.reading import read
 from cogvx.video import probe, write_video
 
 CIRCLE = "a red circle moves right"
@@ -56,7 +56,7 @@ def test_it_ends_with_what_was_made_and_where(capsys, here, quick):
     assert len(names("out")) == 9 and len(out.splitlines()) < 15
     first = "a-large-blue-circle-moves-up-and-a-small-blue-circle-moves-down-on-white-seed0.png"
     assert out.endswith(f"look at {Path('out', first)} first\n")
-    for text in (*demo.PROMPTS, *demo.KINDS, *demo.KINDS.values(), "made in out"):
+    for text in (*commands.PROMPTS, *commands.SUFFIXES, *commands.SUFFIXES.values(), "made in out"):
         assert text in out
     info = probe(next(Path("out").glob("*.mp4")))
     assert (info.frames, info.height, info.width, info.fps) == (5, 64, 64, 8)
@@ -101,7 +101,7 @@ def test_a_full_disk_leaves_no_part_of_a_sentence(capsys, here, quick, monkeypat
     def full(*rest, **more):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(demo, "write_contact_sheet", full)
+    monkeypatch.setattr(commands, "write_contact_sheet", full)
     assert run(capsys, "--prompt", CIRCLE)[0] == 1
     assert names("out") == []
 
@@ -136,7 +136,7 @@ def test_the_clips_show_what_their_sentences_say(auto_is_what_a_cpu_has):
     """Sizes too, which are to be seen side by side."""
     pipe = CogVideoX.from_pretrained("tiny")
     sizes = set()
-    for seed, prompt in enumerate(demo.PROMPTS):
+    for seed, prompt in enumerate(commands.PROMPTS):
         video = pipe.generate(prompt, steps=30, guidance=1, seed=seed)[0]
         scene, seen = parse(prompt), read(video)
         assert score(video, scene).all, prompt

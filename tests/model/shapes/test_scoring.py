@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from cogvx.data import ProceduralClips, parse, scoring
-from cogvx.data.drawing import draw, place
-from cogvx.data.scoring import Scores, held_out_prompts, score_model, score_vae
 from cogvx.factorized import build_vae
+from cogvx.shapes import ProceduralClips, parse, scoring
+from cogvx.shapes.drawing import draw, place
+from cogvx.shapes.scoring import Scores, held_out_prompts, score_model, score_vae
 from cogvx.vae import CausalVAE
 from cogvx.video import psnr
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cogvx.data import ProceduralClips, Scene, Thing, describe, parse, score, vocabulary
-from cogvx.data.drawing import TRAVEL, draw, place
-from cogvx.data.procedural import held_out, random_scene
-from cogvx.data.reading import read
-from cogvx.data.scenes import COLORS, GROUNDS, SHAPES, SIZES, WAYS
+from cogvx.shapes import ProceduralClips, Scene, Thing, describe, parse, score, vocabulary
+from cogvx.shapes.drawing import TRAVEL, draw, place
+from cogvx.shapes.procedural import held_out, random_scene
+from cogvx.shapes.reading import read
+from cogvx.shapes.scenes import COLORS, DIRECTIONS, GROUNDS, SHAPES, SIZES
 from tests.harness.selection import rest
 
 CLIPS = 120
-EVERY_THING = [Thing(*words) for words in itertools.product(COLORS, SHAPES, SIZES, WAYS)]
+EVERY_THING = [Thing(*words) for words in itertools.product(COLORS, SHAPES, SIZES, DIRECTIONS)]
 
 
 def clips(split="test", count=CLIPS, **options):
@@ -65,11 +65,11 @@ def test_another_clip_is_not_right():
 def test_each_score_sees_its_own_mistake(name, other):
     thing = Thing("red", "circle", "", "right")
     scene = Scene((thing, Thing("green", "cross")))
-    words = {"color": thing.color, "shape": thing.shape, "size": "", "way": thing.way}
+    words = {"color": thing.color, "shape": thing.shape, "size": "", "direction": thing.direction}
     if other is None:
         wrong = Scene((thing,))
     else:
-        words["way" if name == "motion" else name] = other
+        words["direction" if name == "motion" else name] = other
         wrong = Scene((Thing(**words), scene.things[1]))
     generator = torch.Generator().manual_seed(3)
     found = vars(score(draw(place(wrong, generator), wrong.ground, 17, 64, 64), scene))
@@ -79,18 +79,18 @@ def test_each_score_sees_its_own_mistake(name, other):
 
 @pytest.mark.parametrize("sizes", [*itertools.combinations_with_replacement(SIZES, 2)], ids=str)
 def test_things_of_all_sizes_and_ways_have_room_and_stay_in_the_picture(sizes):
-    for seed, ways in enumerate(itertools.product(WAYS, WAYS)):
+    for seed, ways in enumerate(itertools.product(DIRECTIONS, DIRECTIONS)):
         red, blue = zip(sizes, ways, strict=True)
         scene = Scene((Thing("red", "square", *red), Thing("blue", "cross", *blue)))
         placed = place(scene, torch.Generator().manual_seed(seed))
         for one in placed:
-            dx, dy = WAYS[one.thing.way]
+            dx, dy = DIRECTIONS[one.thing.direction]
             for at in (one.x, one.y, one.x + dx * TRAVEL, one.y + dy * TRAVEL):
                 assert SIZES[one.thing.size] <= at <= 1 - SIZES[one.thing.size]
             for at in (one.x, one.x + dx * TRAVEL):
                 assert (at < 0.5) == (one is placed[0])
         seen = read(draw(placed, "black", 17, 64, 64)).things
-        assert {(t.color, t.way) for t in seen} == {("red", ways[0]), ("blue", ways[1])}
+        assert {(t.color, t.direction) for t in seen} == {("red", ways[0]), ("blue", ways[1])}
 
 
 def test_things_begin_in_cells_and_go_a_pixel_a_frame():
@@ -124,7 +124,7 @@ def test_every_sentence_is_understood():
 
 @pytest.mark.parametrize("said", ["", "a red dog moves right", "red circle", "a circle moves up"])
 def test_what_is_not_understood_is_answered_with_the_words_that_are(said):
-    with pytest.raises(ValueError, match=r"parse: no scene is told like .*red, green.*circle, squ"):
+    with pytest.raises(ValueError, match=r"parse: caption must.*red, green.*circle, squ"):
         parse(said)
 
 
