@@ -12,7 +12,7 @@ PIP := python -m pip install -qq --no-compile --disable-pip-version-check -c con
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test test-all verify bench tiny lint aot mutants clean
+.PHONY: help demo check fast test test-all verify bench tiny lint aot mutants clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
@@ -29,12 +29,16 @@ SEEDED := $(if $(SEED),--seed $(SEED))
 # a process for each core, with one thread
 PYTEST := OMP_NUM_THREADS=1 python -m pytest -n auto --dist worksteal $(SEEDED)
 
-# what `make check` runs: files that take seconds, over all parts of the project
-FAST := tests/test_architecture.py tests/kernels/test_rope3d_tables.py tests/kernels/test_rope3d.py \
-    tests/model/test_config.py tests/model/test_frames.py tests/model/test_files.py \
-    tests/model/test_factorized.py tests/model/schedulers tests/patching/test_refusals.py
-check: lint  ## lint, types and a fast subset of the tests
-	$(PYTEST) -m 'not budget' $(FAST)
+# the tests of `make check`: files that take seconds, from all parts of the project
+FAST := tests/test_architecture.py tests/test_readme.py tests/kernels/test_rope3d_tables.py \
+    tests/kernels/test_rope3d.py tests/model/schedulers tests/model/test_config.py \
+    tests/model/test_frames.py tests/model/test_files.py tests/model/test_factorized.py \
+    tests/model/test_lora.py tests/model/test_pipeline_refusals.py tests/patching/test_refusals.py
+SLOW := inductor or pasted_into_a_file
+check: $(READY)  ## lint, types and a fast subset of the tests, in two minutes
+	$(MAKE) --no-print-directory -j2 -Otarget lint fast
+fast: $(READY)
+	$(PYTEST) -m 'not budget' -k 'not ($(SLOW))' $(FAST)
 
 ifdef TRITON
 # every sample in bf16, and random calls, of every kernel on another Triton, put before the

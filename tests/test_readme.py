@@ -169,3 +169,10 @@ def test_files_of_architecture_hold_the_names_beside_them():
         text = "".join(path.read_text() for path in files)
         for name in re.findall(r"`(\w+)(?:\.\w+)?`", place):
             assert not files or name in text, f"{name} in {place}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_modules_that_pages_run_exist(page):
+    for module in re.findall(r"python -m ((?:benchmarks|examples|tests)[\w.]*)", TEXT[page]):
+        path = ROOT.joinpath(*module.rstrip(".").split("."))
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
