@@ -14,26 +14,28 @@ from .recipes import small
 PROGRAM = """
 import sys
 
-sys.path[:0] = sys.argv[2:]
+sys.path[:0] = sys.argv[1:]
 from accelerate.state import AcceleratorState
 from cogvx.training import train
 from tests.model.training.recipes import small
 
-train(small(), sys.argv[1])
+for folder in ("one", "two"):
+    train(small(), folder)
 state = AcceleratorState()
 who = f"{state.distributed_type.value}-{state.process_index}/{state.num_processes}"
 sys.stdout.write(who + "\\n")  # in one piece: print writes the end of a line apart
 """
 
 
-def launched(tmp_path, folder):
-    """The training of the small recipe in two processes, into a folder."""
+def launch(tmp_path):
+    """Two trainings of the small recipe in two processes, into the folders "one" and "two"."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [sys.executable, *launch, str(program), str(folder), *sys.path],
+        [sys.executable, *options, str(program), *sys.path],
+        cwd=tmp_path,
         env={**plain, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -46,9 +48,9 @@ def launched(tmp_path, folder):
 @pytest.mark.slow
 def test_two_processes_train_one_model(tmp_path):
     """Twice the same bits; and a model, a curve and checkpoints as one process leaves them."""
+    launch(tmp_path)
     found = []
     for name in ("one", "two"):
-        launched(tmp_path, tmp_path / name)
         files = sorted((tmp_path / name).glob("*/diffusion_pytorch_model.safetensors"))
         assert [f.parent.name for f in files] == ["transformer", "vae"]
         found.append([load_file(file) for file in files])
