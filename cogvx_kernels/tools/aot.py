@@ -159,12 +159,13 @@ def lint(ttir: str) -> list[str]:
     return found
 
 
-def reports(name: str, target: str) -> list[tuple[Report, Budget | None]]:
-    """A report for each budget of an op on a target."""
+def reports(name: str, target: str, sizes: Sequence[str]) -> list[tuple[Report, Budget | None]]:
+    """A report for each budget of an op at these sizes on a target."""
     info, found = OPS[name], list[tuple[Report, Budget | None]]()
+    wanted = [b for b in info.budgets if b.size in sizes]
     launched = []
-    for size, convention in dict.fromkeys((b.size, b.convention) for b in info.budgets):
-        budgets = [b for b in info.budgets if (b.size, b.convention) == (size, convention)]
+    for size, convention in dict.fromkeys((b.size, b.convention) for b in wanted):
+        budgets = [b for b in wanted if (b.size, b.convention) == (size, convention)]
         at_size = info.conventions[convention] if convention else info.at_size
         sample = at_size(SIZES[size])
         for compiled in compile_launches(info, sample, budgets[0].dtype, TARGETS[target]):
@@ -186,7 +187,7 @@ def small_reports(name: str, target: str, which: int) -> list[tuple[Report, Budg
 
 
 def in_parallel(
-    ops: Sequence[str], targets: Sequence[str], samples: bool
+    ops: Sequence[str], targets: Sequence[str], sizes: Sequence[str], samples: bool
 ) -> Iterator[tuple[Report, Budget | None]]:
     """All of them, compiled in as many processes as there are cores, in order."""
     pairs = list(itertools.product(ops, targets))
@@ -195,7 +196,7 @@ def in_parallel(
             cases = [(*pair, i) for pair in pairs for i in range(len(OPS[pair[0]].samples))]
             done = pool.map(small_reports, *zip(*cases, strict=True), chunksize=4)
         else:
-            done = pool.map(reports, *zip(*pairs, strict=True))
+            done = pool.map(partial(reports, sizes=sizes), *zip(*pairs, strict=True))
         for found in done:
             yield from found
 
@@ -299,7 +300,8 @@ def main(argv: list[str]) -> int:
         print(f"{'kernel':30}{'size':36}{'target':8}{'regs':>5}{'spill':>6}{'shared':>7}"
               "  loads, stores as bits:count")  # fmt: skip
     ops, targets = options.op or list(OPS), options.target or list(TARGETS)
-    for report, budget in in_parallel(ops, targets, options.samples):
+    sizes = options.size or list(SIZES)
+    for report, budget in in_parallel(ops, targets, sizes, options.samples):
         spilled = [f"spills: {report.spills}"] if report.spills else []
         over = report.violations(budget) if budget else spilled + report.lint
         rows.append(dataclasses.asdict(report) | {"violations": over})

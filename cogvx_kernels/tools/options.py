@@ -2,7 +2,7 @@
 
 import argparse
 
-# As in `cogvx_kernels.testing.OPS` and `aot.TARGETS`, which tests compare.
+# As in `cogvx_kernels.testing.OPS`, `aot.TARGETS` and `_opinfo.SIZES`, which tests compare.
 OPS = (
     "rope3d",
     "qk_norm_rope3d",
@@ -16,6 +16,14 @@ OPS = (
     "frame_cache_join",
 )
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+SIZES = (
+    "2b-480x720-49f",
+    "5b-480x720-49f",
+    "1.5-5b-768x1360-81f",
+    "1.5-5b-768x1360-161f",
+    "card-480x720-49f",
+    "tiny",
+)
 
 
 def verify(argv: list[str]) -> argparse.Namespace:
@@ -52,6 +60,7 @@ def aot(argv: list[str]) -> argparse.Namespace:
     parser = _parser("aot", "Compile every kernel for GPUs that are not here; check its budget.")
     parser.add_argument("--op", choices=OPS, action="append", help="default: all")
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
+    parser.add_argument("--size", choices=SIZES, action="append", help="default: all")
     parser.add_argument("--samples", action="store_true", help="every small sample instead")
     parser.add_argument("--json", metavar="FILE", help="also write the reports there ('-': only)")
     return parser.parse_args(argv)
