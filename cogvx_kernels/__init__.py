@@ -1,9 +1,9 @@
 """Fast modules for video diffusion in torch, each tested against a plain-torch reference.
 
-Importing this package imports no torch and no Triton, asks for no GPU and builds nothing: each name
-is loaded from its module when it is first used (PEP 562). Where torch is there already, the ops are
-registered at once, so that `torch.export.load` and `torch.jit.load` know `torch.ops.cogvx`; so
-import torch first where a program is loaded.
+Importing this package imports neither torch nor Triton, needs no GPU and builds nothing: a name is
+loaded from its module on first use (PEP 562). If torch is already imported, the ops are registered
+at once, so that `torch.export.load` and `torch.jit.load` find `torch.ops.cogvx`: import torch first
+to load a program.
 """
 
 import importlib
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Where each public name is loaded from. The imports above say the same to type checkers.
+# Module of each public name; the imports above are for type checkers.
 _MODULES = {
     "_backend": (
         "BACKENDS",
@@ -145,8 +145,10 @@ def __dir__() -> list[str]:
 
 
 class _Package(types.ModuleType):
-    """This package. `rope3d`, `conv3d` and others are each a module and the function in it; Python
-    stores a module in its package once it is loaded, and here the function stays what is found.
+    """This package's type: `cogvx_kernels.rope3d` stays the function when its module is loaded.
+
+    Python sets a loaded submodule as an attribute of its package; `rope3d`, `conv3d` and others are
+    both a module and a function.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""`cogvx-kernels`: the tools of this package. Each is a module of `cogvx_kernels.tools`."""
+"""`cogvx-kernels`: command line of the modules in `cogvx_kernels.tools`."""
 
 import difflib
 import importlib
@@ -8,10 +8,10 @@ from . import __version__
 from .tools import options
 
 TOOLS = {
-    "verify": "every op against its reference, on this GPU or in Triton's interpreter",
-    "doctor": "what is installed here, what will run where, and what is lost",
-    "aot": "compile every kernel for GPUs that are not here and hold it to its budget",
-    "bench": "time ops beside what you would run instead (forwards to python -m benchmarks)",
+    "verify": "compare every op with its reference, on this GPU or in Triton's interpreter",
+    "doctor": "print what is installed, which backend runs each op, and what is missing",
+    "aot": "compile every kernel ahead of time for several GPUs and check its budget",
+    "bench": "time ops beside other libraries (forwards to python -m benchmarks)",
 }
 
 
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv and argv[0] in TOOLS:
         if parse := getattr(options, argv[0], None):
             parse(argv[1:])  # --help or a typo ends here, before torch is imported
-        # Imported when named: torch takes seconds, and only some of them can do without Triton.
+        # Imported on use: torch takes seconds, and some tools need Triton.
         return importlib.import_module(f"cogvx_kernels.tools.{argv[0]}").main(argv[1:])
     if argv == ["--version"]:
         print(f"cogvx-kernels {__version__}")

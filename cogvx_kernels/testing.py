@@ -243,12 +243,12 @@ def to_double(arguments: Mapping[str, Any]) -> dict[str, Any]:
 class Element(NamedTuple):
     """An element of a result, and the value that it should have."""
 
-    index: tuple[int, ...]
+    place: tuple[int, ...]
     value: float
     wanted: float
 
     def __str__(self) -> str:
-        return f"{list(self.index)} is {self.value:.6g}, wanted {self.wanted:.6g}"
+        return f"{list(self.place)} is {self.value:.6g}, wanted {self.wanted:.6g}"
 
 
 @dataclass(frozen=True)

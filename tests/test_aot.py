@@ -1,4 +1,4 @@
-"""The budget of every kernel, held without a GPU: a worse kernel is over it."""
+"""Budgets of every kernel, compiled without a GPU; a worse kernel exceeds them."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from cogvx_kernels.testing import OPS  # noqa: E402
 from cogvx_kernels.tools import aot, options  # noqa: E402
 from tests.harness.selection import rest
 
-from .test_tools import type_in  # noqa: E402
+from .test_tools import run_tool  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,8 +39,8 @@ def test_targets_and_sizes_can_be_named_without_torch():
     ],
 )
 def test_every_kernel_is_within_its_budget(target, size):
-    """In a process of its own: there the interpreter is off."""
-    done = type_in("aot", "--target", target, "--size", size, "--json", "-")
+    """In a new process without the interpreter."""
+    done = run_tool("aot", "--target", target, "--size", size, "--json", "-")
     assert done.returncode == 0, done.stderr
     kernels = json.loads(done.stdout)["kernels"]
     assert [k for k in kernels if k["violations"]] == []
@@ -143,8 +143,8 @@ def test_violations_name_every_limit():
     report = aot.Report(
         "op", "k", "s", "sm_90", 65, 8, 129, {128: 1, 16: 5}, {32: 1}, ["an atomic"]
     )
-    said = report.violations(Budget("k", "s", registers=64, shared=128, narrow=5))
-    assert said == [
+    messages = report.violations(Budget("k", "s", registers=64, shared=128, narrow=5))
+    assert messages == [
         "spills: 8, at most 0",
         "shared memory: 129, at most 128",
         "accesses under 128 bits: 6, at most 5",

@@ -1,4 +1,4 @@
-"""The harness finds the bug of each known bad kernel, and none in its sound twin."""
+"""The harness finds the bug of each known bad kernel, and none in its correct twin."""
 
 import math
 import os
@@ -7,6 +7,7 @@ import resource
 import signal
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,13 @@ from tests.harness.virtual import VirtualMemoryRefused, wide_strides
 from tests.harness.workers import run_cases
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.int64)
+
+
+def test_readme_example(capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(known_bad_kernels.__file__).with_name("README.md").read_text()
+    [example] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(example, {})
+    assert capsys.readouterr().out.split() == ["0", "passed", "1", "crashed", "SIGSEGV"]
 
 
 def _fenced_copy(fence: Fence, n: int = 100, **shifts: int) -> tuple[Tensor, Tensor]:
@@ -64,7 +72,7 @@ def test_fenced_tensor_outlives_its_fence() -> None:
     assert (x == 3.0).all() and x not in fence
 
 
-def test_sound_kernel_passes_the_fence() -> None:
+def test_correct_kernel_passes_the_fence() -> None:
     for side in ("right", "left"):
         with Fence(side) as fence:
             x, y = _fenced_copy(fence)
@@ -87,7 +95,7 @@ def _copy_or_overrun(case: str) -> None:
         _fenced_copy(fence, load_shift=load_shift, store_shift=store_shift)
 
 
-def test_overrun_by_one_element_is_one_red_case() -> None:
+def test_overrun_by_one_element_fails_one_case() -> None:
     cases = [case for overrun in OVERRUNS for case in (overrun, f"sound, after {overrun}")]
     for outcome in run_cases(_copy_or_overrun, cases, timeout=30):
         assert outcome.ok == (outcome.case not in OVERRUNS), outcome
@@ -98,7 +106,7 @@ def test_overrun_by_one_element_is_one_red_case() -> None:
 
 
 @pytest.mark.parametrize(("side", "shift"), [("right", -1), ("left", 1)])
-def test_slack_that_is_written_fails_the_check(side: str, shift: int) -> None:
+def test_written_slack_fails_the_check(side: str, shift: int) -> None:
     where = "before its start, from -4 to -1" if side == "right" else "after its end, from +0 to +3"
     with pytest.raises(AssertionError, match=re.escape(f"float32 (100,): 4 bytes {where}")):
         with Fence(side) as fence:
@@ -106,7 +114,7 @@ def test_slack_that_is_written_fails_the_check(side: str, shift: int) -> None:
 
 
 @pytest.mark.parametrize(("side", "shift"), [("right", -1), ("left", 1)])
-def test_slack_that_is_copied_to_slack_fails_the_check(side: str, shift: int) -> None:
+def test_slack_copied_to_slack_fails_the_check(side: str, shift: int) -> None:
     fence = Fence(side)
     _fenced_copy(fence, load_shift=shift, store_shift=shift)
     with pytest.raises(AssertionError, match="written out of bounds"):
@@ -114,7 +122,7 @@ def test_slack_that_is_copied_to_slack_fails_the_check(side: str, shift: int) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:4], ids=str)
-def test_slack_that_is_read_is_nan(dtype: torch.dtype) -> None:
+def test_slack_reads_as_nan(dtype: torch.dtype) -> None:
     with Fence() as fence:
         for _ in range(16):  # all stripes there are
             x, y = (fence.new((5,), dtype).zero_() for _ in range(2))
@@ -122,7 +130,7 @@ def test_slack_that_is_read_is_nan(dtype: torch.dtype) -> None:
             assert y.isnan().tolist() == [True, False, False, False, False]
 
 
-def test_what_a_kernel_forgets_stays_poison() -> None:
+def test_unwritten_elements_stay_poison() -> None:
     with Fence() as fence:
         y = fence.new((10,))
         known_bad_kernels.all_but_last_kernel[(1,)](y, 10, BLOCK=16)
@@ -148,7 +156,7 @@ def _allocate(x: Tensor) -> dict[str, Tensor]:
 def test_allocations_of_the_package_are_fenced() -> None:
     x = torch.randn(3, 2).t()
     in_package = types.FunctionType(
-        _allocate.__code__, {"__name__": "cogvx_kernels.room.kernel", "torch": torch}
+        _allocate.__code__, {"__name__": "cogvx_kernels.op.kernel", "torch": torch}
     )
     factories = torch.empty, Tensor.new_empty, Tensor.contiguous
     with Fence() as fence:
@@ -175,7 +183,7 @@ def test_allocations_of_the_package_are_fenced() -> None:
 # --- observe -------------------------------------------------------------------------------------
 
 
-def test_bytes_are_those_asked_for() -> None:
+def test_bytes_are_those_requested() -> None:
     for dtype in (torch.float32, torch.float16, torch.float64, torch.bool):
         x, y = torch.ones(100).to(dtype), torch.zeros(100, dtype=dtype)
         with observe() as seen:
@@ -213,7 +221,7 @@ def test_races_are_reported_with_kernel_programs_and_lines() -> None:
     assert "load at" in load_and_store and "store at" in load_and_store
 
 
-def test_store_into_what_another_program_loads_is_a_race() -> None:
+def test_store_to_a_load_of_another_program_is_a_race() -> None:
     with observe() as seen:
         known_bad_kernels.neighbour_kernel[(4,)](torch.zeros(5))
     (race,) = seen.races
@@ -276,7 +284,7 @@ def test_masked_load_without_other_is_reported() -> None:
     assert note in seen.faults()
 
 
-def test_launch_outside_the_device_context_is_seen() -> None:
+def test_launch_outside_the_device_context_is_reported() -> None:
     x, y = torch.ones(8), torch.zeros(8)
     with observe() as seen:
         known_bad_kernels.copy(x, y)
@@ -285,7 +293,7 @@ def test_launch_outside_the_device_context_is_seen() -> None:
     assert seen.faults() == ["_copy_kernel: launched outside `on_device`"]
 
 
-def test_grids_beyond_a_gpu_are_seen() -> None:
+def test_too_large_grids_are_reported() -> None:
     with observe() as seen:
         known_bad_kernels.idle_kernel[(1, 65535)]()
         known_bad_kernels.idle_kernel[(1, 1, 65536)]()
@@ -295,7 +303,7 @@ def test_grids_beyond_a_gpu_are_seen() -> None:
     assert not Launch("k", True, (2**31, 1, 1)).grid_fits
 
 
-def test_observers_nest_and_leave_no_trace() -> None:
+def test_observers_nest_and_remove_their_hooks() -> None:
     def hooked() -> list[object]:
         names = ("create_masked_load", "create_masked_store", "set_grid_dim", "set_grid_idx")
         methods = [getattr(InterpreterBuilder, name) for name in names]
@@ -362,7 +370,7 @@ def _misbehave(case: str) -> None:
         (x @ x).relu().sum().backward()
 
 
-def test_outcomes_tell_what_happened() -> None:
+def test_outcomes_of_workers() -> None:
     cases = ["fine", "raise", "kill", "backward", "exit", "fine", "raise"]
     torch.set_num_threads(2)
     try:  # leave threads about that a fork does not take along
@@ -400,7 +408,7 @@ def test_case_without_end_times_out() -> None:
     assert time.monotonic() - started < 10
 
 
-def test_workers_leave_no_process_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_leave_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     forked: list[int] = []
 
     def fork() -> int:
@@ -418,7 +426,7 @@ def test_workers_leave_no_process_behind(monkeypatch: pytest.MonkeyPatch) -> Non
 # --- the interpreter's bfloat16 ------------------------------------------------------------------
 
 
-def test_bfloat16_is_rounded_as_torch_rounds() -> None:
+def test_bfloat16_rounds_like_torch() -> None:
     specials = [
         math.nan,
         math.inf,

@@ -1,4 +1,4 @@
-"""`cogvx-kernels verify`, `doctor`, `aot` and `bench`, as a user types them."""
+"""`cogvx-kernels verify`, `doctor`, `aot` and `bench` as commands."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ needs_triton = pytest.mark.skipif(not _backend.HAS_TRITON, reason="Triton is not
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def type_in(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_tool(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, "-m", "cogvx_kernels", *words],
@@ -31,8 +31,8 @@ def type_in(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 def test_help_names_every_tool(capsys):
     assert main([]) == 0 and main(["--help"]) == 0
-    said = capsys.readouterr().out
-    assert all(name in said for name in TOOLS)
+    output = capsys.readouterr().out
+    assert all(name in output for name in TOOLS)
     assert main(["nonsense"]) == 2
     assert "no tool is called 'nonsense'" in capsys.readouterr().err
     assert main(["verfy"]) == 2 and "did you mean verify?" in capsys.readouterr().err
@@ -70,7 +70,7 @@ def test_comparison_puts_misplaced_nan_and_infinities_first():
         result = baseline.clone()
         result[3], result[index] = 9.0, value
         comparison = check_close("dx", result, baseline, exact)
-        assert [element.index for element in comparison.worst] == [(index,), (3,)]
+        assert [element.place for element in comparison.worst] == [(index,), (3,)]
 
 
 # --- verify ----------------------------------------------------------------------------------
@@ -78,17 +78,17 @@ def test_comparison_puts_misplaced_nan_and_infinities_first():
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    """A cache folder of the test's own."""
+    """A new cache folder for each test."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder / "cogvx"
 
 
 def written_rows(folder, jobs):
-    """(stdout, what --json wrote) of two ops, in so many processes."""
+    """(stdout, --json report) of verify on two ops, with a number of processes."""
     report = folder / f"{jobs}.json"
     options = ("--device", "cpu", "--quick", "--all-rows", "--jobs", jobs, "--json", str(report))
-    done = type_in("verify", "--op", "rope3d", "--op", "residual_moments", *options)
+    done = run_tool("verify", "--op", "rope3d", "--op", "residual_moments", *options)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(report.read_text())
 
@@ -102,9 +102,9 @@ def rows_of_one_process(tmp_path_factory):
 
 
 @needs_triton
-def test_verify_starts_the_interpreter_by_itself(rows_of_one_process):
-    said, written = rows_of_one_process
-    assert "0 rows missed the rule" in said
+def test_verify_starts_the_interpreter(rows_of_one_process):
+    output, written = rows_of_one_process
+    assert "0 rows missed the rule" in output
     rows = [row for row in written["rows"] if row["op"] == "rope3d"]
     assert {row["dtype"] for row in rows} == {"float32", "float16", "bfloat16"}
     assert {row["tensor"] for row in rows} == {"out0", "dx"}
@@ -115,7 +115,7 @@ def test_verify_starts_the_interpreter_by_itself(rows_of_one_process):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("bug", ["value", "one element", "gradient", "not a number"])
 def test_verify_catches_a_broken_kernel(op, bug, capsys, device):
-    """An output or a gradient that is a little wrong is a miss, and an exit status of 1."""
+    """A slightly wrong output or gradient is reported, with exit status 1."""
     broken = dataclasses.replace(OPS[op], samples=OPS[op].samples[:1])
     evaluate = verify.compare.__globals__["evaluate"]
 
@@ -138,15 +138,15 @@ def test_verify_catches_a_broken_kernel(op, bug, capsys, device):
         assert verify.main(words) == 0
         with mock.patch.dict(verify.compare.__globals__, {"evaluate": wrong}):
             assert verify.main(words) == 1
-    said = capsys.readouterr().out
-    # all of what is wrong: the op's line counts it, and a row for each case says what it is
-    missed = int(re.search(rf"^{op} .* (\d+) MISSED", said, re.MULTILINE)[1])
-    assert said.count("MISS: ") == missed > 0
+    output = capsys.readouterr().out
+    # the op's line has the number of failed cases, and each has a row
+    missed = int(re.search(rf"^{op} .* (\d+) MISSED", output, re.MULTILINE)[1])
+    assert output.count("MISS: ") == missed > 0
 
 
 @pytest.fixture
 def a_small_op(monkeypatch, device):
-    """The words that verify one op, which has one sample."""
+    """Arguments of verify for one op with one sample."""
     small = dataclasses.replace(OPS["rope3d"], samples=OPS["rope3d"].samples[:1])
     monkeypatch.setattr(verify, "OPS", {"rope3d": small})
     monkeypatch.setattr(verify, "_samples", lambda info, device, quick: info.samples)
@@ -154,24 +154,24 @@ def a_small_op(monkeypatch, device):
 
 
 @needs_triton
-def test_verify_says_the_same_with_any_number_of_processes(tmp_path, rows_of_one_process):
+def test_verify_does_not_depend_on_processes(tmp_path, rows_of_one_process):
     assert written_rows(tmp_path, "3") == rows_of_one_process
     assert len(rows_of_one_process[1]["rows"]) > 50
 
 
 @needs_triton
-def test_verify_prints_a_line_an_op(capsys, a_small_op):
+def test_verify_prints_a_line_for_each_op(capsys, a_small_op):
     assert verify.main(a_small_op) == 0
-    said = capsys.readouterr().out.splitlines()
-    lines = [line for line in said if line.startswith("rope3d ")]
+    output = capsys.readouterr().out.splitlines()
+    lines = [line for line in output if line.startswith("rope3d ")]
     assert len(lines) == 1 and re.search(r"rope3d +3 +\d\.\d\dx +\d+\.\d  ok$", lines[0])
     assert verify.main([*a_small_op, "--all-rows"]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("rope3d ") for line in said) == 3
+    output = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("rope3d ") for line in output) == 3
 
 
 @needs_triton
-def test_verify_does_not_repeat_what_has_passed(capsys, a_small_op, cache, monkeypatch):
+def test_verify_skips_passed_ops(capsys, a_small_op, cache, monkeypatch):
     calls = []
     compare = verify.compare
     monkeypatch.setattr(verify, "compare", lambda *a, **b: calls.append(1) or compare(*a, **b))
@@ -202,7 +202,7 @@ def test_verify_does_not_repeat_what_has_passed(capsys, a_small_op, cache, monke
 
 
 @needs_triton
-def test_verify_remembers_no_failure(a_small_op, monkeypatch):
+def test_verify_does_not_cache_failures(a_small_op, monkeypatch):
     calls = []
 
     def compare(*arguments, **options):
@@ -216,13 +216,13 @@ def test_verify_remembers_no_failure(a_small_op, monkeypatch):
 
 
 @needs_triton
-def test_verify_runs_where_nothing_can_be_kept(a_small_op, cache):
+def test_verify_runs_without_a_writable_cache(a_small_op, cache):
     cache.write_text("a file where the folder should be")
     assert verify.main(a_small_op) == verify.main(a_small_op) == 0
 
 
 @needs_triton
-def test_verify_gives_signs_of_life(capsys, a_small_op, monkeypatch):
+def test_verify_prints_progress(capsys, a_small_op, monkeypatch):
     monkeypatch.setattr(verify, "EVERY", 0.0)
     assert verify.main(a_small_op) == 0
     assert "verify: 2 of 3 cases, rope3d" in capsys.readouterr().err
@@ -238,7 +238,7 @@ def test_verify_gives_signs_of_life(capsys, a_small_op, monkeypatch):
         ("win32", "LOCALAPPDATA", "/local", "/local/cogvx"),
     ],
 )
-def test_the_cache_is_where_the_platform_has_it(platform, variable, value, folder, monkeypatch):
+def test_cache_folder_of_each_platform(platform, variable, value, folder, monkeypatch):
     monkeypatch.setattr(passed.sys, "platform", platform)
     monkeypatch.setattr(passed.Path, "home", lambda: Path("/home/me"))
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -246,13 +246,13 @@ def test_the_cache_is_where_the_platform_has_it(platform, variable, value, folde
     assert passed.cache_folder() == Path(folder)
 
 
-def test_verify_wants_processes(capsys):
+def test_verify_refuses_zero_processes(capsys):
     with pytest.raises(SystemExit, match="2"):
         verify.main(["--jobs", "0"])
     assert "--jobs: must be 1 or more; got 0" in capsys.readouterr().err
 
 
-def test_verify_says_why_it_cannot(capsys):
+def test_verify_prints_why_it_cannot_run(capsys):
     with mock.patch.object(_backend, "HAS_TRITON", False):
         assert verify.main([]) == 2
     assert "Triton is not installed" in capsys.readouterr().err
@@ -266,25 +266,25 @@ def test_verify_says_why_it_cannot(capsys):
 
 @pytest.fixture
 def a_gpu(monkeypatch):
-    """One that is not there, and old."""
+    """An old GPU, simulated."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
 
 
-def test_doctor_says_what_is_there_and_what_is_lost(capsys):
+def test_doctor_reports_versions_and_missing_features(capsys):
     assert doctor.main(["--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["torch"] == torch.__version__
     assert set(facts["ops"]) == set(OPS)
     assert facts["cudnn"] == torch.backends.cudnn.version()
     assert doctor.main(["--short"]) == 0
-    said = capsys.readouterr().out
-    assert torch.__version__ in said and len(said.splitlines()) <= 12
+    output = capsys.readouterr().out
+    assert torch.__version__ in output and len(output.splitlines()) <= 12
     assert doctor.main([]) == 0
-    said = capsys.readouterr().out
-    assert all(line in said for line in (*facts["lost"], *facts["conv3d"].values()))
+    output = capsys.readouterr().out
+    assert all(line in output for line in (*facts["lost"], *facts["conv3d"].values()))
     if not torch.cuda.is_available():
         assert any("no GPU is visible" in line for line in facts["lost"])
 
@@ -298,36 +298,36 @@ def test_doctor_says_what_is_there_and_what_is_lost(capsys):
         ("2.9.0", 91501, {"float16", "bfloat16"}),
     ],
 )
-def test_doctor_knows_which_way_conv3d_goes(version, cudnn, planes, a_gpu):
+def test_doctor_reports_the_conv3d_algorithm(version, cudnn, planes, a_gpu):
     warnings = []
     with (
         mock.patch.object(torch, "__version__", version),
         mock.patch.object(torch.backends.cudnn, "version", return_value=cudnn),
     ):
-        ways = doctor._conv3d(warnings)
-    assert {dtype for dtype, way in ways.items() if "planes" in way} == planes
-    assert set(ways) == {"bfloat16", "float16", "float32"}
-    # both dtypes have one reason, which is said once
+        algorithms = doctor._conv3d(warnings)
+    assert {dtype for dtype, algorithm in algorithms.items() if "planes" in algorithm} == planes
+    assert set(algorithms) == {"bfloat16", "float16", "float32"}
+    # one warning for both dtypes
     assert len(warnings) == bool(planes)
     assert all(f"torch {version} with cuDNN {cudnn}" in line for line in warnings)
 
 
-def test_doctor_knows_what_amd_does_to_conv3d(a_gpu):
+def test_doctor_warns_of_conv3d_on_amd(a_gpu):
     warnings = []
     with mock.patch.object(torch.version, "hip", "7.1"):
-        ways = doctor._conv3d(warnings)
-    assert all("planes" in way for way in ways.values())
+        algorithms = doctor._conv3d(warnings)
+    assert all("planes" in algorithm for algorithm in algorithms.values())
     assert [line for line in warnings if "MIOpen" in line] == warnings != []
 
 
-def test_doctor_names_the_gpus(a_gpu):
+def test_doctor_lists_gpus(a_gpu):
     lost = []
     assert doctor._gpus(lost) == ["a GPU, sm_75"]
     assert any("no bfloat16" in line for line in lost)
 
 
 @pytest.mark.parametrize(
-    ("build", "on_gpu", "said"),
+    ("build", "on_gpu", "output"),
     [
         (None, False, "on cpu, the plain-torch reference: the extension is not built"),
         ({"cuda": False}, False, "on cpu, the extension"),
@@ -335,20 +335,20 @@ def test_doctor_names_the_gpus(a_gpu):
         ({"cuda": True}, True, "on cuda, the extension"),
     ],
 )
-def test_doctor_says_where_the_extension_runs(build, on_gpu, said, monkeypatch):
+def test_doctor_reports_where_the_extension_runs(build, on_gpu, output, monkeypatch):
     """Of an op that has no Triton kernel; it does not depend on Triton."""
     native = dataclasses.replace(next(iter(OPS.values())), name="native", launch=None)
     monkeypatch.setattr(doctor, "OPS", {"native": native})
     monkeypatch.setattr(doctor._backend, "triton_reason", lambda name, x: "Triton is not installed")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
     monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
-    assert doctor._ops(build)["native"].startswith(said)
+    assert doctor._ops(build)["native"].startswith(output)
 
 
 # --- bench -----------------------------------------------------------------------------------
 
 
-def test_bench_without_the_repository_says_where_to_get_it(capsys, tmp_path):
+def test_bench_without_the_repository(capsys, tmp_path):
     from cogvx_kernels.tools import bench
 
     with mock.patch.object(bench, "REPOSITORY", tmp_path):

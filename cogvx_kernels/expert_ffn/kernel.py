@@ -306,7 +306,7 @@ def expert_ffn_bwd(
     dout: Tensor, x: Tensor, up: Weights, up_bias: Weights, down: Weights, down_bias: Weights,
     share: Tensor | None, index: Tensor | None, order: Tensor | None, ends: Tensor | None,
     pre: Tensor | None, text_len: int, activation: str, rows: bool, weights: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dup, dup_bias, ddown, ddown_bias, dshare); those absent or not required are empty.
 
     Gradients of the experts' weights are (num_experts, …). `rows`: compute the gradient of x;

@@ -30,13 +30,13 @@ def _expert_ffn(
     text_len: int, activation: str, recompute: bool, gemm: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The result, and the pre-activation of each (token, choice) pair, empty if `recompute`."""
-    experts = tuple(up), tuple(up_bias), tuple(down), tuple(down_bias)
-    settings = residual, gate, text_gate, text_len, activation, not recompute
+    experts: list[Any] = [tuple(up), tuple(up_bias), tuple(down), tuple(down_bias)]
+    settings: list[Any] = [residual, gate, text_gate, text_len, activation, not recompute]
     if _gemm_backend(gemm, x, up, index) == "dense":
         return torch_gemm.expert_ffn_fwd(x, *experts, *settings)
     from . import kernel
 
-    routing = (None, None) if index is None else sort_by_expert(index, len(up))
+    routing: tuple[Any, ...] = (None, None) if index is None else sort_by_expert(index, len(up))
     return kernel.expert_ffn_fwd(x, *experts, index, weight, *routing, *settings)
 
 
@@ -99,13 +99,13 @@ def _expert_ffn_grads(
     down: list[Tensor], down_bias: list[Tensor], index: Tensor | None, weight: Tensor | None,
     pre: Tensor | None, text_len: int, activation: str, rows: bool, weights: bool, gemm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    experts = tuple(up), tuple(up_bias), tuple(down), tuple(down_bias)
-    settings = pre, text_len, activation, rows, weights
+    experts: list[Any] = [tuple(up), tuple(up_bias), tuple(down), tuple(down_bias)]
+    settings: list[Any] = [pre, text_len, activation, rows, weights]
     if _gemm_backend(gemm, x, up, index) == "dense":
         return torch_gemm.expert_ffn_bwd(dout, x, *experts, *settings)
     from . import kernel
 
-    routing = (None, None) if index is None else sort_by_expert(index, len(up))
+    routing: tuple[Any, ...] = (None, None) if index is None else sort_by_expert(index, len(up))
     return kernel.expert_ffn_bwd(dout, x, *experts, weight, index, *routing, *settings)
 
 

@@ -104,7 +104,7 @@ def _add_residual(
 def expert_ffn_bwd(
     dout: Tensor, x: Tensor, up: Weights, up_bias: Weights, down: Weights, down_bias: Weights,
     pre: Tensor | None, text_len: int, activation: str, rows: bool, weights: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As `kernel.expert_ffn_bwd`, without routing; the gradient of the share is empty."""
     nothing = x.new_empty((0,))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -130,5 +130,5 @@ def expert_ffn_bwd(
                 dup_bias[e] += dpre.sum(0)
             if ddown_bias:
                 ddown_bias[e] += of_out.sum(0)
-    stacked = (torch.stack(g) if g else nothing.clone() for g in grads)
-    return dx if rows else nothing.clone(), *stacked, nothing.clone()
+    up_w, up_b, down_w, down_b = (torch.stack(g) if g else nothing.clone() for g in grads)
+    return dx if rows else nothing.clone(), up_w, up_b, down_w, down_b, nothing.clone()

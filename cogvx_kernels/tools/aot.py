@@ -1,9 +1,9 @@
-"""`cogvx-kernels aot`: compile every kernel for GPUs that are not here, and hold it to its budget.
+"""`cogvx-kernels aot`: compile every kernel ahead of time for several GPUs, and check its budget.
 
-The launchers run on meta tensors of a model's size, with a driver that only compiles: what is
-compiled is exactly what would be launched, with its specialisations and launch choices. Registers,
-spills and access widths are read from the binary, and the intermediate code is linted: offsets of
-64 bits, no fp64, every masked load with a value for masked lanes, no atomics.
+The launchers run on meta tensors of a model's size, with a driver that only compiles: kernels have
+the specialisations and launch options of a real call. Registers, spills and access widths are
+read from the binary. The Triton IR is linted: 64-bit offsets, no fp64, a value for masked lanes of
+every load, no atomics.
 """
 
 import bisect
@@ -45,7 +45,7 @@ TARGETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What one compiled kernel costs. Access widths in bits; loads and stores as {width: count}."""
+    """Resources of a compiled kernel; loads and stores are {width in bits: count}."""
 
     op: str
     kernel: str
@@ -59,7 +59,7 @@ class Report:
     lint: list[str]
 
     def violations(self, budget: Budget) -> list[str]:
-        """Where it is worse than its budget, in words."""
+        """Messages for every limit of the budget that is exceeded."""
         narrow = sum(
             count
             for accesses in (self.loads, self.stores)
@@ -80,7 +80,7 @@ class Report:
 
 
 class _CompileOnly:
-    """A Triton driver for a target that is not here."""
+    """A Triton driver for a target without its GPU."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -98,9 +98,9 @@ class _CompileOnly:
 def compile_launches(
     info: OpInfo, sample: Sample, dtype: torch.dtype, target: GPUTarget
 ) -> list[Any]:
-    """What the op's launchers would launch for a sample, compiled: Triton's compiled kernels.
+    """Compile what the op's launchers launch for a sample; return Triton's compiled kernels.
 
-    Leaves the compile-only driver in place: without a GPU there is none to go back to.
+    The compile-only driver stays active: without a GPU there is no driver to restore.
     """
     compiled: list[Any] = []
     run = JITFunction.run
@@ -124,13 +124,13 @@ def compile_launches(
 
 Usage = tuple[int, int, int, dict[int, int], dict[int, int]]  # registers … stores of a Report
 Key = tuple[str, bool]
-_read: dict[Key, tuple[Usage, list[str]]] = {}  # by hash: sizes of one width share their kernels
+_read: dict[Key, tuple[Usage, list[str]]] = {}  # by hash: sizes can have the same kernel
 
 
 def inspect(
     info: OpInfo, size: str, target: str, compiled: Any, *, accesses: bool = True
 ) -> Report:
-    """Read a compiled kernel, once; its loads and stores too, for which it is disassembled."""
+    """Report on a compiled kernel, which is read once; `accesses` needs a disassembly."""
     key = compiled.hash, accesses
     if key not in _read:
         read = partial(_read_cubin, accesses) if "cubin" in compiled.asm else _read_amdgcn
@@ -140,7 +140,7 @@ def inspect(
 
 
 def lint(ttir: str) -> list[str]:
-    """What the house forbids in a kernel, found in Triton's first intermediate code."""
+    """Lint TTIR for 32-bit offset arithmetic, fp64, masked loads without a value, and atomics."""
     found = []
     for offset, kind in re.findall(r"tt\.addptr %\w+, (%\w+) : [^,\n]+, ([^\n]+?) loc", ttir):
         if re.search(r"\bi32\b|xi32\b", kind) and not re.fullmatch(r"%c(st|\w*_i32)\w*", offset):
@@ -178,8 +178,11 @@ def reports(name: str, target: str, sizes: Sequence[str]) -> list[tuple[Report, 
 
 
 def small_reports(name: str, target: str, which: int) -> list[tuple[Report, Budget | None]]:
-    """A sample, dtypes by turns: options that no budget covers compile too, unspilled. How wide
-    their accesses are is not asked: to disassemble takes longer than to compile."""
+    """Reports for one sample, in a dtype by its number: only spills and lint are checked.
+
+    Covers options without a budget. Access widths are left out: disassembly takes longer than the
+    compilation.
+    """
     info = OPS[name]
     sample, dtype = info.samples[which], info.dtypes[which % len(info.dtypes)]
     compiled = compile_launches(info, sample, dtype, TARGETS[target])
@@ -189,7 +192,7 @@ def small_reports(name: str, target: str, which: int) -> list[tuple[Report, Budg
 def in_parallel(
     ops: Sequence[str], targets: Sequence[str], sizes: Sequence[str], samples: bool
 ) -> Iterator[tuple[Report, Budget | None]]:
-    """All of them, compiled in as many processes as there are cores, in order."""
+    """Yield the reports of all ops and targets in order, from a process for each core."""
     pairs = list(itertools.product(ops, targets))
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
         if samples:
@@ -202,7 +205,7 @@ def in_parallel(
 
 
 def _read_cubin(accesses: bool, compiled: Any) -> Usage:
-    """Registers and stack from the resource table, widths from the disassembly, if asked for."""
+    """Registers and stack from the resource table, access widths from the disassembly."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(compiled.asm["cubin"])
@@ -223,13 +226,13 @@ def _nvidia(tool: str, *words: str | Path) -> str:
     return subprocess.run([program, *words], capture_output=True, text=True, check=True).stdout
 
 
-_sass: dict[bytes, str] = {}  # of a cubin, its instructions
+_sass: dict[bytes, str] = {}  # cubin -> disassembly
 
 
 def _disassemble(*kernels: Any) -> None:
-    """Fill `_sass` for the kernels of a target that come as cubins and are not in it.
+    """Fill `_sass` for kernels of one NVIDIA target that are not in it.
 
-    In one run of nvdisasm over the code of all: its start takes ten times as long as its work.
+    One nvdisasm run disassembles all: its start takes ten times as long as a kernel.
     """
     new = {x.asm["cubin"]: x for x in kernels if "cubin" in x.asm and x.asm["cubin"] not in _sass}
     if not new:
@@ -248,7 +251,7 @@ def _disassemble(*kernels: Any) -> None:
 
 
 def _instructions(cubin: bytes) -> bytes:
-    """The sections .text.* of an ELF file of 64 bits, as they follow each other."""
+    """The .text.* sections of a 64-bit ELF file, concatenated."""
     (table,) = struct.unpack_from("<Q", cubin, 40)
     size, count, names = struct.unpack_from("<3H", cubin, 58)
     sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
@@ -261,7 +264,7 @@ def _instructions(cubin: bytes) -> bytes:
 
 
 def widths(pattern: str, sass: str) -> dict[int, int]:
-    """Bits of each access in a disassembly; `pattern` captures an instruction's modifiers."""
+    """{width in bits: count} of accesses in SASS; `pattern` captures an instruction's modifiers."""
     counts: collections.Counter[int] = collections.Counter()
     for modifiers in re.findall(pattern, sass):
         width = re.search(r"\.(?:U|S)?(8|16|64|128|256)\b", modifiers)

@@ -1,4 +1,4 @@
-"""`cogvx-kernels bench`: the benchmarks, which live beside this package in its repository."""
+"""`cogvx-kernels bench`: run the benchmarks of the repository, which are not installed."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""`cogvx-kernels doctor`: what is installed here, what will run where and why, and what is lost."""
+"""`cogvx-kernels doctor`: installed versions, the backend of each op and why, missing features."""
 
 import importlib
 import importlib.metadata
@@ -31,7 +31,7 @@ OPTIONAL = {
 
 
 def examine() -> dict[str, Any]:
-    """The facts, as data; what is lost is in `lost`, and what may do harm in `warnings`."""
+    """The report as data; `lost` lists missing features, `warnings` known problems."""
     lost: list[str] = []
     warnings: list[str] = []
     extension = _extension(lost)
@@ -74,12 +74,12 @@ def main(argv: list[str]) -> int:
     print(f"{'extension':10} {facts['extension']}")
     for gpu in facts["gpus"] or ["none"]:
         print(f"{'gpu':10} {gpu}")
-    for dtype, way in facts["conv3d"].items():
-        print(f"{'conv3d':10} {dtype}: {way}")
+    for dtype, algorithm in facts["conv3d"].items():
+        print(f"{'conv3d':10} {dtype}: {algorithm}")
     print('\nwith backend="auto"')
     for op, where in facts["ops"].items():
         print(f"  {op:22}{where}")
-    for title, lines in (("what is lost", facts["lost"]), ("warnings", facts["warnings"])):
+    for title, lines in (("missing", facts["lost"]), ("warnings", facts["warnings"])):
         if lines:
             print(f"\n{title}")
             print("\n".join(f"  - {line}" for line in lines))
@@ -103,7 +103,7 @@ def _short(facts: Mapping[str, Any]) -> str:
 
 
 def _ops(extension: Mapping[str, Any] | None) -> dict[str, str]:
-    """Where each op's kernel runs: Triton is asked, and what the extension was built for."""
+    """The device and backend of each op, from Triton and the extension's build."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reason = _backend.triton_reason("a tensor", torch.empty(0, device=device))
     interpreted = ", interpreted" if reason is None and _backend.INTERPRETED else ""
@@ -123,7 +123,7 @@ def _where(kernel: str, reason: str | None) -> str:
 
 
 def _extension(lost: list[str]) -> Mapping[str, Any] | None:
-    """How the extension was built; None if it is not there."""
+    """Build information of the extension; None if it is missing."""
     try:
         extension = importlib.import_module("cogvx_kernels._C")
     except ImportError as error:
@@ -145,18 +145,18 @@ def _words(extension: Mapping[str, Any] | None) -> str:
 
 
 def _conv3d(warnings: list[str]) -> dict[str, str]:
-    """Which way `conv3d` goes, by dtype; a detour is warned of."""
+    """The algorithm of `conv3d` by dtype; a workaround is added to the warnings."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ways = {}
+    algorithms = {}
     for dtype in CONVOLVED:
         reason = known_issue(device, dtype)
-        ways[_checks.dtype_name(dtype)] = (
+        algorithms[_checks.dtype_name(dtype)] = (
             f"whole, by torch on {device}" if reason is None else "as 2-D planes, added up in fp32"
         )
         warning = f"{reason}: conv3d takes 2-D planes instead"
         if reason is not None and warning not in warnings:
             warnings.append(warning)
-    return ways
+    return algorithms
 
 
 def _gpus(lost: list[str]) -> list[str]:

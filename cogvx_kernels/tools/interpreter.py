@@ -1,11 +1,15 @@
-"""Triton's interpreter, made right for bfloat16 and quick enough to test with.
+"""Patches for Triton's interpreter: correct bfloat16, and less time for each call.
 
-With TRITON_INTERPRET=1 Triton runs kernels on the CPU, in NumPy. As it comes (3.6.0 and 3.7.1) it
-truncates when it stores bfloat16, where every GPU rounds to nearest even; it computes with bfloat16
-blocks as if their bits were integers, silently; it warns of infinities and NaN, which a GPU takes
-in its stride; with 3.6.0 a loop to a runtime bound offends NumPy, from 2.4 on fatally; and most of
-its time goes into patching `triton.language` anew for every call of a device function. `install()`
-cures them all; a kernel that computes on a bfloat16 block before it widens it is refused by name.
+With TRITON_INTERPRET=1 Triton runs kernels on the CPU, in NumPy. Triton 3.6.0 and 3.7.1
+
+- truncate when they store bfloat16, where GPUs round to nearest even;
+- compute on bfloat16 blocks as if their bits were integers, without an error;
+- warn of infinities and NaN, which are valid on a GPU;
+- fail in 3.6.0 with NumPy 2.4 at a loop to a runtime bound;
+- spend most time on patching `triton.language` again for every call of a device function.
+
+`install()` fixes these; a kernel that computes on a bfloat16 block without widening it raises a
+TypeError.
 """
 
 import dataclasses
@@ -39,12 +43,12 @@ def widen_bfloat16(bits: np.ndarray) -> np.ndarray:
 
 
 def install() -> None:
-    """Cure the interpreter in this process. Calling it again changes nothing."""
-    if not hasattr(InterpreterBuilder.cast_impl, "cured"):
-        _cure_casts()
-        _cure_arithmetic()
-        _cure_indices()
-        _cure_launches()
+    """Patch the interpreter of this process; a second call has no effect."""
+    if not hasattr(InterpreterBuilder.cast_impl, "fixed"):
+        _fix_casts()
+        _fix_arithmetic()
+        _fix_indices()
+        _fix_launches()
         _save_time()
         _backend.interprets_bfloat16 = True
 
@@ -53,7 +57,7 @@ def _is_bfloat16(x: TensorHandle) -> bool:
     return x.data.dtype == np.uint16 and x.dtype.scalar == tl.bfloat16
 
 
-def _cure_casts() -> None:
+def _fix_casts() -> None:
     original = InterpreterBuilder.cast_impl
 
     def cast_impl(self: Any, src: TensorHandle, dst_type: Any) -> TensorHandle:
@@ -66,11 +70,11 @@ def _cure_casts() -> None:
             return src
         return original(self, src, dst_type)
 
-    cast_impl.cured = True  # type: ignore[attr-defined]
+    cast_impl.fixed = True  # type: ignore[attr-defined]
     InterpreterBuilder.cast_impl = cast_impl
 
 
-def _cure_arithmetic() -> None:
+def _fix_arithmetic() -> None:
     def refusing(original: Callable[..., Any]) -> Callable[..., Any]:
         def refuse_bfloat16(self: Any, *args: Any) -> Any:
             for x in args:
@@ -95,7 +99,7 @@ def _cure_arithmetic() -> None:
     InterpreterBuilder.create_dot = dot
 
 
-def _cure_indices() -> None:
+def _fix_indices() -> None:
     patch = triton_interpreter._patch_lang_tensor
 
     def patch_lang_tensor(tensor: Any, scope: Any) -> None:
@@ -105,8 +109,8 @@ def _cure_indices() -> None:
     triton_interpreter._patch_lang_tensor = patch_lang_tensor
 
 
-def _cure_launches() -> None:
-    patched: set[int] = set()  # the modules whose functions this launch has called
+def _fix_launches() -> None:
+    patched: set[int] = set()  # modules that this launch has patched
     launch = GridExecutor.__call__
 
     def launch_quietly(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
@@ -127,14 +131,14 @@ def _cure_launches() -> None:
 
 def _save_time() -> None:
     """Leave out work that changes no result."""
-    # For each sum and product of integers a second one, in 64 bits, whose verdict an assertion gets
-    # that is off unless kernels are debugged.
+    # Triton checks integer sums and products for overflow by a second one in 64 bits, whose
+    # assertion is off unless kernels are debugged.
     builder = triton_interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
-    _make_once_what_a_shape_says()
-    _promote_only_what_differs()
+    _cache_block_shapes()
+    _skip_trivial_promotion()
 
-    numpy_dtype = triton_interpreter._get_np_dtype  # makes a table of all types, to look up one
+    numpy_dtype = triton_interpreter._get_np_dtype  # builds a table of all types for each lookup
     dtypes: dict[str, Any] = {}
 
     def get_numpy_dtype(dtype: Any) -> Any:
@@ -146,8 +150,8 @@ def _save_time() -> None:
     triton_interpreter._get_np_dtype = get_numpy_dtype
 
 
-def _make_once_what_a_shape_says() -> None:
-    """Not for each block anew: the numbers, their product, their text, checked and wrapped."""
+def _cache_block_shapes() -> None:
+    """Cache what a block type computes from its shape: numbers, their product, text, wrappers."""
     make_type, broadcast = tl.block_type.__init__, TritonSemantic.broadcast_impl_value
     shapes: dict[tuple[Any, ...], Any] = {}
     of_scalars = tl.tuple([]), tl.constexpr(1)
@@ -176,8 +180,8 @@ def _make_once_what_a_shape_says() -> None:
     TritonSemantic.broadcast_impl_value = broadcast_unless_alike
 
 
-def _promote_only_what_differs() -> None:
-    """Skip the rules of promotion for two tensors of one type that promotes to itself."""
+def _skip_trivial_promotion() -> None:
+    """Skip promotion for two tensors of one dtype that promotes to itself."""
     promote = TritonSemantic.binary_op_type_checking_impl
     closed = {id(dtype) for dtype in (tl.float32, tl.float64, tl.int32, tl.int64)}
 

@@ -1,8 +1,8 @@
-"""Options of the tools. Imports no torch, so that --help and a typo are answered at once."""
+"""Command-line options of the tools; without torch, so that --help and typos return at once."""
 
 import argparse
 
-# As in `cogvx_kernels.testing.OPS`, `aot.TARGETS` and `_opinfo.SIZES`, which tests compare.
+# Copies of `testing.OPS`, `aot.TARGETS` and `_opinfo.SIZES`, which need torch; tests compare them.
 OPS = (
     "rope3d",
     "qk_norm_rope3d",
@@ -50,14 +50,18 @@ def verify(argv: list[str]) -> argparse.Namespace:
 
 
 def doctor(argv: list[str]) -> argparse.Namespace:
-    parser = _parser("doctor", "Print what is installed, what will run where, and what is lost.")
+    parser = _parser(
+        "doctor", "Print what is installed, which backend runs each op, and what is missing."
+    )
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
     parser.add_argument("--short", action="store_true", help="print a few lines")
     return parser.parse_args(argv)
 
 
 def aot(argv: list[str]) -> argparse.Namespace:
-    parser = _parser("aot", "Compile every kernel for GPUs that are not here; check its budget.")
+    parser = _parser(
+        "aot", "Compile every kernel ahead of time for several GPUs; check its budget."
+    )
     parser.add_argument("--op", choices=OPS, action="append", help="default: all")
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
     parser.add_argument("--size", choices=SIZES, action="append", help="default: all")

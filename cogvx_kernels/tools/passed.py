@@ -1,8 +1,8 @@
-"""Passes of `cogvx-kernels verify`, kept in the user's cache folder until something changes.
+"""Cache of the passes of `cogvx-kernels verify`, in the user's cache folder.
 
-A pass holds for the files of this package, the versions of Python, torch, Triton and NumPy, the
-settings of Triton, the device and the seed that it was made with. Each environment, device
-and seed has a file; a change of anything else makes it worthless, and the next pass replaces it.
+A pass is valid for the files of this package, the versions of Python, torch, Triton and NumPy, the
+settings of Triton, the device and the seed. Each environment, device and seed has a file; any other
+change invalidates it, and the next pass replaces it.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ SOURCES = (".py", ".so", ".pyd")
 
 
 class Passes:
-    """The passes of each op on a device with a seed; `device` is its name, as people read it.
+    """Passes of each op on a device with a seed.
 
-    A pass is a dict: "date" as text, "quick" (whether only some samples were compared), and what
-    else the caller puts in it, in JSON's values.
+    A pass is a JSON dict with "date", "quick" (only some samples were compared), and further values
+    of the caller.
     """
 
     def __init__(self, device: str, seed: int) -> None:
@@ -41,12 +41,12 @@ class Passes:
                 self._passes = dict(kept["passes"])
 
     def find(self, op: str, quick: bool) -> dict[str, Any] | None:
-        """The pass of an op; one of all samples is one of some, too."""
+        """The pass of an op, or None; a pass of all samples also counts with `quick`."""
         found = self._passes.get(op)
         return None if found is None or (found["quick"] and not quick) else found
 
     def put(self, op: str, result: dict[str, Any] | None) -> None:
-        """Keeps a pass; None forgets it. A cache that cannot be written is none."""
+        """Store a pass, or with None delete it; an unwritable cache is ignored."""
         self._passes = {**self._passes, op: result}
         if result is None:
             del self._passes[op]
@@ -59,7 +59,7 @@ class Passes:
 
 
 def cache_folder() -> Path:
-    """Where this package may keep what can be computed again."""
+    """The user's cache folder for this package."""
     home = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(home):
         return Path(home) / "cogvx"
@@ -69,7 +69,7 @@ def cache_folder() -> Path:
 
 
 def _state() -> str:
-    """A digest of all that a result can depend on, besides device and seed."""
+    """Digest of everything that a result depends on besides device and seed."""
     files = sorted(path for path in PACKAGE.rglob("*") if path.suffix in SOURCES)
     sources = [(str(path.relative_to(PACKAGE)), _digest(path.read_bytes())) for path in files]
     # The device's name says whether kernels are interpreted.

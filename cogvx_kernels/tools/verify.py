@@ -1,10 +1,10 @@
-"""`cogvx-kernels verify`: every op, every sample, its kernel against its reference.
+"""`cogvx-kernels verify`: compare every op's kernel with its reference, on all samples.
 
-On a GPU, or with `--device cpu` in Triton's interpreter. Prints a line an op: the number of cases
-(a sample in a dtype), the worst ratio among their outputs and gradients, which is the kernel's
-error against fp64 as a multiple of the reference's own error in that dtype, and the seconds that
-the cases took, in all processes together. What misses the rule is printed in full, and makes the
-exit status 1. An op that has passed here before is not compared again while nothing has changed.
+On a GPU, or with `--device cpu` in Triton's interpreter. Prints a line for each op: the number of
+cases (a sample in a dtype), the worst ratio of the kernel's error against fp64 to the reference's
+error in that dtype, over outputs and gradients, and the seconds of all processes together. Failures
+are printed in full, and the exit status is 1. An op that passed is not compared again until
+something changes.
 """
 
 import json
@@ -30,21 +30,21 @@ from . import options as command_line
 from .passed import Passes
 
 ROW = "{:21}{:43}{:10}{:10}{:>7}  {}"
-ROW_HEADS = ROW.format("op", "sample", "dtype", "worst", "ratio", "comparison")
+ROW_HEADS = ROW.format("op", "sample", "dtype", "worst", "ratio", "result")
 LINE = "{:22}{:>6}{:>9}{:>9}  {}"
 EVERY = 10.0  # seconds between two lines of progress
 
 
 class Case(NamedTuple):
-    """A sample in a dtype, by names that another process knows."""
+    """A sample in a dtype, by name and index, to send to another process."""
 
     op: str
-    sample: int  # which of `_samples`
+    sample: int  # index into `_samples`
     dtype: torch.dtype
 
 
 class Compared(NamedTuple):
-    """A case with the comparisons on its tensors, None if it does not fit into memory."""
+    """A case and the comparisons of its tensors; None if it does not fit into memory."""
 
     info: OpInfo
     sample: Sample
@@ -60,12 +60,12 @@ class Compared(NamedTuple):
         """A row of the table."""
         kind = _checks.dtype_name(self.dtype)
         if self.comparisons is None:
-            worst, ratio, comparison = "", "", "not compared: out of memory"
+            worst, ratio, result = "", "", "not compared: out of memory"
         else:
             found = max(self.comparisons, key=lambda v: (not v.ok, v.multiple))
             worst, ratio = found.name, f"{found.multiple:.2f}x"
-            comparison = "MISS: " + "; ".join(map(str, self.missed)) if self.missed else "ok"
-        return ROW.format(self.info.name, self.sample.reason, kind, worst, ratio, comparison)
+            result = "MISS: " + "; ".join(map(str, self.missed)) if self.missed else "ok"
+        return ROW.format(self.info.name, self.sample.reason, kind, worst, ratio, result)
 
 
 class OpResult(NamedTuple):
@@ -80,7 +80,7 @@ class OpResult(NamedTuple):
 
     @property
     def left_out(self) -> int:
-        """How many cases did not fit into memory."""
+        """The number of cases that did not fit into memory."""
         return sum(case.comparisons is None for case in self.cases)
 
     @property
@@ -92,7 +92,7 @@ class OpResult(NamedTuple):
         return not self.missed and not self.left_out and math.isfinite(self.worst)
 
     def __str__(self) -> str:
-        """A line for the op, and below it the rows that are not ok."""
+        """A line for the op, then the rows that are not ok."""
         outcome = f"{len(self.missed)} MISSED" if self.missed else "ok"
         if self.left_out:
             outcome += f", {self.left_out} not compared"
@@ -107,7 +107,7 @@ class OpResult(NamedTuple):
 def comparisons(
     ops: list[OpInfo], device: str, quick: bool, seed: int, jobs: int
 ) -> Iterator[Compared]:
-    """Each sample of each op in each dtype, in order."""
+    """Yield each sample of each op in each dtype, compared, in order."""
     samples = {info.name: _samples(info, device, quick) for info in ops}
     cases = [
         Case(info.name, index, dtype)
@@ -119,7 +119,7 @@ def comparisons(
     progress = _Progress(len(cases))
     with ExitStack() as stack:
         if jobs > 1:
-            # begun anew, because threads of torch do not survive a fork
+            # spawned, because torch's threads do not survive a fork
             spawned = multiprocessing.get_context("spawn")
             processes = stack.enter_context(ProcessPoolExecutor(jobs, spawned, _begin))
             results = processes.map(compared, cases, chunksize=4)
@@ -132,7 +132,7 @@ def comparisons(
 
 
 def _samples(info: OpInfo, device: str, quick: bool) -> tuple[Sample, ...]:
-    """Those of an op; on a GPU one of a model's size too, whose fp64 fp64 takes some 20 GB."""
+    """The samples of an op; on a GPU also a model's size, whose fp64 reference takes 20 GB."""
     if quick:
         return info.samples[::4]
     if device == "cpu":
@@ -143,7 +143,7 @@ def _samples(info: OpInfo, device: str, quick: bool) -> tuple[Sample, ...]:
 def _compared(
     case: Case, device: str, quick: bool, seed: int
 ) -> tuple[list[Comparison] | None, float]:
-    """The comparisons on a case, None without the memory for it, and the seconds it took."""
+    """The comparisons of a case, None if out of memory, and the seconds it took."""
     info = OPS[case.op]
     sample = _samples(info, device, quick)[case.sample]
     start = time.perf_counter()
@@ -156,23 +156,23 @@ def _compared(
 
 
 def _begin() -> None:
-    """Prepare a process: one core is its share."""
+    """Prepare a worker process, with one thread."""
     torch.set_num_threads(1)
-    _cure_interpreter()
+    _fix_interpreter()
 
 
 class _Progress:
     """A line on stderr every few seconds."""
 
     def __init__(self, total: int) -> None:
-        self.count, self.total, self.due = 0, total, time.monotonic() + EVERY
+        self.count, self.total, self.next_line = 0, total, time.monotonic() + EVERY
 
     def done(self, op: str) -> None:
-        """Counts a case of an op."""
+        """Count a case of an op."""
         self.count += 1
-        if time.monotonic() >= self.due:
+        if time.monotonic() >= self.next_line:
             print(f"verify: {self.count} of {self.total} cases, {op}", file=sys.stderr, flush=True)
-            self.due = time.monotonic() + EVERY
+            self.next_line = time.monotonic() + EVERY
 
 
 def main(argv: list[str]) -> int:
@@ -225,7 +225,7 @@ def main(argv: list[str]) -> int:
 
 
 def _unsupported_reason(device: str) -> str | None:
-    """Why kernels cannot run on `device`; None if they can."""
+    """Return why kernels cannot run on `device`; None if they can."""
     if not _backend.HAS_TRITON:
         return "Triton is not installed (pip install triton)"
     if device != "cpu" and not torch.cuda.is_available():
@@ -236,17 +236,17 @@ def _unsupported_reason(device: str) -> str | None:
 def _prepare(device: str, argv: list[str]) -> None:
     """Make the kernels runnable on `device`."""
     if device == "cpu" and not _backend.INTERPRETED:
-        # Triton decides when it is imported, so start again, with the same arguments.
+        # Triton reads the variable on import: run the same command in a new process.
         command = [sys.executable, "-m", "cogvx_kernels", "verify", *argv]
         sys.stdout.flush()
         os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
     if device == "cpu":
         _begin()
     else:
-        _cure_interpreter()
+        _fix_interpreter()
 
 
-def _cure_interpreter() -> None:
+def _fix_interpreter() -> None:
     if _backend.INTERPRETED:
         from . import interpreter
 
@@ -270,7 +270,7 @@ def _pass_of(result: OpResult, quick: bool) -> dict[str, Any]:
 
 
 def _entries(case: Compared) -> list[dict[str, Any]]:
-    """The tensors of a case, as --json writes them."""
+    """The tensors of a case, for --json."""
     return [
         {"op": case.info.name, "sample": case.sample.reason,
          "dtype": _checks.dtype_name(case.dtype), "tensor": v.name, "ok": v.ok,

@@ -1,12 +1,12 @@
-"""What the tests look through: each piece makes one kind of silent bug loud.
+"""Test harness for Triton kernels: each module makes one kind of silent bug visible; see README.md.
 
-pages    memory that ends the process when it is touched
-fence    tensors between such pages, full of poison: reads and writes out of bounds
-virtual  tensors too wide for 32-bit offsets, in next to no memory
-observe  every load, store and launch in Triton's interpreter; programs in a random order
-races    two programs at one address
-workers  cases in a forked process, so that a crash is one red test
-known_bad_kernels  kernels with one bug each, to see that the pieces find it
+pages              memory pages that end the process when they are accessed
+fence              tensors between such pages, full of poison: reads and writes out of bounds
+virtual            tensors too wide for 32-bit offsets, in little memory
+observe            every load, store and launch in Triton's interpreter; programs in random order
+races              two programs of a launch at one address
+workers            cases in a forked process, so that a crash fails one case
+known_bad_kernels  kernels with one bug each, to test the modules above
 
-And `selection`: which tests a run takes.
+`selection` chooses the tests of a run.
 """

@@ -1,9 +1,9 @@
-"""Tensors that a kernel cannot leave unseen: a forbidden page on either side, poison within.
+"""Tensors between guard pages, filled with poison, to detect accesses out of bounds.
 
-A GPU reads past the end of a tensor and carries on; here the process dies of it (run such cases in
-`workers`). A tensor fills whole pages only by chance, so one end is flush with its forbidden page,
-and the bytes up to the other, the slack, are watched: `check` tells whether they were written, and
-they are NaN in every float dtype, so what is read there shows in the result.
+A GPU reads past the end of a tensor without an error; here the process crashes (run such cases in
+`workers`). A tensor rarely fills whole pages, so one end is flush with its guard page, and the
+bytes between the other end and its page are slack: `check` reports writes to it, and it is NaN in
+every float dtype, so that reads show in the result.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from torch import Tensor
 
 from .pages import PAGE, forbid, map_pages
 
-# Bytes of memory that nobody has written: NaN; or an integer that is wild as an index too.
+# Bytes of unwritten memory: NaN, or an integer that is out of range as an index.
 POISON = 0xFF
 INTEGER_POISON = 0xA5
 
-# What allocates, by owner; and which of these leave the memory as they found it.
+# Functions that allocate, by owner; and those that leave the memory uninitialised.
 FACTORIES = {
     torch: ("empty", "empty_like", "empty_strided", "zeros", "zeros_like", "full"),
     Tensor: ("new_empty", "new_zeros", "contiguous", "clone"),
@@ -34,23 +34,23 @@ UNINITIALISED = {"empty", "empty_like", "empty_strided", "new_empty"}
 
 @dataclass
 class _Allocation:
-    """A tensor's bytes and the slack around them."""
+    """The memory of a tensor and the slack around it."""
 
     name: str
     bytes: Tensor
     start: int
     size: int
-    slack: Tensor  # what all bytes held at first
+    slack: Tensor  # initial bytes of the whole memory
 
 
 class Fence:
-    """Allocates fenced tensors and keeps them while it lives; leaving its context checks it.
+    """Allocator of fenced tensors; leaving its context checks their slack.
 
-    side  the end of a tensor that is flush with a forbidden page: "right", or "left"
+    side  the end of a tensor that is flush with a guard page: "right" or "left"
 
-    The start of a tensor is aligned to its elements, and to 16 bytes if its size is a multiple of
-    them or its left end is the flush one. On a GPU, where no page can be forbidden, there is slack
-    at both ends: writes are seen, reads are NaN.
+    A tensor is aligned to its elements, and to 16 bytes if its size is a multiple of 16 or side is
+    "left". On a GPU, without guard pages, there is slack at both ends: writes are detected, reads
+    are NaN.
     """
 
     def __init__(self, side: Literal["right", "left"] = "right") -> None:
@@ -63,9 +63,9 @@ class Fence:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> Tensor:
-        """A contiguous tensor full of poison."""
+        """A contiguous tensor filled with poison."""
         count, device = math.prod(shape), torch.device(device)
-        if count == 0:  # has no address: an access to it is one to page 0
+        if count == 0:  # without an address: an access is one to page 0
             return torch.empty(tuple(shape), dtype=dtype, device=device)
         size = count * dtype.itemsize
         if device.type == "cpu":
@@ -75,7 +75,7 @@ class Fence:
             forbid(pages, 0, PAGE)
             forbid(pages, PAGE + length, PAGE)
             memory = torch.frombuffer(pages, dtype=torch.uint8, offset=PAGE, count=length)
-            # A storage of its own, so that torch too knows where the tensor ends.
+            # A separate storage, so that torch too knows the tensor's end.
             x = torch.frombuffer(pages, dtype=dtype, offset=PAGE + start, count=count)
         else:
             start = PAGE
@@ -89,7 +89,7 @@ class Fence:
         return _lay_out(x, shape, _contiguous_strides(shape))
 
     def __contains__(self, x: Tensor) -> bool:
-        """Whether the tensor lies in memory of this fence."""
+        """True if the tensor is in memory of this fence."""
         at = x.data_ptr()
         return any(
             0 <= at - allocation.bytes.data_ptr() - allocation.start < allocation.size
@@ -97,13 +97,13 @@ class Fence:
         )
 
     def check(self) -> None:
-        """Raise AssertionError if slack was written, and say beside which tensors."""
+        """Raise AssertionError if slack was written, with the tensors beside it."""
         faults = [fault for allocation in self._allocations for fault in _faults(allocation)]
         if faults:
             raise AssertionError("written out of bounds:\n" + "\n".join(faults))
 
     def close(self) -> None:
-        """Let go of the memory. It is unmapped when the last tensor in it is gone."""
+        """Release the memory; it is unmapped with the last tensor in it."""
         self._allocations.clear()
 
     def __enter__(self) -> "Fence":
@@ -118,10 +118,10 @@ class Fence:
 
     @contextlib.contextmanager
     def allocations(self, package: str = "cogvx_kernels") -> Iterator["Fence"]:
-        """Fence what modules of `package` allocate: outputs, scratch, contiguous copies.
+        """Fence allocations in modules of `package`: outputs, scratch, contiguous copies.
 
-        Left alone is what no launcher sees: tensors that require a gradient, fake and meta ones.
-        `torch.compile` is not to trace through this.
+        Tensors that require a gradient, fake and meta tensors are left alone: no launcher gets
+        them. `torch.compile` cannot trace through this.
         """
         with contextlib.ExitStack() as patches:
             for owner, names in FACTORIES.items():
@@ -151,7 +151,7 @@ class Fence:
 
 
 def untouched(x: Tensor) -> Tensor:
-    """Where a fenced tensor still holds its poison, bit for bit; a computed NaN is another NaN."""
+    """Mask of elements that still hold poison, bit for bit; a computed NaN has other bits."""
     elements = x.detach().contiguous().reshape(-1).view(torch.uint8)
     elements = elements.reshape(*x.shape, x.dtype.itemsize)
     return (elements == _poison(x.dtype)).all(-1)
@@ -159,14 +159,14 @@ def untouched(x: Tensor) -> Tensor:
 
 def _poison(dtype: torch.dtype) -> int:
     if dtype is torch.bool:
-        return 1  # any other byte is no bool
+        return 1  # other bytes are not a bool
     return POISON if dtype.is_floating_point or dtype.is_complex else INTEGER_POISON
 
 
 def _stripes(size: int, number: int, device: torch.device) -> Tensor:
-    """Slack for the fence's tensor of this number: two bytes in turn, a NaN of 2, 4 or 8 bytes.
+    """Slack of the fence's tensor of this number: two alternating bytes, NaN in 2, 4 or 8 bytes.
 
-    Neighbours' differ: slack that is copied from one tensor's to another's is seen there.
+    It differs between tensors, so that slack copied from one to another is detected.
     """
     pair = torch.tensor([0xF1 + number % 14, 0xFF], dtype=torch.uint8, device=device)
     return pair.repeat((size + 1) // 2)[:size]
@@ -199,6 +199,6 @@ def _contiguous_strides(shape: Sequence[int]) -> list[int]:
 
 
 def _lay_out(x: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
-    """x's memory as a tensor in its own right: autograd knows no view of it, no base."""
+    """x's memory as a separate tensor, which for autograd is not a view."""
     whole = torch.empty(0, dtype=x.dtype, device=x.device)
     return whole.set_(x.untyped_storage(), x.storage_offset(), tuple(shape), tuple(strides))

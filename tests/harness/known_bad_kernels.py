@@ -1,4 +1,4 @@
-"""Kernels with one bug each, and their sound twins: what the harness must find, and must not."""
+"""Kernels with one bug each, and correct twins, to test the harness."""
 
 import torch
 import triton
@@ -12,7 +12,7 @@ from cogvx_kernels._launch import on_device
 def _copy_kernel(
     x_ptr, y_ptr, n, LOAD_SHIFT: tl.constexpr, STORE_SHIFT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Sound with both shifts 0; else off by that many elements, in loads or in stores."""
+    """Correct with both shifts 0, else off by that many elements in loads or stores."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n
     x = tl.load(x_ptr + offs + LOAD_SHIFT, mask=mask, other=0.0)
@@ -27,7 +27,7 @@ def copy(x: Tensor, y: Tensor, load_shift: int = 0, store_shift: int = 0, block:
 def copy_without_device(
     x: Tensor, y: Tensor, load_shift: int = 0, store_shift: int = 0, block: int = 64
 ) -> None:
-    """The launch on whatever device is current."""
+    """Launch on the current device."""
     n = x.numel()
     _copy_kernel[(triton.cdiv(n, block),)](
         x, y, n, LOAD_SHIFT=load_shift, STORE_SHIFT=store_shift, BLOCK=block
@@ -36,7 +36,7 @@ def copy_without_device(
 
 @triton.jit
 def count_kernel(total_ptr, ATOMIC: tl.constexpr):
-    """All programs add 1 in one place: a race, unless atomically."""
+    """All programs add 1 at one address: a race without ATOMIC."""
     if ATOMIC:
         tl.atomic_add(total_ptr, 1.0)
     else:
@@ -70,20 +70,20 @@ def atomic_and_plain_kernel(total_ptr, out_ptr):
 
 @triton.jit
 def last_one_kernel(out_ptr):
-    """Which program wins depends on their order."""
+    """The result depends on the order of programs."""
     tl.store(out_ptr, tl.program_id(0))
 
 
 @triton.jit
 def no_other_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
-    """On a GPU the lanes that are masked off hold anything."""
+    """Masked lanes are undefined on a GPU."""
     offs = tl.arange(0, BLOCK)
     tl.store(y_ptr + offs, tl.load(x_ptr + offs, mask=offs < n))
 
 
 @triton.jit
 def descriptor_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
-    """Masks of another kind: what lies beyond a descriptor's shape."""
+    """Lanes beyond a descriptor's shape are masked."""
     x_block = tl.make_tensor_descriptor(x_ptr, (n,), (1,), (BLOCK,))
     y_block = tl.make_tensor_descriptor(y_ptr, (n,), (1,), (BLOCK,))
     y_block.store((0,), x_block.load((0,)))
@@ -91,7 +91,7 @@ def descriptor_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def all_but_last_kernel(y_ptr, n, BLOCK: tl.constexpr):
-    """Forgets to write the last element."""
+    """Does not write the last element."""
     offs = tl.arange(0, BLOCK)
     tl.store(y_ptr + offs, tl.zeros((BLOCK,), tl.float32), mask=offs < n - 1)
 
@@ -108,7 +108,7 @@ def _rows_kernel(x_ptr, y_ptr, stride, n, WIDE: tl.constexpr, BLOCK: tl.constexp
 
 
 def copy_rows(x: Tensor, wide: bool) -> Tensor:
-    """x (rows, n) as a contiguous tensor, if `wide`."""
+    """Copy x (rows, n) to a contiguous tensor, correctly if `wide`."""
     y = torch.zeros(x.shape, dtype=x.dtype)
     block = triton.next_power_of_2(x.shape[1])
     with on_device(x):
@@ -118,7 +118,7 @@ def copy_rows(x: Tensor, wide: bool) -> Tensor:
 
 @triton.jit
 def endless_kernel(x_ptr):
-    """Waits for a change that nobody makes."""
+    """Never ends."""
     while tl.load(x_ptr) == 0.0:
         pass
 
@@ -139,7 +139,7 @@ def cast_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def double_kernel(x_ptr, BLOCK: tl.constexpr):
-    """Computes in x's own dtype, which the interpreter cannot do for bfloat16."""
+    """Computes in x's dtype, which the interpreter does wrong for bfloat16."""
     offs = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offs)
     tl.store(x_ptr + offs, x + x)

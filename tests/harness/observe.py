@@ -1,8 +1,8 @@
-"""What kernels do in Triton's interpreter that a GPU would not forgive, and what they move.
+"""Observe launches in Triton's interpreter: races, undefined loads, grids, bytes moved.
 
-One place hooks the interpreter: its loads and stores, and the loop over a launch's programs. The
-hooks lie on top of what is there, so `cogvx_kernels.tools.interpreter` keeps working beneath; they
-are gone when the context is left. Triton 3.6.0 and 3.7.1.
+It hooks the interpreter's loads and stores, and its loop over the programs of a launch, on top of
+`cogvx_kernels.tools.interpreter`, and removes the hooks when the context is left. For Triton 3.6.0
+and 3.7.1.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from cogvx_kernels import _launch
 
 from .races import Access, find_races
 
-# What a CUDA launch takes in x, y and z; the interpreter takes anything.
+# Limits of a CUDA launch in x, y and z, which the interpreter does not check.
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
 Hooked = Callable[..., Any]
@@ -29,7 +29,7 @@ Hooked = Callable[..., Any]
 
 @dataclass
 class Launch:
-    """A kernel's launch. Bytes are counted as asked for, each lane whose mask is true."""
+    """A kernel launch; bytes are those requested by all lanes whose mask is true."""
 
     kernel: str
     inside_device_context: bool  # of `cogvx_kernels._launch.on_device`
@@ -45,10 +45,10 @@ class Launch:
 
 @dataclass
 class Observation:
-    """What was seen, in sentences.
+    """Observed launches, and messages for faults.
 
     races     two programs of a launch at one address, one of them storing
-    unmasked  loads with lanes that are masked off and have no `other=`: undefined on a GPU
+    unmasked  loads without `other=` and with masked lanes, undefined on a GPU
     """
 
     launches: list[Launch] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Observation:
         return sum(launch.bytes_written for launch in self.launches)
 
     def faults(self) -> list[str]:
-        """All that is wrong: races, undefined loads, launches on the wrong device or too large."""
+        """Messages: races, undefined loads, launches outside `on_device` or too large."""
         outside = [
             f"{launch.kernel}: launched outside `on_device`"
             for launch in self.launches
@@ -80,7 +80,7 @@ class Observation:
 
 @contextlib.contextmanager
 def observe(shuffle: int | None = None) -> Iterator[Observation]:
-    """Watch the launches made in this context; with a seed, run their programs in random order."""
+    """Observe the launches in this context; with a seed, run their programs in random order."""
     watch = _Watch(shuffle)
     with contextlib.ExitStack() as patches:
         for owner, hooks in watch.hooks().items():
@@ -97,8 +97,8 @@ class _Watch:
     def __init__(self, shuffle: int | None) -> None:
         self.seen = Observation()
         self.random = None if shuffle is None else np.random.default_rng(shuffle)
-        self.contexts = 0  # device contexts that are open
-        self.program = 0  # the one that runs, counted along the grid
+        self.contexts = 0  # open device contexts
+        self.program = 0  # index of the running program in the grid
         self.order: np.ndarray | None = None
         self.accesses: list[Access] = []
 
@@ -123,11 +123,12 @@ class _Watch:
         self.accesses.clear()
         original(executor, *args, **kwargs)
         for race in find_races(self.accesses):
-            who = [self.coordinates(access.program) for access in (race.first, race.second)]
-            what = [f"{access.kind} at {access.where}" for access in (race.first, race.second)]
+            pair = race.first, race.second
+            first, second = (self.coordinates(access.program) for access in pair)
+            kinds = ", ".join(f"{access.kind} at {access.where}" for access in pair)
             self.seen.races.append(
-                f"{launch.kernel}: programs {who[0]} and {who[1]} at one address, {race.address:#x}"
-                f" ({what[0]}, {what[1]}); {race.bytes} bytes contested"
+                f"{launch.kernel}: programs {first} and {second} at one address, {race.address:#x}"
+                f" ({kinds}); {race.bytes} bytes contested"
             )
         self.accesses.clear()
 
@@ -138,7 +139,7 @@ class _Watch:
         original(builder, *grid)
 
     def set_program(self, original: Hooked, builder: InterpreterBuilder, *at: int) -> None:
-        """Called before each program runs, along the grid; which one it is may be changed here."""
+        """Hook before each program; with a seed it selects another program."""
         _, ny, nz = self.seen.launches[-1].grid
         self.program = (at[0] * ny + at[1]) * nz + at[2]
         if self.order is not None:
@@ -160,10 +161,10 @@ class _Watch:
         *args: Any,
         **kw: Any,
     ) -> Any:
-        asked = self.record("load", ptrs, mask)
-        self.seen.launches[-1].bytes_read += asked.addresses.size * asked.itemsize
-        if other is None and asked.addresses.size < ptrs.data.size:
-            note = f"{self.seen.launches[-1].kernel}: masked load without other= at {asked.where}"
+        access = self.record("load", ptrs, mask)
+        self.seen.launches[-1].bytes_read += access.addresses.size * access.itemsize
+        if other is None and access.addresses.size < ptrs.data.size:
+            note = f"{self.seen.launches[-1].kernel}: masked load without other= at {access.where}"
             if note not in self.seen.unmasked:
                 self.seen.unmasked.append(note)
         return original(builder, ptrs, mask, other, *args, **kw)
@@ -178,8 +179,8 @@ class _Watch:
         *args: Any,
         **kw: Any,
     ) -> Any:
-        asked = self.record("store", ptrs, mask)
-        self.seen.launches[-1].bytes_written += asked.addresses.size * asked.itemsize
+        access = self.record("store", ptrs, mask)
+        self.seen.launches[-1].bytes_written += access.addresses.size * access.itemsize
         return original(builder, ptrs, value, mask, *args, **kw)
 
     def atomic_rmw(
@@ -193,11 +194,11 @@ class _Watch:
         return original(builder, ptrs, *args)
 
     def atomic(self, ptrs: Any, mask: Any) -> None:
-        asked = self.record("atomic", ptrs, mask)
+        access = self.record("atomic", ptrs, mask)
         launch = self.seen.launches[-1]
-        launch.atomics += asked.addresses.size
-        launch.bytes_read += asked.addresses.size * asked.itemsize
-        launch.bytes_written += asked.addresses.size * asked.itemsize
+        launch.atomics += access.addresses.size
+        launch.bytes_read += access.addresses.size * access.itemsize
+        launch.bytes_written += access.addresses.size * access.itemsize
 
     def record(self, kind: Any, ptrs: Any, mask: Any) -> Access:
         addresses = np.asarray(ptrs.data)
@@ -214,7 +215,7 @@ class _Watch:
 
     @contextlib.contextmanager
     def device_contexts(self) -> Iterator[None]:
-        """Count the `on_device` that are open, for all who imported it by name by now or later."""
+        """Count open `on_device` contexts, also where the function was imported by name."""
         original = _launch.on_device
 
         @contextlib.contextmanager
@@ -249,7 +250,7 @@ def _replace_everywhere(name: str, old: object, new: object) -> None:
 
 
 def _where() -> str:
-    """The kernel's line that is running: the nearest frame neither here nor in Triton."""
+    """The running line of the kernel: the nearest frame outside this file and Triton."""
     frame = sys._getframe(1)
     while frame.f_globals.get("__name__") == __name__ or _is_triton(frame.f_globals):
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""Memory in pages, some of which nobody may touch. Linux."""
+"""Guard pages: memory mapped without access. Linux."""
 
 import ctypes
 import mmap
@@ -15,16 +15,16 @@ _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def map_pages(size: int) -> mmap.mmap:
-    """`size` bytes of zeros that take no memory before they are touched.
+    """Map `size` bytes of zeros, which take no memory until they are touched.
 
-    They are unmapped with the last reference, and a tensor made by `torch.frombuffer` holds one:
-    no tensor outlives its memory. Raises OSError if the machine refuses.
+    They are unmapped with the last reference; a tensor from `torch.frombuffer` holds one. Raises
+    OSError if the system refuses.
     """
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
 
 
 def forbid(pages: mmap.mmap, start: int, size: int) -> None:
-    """From now on a load or store in these bytes, whole pages, ends the process with SIGSEGV."""
+    """Make a load or store in these pages end the process with SIGSEGV."""
     first = ctypes.c_char.from_buffer(pages, start)
     if _libc.mprotect(ctypes.addressof(first), size, _PROT_NONE) != 0:
         error = ctypes.get_errno()

@@ -1,7 +1,7 @@
 """Races between the programs of a launch: two at one address, one of them storing.
 
-The interpreter runs programs one after the other, so a race computes what was meant; a GPU runs
-them at once. Atomics race with loads and stores, not with one another.
+The interpreter runs programs one after another, so a race has no effect there; a GPU runs them at
+once. Atomics race with loads and stores, not with each other.
 """
 
 from collections.abc import Sequence
@@ -11,17 +11,17 @@ import numpy as np
 
 
 class Access(NamedTuple):
-    """What one program loads or stores at once."""
+    """One load or store of a program."""
 
     kind: Literal["load", "store", "atomic"]
     program: int
-    addresses: np.ndarray  # uint64, one for each lane that takes part
+    addresses: np.ndarray  # uint64, one for each lane that is not masked
     itemsize: int
     where: str  # in the source
 
 
 class Race(NamedTuple):
-    """Two accesses to one address, and how many bytes are contested in the same way."""
+    """Two accesses to one address, and the number of bytes with the same conflict."""
 
     address: int
     first: Access
@@ -30,7 +30,7 @@ class Race(NamedTuple):
 
 
 class _Cells(NamedTuple):
-    """Memory in units that all accesses are made of: each cell touched, and by which access."""
+    """Accessed memory in units of a common size."""
 
     cells: np.ndarray
     owners: np.ndarray  # index into the accesses
@@ -41,9 +41,9 @@ class _Cells(NamedTuple):
 
 
 def find_races(accesses: Sequence[Access]) -> list[Race]:
-    """One race, with an example, for each pair of kinds that have any.
+    """Find one race for each pair of kinds that race.
 
-    `accesses` are in the order in which they happened, each program's together.
+    `accesses` are in order of time, those of a program contiguous.
     """
     by_kind = {
         kind: [i for i, access in enumerate(accesses) if access.kind == kind]
@@ -54,7 +54,7 @@ def find_races(accesses: Sequence[Access]) -> list[Race]:
         return []
     low = min(int(accesses[i].addresses.min()) for i in written)
     high = max(int(accesses[i].addresses.max()) + accesses[i].itemsize for i in written)
-    by_kind["load"] = [  # most loads are far from what is written
+    by_kind["load"] = [  # leave out loads far from all writes
         i
         for i in by_kind["load"]
         if accesses[i].addresses.min() < high
@@ -93,9 +93,9 @@ def _cells(accesses: Sequence[Access], kept: Sequence[int], unit: int) -> _Cells
 def _within(
     stores: _Cells, accesses: Sequence[Access], programs: np.ndarray, unit: int
 ) -> Race | None:
-    """Sorted stores in which one cell has two programs: somewhere they are neighbours."""
-    who = programs[stores.owners]
-    clash = np.flatnonzero((stores.cells[1:] == stores.cells[:-1]) & (who[1:] != who[:-1]))
+    """A race among stores: sorted by cell, two programs in a cell are neighbours."""
+    by = programs[stores.owners]
+    clash = np.flatnonzero((stores.cells[1:] == stores.cells[:-1]) & (by[1:] != by[:-1]))
     if not clash.size:
         return None
     at = clash[0]
@@ -107,10 +107,10 @@ def _within(
 def _between(
     writes: _Cells, others: _Cells, accesses: Sequence[Access], programs: np.ndarray, unit: int
 ) -> Race | None:
-    """Others in a cell that another program wrote.
+    """A race of `others` with a write of another program to the same cell.
 
-    A program's accesses are together in time and the sort is stable, so where the first and the
-    last to write a cell are one program, no other wrote it in between.
+    A program's accesses are contiguous in time and the sort is stable, so if the first and the last
+    write of a cell are one program's, so are all.
     """
     if not writes.cells.size or not others.cells.size:
         return None

@@ -1,7 +1,7 @@
-"""Choice of the tests that a run takes: by default every test function, with every value of each of
-its parameters once, not in every combination of them.
+"""Test selection: by default every test function with each value of each parameter once, not in all
+combinations.
 
-`--part K/N` adds one of N parts of the combinations left over, and `--all` all of them.
+`--part K/N` adds one of N parts of the other combinations, `--all` all of them.
 """
 
 import argparse
@@ -17,7 +17,7 @@ COLLECTED = pytest.StashKey[list[pytest.Item]]()  # all that was found
 
 
 def rest(*values: Any) -> Any:
-    """A row of `parametrize` that the default leaves out, where others show the same."""
+    """A row of `parametrize` that the default run leaves out."""
     return pytest.param(*values, marks=pytest.mark.rest)
 
 
@@ -46,7 +46,7 @@ def as_part(text: str) -> Part:
 
 
 def apply(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave in `items` what this run takes; a test that the command line names always runs."""
+    """Remove the items that are not selected; a test named on the command line always runs."""
     if any("::" in argument for argument in config.args):
         return
     taken = select(items, config.option.part)
@@ -55,9 +55,9 @@ def apply(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 
 def select(items: Iterable[pytest.Item], part: Part = (0, 0)) -> set[pytest.Item]:
-    """The default tests and those of the part.
+    """The default cases and those of the part.
 
-    A case marked `rest` is in the default only if its function has no other.
+    A case marked `rest` is a default case only if its function has no other.
     """
     functions: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
@@ -67,28 +67,28 @@ def select(items: Iterable[pytest.Item], part: Part = (0, 0)) -> set[pytest.Item
     for name, cases in functions.items():
         candidates = [case for case in cases if not case.get_closest_marker("rest")] or cases
         default = {candidates[i] for i in cover([values(case) for case in candidates])}
-        # Counted from anywhere, or part 0 would have the first case of every function.
+        # Counted from a hash, or part 0 would have the first case of every function.
         others = enumerate((case for case in cases if case not in default), crc32(name.encode()))
         taken |= default | {case for i, case in others if parts and i % parts == number}
     return taken
 
 
 def values(item: pytest.Item) -> set[Hashable]:
-    """The row of each `parametrize`, and the value of each parameter of a fixture, in a case."""
+    """The `parametrize` rows and fixture parameters of a case."""
     callspec = getattr(item, "callspec", None)
     params = callspec.params if callspec else {}
     names = [mark.args[0] for mark in item.iter_markers("parametrize")]
     rows = [row.replace(",", " ").split() if isinstance(row, str) else [*row] for row in names]
     rows += [[name] for name in params if not any(name in row for row in rows)]
-    # By identity: two tensors make no truth value, and a list has no hash.
+    # By identity, because tensors have no boolean value and lists no hash.
     return {(*row, *(id(params[name]) for name in row)) for row in rows}
 
 
 def cover(cases: Sequence[set[Hashable]]) -> set[int]:
-    """Positions of few cases that together have every value that any of them has.
+    """Indices of few cases that together have every value of all cases.
 
-    Ties go to the case whose values were taken least often, which spreads the values of one
-    parameter over those of another; then to the first.
+    Ties go to the case with the least used values, which combines the values of one parameter with
+    different ones of another; then to the first.
     """
     frequency = Counter(value for case in cases for value in case)
     chosen = {i for i, case in enumerate(cases) if not case or any(frequency[v] == 1 for v in case)}

@@ -1,4 +1,4 @@
-"""Tensors whose offsets need 64 bits, for kernels that compute them with 32."""
+"""Tensors with offsets past 32 bits, to detect kernels that compute offsets in 32 bits."""
 
 import math
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ REACH = 2**31  # a 32-bit offset lies in [-REACH, REACH) elements
 
 
 class VirtualMemoryRefused(RuntimeError):
-    """The machine does not hand out addresses without memory behind them: a reason to skip."""
+    """The system does not map memory beyond its size; a reason to skip."""
 
 
 def wide_strides(shape: Sequence[int], dtype: torch.dtype, stride_of_dim0: int) -> Tensor:
-    """A tensor of zeros, the rest of it contiguous, whose dim 0 reaches 2**31 elements or more.
+    """A tensor of zeros whose dim 0 spans 2**31 elements or more, contiguous in the other dims.
 
-    It takes tens of gigabytes of addresses and a page of memory for each row touched. Where an
-    offset wraps around it is too small, and reads the zeros in between, or negative: the addresses
-    there are forbidden, so that nobody else's memory is read or written.
+    It takes tens of gigabytes of addresses, and a page of memory for each row touched. An offset
+    that wraps around is too small, and reads the zeros between rows, or negative, and hits a guard
+    page.
     """
     rows, *row = shape
     strides = [math.prod(row[dim + 1 :]) for dim in range(len(row))]

@@ -1,8 +1,8 @@
-"""Cases in a forked process: one that crashes, or never ends, is one red case and not the last.
+"""Run cases in a forked process, where a crash or a hang fails one case and the others go on.
 
-A fork has all that is loaded, so a case needs no pickling and starts at once. Where a case kills
-its worker, the next worker begins with the case after it, in the state of the parent; what a case
-draws at random should therefore hang on the case alone. Linux.
+A fork has everything loaded, so a case needs no pickling and starts at once. After a case kills its
+worker, the next case starts in a new fork of the parent; random numbers of a case should therefore
+depend on the case alone. Linux.
 """
 
 import contextlib
@@ -27,16 +27,16 @@ import torch
 
 Case = TypeVar("Case")
 
-GRACE = 2.0  # seconds that a worker has to say where it hangs
+GRACE = 2.0  # seconds for a worker to print where it hangs
 _PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class Outcome(Generic[Case]):
-    """What became of a case.
+    """Result of a case.
 
-    detail  the traceback; or the signal by name; or how long it was waited for
-    output  what the case wrote to stdout and stderr, the Python stack of a crash included
+    detail  traceback, name of the signal, or time limit
+    output  stdout and stderr of the case, with the Python stack of a crash
     """
 
     case: Case
@@ -55,7 +55,7 @@ class Outcome(Generic[Case]):
 def run_cases(
     function: Callable[[Case], Any], cases: Iterable[Case], timeout: float = 60.0
 ) -> list[Outcome[Case]]:
-    """An outcome for each case of `function(case)`, in order; `timeout` seconds for each."""
+    """Run `function(case)` for each case, `timeout` seconds each; return the outcomes in order."""
     cases = list(cases)
     outcomes: list[Outcome[Case]] = []
     while len(outcomes) < len(cases):
@@ -71,7 +71,7 @@ class _Worker:
         self.cases = cases
         self.status: int | None = None  # of the process, once it has ended
         self.output: BinaryIO = tempfile.TemporaryFile()
-        self.shown = 0  # bytes of the output that are some case's
+        self.shown = 0  # bytes of the output already returned
         self.reader, writer = os.pipe()
         self.pid = _fork()
         if self.pid == 0:
@@ -88,13 +88,13 @@ class _Worker:
         self.output.close()
 
     def outcomes(self, timeout: float) -> Iterator[Outcome[Any]]:
-        """As they come, up to and with the one that ended the worker."""
+        """Yield outcomes up to the case that ended the worker."""
         received = bytearray()
         for case in self.cases:
             deadline = time.monotonic() + timeout
             while b"\n" not in received:
                 if not self.readable(deadline - time.monotonic()):
-                    self.end(signal.SIGABRT)  # at which the worker prints where it hangs
+                    self.end(signal.SIGABRT)  # the worker prints its stack
                     yield Outcome(case, "timed out", f"after {timeout:g} s", self.output_to())
                     return
                 chunk = os.read(self.reader, 1 << 16)
@@ -113,10 +113,10 @@ class _Worker:
         return bool(poll.poll(max(0.0, seconds) * 1000))
 
     def output_to(self, end: int | None = None) -> str:
-        """What the process wrote since the last call, up to this place in its output."""
+        """The output since the last call, up to a position."""
         written = os.fstat(self.output.fileno()).st_size if end is None else end
         start, self.shown = self.shown, written
-        # Not by read: parent and child share one position in the file, where the child writes.
+        # pread, because parent and child share the file position.
         return os.pread(self.output.fileno(), self.shown - start, start).decode(errors="replace")
 
     def cause_of_death(self) -> str:
@@ -133,7 +133,7 @@ class _Worker:
                 self.wait(None)
 
     def wait(self, seconds: float | None) -> bool:
-        """Whether the process has ended, within that time; None waits for ever."""
+        """Return True if the process ends within that time; None waits without limit."""
         deadline = None if seconds is None else time.monotonic() + seconds
         while self.status is None:
             pid, status = os.waitpid(self.pid, 0 if deadline is None else os.WNOHANG)
@@ -148,8 +148,8 @@ class _Worker:
 
 def _fork() -> int:
     with warnings.catch_warnings():
-        # From 3.12 on Python warns of a fork with threads about. The worker uses none of them, and
-        # computes with one thread, so that it waits for no OpenMP thread that did not come along.
+        # Python 3.12 warns of a fork with threads. The worker uses none of them, and one OpenMP
+        # thread, so that it does not wait for threads that were not forked.
         warnings.simplefilter("ignore", DeprecationWarning)
         return os.fork()
 
@@ -157,7 +157,7 @@ def _fork() -> int:
 def _work(
     function: Callable[[Any], Any], cases: Sequence[Any], writer: int, output: int
 ) -> NoReturn:
-    """The worker's life. It never returns into the parent's code, nor runs its exit handlers."""
+    """Run the cases and exit, without a return to the parent's code or its exit handlers."""
     exit_status = 1
     with contextlib.suppress(BaseException):
         _settle(output)
@@ -177,17 +177,17 @@ def _work(
 
 
 def _settle(output: int) -> None:
-    """Make a forked copy of a test process a process of its own."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a hung worker outlives nobody
+    """Set up a forked process: its output, limits, and death with its parent."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # dies with its parent
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for stream in (1, 2):
         os.dup2(output, stream)
-    # By lines, so that what was said before a crash is there.
+    # Line-buffered, so that output before a crash is kept.
     sys.stdout = open(1, "w", buffering=1, closefd=False)
     sys.stderr = open(2, "w", buffering=1, closefd=False)
     faulthandler.enable(sys.stderr, all_threads=False)
     torch.set_num_threads(1)
-    gc.freeze()  # what was there before the fork is nobody's garbage, and not to be looked through
+    gc.freeze()  # objects from before the fork need no collection
 
 
 def _write(writer: int, message: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Calls of the ops, as the tests of every op make them: `test_contract` and those beside it."""
+"""Helpers to call every op, for `test_contract` and other tests over all ops."""
 
 import dataclasses
 import importlib.util
@@ -16,7 +16,7 @@ from cogvx_kernels.testing import OPS, grad_outputs_like
 if not _backend.HAS_TRITON:
     pytest.skip("the contract is about Triton kernels: Triton is missing", allow_module_level=True)
 
-interpreted = pytest.mark.skipif(not _backend.INTERPRETED, reason="looks into the interpreter")
+interpreted = pytest.mark.skipif(not _backend.INTERPRETED, reason="needs the interpreter")
 
 HAS_EXTENSION = importlib.util.find_spec("cogvx_kernels._C") is not None
 RUNNABLE = [info for info in OPS.values() if info.launch is not None or HAS_EXTENSION]
@@ -39,7 +39,7 @@ def tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def present(info: OpInfo, arguments: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the differentiable arguments that are there."""
+    """Names of the differentiable arguments that are not None."""
     return tuple(name for name in info.differentiable if arguments.get(name) is not None)
 
 
@@ -57,7 +57,7 @@ def assert_same_bits(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], w
 def resized(info: OpInfo, sample: Sample, text_len: int, video_len: int) -> Sample:
     """The sample at other lengths: seqlen is dim 1 of tokens, video_len dim 0 of tables.
 
-    Of an op on videos: one of `video_len` frames.
+    For an op on videos: a sample of `video_len` frames.
     """
     if info.resized is not None:
         return info.resized(2, video_len)
@@ -74,7 +74,7 @@ def resized(info: OpInfo, sample: Sample, text_len: int, video_len: int) -> Samp
 
 
 def narrowed(info: OpInfo, name: str, spec: TensorSpec, width: int) -> TensorSpec:
-    """The same tensor with `width` dims for every 64: of tokens, of weights both ways."""
+    """The same tensor with `width` dims for every 64: the dims of tokens, both dims of weights."""
     lengths = spec.shape[:2] if name in info.tokens else ()
     widths = (n if n % 32 else n * width // 64 for n in spec.shape[len(lengths) :])
     return dataclasses.replace(spec, shape=(*lengths, *widths))

@@ -1,4 +1,4 @@
-"""Wrong arguments are refused by name, whatever the room: driven by `OpInfo`."""
+"""Argument errors of every op, driven by `OpInfo`."""
 
 import inspect
 import re
@@ -18,7 +18,7 @@ from .op_helpers import EVERY_OP
 
 
 def wrong_tensors(x: Tensor) -> dict[str, Any]:
-    """What a tensor argument must not be."""
+    """Invalid values of a tensor argument."""
     wrong = {
         "a list": x.tolist() if x.numel() < 100 else [1.0],
         "a number": 1.0,
@@ -34,7 +34,7 @@ def wrong_tensors(x: Tensor) -> dict[str, Any]:
 
 
 def wrong_lists(x: Tensor) -> dict[str, Any]:
-    """What an argument must not be that may also come as a list of tensors, one an expert."""
+    """Invalid values of an argument that may be a list of tensors, one for each expert."""
     *others, last = x.unbind()
     return {
         "an empty list": [],
@@ -86,7 +86,7 @@ def cases_of_wrong_arguments(info: OpInfo) -> Iterator[tuple[str, str, dict[str,
 
 @EVERY_OP
 def test_wrong_arguments_are_named(info):
-    """Before anything is allocated or launched: op, argument, what was wanted, what came."""
+    """Raised before any allocation: op, argument, what was wanted, what came."""
     lenient = set()
     count = 0
     for name, what, arguments in cases_of_wrong_arguments(info):
@@ -96,11 +96,11 @@ def test_wrong_arguments_are_named(info):
             with mock.patch.object(torch, "empty", allocated):
                 info.op(**{"backend": "kernel", **arguments})
         except (TypeError, ValueError, RuntimeError) as error:
-            said = str(error)
-            assert said.startswith(f"{info.name}: "), (name, what, said)
-            assert re.search(rf"\b{name}\b", said), (name, what, said)
-            assert re.search(r"; got |takes float32|cannot run", said), (name, what, said)
-            assert not re.search(r"\b(\w+) or \1\b", said), (name, what, said)
+            message = str(error)
+            assert message.startswith(f"{info.name}: "), (name, what, message)
+            assert re.search(rf"\b{name}\b", message), (name, what, message)
+            assert re.search(r"; got |takes float32|cannot run", message), (name, what, message)
+            assert not re.search(r"\b(\w+) or \1\b", message), (name, what, message)
         else:
             lenient.add((name, what))
     assert not lenient, f"accepted: {sorted(lenient)}"
@@ -108,7 +108,7 @@ def test_wrong_arguments_are_named(info):
 
 
 @EVERY_OP
-def test_a_missing_argument_is_python_s_own_error(info):
+def test_missing_argument_is_a_type_error(info):
     with pytest.raises(TypeError, match="missing .* required positional argument"):
         info.op()
 
@@ -125,8 +125,8 @@ OPTIONAL = {
 
 
 @pytest.mark.parametrize("name", OPTIONAL)
-def test_arguments_that_a_model_lacks_may_be_left_out(name):
-    """Those of text, and of norms or layers without parameters: as if they were None."""
+def test_optional_arguments_may_be_left_out(name):
+    """Those of text, and of norms or layers without parameters, default to None."""
     info = OPS[name]
     arguments = materialize(info.samples[0], torch.float32)
     for tensor in info.tokens if "text_len" in arguments else ():

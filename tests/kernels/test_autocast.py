@@ -1,4 +1,4 @@
-"""Every op and module under torch.autocast, as the plain torch that it stands for.
+"""Every op and module under torch.autocast equals the plain torch that it replaces.
 
 On a CPU, whose norms keep the dtype of their input as the ops do.
 """
@@ -46,7 +46,7 @@ def residual_adaln(x, y, gate, text_gate, **modulation):
 
 
 def rope(x, cos, sin):
-    """As diffusers: in fp32, and back to the dtype of x."""
+    """As diffusers: in fp32, then in the dtype of x."""
     text, video = split(x, TEXT)
     a, b = video[..., ::2].float(), video[..., 1::2].float()
     cos, sin = cos.float()[:, None], sin.float()[:, None]

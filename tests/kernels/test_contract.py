@@ -1,7 +1,7 @@
-"""The contract that every op keeps, whatever its room: driven by `OpInfo`.
+"""Contract tests of every op, driven by `OpInfo`.
 
-`hold` is one case with everything that is checked of it; the samples, and as many random cases as
-`--fuzz` says, go through it in forked workers. The other tests take up what one case cannot show.
+`check_contract` is all checks of one case; the samples, and `--fuzz` random cases, run it in forked
+workers. The other tests need more than one case.
 """
 
 import contextlib
@@ -48,13 +48,15 @@ if _backend.INTERPRETED:
 FUZZ_CHUNKS = 40
 
 
-# --- one case, and everything that is checked of it ------------------------------------------
+# --- all checks of one case ------------------------------------------------------------------
 
 
-def hold(info: OpInfo, sample: Sample, dtype: torch.dtype, seed: int, again: bool = True) -> None:
-    """Raise AssertionError unless the op keeps its contract on this sample.
+def check_contract(
+    info: OpInfo, sample: Sample, dtype: torch.dtype, seed: int, again: bool = True
+) -> None:
+    """Raise AssertionError unless the op fulfils its contract on this sample.
 
-    Programs run in a random order; and `again`, in their own, which must give the same bits.
+    Programs run in a random order; with `again` also in the usual one, with the same bits.
     """
     side = ("right", "left")[seed % 2]
     with Fence(side) as fence:
@@ -69,7 +71,7 @@ def hold(info: OpInfo, sample: Sample, dtype: torch.dtype, seed: int, again: boo
         assert bool(seen.launches) == launches, f"{len(seen.launches)} launches"
         assert_same_bits(tensors(arguments), before, "an input changed")
         for name, x in ours.items():
-            assert not untouched(x).any(), f"{name} has elements that nobody wrote"
+            assert not untouched(x).any(), f"{name} has elements that were not written"
         fake = fake_metadata(info, arguments)
         real = [(x.shape, x.stride(), x.dtype) for n, x in ours.items() if n.startswith("out")]
         assert fake == real, f"fake tensors are {fake}, real ones {real}"
@@ -94,10 +96,10 @@ def fake_metadata(info: OpInfo, arguments: Mapping[str, Any]) -> list[tuple[Any,
     return [(x.shape, x.stride(), x.dtype) for x in outputs]
 
 
-def hold_all(cases: list[tuple[Any, ...]]) -> None:
-    """Cases, each a name and the arguments of `hold`, in forked workers; a crash is one red."""
+def check_all(cases: list[tuple[Any, ...]]) -> None:
+    """Check cases (name, arguments of `check_contract`) in forked workers; a crash fails one."""
     by_name = {name: case for name, *case in cases}
-    outcomes = run_cases(lambda name: hold(*by_name[name]), by_name, timeout=120)
+    outcomes = run_cases(lambda name: check_contract(*by_name[name]), by_name, timeout=120)
     failed = [str(outcome) for outcome in outcomes if not outcome.ok]
     assert not failed, f"{len(failed)} of {len(cases)} cases failed\n" + "\n\n".join(failed[:5])
 
@@ -108,7 +110,7 @@ def hold_all(cases: list[tuple[Any, ...]]) -> None:
 @pytest.mark.parametrize("again", [False, rest(True)], ids=["once", "again"])
 def test_samples(info, dtype, again, seed):
     kind = DTYPES[dtype]
-    hold_all(
+    check_all(
         [(s.reason, info, s, kind, seed % 1000 + i, again) for i, s in enumerate(info.samples)]
     )
 
@@ -119,7 +121,7 @@ def test_samples(info, dtype, again, seed):
     [0, *(rest(chunk) for chunk in range(1, FUZZ_CHUNKS))],
 )
 def test_random_cases(chunk, fuzz, seed):
-    """`--fuzz N` cases in all. Case i of seed S is case 0 of seed S + i: so can one be repeated."""
+    """`--fuzz N` cases in all; to repeat one, case i of seed S is case 0 of seed S + i."""
     cases = []
     for i in range(chunk, fuzz, FUZZ_CHUNKS):
         rng = random.Random(seed + i)
@@ -127,7 +129,7 @@ def test_random_cases(chunk, fuzz, seed):
         sample, dtype = info.random_sample(rng), rng.choice(info.dtypes)
         name = f"repeat with --seed {seed + i} --fuzz 1: {info} {dtype} {dict(sample.arguments)}"
         cases.append((name, info, sample, dtype, rng.randrange(1000), i % 4 == 0))
-    hold_all(cases)
+    check_all(cases)
 
 
 # --- values that must match bit for bit ------------------------------------------------------
@@ -136,9 +138,9 @@ def test_random_cases(chunk, fuzz, seed):
 @EVERY_OP
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_small_integers_are_exact(info, dtype, device):
-    """Every sum and product is exact, so any order gives the same bits: indices and signs, proved.
+    """Sums and products are exact in any order, so only a wrong index or sign changes a bit.
 
-    eps is too small to count, and a row of ones and minus ones has the mean square 1.
+    eps is too small to count, and a row of ones and minus ones has mean square 1.
     """
     for sample in (sample for sample in info.samples if sample.exact):
         arguments = materialize(sample, DTYPES[dtype], device=device, exact=True)
@@ -184,9 +186,9 @@ def test_variants_change_no_value(info, device):
 @EVERY_OP
 @pytest.mark.parametrize("number", ["one", rest("more")])
 def test_every_subset_of_gradients(info, number, device):
-    """The ones asked for have the bits they have when all are; nothing else gets one.
+    """Gradients of a subset of arguments have the bits they have with all, and are the only ones.
 
-    Of more than six arguments: one, two, all but one and all but two of them.
+    With more than six arguments: one, two, all but one and all but two of them.
     """
     arguments = materialize(info.samples[0], torch.float32, device=device)
     grad_outputs = grad_outputs_of(info, arguments)
@@ -202,8 +204,8 @@ def test_every_subset_of_gradients(info, number, device):
 
 
 @EVERY_OP
-def test_gradients_that_arrive_with_odd_strides(info, device):
-    """Of `.sum()` (stride 0), transposed, sliced: the same bits as from a contiguous one."""
+def test_grad_outputs_with_odd_strides(info, device):
+    """From `.sum()` (stride 0), transposed, sliced: the same bits as from a contiguous one."""
     sample = info.samples[0]
     arguments = materialize(sample, torch.float32, device=device)
 
@@ -226,8 +228,8 @@ def test_gradients_that_arrive_with_odd_strides(info, device):
 
 
 @EVERY_OP
-def test_an_output_that_is_not_used(info, device):
-    """A gradient for some outputs only: as if the others' were zero."""
+def test_unused_output(info, device):
+    """A gradient for one output only equals zeros for the others."""
     arguments = materialize(info.samples[0], torch.float32, device=device)
     grad_outputs = grad_outputs_of(info, arguments)
     for kept in set(range(len(grad_outputs))) - set(info.constant):
@@ -243,7 +245,7 @@ def test_an_output_that_is_not_used(info, device):
 
 
 @EVERY_OP
-def test_backward_twice_gives_the_same_bits_and_leaves_its_inputs_alone(info, device):
+def test_backward_twice_has_the_same_bits_and_keeps_its_inputs(info, device):
     arguments = materialize(info.samples[0], torch.float32, device=device)
     leaves = {n: arguments[n].requires_grad_() for n in present(info, arguments)}
     grad_outputs = grad_outputs_of(
@@ -265,11 +267,11 @@ def test_backward_twice_gives_the_same_bits_and_leaves_its_inputs_alone(info, de
 
 
 @EVERY_OP
-def test_what_is_saved_for_backward_is_there_anyway(info, device):
-    """No copy in fp32, none at all: each tensor kept has the memory of an argument or a result,
-    but for statistics, of which there are few."""
+def test_saved_tensors_are_arguments_or_results(info, device):
+    """No copies: each saved tensor has the memory of an argument or a result, except statistics,
+    which are small."""
     arguments = materialize(info.samples[0], torch.bfloat16, device=device)
-    there = tensors(arguments).values()
+    known = tensors(arguments).values()
     saved: list[Tensor] = []
 
     def pack(x: Tensor) -> Tensor:
@@ -278,14 +280,14 @@ def test_what_is_saved_for_backward_is_there_anyway(info, device):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         results = evaluate(info.op, arguments, info.differentiable, None, backend="kernel")
-    places = {memory(x) for x in (*there, *results.values())}
-    assert saved or info.launch is None  # what only moves needs nothing for its way back
+    places = {memory(x) for x in (*known, *results.values())}
+    assert saved or info.launch is None  # a copy saves nothing
     statistics = sum(x.nbytes for x in saved if memory(x) not in places)
-    assert 16 * statistics <= max(x.nbytes for x in there)
+    assert 16 * statistics <= max(x.nbytes for x in known)
 
 
 def memory(x: Tensor) -> int:
-    """The block that a tensor lies in: one expert's weights lie in that of all experts'."""
+    """Address of a tensor's storage, which one expert's weights share with all experts'."""
     return x.untyped_storage().data_ptr()
 
 
@@ -301,7 +303,7 @@ def test_variants_refuse_to_cut_a_gradient(info, device):
 
 @contextlib.contextmanager
 def kernels_in_double() -> Iterator[None]:
-    """fp64 is refused at the door; behind it the kernels can do it, for finite differences."""
+    """Run kernels in fp64, which the public API refuses, for finite differences."""
     with mock.patch.object(_backend, "choose", return_value=True):
         yield
 
@@ -309,7 +311,7 @@ def kernels_in_double() -> Iterator[None]:
 @interpreted
 @EVERY_OP
 def test_finite_differences(info):
-    """gradcheck in fp64, of the kernels themselves, along random directions."""
+    """gradcheck in fp64 of the kernels, along random directions."""
     sample = info.gradcheck or dataclasses.replace(
         info.samples[0],
         arguments={
@@ -343,10 +345,10 @@ def test_finite_differences(info):
 @pytest.mark.parametrize("direction", ["inputs", "gradients"])
 @pytest.mark.parametrize("dim", [0, 1], ids=["samples", "tokens or frames"])
 def test_offsets_of_more_than_32_bits(info, direction, dim):
-    """Strides past 2**31 elements, in memory that is never touched: as with a contiguous tensor.
+    """Strides past 2**31 elements, over memory that is never touched, equal a contiguous tensor.
 
-    Between samples (tables and weights: rows, experts) they are aligned; between tokens, or the
-    frames of a video, odd.
+    Strides of samples (of tables and weights: rows, experts) are aligned; those of tokens, or of
+    the frames of a video, are odd.
     """
 
     def spread(x: Tensor) -> Tensor:
@@ -379,8 +381,8 @@ def test_offsets_of_more_than_32_bits(info, direction, dim):
 @interpreted
 @pytest.mark.parametrize("info", [info for info in RUNNABLE if info.launch is not None], ids=str)
 @pytest.mark.parametrize(("batch", "length"), [(70_000, 1), (1, 70_000)])
-def test_grids_are_within_the_limits_of_a_launch(info, batch, length):
-    """More than 65,535 of anything: the grid is looked at, the programs are not run."""
+def test_grids_are_within_launch_limits(info, batch, length):
+    """With more than 65,535 samples or tokens; only the grid is checked, no program runs."""
     if info.resized is not None:
         sample = info.resized(batch, length)
     else:

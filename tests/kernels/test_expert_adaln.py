@@ -1,4 +1,4 @@
-"""Laws of `expert_adaln`, `gated_residual` and the two in one."""
+"""Properties of `expert_adaln`, `gated_residual` and the two fused."""
 
 import dataclasses
 import importlib
@@ -21,7 +21,7 @@ from cogvx_kernels.testing import (
 from tests.harness.selection import rest
 
 BATCH, TEXT, VIDEO, DIM = 2, 3, 12, 48
-BOTH_WAYS = pytest.mark.parametrize(
+BACKENDS = pytest.mark.parametrize(
     "backend",
     [
         "reference",
@@ -56,7 +56,7 @@ def on_device(*tensors):
     return [None if x is None else x.to(device()) for x in tensors]
 
 
-@BOTH_WAYS
+@BACKENDS
 def test_without_modulation_it_is_layer_norm(backend):
     [x] = on_device(rows())
     zero = x.new_zeros(BATCH, DIM)
@@ -66,9 +66,9 @@ def test_without_modulation_it_is_layer_norm(backend):
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=2e-6)
 
 
-@BOTH_WAYS
-def test_a_gate_of_zero_is_the_identity(backend):
-    """Bit for bit: a block whose modulation begins at zero passes its input on."""
+@BACKENDS
+def test_zero_gate_is_the_identity(backend):
+    """Bit for bit, as in a block with adaLN-zero initialization."""
     x, y = on_device(rows(0), rows(2))
     zero = x.new_zeros(BATCH, DIM)
     assert torch.equal(ck.gated_residual(x, y, zero, zero, text_len=TEXT, backend=backend), x)
@@ -78,9 +78,9 @@ def test_a_gate_of_zero_is_the_identity(backend):
     assert torch.equal(stream, x)
 
 
-@BOTH_WAYS
+@BACKENDS
 def test_each_modality_has_its_own_modulation(backend):
-    """Text does not move when video's shift, scale and gate do, and the other way about."""
+    """Text does not depend on video's shift, scale and gate, nor video on text's."""
     x, y = on_device(rows(0), rows(2))
     old, new = on_device(*modulation(3, seed=1)), on_device(*modulation(3, seed=5))
 
@@ -98,9 +98,9 @@ def test_each_modality_has_its_own_modulation(backend):
         assert not torch.eq(base[:, :TEXT], other[:, :TEXT]).any()
 
 
-@BOTH_WAYS
+@BACKENDS
 @pytest.mark.parametrize("groups", [1, 3, VIDEO])
-def test_a_modulation_for_each_frame_is_one_for_each_of_its_tokens(backend, groups):
+def test_modulation_of_a_frame_is_that_of_its_tokens(backend, groups):
     [x] = on_device(rows())
     shift, scale = on_device(*modulation(2, groups))
     text = on_device(*modulation(2, seed=3))
@@ -110,10 +110,10 @@ def test_a_modulation_for_each_frame_is_one_for_each_of_its_tokens(backend, grou
     assert torch.equal(few, many)
 
 
-@BOTH_WAYS
+@BACKENDS
 @pytest.mark.parametrize("groups", [1, 3, VIDEO])
-def test_gradients_of_a_frame_s_modulation_are_the_sums_of_its_tokens(backend, groups):
-    """Of gates, shifts and scales; those of text stay what they are."""
+def test_gradient_of_a_frames_modulation_is_the_sum_over_its_tokens(backend, groups):
+    """Of gates, shifts and scales of video."""
     x, y, *grad_outputs = on_device(rows(0), rows(2), rows(4), rows(6))
     text = on_device(*modulation(3, seed=3))
 
@@ -137,11 +137,11 @@ def test_gradients_of_a_frame_s_modulation_are_the_sums_of_its_tokens(backend, g
 @EVERY_OP
 @pytest.mark.parametrize("dim", [3072, 1920, 1919, 4097, 2])
 def test_any_hidden_size(name, dim):
-    """The models' widths, odd ones, and one that needs more lanes than it has dims."""
+    """Widths of models, odd ones, and one with more lanes than dims."""
     size = dataclasses.replace(
         SIZES["tiny"], frames=1, height=1, width=5, text_len=3, nheads=1, headdim=dim
     )
-    # Two numbers that happen to be alike make a LayerNorm ill-conditioned.
+    # A LayerNorm of two nearly equal numbers is ill-conditioned.
     options = {"norm": "rms"} if dim == 2 and name != "gated_residual" else {}
     sample = OPS[name].at_size(size)
     sample = dataclasses.replace(sample, arguments={**sample.arguments, **options})
@@ -151,7 +151,7 @@ def test_any_hidden_size(name, dim):
         assert not wrong, f"{dtype}: {wrong}"
 
 
-def test_rows_too_long_for_a_program_take_the_reference():
+def test_rows_too_long_for_a_program_run_the_reference():
     x, shift, scale = torch.randn(3, 1, 2, 16385).unbind()
     call = (x, shift[:, 0], scale[:, 0], None, None, None, None)
     assert torch.equal(ck.expert_adaln(*call), ck.expert_adaln_reference(*call))
@@ -164,7 +164,7 @@ def test_rows_too_long_for_a_program_take_the_reference():
 @EVERY_OP
 @pytest.mark.parametrize("tokens", [1, 3, 64])
 def test_strips_cover_every_token_once(name, tokens, monkeypatch):
-    """However many tokens a program takes: the same rows, and sums up to their order."""
+    """With any number of tokens a program: the same rows, and sums up to their order."""
     kernel = importlib.import_module("cogvx_kernels.expert_adaln.kernel")
     info = OPS[name]
     ragged = [s for s in info.samples if "strip" in s.reason or "frame" in s.reason]
@@ -184,8 +184,8 @@ def test_strips_cover_every_token_once(name, tokens, monkeypatch):
 @NEEDS_TRITON
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("scale, offset", [(0.0, 0.0), (1e-30, 0.0), (1e15, 0.0), (1e-2, 1e4)])
-def test_rows_that_are_hard_to_normalise(norm, scale, offset):
-    """All zero, tiny, huge, a spread that is small beside the mean: as near as the reference."""
+def test_ill_conditioned_rows(norm, scale, offset):
+    """All zero, tiny, huge, a deviation far below the mean: as close as the reference."""
     x = torch.randn(1, 256, 64, device=device()) * scale + offset
     call = (x, *torch.randn(2, 1, 64, device=device()), *[None] * 4)
     ours = ck.expert_adaln(*call, norm=norm, backend="kernel")
@@ -195,8 +195,8 @@ def test_rows_that_are_hard_to_normalise(norm, scale, offset):
     assert comparison.ok, str(comparison)
 
 
-@BOTH_WAYS
-def test_not_a_number_stays_in_its_token(backend):
+@BACKENDS
+def test_nan_stays_in_its_token(backend):
     x, y = on_device(rows(0), rows(2))
     six = on_device(*modulation(6))
 
@@ -211,9 +211,9 @@ def test_not_a_number_stays_in_its_token(backend):
     assert torch.equal(stream, before[0]) and torch.equal(out, before[1])
 
 
-@BOTH_WAYS
-def test_no_token_sees_another(backend):
-    """A token alone gives the bits that it gives in company."""
+@BACKENDS
+def test_tokens_are_independent(backend):
+    """A token alone has the same bits as among others."""
     [x] = on_device(rows())
     shift, scale = on_device(*modulation(2))
     whole = ck.expert_adaln(x, shift, scale, None, None, None, None, backend=backend)
@@ -223,10 +223,10 @@ def test_no_token_sees_another(backend):
         assert torch.equal(out[:, 0], whole[:, place])
 
 
-@BOTH_WAYS
+@BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_two_in_one_are_the_one_after_the_other(backend, dtype):
-    """Bit for bit: the norm is of the stream as it was rounded."""
+def test_fused_equals_one_op_after_the_other(backend, dtype):
+    """Bit for bit: the norm's input is the rounded stream."""
     x, y, *six = (t.to(dtype) for t in on_device(rows(0), rows(2), *modulation(6)))
     gate, shift, scale, text_gate, text_shift, text_scale = six
     weight = on_device(1 + rows(9)[0, 0])[0]
@@ -243,10 +243,10 @@ def test_two_in_one_are_the_one_after_the_other(backend, dtype):
     assert torch.equal(out, second)
 
 
-@BOTH_WAYS
+@BACKENDS
 @pytest.mark.parametrize("norm", ["layer", "rms"])
-def test_the_scale_of_a_row_does_not_matter(backend, norm):
-    """eps aside: the norm of 4x is the norm of x, exactly, 4 being a power of two."""
+def test_norm_is_invariant_to_scale(backend, norm):
+    """Exactly for a power of two, with a negligible eps."""
     [x] = on_device(rows())
     shift, scale = on_device(*modulation(2))
 
@@ -258,7 +258,7 @@ def test_the_scale_of_a_row_does_not_matter(backend, norm):
     assert torch.equal(run(x), run(4 * x))
 
 
-@BOTH_WAYS
+@BACKENDS
 def test_gradients_of_a_modality_without_tokens_are_zero(backend):
     [x] = on_device(rows())
     shift, scale, text_shift, text_scale = (m.requires_grad_() for m in on_device(*modulation(4)))
@@ -272,8 +272,8 @@ def test_gradients_of_a_modality_without_tokens_are_zero(backend):
     assert all(g is None or not g.any() for g in gradients[2:])
 
 
-@BOTH_WAYS
-def test_the_module_is_the_function(backend):
+@BACKENDS
+def test_module_equals_the_function(backend):
     x, y = on_device(rows(0), rows(2))
     module = ck.ExpertAdaLayerNorm(DIM, backend=backend).to(device())
     nn.init.normal_(module.norm.weight)
@@ -290,13 +290,13 @@ def test_the_module_is_the_function(backend):
     assert all(torch.equal(a, b) for a, b in zip(both, expected, strict=True))
 
 
-# --- in place, and what lies around it -------------------------------------------------------
+# --- in place, under autocast ----------------------------------------------------------------
 
 
-@BOTH_WAYS
+@BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_in_place_on_a_slice_of_another_tensor(backend, dtype):
-    """x is overwritten where it lies, nothing beside it is, and the bits are the same."""
+    """Only x is overwritten, with the same bits as out of place."""
     y, gate, text_gate = (t.to(dtype) for t in on_device(rows(2), *modulation(2)))
     wider = torch.randn(BATCH, TEXT + VIDEO + 2, 3 * DIM, device=device()).to(dtype)
     before, place = wider.clone(), (slice(None), slice(1, -1), slice(DIM, 2 * DIM))
@@ -309,7 +309,7 @@ def test_in_place_on_a_slice_of_another_tensor(backend, dtype):
     assert torch.equal(wider, before)
 
 
-@BOTH_WAYS
+@BACKENDS
 @pytest.mark.parametrize("wants", ["x", "y", "gate", "text_gate"])
 def test_in_place_refuses_under_grad(backend, wants):
     x, y, gate, text_gate = on_device(rows(0), rows(2), *modulation(2))
@@ -354,8 +354,8 @@ def test_in_place_compiled_changes_the_same_memory(compiler):
 
 @NEEDS_TRITON
 @pytest.mark.parametrize("changed", ["y", "scale", "weight", "stream"])
-def test_what_is_kept_and_changed_before_the_backward_is_noticed(changed):
-    """The stream is kept too: what is made of it in place would change its own gradient."""
+def test_saved_tensor_changed_before_the_backward_raises(changed):
+    """Also the returned stream, which is saved."""
     info = OPS["gated_residual_adaln"]
     arguments = materialize(info.samples[0], torch.float32, device=device())
     moved = None
@@ -371,9 +371,9 @@ def test_what_is_kept_and_changed_before_the_backward_is_noticed(changed):
 
 
 @NEEDS_TRITON
-def test_autocast_changes_nothing_where_dtypes_fit():
-    """Dtypes are the arguments' own, of results and of gradients, in autocast and out of it; the
-    norm's parameters may be fp32. Mixed dtypes are in test_autocast."""
+def test_autocast_keeps_equal_dtypes():
+    """Results and gradients have the arguments' dtypes, as without autocast; the norm's parameters
+    may be fp32. Mixed dtypes are in test_autocast."""
     info = OPS["gated_residual_adaln"]
     arguments = materialize(info.samples[0], torch.bfloat16, device=device())
     for name in ("weight", "bias"):
@@ -400,18 +400,18 @@ WRONG = {
         "scale must be the shape of shift",
     ),
     "another dtype": ({"scale": torch.zeros(2, DIM, dtype=torch.float64)}, "scale must be float32"),
-    "a norm that is none": ({"norm": "batch"}, 'norm must be one of "layer", "rms"'),
+    "unknown norm": ({"norm": "batch"}, 'norm must be one of "layer", "rms"'),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_modulation_is_refused_by_name(case):
-    changes, said = WRONG[case]
+def test_wrong_modulation(case):
+    changes, message = WRONG[case]
     shift, scale, text_shift, text_scale = modulation(4)
     arguments = {
         "x": rows(), "shift": shift, "scale": scale,
         "text_shift": text_shift, "text_scale": text_scale,
         "weight": None, "bias": None, "text_len": TEXT,
     }  # fmt: skip
-    with pytest.raises((TypeError, ValueError), match=f"expert_adaln: {said}"):
+    with pytest.raises((TypeError, ValueError), match=f"expert_adaln: {message}"):
         ck.expert_adaln(**{**arguments, **changes})

@@ -1,4 +1,4 @@
-"""How much `expert_adaln` asks for in all: counted in Triton's interpreter, launch by launch."""
+"""Bytes that each launch of `expert_adaln` requests, counted in Triton's interpreter."""
 
 import dataclasses
 import functools
@@ -17,12 +17,12 @@ from tests.harness.observe import observe
 
 pytestmark = pytest.mark.budget
 
-OF_THE_ROOM = ("expert_adaln", "gated_residual", "gated_residual_adaln")
+NAMES = ("expert_adaln", "gated_residual", "gated_residual_adaln")
 
 
 @functools.cache
-def asked_for(name, size, text_len, video_len):
-    """Bytes of the forward's launch and of the backward's, with the widths of a named size."""
+def requested_bytes(name, size, text_len, video_len):
+    """Bytes of the forward and of the backward launch, with the widths of a named size."""
     kernel = importlib.import_module("cogvx_kernels.expert_adaln.kernel")
     few = dataclasses.replace(
         SIZES[size], frames=1, height=1, batch=1, text_len=text_len, width=video_len
@@ -34,12 +34,12 @@ def asked_for(name, size, text_len, video_len):
     return [launch.bytes_read + launch.bytes_written for launch in seen.launches]
 
 
-@pytest.mark.parametrize("name", OF_THE_ROOM)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", ["2b-480x720-49f", "5b-480x720-49f", "card-480x720-49f"])
-def test_a_strip_asks_for_each_row_once(name, size):
-    """A token more in a strip is its rows more and nothing else: exactly the op's cost."""
+def test_strip_requests_each_row_once(name, size):
+    """One token more in a strip adds its rows only: exactly the op's cost."""
     full = SIZES[size]
-    two, four = (asked_for(name, size, 0, n) for n in (2, 4))
+    two, four = (requested_bytes(name, size, 0, n) for n in (2, 4))
     cost = OPS[name].cost
     meta = materialize(OPS[name].at_size(full), torch.bfloat16, device="meta")
     for before, after, of_op in zip(two, four, cost(meta), strict=True):
@@ -47,16 +47,16 @@ def test_a_strip_asks_for_each_row_once(name, size):
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("name", OF_THE_ROOM)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", ["2b-480x720-49f", "5b-480x720-49f", "card-480x720-49f"])
-def test_bytes_asked_for_are_near_the_least_possible(name, direction, size):
-    """What strips load and store for themselves is in it: at most 1.05 times the op's cost.
+def test_bytes_requested_bytes_are_near_the_least_possible(name, direction, size):
+    """At most 1.05 times the op's cost, including what each strip loads and stores once.
 
-    Counted on whole strips, one of text and three of video. A model's thousands of tokens are the
-    same strips over again, and one for each modality that is not full.
+    Counted on full strips, one of text and three of video. A model has more of these strips, and
+    one for each modality that is not full.
     """
     full, which = SIZES[size], ("forward", "backward").index(direction)
     strip = importlib.import_module("cogvx_kernels.expert_adaln.kernel").TOKENS
-    asked = asked_for(name, size, strip, 3 * strip)[which] / (4 * strip)
+    requested = requested_bytes(name, size, strip, 3 * strip)[which] / (4 * strip)
     meta = materialize(OPS[name].at_size(full), torch.bfloat16, device="meta")
-    assert asked * full.batch * full.seqlen <= 1.05 * OPS[name].cost(meta)[which].bytes
+    assert requested * full.batch * full.seqlen <= 1.05 * OPS[name].cost(meta)[which].bytes

@@ -1,4 +1,4 @@
-"""Laws of `expert_ffn`."""
+"""Properties of `expert_ffn`, and its GEMM backends."""
 
 import dataclasses
 import importlib
@@ -18,7 +18,7 @@ from cogvx_kernels.testing import OPS, compare, evaluate, materialize
 BATCH, TEXT, VIDEO, DIM, FFN_DIM = 2, 3, 9, 32, 48
 SEQLEN = TEXT + VIDEO
 TRITON = pytest.mark.skipif(not _backend.HAS_TRITON, reason="Triton is not installed")
-BOTH_WAYS = pytest.mark.parametrize("backend", ["reference", pytest.param("kernel", marks=TRITON)])
+BACKENDS = pytest.mark.parametrize("backend", ["reference", pytest.param("kernel", marks=TRITON)])
 
 
 def device():
@@ -49,12 +49,12 @@ def index(count, top_k=1, seed=7):
     return torch.randint(count, (BATCH, SEQLEN, top_k), generator=generator).to(device())
 
 
-# --- who meets whom --------------------------------------------------------------------------
+# --- tokens and their experts ----------------------------------------------------------------
 
 
-@BOTH_WAYS
+@BACKENDS
 def test_each_modality_has_its_own_expert(backend):
-    """The other's may be anything, infinite even."""
+    """The other's weights do not count, not even NaN."""
     x, own = tokens(), experts(2)
     y = ck.expert_ffn(x, *own, text_len=TEXT, backend=backend)
     for expert, part in ((0, slice(0, TEXT)), (1, slice(TEXT, None))):
@@ -68,19 +68,19 @@ def test_each_modality_has_its_own_expert(backend):
         torch.testing.assert_close(part_alone, y[:, part], rtol=1e-5, atol=1e-6)
 
 
-@BOTH_WAYS
-def test_a_token_does_not_meet_an_expert_it_did_not_choose(backend):
+@BACKENDS
+def test_token_ignores_experts_it_did_not_choose(backend):
     x, own, where = tokens(), experts(3), index(3, top_k=2)
     y = ck.expert_ffn(x, *own, where, backend=backend)
     own[0][2] = float("inf")
     changed = ck.expert_ffn(x, *own, where, backend=backend)
-    strangers = ~(where == 2).any(-1)
-    assert strangers.any() and not strangers.all()
-    assert torch.equal(changed[strangers], y[strangers])
-    assert not changed[~strangers].isfinite().all(-1).any()
+    others = ~(where == 2).any(-1)
+    assert others.any() and not others.all()
+    assert torch.equal(changed[others], y[others])
+    assert not changed[~others].isfinite().all(-1).any()
 
 
-@BOTH_WAYS
+@BACKENDS
 def test_text_and_video_are_two_experts_with_an_index(backend):
     x, own = tokens(), experts(2)
     where = (torch.arange(SEQLEN, device=x.device) >= TEXT).long().expand(BATCH, -1)[..., None]
@@ -89,9 +89,9 @@ def test_text_and_video_are_two_experts_with_an_index(backend):
     torch.testing.assert_close(by_index, by_length, rtol=1e-6, atol=1e-6)
 
 
-@BOTH_WAYS
-def test_permuting_experts_and_their_numbers_changes_nothing(backend):
-    """Bit for bit: the result, and each expert's gradient."""
+@BACKENDS
+def test_permuted_experts_give_the_same_bits(backend):
+    """Of the result, and of each expert's gradient."""
     x, own, where = tokens(), [w.requires_grad_() for w in experts(4)], index(4)
     weight = normal(BATCH, SEQLEN, 1)
     order = torch.tensor([2, 0, 3, 1], device=x.device)
@@ -107,9 +107,9 @@ def test_permuting_experts_and_their_numbers_changes_nothing(backend):
         assert torch.equal(moved_gradient, gradient[order])
 
 
-@BOTH_WAYS
+@BACKENDS
 def test_upcycled_equals_shared(backend):
-    """Copies of one expert, whoever chooses which, are that expert."""
+    """Copies of one expert, with any index, equal that expert."""
     x, one = tokens(), experts(1)
     shared = ck.expert_ffn(x, *one, backend=backend)
     copies = [w.expand(3, *w.shape[1:]) for w in one]
@@ -120,8 +120,8 @@ def test_upcycled_equals_shared(backend):
     torch.testing.assert_close(of_two, shared, rtol=1e-5, atol=2e-6)
 
 
-@BOTH_WAYS
-def test_no_token_is_dropped_however_many_choose_one_expert(backend):
+@BACKENDS
+def test_no_token_is_dropped_if_all_choose_one_expert(backend):
     x, own = tokens(), experts(4)
     all_of_them = torch.full((BATCH, SEQLEN, 1), 3, device=x.device)
     y = ck.expert_ffn(x, *own, all_of_them, backend=backend)
@@ -129,8 +129,8 @@ def test_no_token_is_dropped_however_many_choose_one_expert(backend):
     torch.testing.assert_close(y, alone, rtol=1e-6, atol=1e-6)
 
 
-@BOTH_WAYS
-def test_an_expert_without_tokens_gets_gradients_of_zero(backend):
+@BACKENDS
+def test_expert_without_tokens_has_zero_gradients(backend):
     x, own = tokens(), [w.requires_grad_() for w in experts(3)]
     y = ck.expert_ffn(x, *own, index(2), backend=backend)
     for gradient in torch.autograd.grad(y.square().sum(), own):
@@ -138,8 +138,8 @@ def test_an_expert_without_tokens_gets_gradients_of_zero(backend):
         assert gradient[0].abs().sum() > 0
 
 
-@BOTH_WAYS
-def test_a_number_that_is_no_expert_adds_nothing(backend):
+@BACKENDS
+def test_index_out_of_range_adds_nothing(backend):
     x, own, where = tokens(), experts(2), index(2)
     nobody = torch.tensor([-1, 2, 10**9], device=x.device)
     with_nobody = torch.cat(
@@ -151,8 +151,8 @@ def test_a_number_that_is_no_expert_adds_nothing(backend):
     assert not none.any()
 
 
-@BOTH_WAYS
-def test_a_token_alone_has_the_bits_it_has_in_company(backend):
+@BACKENDS
+def test_single_token_equals_the_token_in_a_batch(backend):
     x, own, where = tokens(), experts(3), index(3)
     y = ck.expert_ffn(x, *own, where, backend=backend)
     for place in (0, TEXT, SEQLEN - 1):
@@ -161,9 +161,9 @@ def test_a_token_alone_has_the_bits_it_has_in_company(backend):
         torch.testing.assert_close(alone, y[:, part], rtol=1e-6, atol=1e-6)
 
 
-@BOTH_WAYS
-def test_a_weight_is_how_much(backend):
-    """4 times the weights, a power of two: exactly 4 times the result."""
+@BACKENDS
+def test_result_scales_with_the_weights(backend):
+    """By a power of two, exactly."""
     x, own, where = tokens(), experts(3), index(3, 2)
     weight = normal(BATCH, SEQLEN, 2)
     once, four = (
@@ -173,13 +173,13 @@ def test_a_weight_is_how_much(backend):
     assert not ck.expert_ffn(x, *own, where, 0 * weight, backend=backend).any()
 
 
-# --- other ways to the same --------------------------------------------------------------------
+# --- backends and options ----------------------------------------------------------------------
 
 FFN = OPS["expert_ffn"]
 RUNS = [s for s in FFN.samples if s.arguments["index"] is None]
 
 
-def hold(info, sample, dtype, **options):
+def check(info, sample, dtype, **options):
     function = partial(info.op, backend="kernel", **options)
     wrong = [str(v) for v in compare(info, sample, dtype, function=function) if not v.ok]
     assert not wrong, f"{sample.reason}: {'; '.join(wrong)}"
@@ -187,22 +187,22 @@ def hold(info, sample, dtype, **options):
 
 @TRITON
 @pytest.mark.parametrize("dtype", FFN.dtypes, ids=str)
-def test_dense_keeps_the_rule(dtype):
-    """torch's own products instead of the kernel: forward and every gradient."""
+def test_dense_is_close(dtype):
+    """torch's matrix products instead of the kernel: forward and every gradient."""
     for sample in RUNS:
-        hold(FFN, sample, dtype, gemm="dense")
-        hold(FFN, sample, dtype, gemm="dense", recompute=False)
+        check(FFN, sample, dtype, gemm="dense")
+        check(FFN, sample, dtype, gemm="dense", recompute=False)
 
 
 @TRITON
 @pytest.mark.parametrize("dtype", FFN.dtypes, ids=str)
-def test_a_kept_pre_activation_keeps_the_rule(dtype):
+def test_kept_pre_activation_is_close(dtype):
     for sample in FFN.samples[::3]:
-        hold(FFN, sample, dtype, recompute=False)
+        check(FFN, sample, dtype, recompute=False)
 
 
 @TRITON
-def test_a_kept_pre_activation_changes_no_result():
+def test_kept_pre_activation_changes_no_result():
     arguments = materialize(FFN.samples[0], torch.bfloat16, device=device())
     for name in FFN.differentiable:
         arguments[name].requires_grad_()
@@ -212,8 +212,8 @@ def test_a_kept_pre_activation_changes_no_result():
 
 @TRITON
 @pytest.mark.parametrize("recompute", [True, False])
-def test_what_is_kept_for_the_backward(recompute):
-    """Nothing but arguments, or besides them a pre-activation as large as the docstring says."""
+def test_saved_tensors(recompute):
+    """Only arguments, or also a pre-activation of the documented size."""
     arguments = materialize(FFN.samples[0], torch.bfloat16, device=device())
     given = {x.data_ptr() for x in arguments.values() if torch.is_tensor(x)}
     stacked = [arguments[n] for n in ("up", "up_bias", "down", "down_bias")]
@@ -242,17 +242,17 @@ def with_residual(sample):
 
 @TRITON
 @pytest.mark.parametrize("dtype", FFN.dtypes, ids=str)
-def test_a_residual_in_the_same_pass(dtype):
+def test_residual_in_the_same_pass(dtype):
     info = dataclasses.replace(FFN, differentiable=())
     for sample in FFN.samples:
-        hold(info, with_residual(sample), dtype)
+        check(info, with_residual(sample), dtype)
     for sample in RUNS:
-        hold(info, with_residual(sample), dtype, gemm="dense")
+        check(info, with_residual(sample), dtype, gemm="dense")
 
 
-@BOTH_WAYS
+@BACKENDS
 @pytest.mark.parametrize("name", ["x", "up", "down_bias", "residual", "gate", "weight"])
-def test_a_residual_refuses_to_cut_a_gradient(backend, name):
+def test_residual_refuses_a_gradient(backend, name):
     arguments = materialize(with_residual(FFN.samples[0]), torch.float32, device=device())
     arguments[name].requires_grad_()
     with pytest.raises(RuntimeError, match=r"expert_ffn: residual is for inference"):
@@ -261,9 +261,9 @@ def test_a_residual_refuses_to_cut_a_gradient(backend, name):
         FFN.op(**arguments, backend=backend)
 
 
-@BOTH_WAYS
+@BACKENDS
 def test_experts_may_be_separate_tensors(backend):
-    """As the weights of linear layers are, unlike in strides too; each has its own gradient."""
+    """As the weights of linear layers, also with different strides; each has its own gradient."""
     x, own, where = tokens(), experts(3), index(3, 2)
     y = ck.expert_ffn(x, *own, where, backend=backend)
     apart = [[one.clone().requires_grad_() for one in w] for w in own]
@@ -280,7 +280,7 @@ def test_experts_may_be_separate_tensors(backend):
 
 
 @TRITON
-def test_packed_weights_are_read_where_they_lie():
+def test_packed_weights_are_not_copied():
     kernel = importlib.import_module("cogvx_kernels.expert_ffn.kernel")
     packed = normal(4, 3 * FFN_DIM, DIM)[:, FFN_DIM : 2 * FFN_DIM].unbind(0)
     assert all(a is b for a, b in zip(kernel._alike(packed), packed, strict=True))
@@ -297,10 +297,10 @@ FEED_FORWARDS = {  # diffusers' name of the activation, ours
 }
 
 
-@BOTH_WAYS
+@BACKENDS
 @pytest.mark.parametrize("name", FEED_FORWARDS)
-def test_the_two_feed_forwards_of_an_mmdit_block(backend, name):
-    """Text and image each with weights of their own: one call over the joint sequence."""
+def test_feed_forwards_of_an_mmdit_block(backend, name):
+    """Text and image with different weights: one call over the joint sequence."""
     attention = pytest.importorskip("diffusers.models.attention")
     theirs, ours = FEED_FORWARDS[name]
     torch.manual_seed(0)
@@ -324,9 +324,9 @@ def test_the_two_feed_forwards_of_an_mmdit_block(backend, name):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@BOTH_WAYS
-def test_infinities_in_fp16_are_where_torch_has_them(backend):
-    """Pre-activations of 7e4 are more than fp16 holds: infinite, and never a wrong number."""
+@BACKENDS
+def test_infinities_in_fp16_are_those_of_torch(backend):
+    """Pre-activations of 7e4 overflow fp16 to infinity, and never to a wrong number."""
     x = torch.ones(1, 4, DIM, dtype=torch.float16, device=device())
     up = torch.linspace(0.5, 4, FFN_DIM, device=x.device)[None, :, None].expand(1, -1, DIM).half()
     x = x * torch.tensor([1.0, 100.0, 600.0, -600.0], device=x.device).half()[:, None]
@@ -339,8 +339,8 @@ def test_infinities_in_fp16_are_where_torch_has_them(backend):
     assert y.isnan().any() and y.isfinite().any()
 
 
-@BOTH_WAYS
-def test_the_module_is_the_function(backend):
+@BACKENDS
+def test_module_equals_the_function(backend):
     module = ck.ExpertFFN(DIM, FFN_DIM, 2, backend=backend).to(device())
     assert list(module.state_dict()) == ["up", "down", "up_bias", "down_bias"]
     own = module.up, module.up_bias, module.down, module.down_bias
@@ -354,18 +354,27 @@ def test_the_module_is_the_function(backend):
     assert module.up.abs().max() <= 1 / DIM**0.5 and linear.weight.abs().max() <= 1 / DIM**0.5
 
 
-# --- routing, without anybody waiting ------------------------------------------------------------
+# --- routing -------------------------------------------------------------------------------------
 
 
-def test_routes_are_sorted_by_expert_and_then_by_token():
+def test_pairs_are_sorted_by_expert_then_token():
     where = torch.tensor([[[2, 0], [-1, 2], [0, 7], [2, 0]]])
     order, ends = sort_by_expert(where, 3)
-    assert order.tolist() == [1, 4, 7, 0, 3, 6, 2, 5]  # 0's, none of 1's, 2's, and nobody's
+    assert order.tolist() == [
+        1,
+        4,
+        7,
+        0,
+        3,
+        6,
+        2,
+        5,
+    ]  # of expert 0, of 2, of none
     assert ends.tolist() == [3, 3, 6, 8]
 
 
 @pytest.mark.parametrize("count", [2, 254, 300])
-def test_routes_of_many_experts(count):
+def test_pairs_of_many_experts(count):
     where = torch.randint(-1, count + 1, (2, 50, 3), generator=torch.Generator().manual_seed(0))
     order, ends = sort_by_expert(where, count)
     known = torch.where((where < 0) | (where >= count), count, where).flatten()
@@ -373,13 +382,13 @@ def test_routes_of_many_experts(count):
     assert torch.equal(ends, known.bincount(minlength=count + 1).cumsum(0))
 
 
-def test_routes_ask_nothing_of_the_device():
-    """On the meta device there are no numbers to ask for."""
+def test_routing_does_not_sync_with_the_device():
+    """The meta device has no values to read."""
     order, ends = sort_by_expert(torch.empty(2, 5, 2, dtype=torch.int64, device="meta"), 4)
     assert order.shape == (20,) and ends.shape == (5,)
 
 
-def test_the_faster_way_is_looked_up(monkeypatch):
+def test_select_gemm_looks_up_the_faster_backend(monkeypatch):
     x, up = torch.empty(1, 1, 8), torch.empty(16, 8)
     assert heuristics.select_gemm(x, up, 2) == "grouped"  # not on a GPU
 
@@ -403,7 +412,7 @@ WRONG = {
     "no experts": (lambda: ([], None, [], None), "up must be a tensor .* or a sequence"),
     "unlike numbers of experts": (
         lambda: (experts(2)[0], None, experts(1)[2], None),
-        "down must hold one tensor for each of the 2 experts",
+        "down must check one tensor for each of the 2 experts",
     ),
     "an index of tokens alone": (
         lambda: (*experts(2), torch.zeros(BATCH, SEQLEN, dtype=torch.int64)),
@@ -425,10 +434,10 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_arguments_are_refused_by_name(case):
-    make, said = WRONG[case]
+def test_wrong_arguments(case):
+    make, message = WRONG[case]
     arguments = [x.cpu() if torch.is_tensor(x) else x for x in make()]
-    with pytest.raises((TypeError, ValueError), match=f"expert_ffn: {said}"):
+    with pytest.raises((TypeError, ValueError), match=f"expert_ffn: {message}"):
         ck.expert_ffn(tokens().cpu(), *arguments, text_len=TEXT)
 
 
@@ -437,7 +446,7 @@ def test_dense_has_no_index():
         ck.expert_ffn(tokens(), *experts(2), index(2), gemm="dense")
 
 
-def test_swiglu_wants_pairs_of_rows():
+def test_swiglu_needs_an_even_number_of_rows():
     up, bias, down, down_bias = experts(1)
     with pytest.raises(ValueError, match='up must have an even number of rows for activation="swi'):
         ck.expert_ffn(tokens(), up[:, :-1], bias[:, :-1], down, down_bias, activation="swiglu")
@@ -451,12 +460,12 @@ def linears(bias=True, rows=FFN_DIM, dtype=torch.float32):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
 @pytest.mark.parametrize("count", [1, 2])
-def test_from_linears_is_the_plain_composition(count, activation, bias):
-    """With copies of the weights: what is trained afterwards is the module."""
+def test_from_linears_equals_the_linears(count, activation, bias):
+    """With copies of the weights, so that training changes the module alone."""
     rows = 2 * FFN_DIM if activation == "swiglu" else FFN_DIM
     pairs = [linears(bias, rows) for _ in range(count)]
     for layer in pairs[0]:
-        layer.weight.requires_grad_(False)  # of all experts there is one parameter
+        layer.weight.requires_grad_(False)  # all experts have one parameter
     module = ck.ExpertFFN.from_linears(pairs, activation, backend="reference")
     x = tokens()
     parts = x.split([TEXT, VIDEO], 1) if count == 2 else [x]
@@ -503,7 +512,7 @@ def hooked():
         (lambda: (linears()[0], hooked()), TypeError, r"down of pairs.1. must be an nn.Linear"),
     ],
 )  # fmt: skip
-def test_from_linears_refuses_what_does_not_fit(second, error, message):
+def test_from_linears_refuses_unequal_layers(second, error, message):
     with pytest.raises(error, match="ExpertFFN.from_linears: .*" + message):
         ck.ExpertFFN.from_linears([linears(), second()])
 

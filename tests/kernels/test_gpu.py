@@ -1,4 +1,4 @@
-"""What only a GPU can show: real sizes, streams, graphs, every launch choice. Marked `gpu`."""
+"""Tests that need a GPU: real sizes, streams, CUDA graphs, launch options. Marked `gpu`."""
 
 import dataclasses
 import importlib
@@ -55,7 +55,7 @@ def test_models_sizes(info, dtype, size):
     if info.videos and not size.startswith("2b"):
         pytest.skip("one VAE for all models")
     if size.startswith("5b"):
-        needs_gigabytes(80)  # most of it the fp64 in fp64
+        needs_gigabytes(80)  # most of it the fp64 reference
     comparisons = compare(info, info.at_size(SIZES[size]), DTYPES[dtype], device="cuda")
     wrong = [str(v) for v in comparisons if not v.ok]
     assert not wrong, wrong
@@ -67,7 +67,7 @@ def needs_gigabytes(count):
 
 
 def rows_near_two_to_the_31(seqlen, width):
-    """The first rows, those where 2**31 elements lie before them, the last ones."""
+    """The first rows, those around element 2**31, the last rows."""
     around = 2**31 // width
     assert around + 4 < seqlen - 8
     return slice(0, 8), slice(around - 4, around + 4), slice(seqlen - 8, seqlen)
@@ -100,31 +100,31 @@ def test_adaln_of_more_than_two_to_the_31_elements():
     for rows in rows_near_two_to_the_31(seqlen, dim):
         few = {**arguments, "x": x[:, rows], "y": y[:, rows]}
         some = dataclasses.replace(info, differentiable=("x", "y"))
-        laws = baseline_and_fp64(some, few, tuple(dout[:, rows] for dout in grad_outputs))
+        references = baseline_and_fp64(some, few, tuple(dout[:, rows] for dout in grad_outputs))
         for name, x_ours in ours.items():
             comparison = check_close(
-                name, x_ours[:, rows], *(law[name] for law in laws), rounds_between=True
+                name, x_ours[:, rows], *(r[name] for r in references), rounds_between=True
             )
             assert comparison.ok, f"{rows}: {comparison}"
 
 
 def test_adaln_of_a_hundred_thousand_programs():
-    """A modulation for each token, and so a program: more than 65,535 of them."""
+    """A modulation for each token makes a program for each token, more than 65,535."""
     info, tokens, dim = OPS["expert_adaln"], 100_000, 64
     x, shift, scale = torch.randn(3, 1, tokens, dim, device="cuda").unbind()
     names = ("x", "shift", "scale", "text_shift", "text_scale", "weight", "bias")
     arguments = dict(zip(names, (x, shift, scale, None, None, None, None), strict=True))
     grad_outputs = grad_outputs_like((x,), 0)
     ours = forward_and_backward(info, arguments, grad_outputs)
-    laws = baseline_and_fp64(info, arguments, grad_outputs)
-    comparisons = [check_close(name, ours[name], *(law[name] for law in laws)) for name in ours]
+    references = baseline_and_fp64(info, arguments, grad_outputs)
+    comparisons = [check_close(name, ours[name], *(r[name] for r in references)) for name in ours]
     assert ours.keys() == {"out0", "dx", "dshift", "dscale"}
     assert all(v.ok for v in comparisons), [str(v) for v in comparisons]
 
 
 @EVERY_OP
-def test_a_side_stream_sees_its_own_inputs(info):
-    """Inputs are written late, on another stream than the default one: no launch overtakes it."""
+def test_side_stream(info):
+    """Inputs are written late on a side stream, and the op runs after that write."""
     size = SIZES["tiny"]
     fresh = materialize(info.at_size(size), torch.float32, device="cuda", seed=1)
     grad_outputs = grad_outputs_of(info, fresh)
@@ -167,7 +167,7 @@ def test_cuda_graph_replays_with_new_inputs(info):
 
 
 @EVERY_OP
-def test_the_same_bits_every_time_beside_another_stream_at_work(info):
+def test_same_bits_beside_a_busy_stream(info):
     arguments = materialize(info.at_size(SIZES["tiny"]), torch.bfloat16, device="cuda")
     grad_outputs = grad_outputs_of(info, arguments)
     expected = forward_and_backward(info, arguments, grad_outputs)
@@ -182,8 +182,8 @@ def choices(**values):
     return [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
 
 
-# The launch constants of each room, and the values that a tuning run may choose. A forward and its
-# backward are launched apart, so that each choice is one of both.
+# The launch constants of each op package, and the values that a tuning run may choose. Each choice
+# is tested in the forward and in the backward.
 CHOICES = {
     "rope3d": choices(TILE=(512, 1024, 2048, 4096), NUM_WARPS=(1, 2, 4, 8)),
     "expert_adaln": [
@@ -201,27 +201,27 @@ CHOICES = {
         )
     ],
 }
-ROOM_CHOICES = [(room, choice) for room, listed in CHOICES.items() for choice in listed]
+LAUNCH_CHOICES = [(package, choice) for package, some in CHOICES.items() for choice in some]
 
 
-@pytest.mark.parametrize(("room", "choice"), ROOM_CHOICES, ids=str)
-def test_every_launch_choice(room, choice, monkeypatch):
-    """Compilers have miscompiled single configurations: each is checked, not only the winner."""
-    kernel = importlib.import_module(f"cogvx_kernels.{room}.kernel")
+@pytest.mark.parametrize(("package", "choice"), LAUNCH_CHOICES, ids=str)
+def test_every_launch_choice(package, choice, monkeypatch):
+    """Compilers have miscompiled single configurations, so each is checked."""
+    kernel = importlib.import_module(f"cogvx_kernels.{package}.kernel")
     for name, value in choice.items():
         monkeypatch.setattr(kernel, name, value)
     for info in OPS.values():
-        if info.op.__module__.startswith(f"cogvx_kernels.{room}."):
+        if info.op.__module__.startswith(f"cogvx_kernels.{package}."):
             for sample, dtype in itertools.product(info.samples[::3], DTYPES.values()):
                 comparisons = compare(info, sample, dtype, device="cuda")
                 wrong = [str(v) for v in comparisons if not v.ok]
                 assert not wrong, f"{sample.reason}, {dtype}: {wrong}"
 
 
-def test_every_room_with_launch_constants_is_listed():
-    """A room has launch constants if its kernel's module has numbers with names in capitals."""
-    for room in {info.op.__module__.split(".")[1] for info in OPS.values()}:
-        kernel = vars(importlib.import_module(f"cogvx_kernels.{room}.kernel"))
+def test_every_package_with_launch_constants_is_listed():
+    """Launch constants are integers in capitals in the module `kernel`."""
+    for package in {info.op.__module__.split(".")[1] for info in OPS.values()}:
+        kernel = vars(importlib.import_module(f"cogvx_kernels.{package}.kernel"))
         constants = {name for name, x in kernel.items() if name.isupper() and type(x) is int}
-        assert bool(constants) == (room in CHOICES), room
-        assert all(choice.keys() <= constants for choice in CHOICES.get(room, ())), room
+        assert bool(constants) == (package in CHOICES), package
+        assert all(choice.keys() <= constants for choice in CHOICES.get(package, ())), package

@@ -1,4 +1,4 @@
-"""Laws of `rope3d` and of its norms; of the tables that it takes: test_rope3d_tables.py."""
+"""Properties of `rope3d` and `qk_norm_rope3d`; those of the tables are in test_rope3d_tables.py."""
 
 import dataclasses
 import importlib
@@ -22,7 +22,7 @@ def tables(grid=(2, 3, 4), split=(16, 24, 24)):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("interleaved", [True, False])
-def test_a_rotation_keeps_lengths(backend, interleaved, device):
+def test_rotation_keeps_lengths(backend, interleaved, device):
     cos, sin = (t.to(device) for t in tables())
     x = torch.randn(2, 24, 2, 64, device=device)
     out = ck.rope3d(x, cos, sin, interleaved=interleaved, backend=backend)
@@ -32,21 +32,21 @@ def test_a_rotation_keeps_lengths(backend, interleaved, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scores_depend_on_differences_of_position(backend, device):
-    """q·k after the rotation is the same wherever the two stand, if equally far apart."""
+    """q·k after the rotation depends only on the difference of positions."""
     q, k = torch.randn(2, 1, 1, 1, 64, device=device).double().float()
     grid = ck.slice_positions((3, 3, 3))
     scores = []
     for shift in (0.0, 5.0):
         cos, sin = (t.to(device) for t in ck.rope3d_tables([p + shift for p in grid], (16, 24, 24)))
-        turned = [
+        rotated = [
             ck.rope3d(x.expand(1, 27, 1, 64), cos, sin, backend=backend)[0, :, 0] for x in (q, k)
         ]
-        scores.append(turned[0] @ turned[1].T)
+        scores.append(rotated[0] @ rotated[1].T)
     torch.testing.assert_close(*scores, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_text_passes_bit_for_bit_even_if_it_is_not_finite(backend, device):
+def test_text_keeps_its_bits_even_if_not_finite(backend, device):
     cos, sin = (t.to(device) for t in tables())
     x = torch.randn(1, 27, 2, 64, device=device)
     x[0, 0, 0, 0], x[0, 1, 0, 3], x[0, 2, 1, 5] = float("nan"), float("inf"), -0.0
@@ -57,7 +57,7 @@ def test_text_passes_bit_for_bit_even_if_it_is_not_finite(backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("interleaved", [True, False])
-def test_dims_past_rotary_dim_pass_bit_for_bit(backend, interleaved, device):
+def test_dims_past_rotary_dim_keep_their_bits(backend, interleaved, device):
     cos, sin = (t.to(device) for t in tables(split=(4, 6, 6)))
     x = torch.randn(1, 24, 2, 40, device=device)
     out = ck.rope3d(x, cos, sin, interleaved=interleaved, backend=backend)
@@ -66,8 +66,8 @@ def test_dims_past_rotary_dim_pass_bit_for_bit(backend, interleaved, device):
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
-def test_a_head_of_two_dims(interleaved, device):
-    """One pair. Not in the fuzz: Triton 3.6's interpreter takes a block of one for a scalar."""
+def test_head_of_two_dims(interleaved, device):
+    """One pair; not in the fuzz test, because Triton 3.6's interpreter makes it a scalar."""
     angles_of = torch.randn(3, 1, device=device)
     x = torch.randn(2, 5, 3, 2, device=device)
     call = (x, angles_of.cos(), angles_of.sin())
@@ -76,7 +76,7 @@ def test_a_head_of_two_dims(interleaved, device):
     torch.testing.assert_close(ours, expected)
 
 
-def test_half_split_is_interleaved_with_its_dims_shuffled(device):
+def test_half_split_is_interleaved_with_permuted_dims(device):
     cos, sin = (t.to(device) for t in tables())
     x = torch.randn(1, 24, 2, 64, device=device)
     halves = x.unflatten(-1, (32, 2)).transpose(-1, -2).flatten(-2)
@@ -85,7 +85,7 @@ def test_half_split_is_interleaved_with_its_dims_shuffled(device):
     assert torch.equal(split.unflatten(-1, (2, 32)).transpose(-1, -2).flatten(-2), out)
 
 
-def test_q_and_k_of_a_packed_projection_turn_in_one_call(device):
+def test_packed_q_and_k_rotate_in_one_call(device):
     cos, sin = (t.to(device) for t in tables())
     qkv = torch.randn(2, 24, 3, 2, 64, device=device)
     both = ck.rope3d(qkv.flatten(2, 3)[:, :, :4], cos, sin, backend="kernel")
@@ -94,8 +94,8 @@ def test_q_and_k_of_a_packed_projection_turn_in_one_call(device):
         assert torch.equal(both[:, :, 2 * i : 2 * i + 2], alone)
 
 
-def test_not_a_number_stays_in_its_row(device):
-    """A NaN in one head of one token leaves every other row bit for bit as it was."""
+def test_nan_stays_in_its_row(device):
+    """A NaN in one head of one token changes no bit of another row."""
     cos, sin = (t.to(device) for t in tables())
     q, k = torch.randn(2, 2, 26, 3, 64, device=device)
     before = ck.qk_norm_rope3d(q, k, *[None] * 4, cos, sin, text_len=2, backend="kernel")
@@ -109,8 +109,8 @@ def test_not_a_number_stays_in_its_row(device):
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("scale, offset", [(0.0, 0.0), (1e-30, 0.0), (1e15, 0.0), (1e-2, 1e4)])
-def test_rows_that_are_hard_to_normalise(norm, scale, offset, device):
-    """All zero, tiny, huge, a spread that is small beside the mean: as near as the reference."""
+def test_ill_conditioned_rows(norm, scale, offset, device):
+    """All zero, tiny, huge, a deviation far below the mean: as close as the reference."""
     cos, sin = (t.to(device) for t in tables((1, 1, 4)))
     x = torch.randn(1, 4, 64, 64, device=device) * scale + offset
     call = (x, x, *[None] * 4, cos, sin)
@@ -127,7 +127,7 @@ def test_rows_that_are_hard_to_normalise(norm, scale, offset, device):
 
 @pytest.mark.parametrize("programs", [1, 2, 3, 7])
 def test_backward_strips_cover_every_token_once(programs, monkeypatch, device):
-    """More tokens than programs, as on a GPU: the same gradients, up to the order of the sums."""
+    """With more tokens than programs the gradients are the same up to the order of the sums."""
     kernel = importlib.import_module("cogvx_kernels.rope3d.kernel")
     info = OPS["qk_norm_rope3d"]
     monkeypatch.setattr(kernel, "BACKWARD_PROGRAMS", programs)
@@ -138,29 +138,29 @@ def test_backward_strips_cover_every_token_once(programs, monkeypatch, device):
 
 @pytest.mark.skipif(not _backend.INTERPRETED, reason="bytes are counted in the interpreter")
 @pytest.mark.parametrize("size", ["2b-480x720-49f", "5b-480x720-49f", "card-480x720-49f"])
-def test_bytes_asked_for_are_near_the_least_possible(size, monkeypatch):
+def test_requested_bytes_are_near_the_minimum(size, monkeypatch):
     """Counted on a few tokens with the model's heads: at most 1.05 times the op's cost."""
     from tests.harness.observe import observe
 
     kernel = importlib.import_module("cogvx_kernels.rope3d.kernel")
-    monkeypatch.setattr(kernel, "BACKWARD_PROGRAMS", 1)  # weights are loaded once a program
+    monkeypatch.setattr(kernel, "BACKWARD_PROGRAMS", 1)  # each program loads the weights
     info, full = OPS["qk_norm_rope3d"], SIZES[size]
-    asked = {}
+    requested = {}
     for tokens in (2, 4):
         few = dataclasses.replace(full, frames=1, height=1, width=tokens, text_len=0, batch=1)
         arguments = materialize(info.at_size(few), torch.bfloat16)
         with observe() as seen:
             info.launch(kernel, arguments)
         assert len(seen.launches) == 2
-        asked[tokens] = [launch.bytes_read + launch.bytes_written for launch in seen.launches]
+        requested[tokens] = [launch.bytes_read + launch.bytes_written for launch in seen.launches]
     meta = materialize(info.at_size(full), torch.bfloat16, device="meta")
     for i, cost in enumerate(info.cost(meta)):
-        per_token = (asked[4][i] - asked[2][i]) / 2
+        per_token = (requested[4][i] - requested[2][i]) / 2
         assert per_token * full.batch * full.seqlen <= 1.05 * cost.bytes
 
 
 @pytest.mark.parametrize("changed", ["q", "k_weight"])
-def test_an_input_changed_before_the_backward_is_noticed(changed, device):
+def test_input_changed_before_the_backward_raises(changed, device):
     arguments = materialize(OPS["qk_norm_rope3d"].samples[0], torch.float32, device=device)
     leaf = arguments[changed].requires_grad_()
     moved = leaf * 1
@@ -170,13 +170,13 @@ def test_an_input_changed_before_the_backward_is_noticed(changed, device):
         (out[0].sum() + out[1].sum()).backward()
 
 
-# --- in place, modules, doors ----------------------------------------------------------------
+# --- in place, modules, arguments ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_place_on_a_packed_projection(backend, dtype, device):
-    """q and k are overwritten where they lie, v is not touched, and the bits are the same."""
+    """Only q and k are overwritten, with the same bits as out of place."""
     cos, sin = (t.to(device) for t in tables())
     weights = torch.randn(4, 40, device=device).to(dtype)
     cos, sin = cos[:, :20].contiguous(), sin[:, :20].contiguous()
@@ -194,7 +194,7 @@ def test_in_place_on_a_packed_projection(backend, dtype, device):
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_in_place_compiled_changes_the_same_memory(compiler, device):
-    """The views of the packed projection that the compiled graph writes are the caller's own."""
+    """The compiled graph writes to the caller's views of the packed projection."""
     torch._dynamo.reset()
     cos, sin = (t.to(device) for t in tables())
     qkv = torch.randn(1, 26, 3, 2, 64, device=device)
@@ -214,8 +214,8 @@ def test_in_place_compiled_changes_the_same_memory(compiler, device):
     torch.testing.assert_close(compiled, plain)
 
 
-def test_autocast_changes_nothing(device):
-    """Dtypes are the arguments' own, of results and of gradients, in autocast and out of it."""
+def test_autocast_keeps_equal_dtypes(device):
+    """Results and gradients have the arguments' dtypes, as without autocast."""
     info = OPS["qk_norm_rope3d"]
     arguments = materialize(info.samples[0], torch.bfloat16, device=device)
     for name in ("q_weight", "k_bias"):  # parameters stay fp32 under autocast
@@ -254,7 +254,7 @@ def test_in_place_refuses_overlapping_elements():
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("affine", [True, False])
-def test_module_equals_the_function_and_keeps_diffusers_names(norm, affine, device):
+def test_module_equals_the_function_and_has_diffusers_keys(norm, affine, device):
     module = ck.QKNormRoPE3D(40, norm=norm, affine=affine).to(device)
     names = {"layer": ["weight", "bias"], "rms": ["weight"]}[norm] if affine else []
     expected = [f"norm_{x}.{name}" for x in "qk" for name in names]
@@ -285,7 +285,7 @@ def test_rope_module(device):
         torch.testing.assert_close(module(x, cos, sin), expected)
 
 
-def test_double_precision_takes_the_reference_unless_the_kernel_is_asked_for():
+def test_fp64_runs_the_reference():
     cos, sin = tables()
     x = torch.randn(1, 24, 2, 64, dtype=torch.float64)
     assert torch.equal(ck.rope3d(x, cos, sin), ck.rope3d_reference(x, cos, sin))
@@ -294,7 +294,7 @@ def test_double_precision_takes_the_reference_unless_the_kernel_is_asked_for():
         ck.rope3d(x, cos, sin, backend="kernel")
 
 
-def test_tables_get_no_gradient_and_say_so():
+def test_tables_refuse_a_gradient():
     cos, sin = tables()
     with pytest.raises(RuntimeError, match=r"rope3d: sin is not differentiable .* sin\.detach\(\)"):
         ck.rope3d(torch.randn(1, 24, 2, 64), cos, sin.requires_grad_())
@@ -320,7 +320,7 @@ def test_tables_get_no_gradient_and_say_so():
          r"x must have 4 dimensions \(batch, seqlen, nheads, headdim\); got float32 \(1, 26,"),
     ],
 )  # fmt: skip
-def test_messages_name_what_was_wanted_and_what_came(change, error, message):
+def test_error_messages(change, error, message):
     cos, sin = tables()
     arguments = {"x": torch.randn(1, 26, 2, 64), "cos": cos, "sin": sin, "text_len": 2} | change
     with pytest.raises(error, match="rope3d: " + message):

@@ -1,4 +1,4 @@
-"""Laws of the tables of `rope3d`, and golden values (fact sheet, sections 3 and 9)."""
+"""Properties and golden values of the tables of `rope3d` (docs/model.md, sections 3 and 9)."""
 
 import pytest
 import torch
@@ -18,19 +18,19 @@ def angles(cos, sin):
     [(64, (16, 24, 24)), (40, (8, 16, 16)), (128, (32, 48, 48)), (80, (20, 30, 30)),
      (96, (24, 36, 36)), (8, (4, 2, 2)), (6, (2, 2, 2))],
 )  # fmt: skip
-def test_split_of_a_head(headdim, split):
+def test_split_headdim(headdim, split):
     assert ck.split_headdim(headdim) == split
     assert sum(split) == headdim
 
 
 @pytest.mark.parametrize("headdim", [4, 15, 0])
-def test_split_refuses_what_cannot_be_paired(headdim):
+def test_split_headdim_refuses_odd_and_small_heads(headdim):
     with pytest.raises(ValueError, match=f"headdim must be even and at least 6; got {headdim}"):
         ck.split_headdim(headdim)
 
 
 def test_golden_frequencies():
-    """Angles of the token at (1, 1, 1) are the frequencies: time's, then height's, then width's."""
+    """The angles of token (1, 1, 1) are the frequencies of time, height and width."""
     found = angles(*ck.rope3d_tables(ck.slice_positions((2, 2, 2)), SPLIT))[-1]
     time = torch.tensor([1, 0.31623, 0.1, 0.031623, 0.01, 0.0031623, 0.001, 0.00031623])
     side = torch.tensor([1, 0.464159, 0.215443, 0.1, 0.0464159, 0.0215443, 0.01, 0.00464159,
@@ -39,7 +39,7 @@ def test_golden_frequencies():
 
 
 def test_golden_row_of_a_token():
-    """At 480x720 token (t, h, w) is row (t·30 + h)·45 + w, with angles t, h, w times frequency."""
+    """At 480x720 token (t, h, w) is row (t·30 + h)·45 + w; angles are t, h, w times frequency."""
     cos, sin = ck.rope3d_tables(ck.crop_positions((13, *BASE_GRID)), SPLIT)
     assert cos.shape == sin.shape == (17550, 32)
     assert cos.dtype == sin.dtype == torch.float32
@@ -54,7 +54,7 @@ def test_golden_row_of_a_token():
         torch.testing.assert_close(sin[row], expected.sin().float(), rtol=0, atol=5e-6)
 
 
-def test_crop_positions_at_the_base_grid_are_integers_bit_for_bit():
+def test_crop_positions_at_the_base_grid_are_exact_integers():
     for ours, integers in zip(
         ck.crop_positions((13, *BASE_GRID)), ck.slice_positions((13, *BASE_GRID)), strict=True
     ):
@@ -82,7 +82,7 @@ def test_golden_crop_positions():
     assert (height[-1].item(), width[-1].item()) == pytest.approx((29.33, 30.93), abs=5e-3)
 
 
-def test_slice_positions_refuse_more_than_the_model_knows():
+def test_slice_positions_refuse_more_than_max_grid():
     assert [len(p) for p in ck.slice_positions((11, 48, 85), (48, 85))] == [11, 48, 85]
     with pytest.raises(ValueError, match=r"grid \(1, 60, 85\) exceeds max_grid \(48, 85\) in hei"):
         ck.slice_positions((1, 60, 85), (48, 85))
@@ -95,7 +95,7 @@ def test_grids_must_be_positive(positions, grid):
         positions(grid)
 
 
-def test_a_position_for_each_token_equals_the_grid():
+def test_positions_of_tokens_equal_the_grid():
     grid = ck.slice_positions((2, 3, 4))
     tokens = torch.cartesian_prod(*grid)
     for ours, expected in zip(
@@ -155,7 +155,7 @@ def test_tables_refuse_positions_of_other_shapes():
          r"precision must be a floating-point dtype; got 'float32'"),
     ],
 )  # fmt: skip
-def test_what_is_no_number_or_tensor_is_refused_by_name(call, message):
+def test_wrong_types_are_refused(call, message):
     with pytest.raises(TypeError, match=message):
         call()
 

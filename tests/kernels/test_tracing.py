@@ -1,4 +1,4 @@
-"""Torch's own checks of every op: registration, fake tensors, and what a compiler makes of it."""
+"""opcheck and torch.compile of every op."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from .op_helpers import EVERY_OP, call, grad_outputs_of, present, resized
 
 
 class Recorder(TorchDispatchMode):
-    """The calls of this project's torch ops, below autograd."""
+    """Record the calls of this project's torch ops, below autograd."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Recorder(TorchDispatchMode):
 @EVERY_OP
 @pytest.mark.parametrize("samples", ["the first", rest("every third")])
 def test_opcheck(info, samples, device):
-    """Schema, autograd registration, fake tensors, ahead-of-time tracing: of every torch op."""
+    """Schema, autograd registration, fake tensors and ahead-of-time tracing of every torch op."""
     seen = set()
     for sample in info.samples[:1] if samples == "the first" else info.samples[::3]:
         arguments = materialize(sample, torch.float32, device=device)
@@ -61,7 +61,7 @@ def test_opcheck(info, samples, device):
 
 
 def copied(x: Any, requires_grad: bool) -> Any:
-    """A tensor, or each of a list; an empty one without its strides: opcheck cannot copy it."""
+    """Copy a tensor, or a list; an empty one without its strides, which opcheck cannot copy."""
     if isinstance(x, list):
         return [copied(each, requires_grad) for each in x]
     if not isinstance(x, Tensor):
@@ -82,7 +82,7 @@ def training_step(info: OpInfo, names: tuple[str, ...], **constants: Any):
 @pytest.mark.parametrize("compiler", ["aot_eager", rest("inductor")])
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_compiles_in_one_graph(info, compiler, device):
-    """torch.compile(fullgraph=True): loss and gradients as in eager. The default is inductor."""
+    """torch.compile(fullgraph=True) has the loss and gradients of eager."""
     arguments = materialize(info.samples[0], torch.float32, device=device)
     names = present(info, arguments)
     constants = {n: x for n, x in arguments.items() if n not in names}
@@ -100,7 +100,7 @@ def test_compiles_in_one_graph(info, compiler, device):
 @EVERY_OP
 @pytest.mark.filterwarnings("ignore")
 def test_compiles_once_for_many_lengths(info, device):
-    """dynamic=True: lengths of text and video change; one graph more, for a length of 1."""
+    """dynamic=True makes one graph for all lengths of text and video, and one for length 1."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(info.op, fullgraph=True, dynamic=True, backend=counter)

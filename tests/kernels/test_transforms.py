@@ -1,4 +1,4 @@
-"""Function transforms, forward-mode derivatives and DTensor through every op: right, or refused."""
+"""torch.func transforms, forward-mode derivatives and DTensor with every op."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from cogvx_kernels.testing import OPS, as_tuple, materialize, to_double
 
 from .op_helpers import EVERY_OP, present, tensors
 
-# Torch makes some of its forward-mode rules by a scripting that it no longer recommends.
+# torch scripts some of its own forward-mode rules.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
 TRANSFORM = 'backend="kernel" cannot run: a torch.func transform is active'
@@ -37,20 +37,20 @@ class Call:
         self.directions = tuple(torch.randn_like(x) for x in self.inputs)
 
     def on(self, backend: str) -> Callable[..., tuple[Tensor, ...]]:
-        """The outputs that have a gradient."""
+        """The call on a backend, without the outputs that have no gradient."""
         return lambda *inputs: self._outputs(self.info.op, self.arguments, inputs, backend=backend)
 
     def loss(self, *inputs: Tensor) -> Tensor:
         return sum(x.sin().sum() for x in self.on("auto")(*inputs))
 
     def gradients(self) -> tuple[Tensor, ...]:
-        """Of `loss`, by the kernel and plain autograd."""
+        """Gradients of `loss` by the kernel and autograd."""
         leaves = tuple(x.detach().requires_grad_() for x in self.inputs)
         loss = sum(x.sin().sum() for x in self.on("kernel")(*leaves))
         return torch.autograd.grad(loss, leaves)
 
     def derivative(self) -> tuple[Tensor, ...]:
-        """Of the outputs along the directions, by central differences of the reference in fp64."""
+        """Directional derivatives by central differences of the reference in fp64."""
         arguments, step = to_double(self.arguments), 1e-6
         ahead, behind = (
             self._outputs(
@@ -90,7 +90,7 @@ def mesh(device) -> Iterator[DeviceMesh]:
 
 @EVERY_OP
 def test_forward_mode_derivatives(call):
-    """By torch.func and by dual tensors, whichever arguments have a tangent."""
+    """By torch.func and by dual tensors, with a tangent for any of the arguments."""
     expected = call.derivative()
     _, ours = torch.func.jvp(call.on("auto"), call.inputs, call.directions)
     assert_near(ours, expected)
@@ -138,7 +138,7 @@ def along_reference(call: Call, step: Tensor) -> Tensor:
 
 @EVERY_OP
 def test_vmap(call):
-    """Over all arguments, and over each alone: as one call after the other."""
+    """Over all arguments, and over each alone, equals separate calls."""
     pairs = [torch.stack([x, v]) for x, v in zip(call.inputs, call.directions, strict=True)]
     together = torch.vmap(call.on("auto"))(*pairs)
     for i in (0, 1):
@@ -154,8 +154,8 @@ def test_vmap(call):
 
 
 @EVERY_OP
-def test_tensors_that_hold_others(call, mesh):
-    """A DTensor, one process of one: outputs and gradients are DTensors with the same values."""
+def test_dtensor(call, mesh):
+    """In a mesh of one process, outputs and gradients are DTensors with the same values."""
 
     def spread(x: Tensor) -> DTensor:
         return distribute_tensor(x.detach().clone(), mesh, [Replicate()])
@@ -177,7 +177,7 @@ def test_tensors_that_hold_others(call, mesh):
 
 @pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
 def test_transforms_inside_a_compiled_function(transform, device):
-    """What is traced under a transform takes the reference as well; what is not, the kernel."""
+    """A call traced under a transform runs the reference."""
     torch._dynamo.reset()
     call = Call(OPS["rope3d"], device)
     [x], [direction] = call.inputs, call.directions
@@ -192,8 +192,8 @@ def test_transforms_inside_a_compiled_function(transform, device):
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_dual_tensors_through_a_compiled_function(compiler, device):
-    """A compiler sees no tangents: within a level of dual tensors it takes the reference, also for
-    a function that was compiled outside one."""
+    """torch.compile sees no tangents: in a level of dual tensors the reference runs, also in a
+    function that was compiled before."""
     torch._dynamo.reset()
     call = Call(OPS["rope3d"], device)
     [x], [direction] = call.inputs, call.directions
@@ -208,8 +208,8 @@ def test_dual_tensors_through_a_compiled_function(compiler, device):
             forced(fw.make_dual(x, direction))
 
 
-def test_subclasses_with_memory_of_their_own_run_on_the_kernel(device):
-    """Without a __torch_dispatch__ a subclass is a tensor like any other; so is a parameter."""
+def test_plain_subclasses_run_the_kernel(device):
+    """A subclass without __torch_dispatch__, and a parameter."""
 
     class Labelled(Tensor):
         pass
@@ -225,7 +225,7 @@ def test_subclasses_with_memory_of_their_own_run_on_the_kernel(device):
 @pytest.mark.parametrize("algo", ["conv3d", "conv2d"])
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_conv3d(pieces, algo, grad, mesh, device, monkeypatch):
-    """Recording gradients or not, in one call or in pieces; as torch's convolution."""
+    """Equals F.conv3d, with and without gradients, in one call and in pieces."""
     x, v = torch.randn(2, 3, 2, 4, 5, 5, device=device)
     x, v = (z.contiguous(memory_format=torch.channels_last_3d) for z in (x, v))
     weight, bias = torch.randn(3, 2, 3, 3, 3, device=device), torch.randn(3, device=device)
@@ -252,8 +252,8 @@ def test_conv3d(pieces, algo, grad, mesh, device, monkeypatch):
 
 
 @pytest.mark.parametrize("op", ["append", "push", "exchange"])
-def test_frame_caches_are_refused_or_right_in_forward_mode(op):
-    """The ops that overwrite a cache: a tangent goes into the cache, or nothing runs."""
+def test_frame_caches_in_forward_mode(op):
+    """An op that overwrites a cache writes the tangent too, or raises."""
     frames = torch.randn(1, 2, 3, 2, 2)
     tangent = torch.randn_like(frames)
     function = getattr(ck, f"frame_cache_{op}")
