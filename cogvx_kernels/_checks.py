@@ -4,7 +4,7 @@ Public functions call it before any allocation or launch; the code below them do
 A wrong type is a TypeError, a wrong value a ValueError.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,24 @@ def no_grad(op: str, name: str, value: Tensor) -> None:
             f"{op}: {name} is not differentiable and must not require a gradient; "
             f"got requires_grad=True (pass {name}.detach())"
         )
+
+
+def inplace(
+    op: str, what: str, written: Mapping[str, Tensor], others: Mapping[str, Tensor | None]
+) -> None:
+    """Refuse inplace=True if a gradient is required, or if elements of a tensor overlap."""
+    for name, x in {**written, **others}.items():
+        if x is not None and x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{op}: inplace=True overwrites {what}; got {name} with requires_grad=True. "
+                "Use inplace=False, or torch.no_grad()"
+            )
+    for name, x in written.items():
+        if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+            raise ValueError(
+                f"{op}: inplace=True needs {name} to have each element in a place of its own; "
+                f"got strides {x.stride()} for shape {tuple(x.shape)}"
+            )
 
 
 def integer(op: str, name: str, value: Any, low: int, high: int, why: str) -> None:

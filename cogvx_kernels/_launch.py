@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,31 @@ def alignment(*tensors: Tensor) -> int:
         if size > 1
     ]
     return math.gcd(16, *strides)
+
+
+class Rows(NamedTuple):
+    """Pointer and strides of a tensor (batch, seqlen, dim) for a kernel.
+
+    Strides of batch and seq are in units of ALIGN elements: by the product with a constant the
+    compiler knows the alignment of a row.
+    """
+
+    ptr: Tensor | None
+    batch: int
+    seq: int
+    dim: int
+
+
+def as_rows(x: Tensor | None, plan: Any) -> Rows:
+    """`x` for a launch with the constants `plan`; None becomes a Rows without a pointer."""
+    if x is None:
+        return Rows(None, 0, 0, 1)
+    batch, seq, dim = x.stride()
+    return Rows(x, batch // plan.ALIGN, seq // plan.ALIGN, dim)
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def dense(x: Tensor, channels_last: bool) -> Tensor:

@@ -289,7 +289,7 @@ def run_python(code: str) -> str:
 
 
 def test_import_is_lazy():
-    """No Triton, no GPU, no extension: in a fresh process, where nothing has imported them yet."""
+    """Importing loads no Triton, no extension and no CUDA, in a new process."""
     code = """
 import sys, torch, cogvx_kernels, cogvx_kernels.testing, cogvx
 heavy = ("triton", "cogvx_kernels._C", "numpy.f2py", "transformers", "diffusers", "av")

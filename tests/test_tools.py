@@ -336,7 +336,7 @@ def test_doctor_lists_gpus(a_gpu):
     ],
 )
 def test_doctor_reports_where_the_extension_runs(build, on_gpu, output, monkeypatch):
-    """Of an op that has no Triton kernel; it does not depend on Triton."""
+    """For an op without a Triton kernel, whether Triton is installed or not."""
     native = dataclasses.replace(next(iter(OPS.values())), name="native", launch=None)
     monkeypatch.setattr(doctor, "OPS", {"native": native})
     monkeypatch.setattr(doctor._backend, "triton_reason", lambda name, x: "Triton is not installed")

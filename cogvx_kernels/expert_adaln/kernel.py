@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import alignment, on_device
+from .._launch import Rows, alignment, as_rows, contiguous, on_device
 
 # Not yet measured. Large enough that the modulation and its gradients are at most a twentieth of a
 # strip's bytes; small enough that a real sequence has some 900 programs, six or seven for each
@@ -29,19 +29,6 @@ LANES_PER_WARP = 512
 
 # shift, scale and gate of a modality, each (batch, groups, dim) or None
 Modulation = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-class Rows(NamedTuple):
-    """Pointer and strides of a tensor (batch, seqlen, dim).
-
-    Strides of batch and seq are in units of ALIGN elements: by the product with a constant the
-    compiler knows the alignment of a row.
-    """
-
-    ptr: Tensor | None
-    batch: int
-    seq: int
-    dim: int
 
 
 class Modality(NamedTuple):
@@ -227,13 +214,6 @@ def _expert_adaln_bwd_kernel(
         )
 
 
-def _rows(x: Tensor | None, plan: Plan) -> Rows:
-    if x is None:
-        return Rows(None, 0, 0, 1)
-    batch, seq, dim = x.stride()
-    return Rows(x, batch // plan.ALIGN, seq // plan.ALIGN, dim)
-
-
 def _alike(text: Modulation, video: Modulation) -> tuple[Modulation, Modulation]:
     """Both; an absent one is replaced by the other, because both branches are compiled."""
     if _groups(*text) and _groups(*video):
@@ -250,7 +230,7 @@ def _modality(
     groups = _groups(shift, scale, gate)
     run = tokens // max(groups, 1)
     strips = triton.cdiv(run, plan.TOKENS)
-    rows = (_rows(x, plan) for x in (shift, scale, gate))
+    rows = (as_rows(x, plan) for x in (shift, scale, gate))
     return Modality(*rows, first, run, strips, groups * strips)
 
 
@@ -277,10 +257,6 @@ def _plan(
 
 def _num_warps(plan: Plan) -> int:
     return min(16, max(1, plan.LANES // LANES_PER_WARP))
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def expert_adaln_fwd(
@@ -311,8 +287,8 @@ def expert_adaln_fwd(
     programs = text.programs + video.programs
     with on_device(x):
         _expert_adaln_fwd_kernel[(batch * programs,)](
-            _rows(written, plan), _rows(stream, plan), _rows(x, plan), _rows(y, plan),
-            _contiguous(weight), _contiguous(bias), text, video, programs, P=plan,
+            as_rows(written, plan), as_rows(stream, plan), as_rows(x, plan), as_rows(y, plan),
+            contiguous(weight), contiguous(bias), text, video, programs, P=plan,
             num_warps=_num_warps(plan), enable_fp_fusion=True,
         )  # fmt: skip
     return stream, out
@@ -347,9 +323,9 @@ def expert_adaln_bwd(
     if stream.numel():
         with on_device(stream):
             _expert_adaln_bwd_kernel[(batch * programs,)](
-                _rows(to_dx, plan), _rows(to_dy, plan),
-                _rows(dout, plan), _rows(dstream, plan), _rows(stream, plan), _rows(y, plan),
-                _contiguous(weight), sums, text, video, programs,
+                as_rows(to_dx, plan), as_rows(to_dy, plan),
+                as_rows(dout, plan), as_rows(dstream, plan), as_rows(stream, plan),
+                as_rows(y, plan), contiguous(weight), sums, text, video, programs,
                 VECTORS=vectors, P=plan, num_warps=_num_warps(plan), enable_fp_fusion=True,
             )  # fmt: skip
     of_groups = [

@@ -271,17 +271,7 @@ def _check_norm(
 
 
 def _check_inplace(op: str, x: Tensor, **others: Tensor | None) -> None:
-    for name, value in {"x": x, **others}.items():
-        if value is not None and value.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{op}: inplace=True overwrites x and keeps no graph; got {name} with "
-                f"requires_grad=True. Use inplace=False, or torch.no_grad()"
-            )
-    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
-        raise ValueError(
-            f"{op}: inplace=True needs x to have each element in a place of its own; "
-            f"got strides {x.stride()} for shape {tuple(x.shape)}"
-        )
+    _checks.inplace(op, "x and keeps no graph", {"x": x}, others)
 
 
 def _unsupported_reason(x: Tensor, **others: Tensor | None) -> str | None:

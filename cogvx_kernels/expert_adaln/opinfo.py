@@ -5,6 +5,8 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from .._opinfo import Budget, Cost, OpInfo, Sample, Size, TensorSpec
 from .op import expert_adaln, gated_residual, gated_residual_adaln
 from .reference import (
@@ -139,22 +141,18 @@ def _cost(passes: tuple[int, int], flops: tuple[int, int]) -> Any:
     def cost(arguments: Mapping[str, Any]) -> tuple[Cost, Cost]:
         x = arguments["x"]
         small = sum(
-            _bytes(value)
+            value.nbytes
             for name, value in arguments.items()
-            if name not in ("x", "y") and hasattr(value, "element_size")
+            if name not in ("x", "y") and isinstance(value, Tensor)
         )
         elements = math.prod(x.shape)
         forward, backward = (
-            Cost(n * _bytes(x) + small, each * elements)
+            Cost(n * x.nbytes + small, each * elements)
             for n, each in zip(passes, flops, strict=True)
         )
         return forward, backward
 
     return cost
-
-
-def _bytes(x: Any) -> int:
-    return int(math.prod(x.shape) * x.element_size())
 
 
 def _launch(kernel: Any, a: Mapping[str, Any]) -> None:

@@ -10,19 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 
-class Rows(NamedTuple):
-    """Pointer and strides of a tensor (batch, seqlen, dim).
-
-    Strides of batch and seq are in units of ALIGN elements: by the product with a constant the
-    compiler knows the alignment of a row.
-    """
-
-    ptr: Tensor | None
-    batch: int
-    seq: int
-    dim: int
-
-
 class Experts(NamedTuple):
     """A weight (rows, cols) of each expert, with the same strides."""
 

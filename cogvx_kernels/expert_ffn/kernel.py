@@ -18,12 +18,11 @@ from torch import Tensor
 from triton.runtime.driver import driver
 
 from .._backend import INTERPRETED
-from .._launch import alignment, on_device
+from .._launch import Rows, alignment, as_rows, on_device
 from .device_utils import (
     Experts,
     Groups,
     Plan,
-    Rows,
     activate,
     bias_of,
     locate,
@@ -158,13 +157,6 @@ def _combine_kernel(
 Weights = tuple[Tensor, ...]
 
 
-def _rows(x: Tensor | None, plan: Plan) -> Rows:
-    if x is None:
-        return Rows(None, 0, 0, 1)
-    batch, seq, dim = x.stride()
-    return Rows(x, batch // plan.ALIGN, seq // plan.ALIGN, dim)
-
-
 def _compact(x: Tensor | None, plan: Plan) -> Rows:
     return Rows(x, 0, 0, 1) if x is None else Rows(x, 0, x.stride(0) // plan.ALIGN, 1)
 
@@ -264,12 +256,12 @@ def expert_ffn_fwd(
     hidden = torch.empty((pairs, plan.FFN_DIM), dtype=x.dtype, device=x.device)
     tiles = _tiles(plan, groups)
     share = None if share is None else share.contiguous()
-    residuals = [_rows(residual, plan), _rows(None, plan), _rows(None, plan)]
+    residuals = [as_rows(residual, plan), as_rows(None, plan), as_rows(None, plan)]
     if gates:
-        residuals[1:] = [_rows(gates[-1], plan), _rows(gates[0], plan)]
+        residuals[1:] = [as_rows(gates[-1], plan), as_rows(gates[0], plan)]
     with on_device(x):
         _up_kernel[_grid(plan, tiles, plan.FFN_DIM)](
-            hidden, pre if keep else None, _rows(x, plan), groups, _experts(up, plan),
+            hidden, pre if keep else None, as_rows(x, plan), groups, _experts(up, plan),
             _biases(up_bias), tiles, P=plan, **_options(plan),
         )  # fmt: skip
         _to_tokens(
@@ -343,7 +335,7 @@ def expert_ffn_bwd(
     given = None if share is None else share.contiguous()
     with on_device(x):
         hidden_grad_kernel[_grid(halved, tiles, plan.FFN_DIM)](
-            dpre, hidden, None if share is None else dshare, _rows(dout, plan), _rows(x, plan),
+            dpre, hidden, None if share is None else dshare, as_rows(dout, plan), as_rows(x, plan),
             pre, groups, _experts(up, plan), _biases(up_bias), _experts(down, plan),
             _biases(down_bias), given, tiles, pairs, P=halved, **_options(halved),
         )  # fmt: skip
@@ -351,9 +343,9 @@ def expert_ffn_bwd(
             _to_tokens(dx, dpre, groups, up, (), None, [Rows(None, 0, 0, 1)] * 3, tiles, plan,
                        transposed=True)  # fmt: skip
         if weights:
-            _weight_grad(dup, dup_bias, _compact(dpre, plan), _rows(x, plan), None, groups, False,
+            _weight_grad(dup, dup_bias, _compact(dpre, plan), as_rows(x, plan), None, groups, False,
                          plan)  # fmt: skip
-            _weight_grad(ddown, ddown_bias, _rows(dout, plan), _compact(hidden, plan), given,
+            _weight_grad(ddown, ddown_bias, as_rows(dout, plan), _compact(hidden, plan), given,
                          groups, True, plan)  # fmt: skip
     if share is None:
         return dx, dup, dup_bias, ddown, ddown_bias, x.new_empty((0,))

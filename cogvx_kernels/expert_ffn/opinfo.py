@@ -5,6 +5,8 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from .._opinfo import Budget, Cost, OpInfo, Sample, Size, TensorSpec
 from .op import expert_ffn
 from .reference import expert_ffn_reference
@@ -146,14 +148,10 @@ def _cost(arguments: Mapping[str, Any]) -> tuple[Cost, Cost]:
     x, down, index = arguments["x"], arguments["down"], arguments["index"]
     tokens = math.prod(x.shape[:2]) * (1 if index is None else index.shape[2])
     products = math.prod(arguments["up"].shape[1:]) + math.prod(down.shape[1:])
-    tensors = [v for v in arguments.values() if hasattr(v, "element_size")]
-    moved = sum(_bytes(v) for v in tensors)
+    tensors = [v for v in arguments.values() if isinstance(v, Tensor)]
+    moved = sum(v.nbytes for v in tensors)
     flops = 2 * tokens * products
-    return Cost(moved + _bytes(x), flops), Cost(2 * moved, 2 * flops)
-
-
-def _bytes(x: Any) -> int:
-    return int(math.prod(x.shape) * x.element_size())
+    return Cost(moved + x.nbytes, flops), Cost(2 * moved, 2 * flops)
 
 
 def _launch(kernel: Any, a: Mapping[str, Any]) -> None:

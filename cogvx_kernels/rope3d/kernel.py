@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import alignment, on_device
+from .._launch import alignment, contiguous, on_device
 
 # Not yet measured; chosen for two 16-byte loads of bf16 in flight for each thread.
 TILE = 1024  # elements of one tensor that a program holds at a time
@@ -282,11 +282,7 @@ def _heads(x: Tensor, plan: Plan) -> Heads:
 
 
 def _affine(weight: Tensor | None, bias: Tensor | None) -> Affine:
-    return Affine(_contiguous(weight), _contiguous(bias))
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+    return Affine(contiguous(weight), contiguous(bias))
 
 
 def _plan(
@@ -377,7 +373,7 @@ def qk_norm_rope3d_bwd(
         _qk_norm_rope3d_bwd_kernel[(programs, 2)](
             _heads(dq, plan), _heads(dk, plan), partials if affine_grads else None,
             _heads(dq_out, plan), _heads(dk_out, plan), _heads(q, plan), _heads(k, plan),
-            _contiguous(q_weight), _contiguous(k_weight),
+            contiguous(q_weight), contiguous(k_weight),
             cos.contiguous(), sin.contiguous(), batch * seqlen, seqlen, text_len,
             Q_HEADS=q_heads, K_HEADS=k.shape[2], P=plan,
             num_warps=NUM_WARPS, enable_fp_fusion=True,

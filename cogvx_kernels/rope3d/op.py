@@ -183,18 +183,7 @@ def _check_qk_norm_rope(
 
 
 def _check_inplace(op: str, q: Tensor, k: Tensor, affine: dict[str, Tensor | None]) -> None:
-    for name, x in {"q": q, "k": k, **affine}.items():
-        if x is not None and x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{op}: inplace=True overwrites q and k, which the backward needs; "
-                f"got {name} with requires_grad=True. Use inplace=False, or torch.no_grad()"
-            )
-    for name, x in {"q": q, "k": k}.items():
-        if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
-            raise ValueError(
-                f"{op}: inplace=True needs {name} to have each element in a place of its own; "
-                f"got strides {x.stride()} for shape {tuple(x.shape)}"
-            )
+    _checks.inplace(op, "q and k, which the backward needs", {"q": q, "k": k}, affine)
 
 
 def _unsupported_reason(name: str, x: Tensor, **others: Tensor | None) -> str | None:

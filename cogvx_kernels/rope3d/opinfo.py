@@ -148,7 +148,7 @@ def _at_size(size: Size) -> dict[str, Any]:
 def _rope_cost(arguments: Mapping[str, Any]) -> tuple[Cost, Cost]:
     """x read and written once, and the tables; 6 operations for each pair."""
     x, cos = arguments["x"], arguments["cos"]
-    moved = 2 * _bytes(x) + 2 * _bytes(cos)
+    moved = 2 * x.nbytes + 2 * cos.nbytes
     flops = 3 * math.prod(x.shape)
     return Cost(moved, flops), Cost(moved, flops)
 
@@ -156,9 +156,9 @@ def _rope_cost(arguments: Mapping[str, Any]) -> tuple[Cost, Cost]:
 def _qk_norm_rope_cost(arguments: Mapping[str, Any]) -> tuple[Cost, Cost]:
     """Forward: q and k read and written. Backward: they and their gradients read, one written."""
     q, k = arguments["q"], arguments["k"]
-    heads = _bytes(q) + _bytes(k)
+    heads = q.nbytes + k.nbytes
     affine = [x for name, x in arguments.items() if name.endswith(("_weight", "_bias"))]
-    constants = 2 * _bytes(arguments["cos"]) + sum(_bytes(x) for x in affine if x is not None)
+    constants = 2 * arguments["cos"].nbytes + sum(x.nbytes for x in affine if x is not None)
     elements = math.prod(q.shape) + math.prod(k.shape)
     return Cost(2 * heads + constants, 11 * elements), Cost(3 * heads + constants, 25 * elements)
 
@@ -173,10 +173,6 @@ def _qk_norm_rope_launch(kernel: Any, a: Mapping[str, Any]) -> None:
     affine = a["q_weight"], a["q_bias"], a["k_weight"], a["k_bias"]
     q, k = kernel.qk_norm_rope3d_fwd(a["q"], a["k"], *affine, *settings, inplace=True)
     kernel.qk_norm_rope3d_bwd(q, k, q, k, affine[0], affine[2], *settings, True)
-
-
-def _bytes(x: Any) -> int:
-    return int(math.prod(x.shape) * x.element_size())
 
 
 # 64 registers let 16 programs of the forward share an SM of 65,536: 32 KiB of loads in flight. The

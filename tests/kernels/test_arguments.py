@@ -126,7 +126,7 @@ OPTIONAL = {
 
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_optional_arguments_may_be_left_out(name):
-    """Those of text, and of norms or layers without parameters, default to None."""
+    """Arguments of text, and of norms or layers without parameters, default to None."""
     info = OPS[name]
     arguments = materialize(info.samples[0], torch.float32)
     for tensor in info.tokens if "text_len" in arguments else ():

@@ -88,10 +88,10 @@ def cached(cache, frames):
 
 
 class Case(NamedTuple):
-    """An op, what it stands for, and the shapes of its arguments by who makes them under autocast.
+    """An op, the plain torch that it replaces, and shapes of its arguments by their origin.
 
-    streams     what the model carries on, of the dtype under test
-    made        what a linear layer or convolution there makes, of the other dtype under test
+    streams     residual streams, in the first dtype under test
+    made        outputs of linear layers or convolutions, in the other dtype under test
     parameters  of layers, fp32
     """
 
@@ -160,7 +160,7 @@ CASES = {
 def results(
     function: Callable[..., Any], leaves: Mapping[str, Tensor], dtype: torch.dtype, **rest: Any
 ) -> dict[str, Tensor]:
-    """Outputs, and the gradients of all leaves, taken outside autocast as torch recommends."""
+    """Outputs and gradients of all leaves; the backward runs outside autocast, as torch advises."""
     leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
     with torch.autocast("cpu", dtype):
         outputs = as_tuple(function(**leaves, **rest))
@@ -178,7 +178,7 @@ def results(
 )
 @pytest.mark.parametrize("name", CASES)
 def test_ops_are_their_compositions(name, stream, made, autocast, backend):
-    """Dtypes of results and gradients as in plain torch, and values as near to fp64."""
+    """Results and gradients have the dtypes of plain torch, and are as close to fp64."""
     case = CASES[name]
     leaves = {n: torch.randn(shape) / 2 for n, shape in case.parameters.items()}
     leaves |= {n: torch.randn(shape).to(stream) for n, shape in case.streams.items()}
@@ -197,7 +197,7 @@ def test_ops_are_their_compositions(name, stream, made, autocast, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_parameters_and_tables_of_any_dtype(backend):
-    """Weights of a bf16 model, and tables that a matrix product made, beside an fp32 stream."""
+    """bf16 weights, and tables from a matrix product, with an fp32 stream."""
     case = CASES["qk_norm_rope3d"]
     q, k = torch.randn(2, TEXT + 6, 2, DIM), torch.randn(2, TEXT + 6, 1, DIM)
     weights = {n: torch.randn(shape).bfloat16() for n, shape in case.parameters.items()}
@@ -210,8 +210,8 @@ def test_parameters_and_tables_of_any_dtype(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_overwritten_keeps_its_dtype(backend):
-    """As x.add_(y) does: results in place and caches are rounded to it."""
+def test_inplace_results_keep_their_dtype(backend):
+    """As in x.add_(y), results in place and caches are rounded."""
     x, y, gate = torch.randn(2, 8, DIM).bfloat16(), torch.randn(2, 8, DIM), torch.randn(2, DIM)
     q, k = torch.randn(2, 8, 2, DIM).bfloat16(), torch.randn(2, 8, 2, DIM)
     cache, frames = torch.randn(1, 4, 2, 3, 3).bfloat16(), torch.randn(1, 4, 3, 3, 3)
@@ -237,8 +237,8 @@ def test_what_is_overwritten_keeps_its_dtype(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_wider_residual_of_a_feed_forward(backend):
-    """It is added in its own dtype, and refused under grad as without autocast."""
+def test_wider_residual_of_expert_ffn(backend):
+    """Added in its own dtype, and refused under grad as without autocast."""
     case = CASES["expert_ffn"]
     weights = {n: torch.randn(shape) / 2 for n, shape in case.parameters.items()}
     x, stream = torch.randn(ROWS), torch.randn(ROWS)
@@ -337,7 +337,7 @@ def test_modules_in_a_compiled_function():
 
 
 def test_without_autocast_dtypes_are_checked():
-    """And an autocast of another device, or one that is switched off, changes nothing."""
+    """Also with autocast for another device, or with enabled=False."""
     x, y, gate = torch.randn(2, 8, DIM), torch.randn(2, 8, DIM).bfloat16(), torch.randn(2, DIM)
     for context in (
         torch.autocast("cpu", enabled=False),
@@ -349,7 +349,7 @@ def test_without_autocast_dtypes_are_checked():
             ck.expert_adaln(x, gate, gate.bfloat16())
 
 
-def test_what_autocast_does_not_cast_is_refused_by_name():
+def test_float64_is_refused_under_autocast():
     x, gate = torch.randn(2, 8, DIM), torch.randn(2, DIM)
     weights = torch.randn(1, 12, DIM), torch.randn(1, 12), torch.randn(1, DIM, 12).double()
     with torch.autocast("cpu", BF16):
@@ -365,7 +365,7 @@ def test_what_autocast_does_not_cast_is_refused_by_name():
 
 @pytest.mark.skipif(not _backend.INTERPRETED, reason="about the interpreter")
 def test_bfloat16_in_an_uncorrected_interpreter(monkeypatch):
-    """Its products of bfloat16 are wrong by orders of magnitude: the reference runs."""
+    """The reference runs, because interpreted bfloat16 products are wrong."""
     monkeypatch.setattr(_backend, "interprets_bfloat16", False)
     x, ffn = torch.randn(ROWS), ck.ExpertFFN(DIM, 16)
     with torch.no_grad(), torch.autocast("cpu", BF16):

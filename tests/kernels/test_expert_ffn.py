@@ -91,7 +91,7 @@ def test_text_and_video_are_two_experts_with_an_index(backend):
 
 @BACKENDS
 def test_permuted_experts_give_the_same_bits(backend):
-    """Of the result, and of each expert's gradient."""
+    """The result, and each expert's gradient."""
     x, own, where = tokens(), [w.requires_grad_() for w in experts(4)], index(4)
     weight = normal(BATCH, SEQLEN, 1)
     order = torch.tensor([2, 0, 3, 1], device=x.device)
