@@ -349,7 +349,7 @@ def test_without_autocast_dtypes_are_checked():
             ck.expert_adaln(x, gate, gate.bfloat16())
 
 
-def test_float64_is_refused_under_autocast():
+def test_uncastable_arguments_are_refused():
     x, gate = torch.randn(2, 8, DIM), torch.randn(2, DIM)
     weights = torch.randn(1, 12, DIM), torch.randn(1, 12), torch.randn(1, DIM, 12).double()
     with torch.autocast("cpu", BF16):
