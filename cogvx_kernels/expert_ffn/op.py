@@ -30,14 +30,14 @@ def _expert_ffn(
     text_len: int, activation: str, recompute: bool, gemm: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The result, and the pre-activation of each (token, choice) pair, empty if `recompute`."""
-    experts: list[Any] = [tuple(up), tuple(up_bias), tuple(down), tuple(down_bias)]
+    arguments: list[Any] = [x, tuple(up), tuple(up_bias), tuple(down), tuple(down_bias)]
     settings: list[Any] = [residual, gate, text_gate, text_len, activation, not recompute]
     if _gemm_backend(gemm, x, up, index) == "dense":
-        return torch_gemm.expert_ffn_fwd(x, *experts, *settings)
+        return torch_gemm.expert_ffn_fwd(*arguments, *settings)
     from . import kernel
 
-    routing: tuple[Any, ...] = (None, None) if index is None else sort_by_expert(index, len(up))
-    return kernel.expert_ffn_fwd(x, *experts, index, weight, *routing, *settings)
+    arguments += [index, weight, *_sorted_pairs(index, len(up)), *settings]
+    return kernel.expert_ffn_fwd(*arguments)
 
 
 @_expert_ffn.register_fake
@@ -93,20 +93,24 @@ def _gemm_backend(gemm, x, up, index):
     return "grouped" if index is not None else select_gemm(x, up[0], len(up))
 
 
+def _sorted_pairs(index, num_experts):
+    return (None, None) if index is None else sort_by_expert(index, num_experts)
+
+
 @custom_op("expert_ffn_backward")
 def _expert_ffn_grads(
     dout: Tensor, x: Tensor, up: list[Tensor], up_bias: list[Tensor],
     down: list[Tensor], down_bias: list[Tensor], index: Tensor | None, weight: Tensor | None,
     pre: Tensor | None, text_len: int, activation: str, rows: bool, weights: bool, gemm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    experts: list[Any] = [tuple(up), tuple(up_bias), tuple(down), tuple(down_bias)]
+    arguments: list[Any] = [dout, x, tuple(up), tuple(up_bias), tuple(down), tuple(down_bias)]
     settings: list[Any] = [pre, text_len, activation, rows, weights]
     if _gemm_backend(gemm, x, up, index) == "dense":
-        return torch_gemm.expert_ffn_bwd(dout, x, *experts, *settings)
+        return torch_gemm.expert_ffn_bwd(*arguments, *settings)
     from . import kernel
 
-    routing: tuple[Any, ...] = (None, None) if index is None else sort_by_expert(index, len(up))
-    return kernel.expert_ffn_bwd(dout, x, *experts, weight, index, *routing, *settings)
+    arguments += [weight, index, *_sorted_pairs(index, len(up)), *settings]
+    return kernel.expert_ffn_bwd(*arguments)
 
 
 @_expert_ffn_grads.register_fake

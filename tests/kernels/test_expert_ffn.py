@@ -412,7 +412,7 @@ WRONG = {
     "no experts": (lambda: ([], None, [], None), "up must be a tensor .* or a sequence"),
     "unlike numbers of experts": (
         lambda: (experts(2)[0], None, experts(1)[2], None),
-        "down must check one tensor for each of the 2 experts",
+        "down must hold one tensor for each of the 2 experts",
     ),
     "an index of tokens alone": (
         lambda: (*experts(2), torch.zeros(BATCH, SEQLEN, dtype=torch.int64)),
