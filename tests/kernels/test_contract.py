@@ -105,11 +105,17 @@ def check_all(cases: list[tuple[Any, ...]]) -> None:
 
 
 @interpreted
-@EVERY_OP
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("again", [False, rest(True)], ids=["once", "again"])
-def test_samples(info, dtype, again, seed):
-    kind = DTYPES[dtype]
+@pytest.mark.parametrize(
+    ("info", "dtype", "run"),
+    [
+        # The default: a dtype for each op, each sample once. All else includes that.
+        *((info, [*DTYPES][i % len(DTYPES)], "once") for i, info in enumerate(RUNNABLE)),
+        *(rest(info, dtype, "again") for info in RUNNABLE for dtype in DTYPES),
+    ],
+    ids=str,
+)
+def test_samples(info, dtype, run, seed):
+    kind, again = DTYPES[dtype], run == "again"
     check_all(
         [(s.reason, info, s, kind, seed % 1000 + i, again) for i, s in enumerate(info.samples)]
     )
