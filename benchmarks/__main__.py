@@ -1,31 +1,30 @@
 """`python -m benchmarks`: correctness at the timed size, then speed, side by side.
 
-Exit status 0 if all was right, 1 if a result was outside the rule (ours: nothing is timed; others:
-they get no row), 2 if the question was wrong.
+Exit status 0 if all was right, 1 if a result was wrong (of ours: nothing of that benchmark is
+timed; of others: they get no row), 2 for wrong arguments.
 """
 
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
-from cogvx_kernels.testing import OPS, SIZES
-
-from . import conditions, inputs, picture, report
-from .providers import PROVIDERS, providers_of
-from .race import PASSES
-from .suite import Options, Outcome, Wrong, run
+from . import conditions, conv, model, ops, report
+from .registry import BENCHMARKS, MODEL_SIZE, PASSES, PROVIDERS, Benchmark, Options, named
+from .run import Wrong, run
 from .timing import copy_rate
 
 DTYPES = ("bfloat16", "float16", "float32")
+GROUPS = {"op": ops, "model": model, "conv": conv}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+def main(argv: Sequence[str] | None = None, group: str = "op") -> int:
+    parser = make_parser(group)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = parser.parse_args(words)
     if arguments.list:
         print(_list())
         return 0
@@ -33,95 +32,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: this torch sees no CUDA device; there is cpu")
     on_cpu = device.type == "cpu"
-    size = arguments.size or ("tiny" if on_cpu else "5b-480x720-49f")
-    info = OPS[arguments.op]
-    names = arguments.providers or []
-    there_are = [provider.name for provider in providers_of(info)]
-    for name in names:
-        if name not in there_are:
-            parser.error(f"argument --providers: no {name!r}; there are {', '.join(there_are)}")
-    calls = inputs.conventions(info, SIZES[size])
-    for name in arguments.conventions or []:
-        if name not in calls:
-            parser.error(f"argument --conventions: no {name!r}; there are {', '.join(calls)}")
-    options = Options(
-        dtype=getattr(torch, arguments.dtype or ("float32" if on_cpu else "bfloat16")),
-        device=device,
-        passes=PASSES if arguments.which == "both" else (arguments.which,),
-        names=tuple(names),
-        also=("compile-max-autotune",) if arguments.max_autotune else (),
-        conventions=tuple(arguments.conventions or ()),
-        budget=0.1 if arguments.quick else 0.5,
-    )
+    names = arguments.names or (named(group)[:1] if group == "op" else named(group))
+    benchmarks = [BENCHMARKS[name] for name in names]
+    for benchmark in benchmarks:
+        conventions = benchmark.conventions()
+        numbers = [str(i) for i in range(len(conventions))]
+        _known(parser, "providers", arguments.providers, benchmark.entries())
+        _known(parser, "conventions", arguments.conventions, conventions, numbers)
+        _known(parser, "size", arguments.size and [arguments.size], benchmark.sizes)
     if on_cpu:
         torch.set_num_threads(1)  # two of them waiting for each other is no measure of an op
-    found = conditions.conditions(device, _command(sys.argv[1:] if argv is None else argv))
+    prog = "benchmarks" if group == "op" else f"benchmarks.{group}"
+    command = re.sub(r" --out[ =]\S+", "", " ".join((f"python -m {prog}", *words)))
+    found = conditions.conditions(device, command)
+    torch.backends.cudnn.benchmark = arguments.cudnn_benchmark
+    wrong = False
+    for benchmark in benchmarks:
+        options = _options(arguments, benchmark, device)
+        wrong |= publish(benchmark, options, found, arguments.out)
+    return 1 if wrong else 0
+
+
+def publish(
+    benchmark: Benchmark, options: Options, found: report.Conditions, out: Path | None
+) -> bool:
+    """Run, print, write; True if a result was wrong."""
+    title, on_cpu = f"{benchmark.name} at {options.size}", options.device.type == "cpu"
     try:
-        outcome = run(info, size, options)
+        outcome = run(benchmark, options)
     except Wrong as wrong:
-        print(f"{info.name} at {size}: outside the rule of numerics; nothing was timed.\n{wrong}")
-        return 1
+        print(f"{title}: outside the rule of numerics; nothing was timed.\n{wrong}")
+        return True
     except torch.OutOfMemoryError as error:
-        print(f"{info.name} at {size}: the reference does not fit, so nothing was timed.\n{error}")
-        return 1
-    found["sm_clock_mhz"] = conditions.clock(device)
-    found["copy_gb_per_s"] = None if on_cpu else copy_rate(device, options.budget) / 1e9
-    _print(outcome, found, on_cpu)
-    if arguments.out:
-        dtype = str(options.dtype).removeprefix("torch.")
-        _write(arguments.out, f"{info.name}-{size}-{dtype}-{device.type}", outcome, found)
-    return 1 if outcome.refused else 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description="An op against eager torch, torch.compile and whoever else is installed.",
-        epilog="On a CPU only ratios are shown. Exit status 1: a result was wrong; see the text.",
-    )
-    add = parser.add_argument
-    add("--op", choices=tuple(OPS), default=next(iter(OPS)), help="default: %(default)s")
-    add("--size", choices=tuple(SIZES), help="default: 5b-480x720-49f, on a CPU tiny")
-    add("--dtype", choices=DTYPES, help="default: bfloat16, on a CPU float32")
-    add("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
-    add("--pass", dest="which", choices=(*PASSES, "both"), default="both", help="default: both")
-    add("--providers", nargs="+", metavar="NAME", help="who, besides eager; see --list")
-    add("--conventions", nargs="+", metavar="NAME", help="which calls, of an op with several")
-    add("--max-autotune", action="store_true", help="compile with max-autotune as well; slow")
-    add("--out", type=Path, metavar="DIR", help="write JSON and a picture there, add to its CSV")
-    add("--quick", action="store_true", help="a fifth of the time; for a first look")
-    add("--list", action="store_true", help="say what there is, and stop")
-    return parser
-
-
-def _list() -> str:
-    sizes = [
-        f"  {name:<23}{s.batch} x ({s.text_len} + {s.video_len}) tokens, "
-        f"{s.nheads} heads of {s.headdim}"
-        for name, s in SIZES.items()
-    ]
-    providers = [
-        f"  {p.name:<23}{p.note}{' (only if asked for by name)' if p.asked else ''}"
-        for p in PROVIDERS
-    ]
-    ops = [
-        f"  {name:<23}{', '.join(inputs.conventions(info, SIZES['tiny']))}"
-        for name, info in OPS.items()
-    ]
-    return "\n".join(["ops, and their calls", *ops, "sizes", *sizes, "providers", *providers])
-
-
-def _command(arguments: Sequence[str]) -> str:
-    """The command line, without where its files went."""
-    words = " ".join(("python -m benchmarks", *arguments))
-    return re.sub(r" --out[ =]\S+", "", words)
-
-
-def _print(outcome: Outcome, found: report.Conditions, on_cpu: bool) -> None:
-    print(report.table(outcome.rows))
-    print()
+        print(f"{title}: the reference does not fit, so nothing was timed.\n{error}")
+        return True
+    found = {**found, "sm_clock_mhz": conditions.clock(options.device)}
+    found["copy_gb_per_s"] = None if on_cpu else copy_rate(options.device, 0.1) / 1e9
+    print(report.table(outcome.rows), end="\n\n")
     for line in outcome.compared:
-        print(f"checked first, {line}")
+        print(f"compared first, {line}")
     for name, reason in outcome.left_out.items():
         print(f"left out: {name}, {reason}")
     for name, reason in outcome.refused.items():
@@ -129,15 +78,93 @@ def _print(outcome: Outcome, found: report.Conditions, on_cpu: bool) -> None:
     if on_cpu:
         print("on a CPU no kernel is timed, and times mean little: these are ratios of one run")
     print(report.small_print(found))
+    if out and outcome.rows:
+        dtype = str(options.dtype).removeprefix("torch.")
+        stem = f"{benchmark.name}-{options.size}-{dtype}-{options.device.type}"
+        more = {name: getattr(outcome, name) for name in ("compared", "left_out", "refused")}
+        print(report.write(out, stem, outcome.rows, found, **more))
+    return bool(outcome.refused)
 
 
-def _write(folder: Path, stem: str, outcome: Outcome, found: report.Conditions) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    report.add_to_csv(folder / "results.csv", outcome.rows, found)
-    more = {name: getattr(outcome, name) for name in ("compared", "left_out", "refused")}
-    report.write_json(folder / f"{stem}.json", outcome.rows, found, **more)
-    missing = picture.draw(folder / f"{stem}.png", outcome.rows, found)
-    print(missing or f"written to {folder}: results.csv, {stem}.json, {stem}.png")
+def _options(arguments: argparse.Namespace, benchmark: Benchmark, device: torch.device) -> Options:
+    on_cpu = device.type == "cpu"
+    size = arguments.size
+    if size is None:
+        size = next(s for s in ("small", "tiny") if s in benchmark.sizes) if on_cpu else MODEL_SIZE
+    budget = arguments.budget or benchmark.budget
+    return Options(
+        dtype=getattr(torch, arguments.dtype or ("float32" if on_cpu else "bfloat16")),
+        device=device,
+        size=size,
+        passes=PASSES if arguments.which == "both" else (arguments.which,),
+        providers=tuple(arguments.providers or ()),
+        conventions=tuple(arguments.conventions or ()),
+        max_autotune=arguments.max_autotune,
+        budget=budget / 5 if arguments.quick else budget,
+        repeats=arguments.repeats,
+        layers=arguments.layers,
+        frames=arguments.frames,
+    )
+
+
+def _known(
+    parser: argparse.ArgumentParser,
+    option: str,
+    given: Iterable[str] | None,
+    names: Iterable[str],
+    also: Iterable[str] = (),
+) -> None:
+    names = list(names)
+    for name in given or ():
+        if name not in names and name not in also:
+            parser.error(f"argument --{option}: no {name!r}; there are {', '.join(names)}")
+
+
+def make_parser(group: str) -> argparse.ArgumentParser:
+    module = GROUPS[group]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks" if group == "op" else f"python -m benchmarks.{group}",
+        description=__doc__ if group == "op" else module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    sizes = dict.fromkeys(size for some in BENCHMARKS.values() for size in some.sizes)
+    add("--op", "--part", action="append", dest="names", choices=tuple(BENCHMARKS), metavar="NAME",
+        help=f"may be repeated: {', '.join(BENCHMARKS)}")  # fmt: skip
+    add("--size", choices=tuple(sizes), help=f"default: {MODEL_SIZE}, on a CPU a small one")
+    add("--dtype", choices=DTYPES, help="default: bfloat16, on a CPU float32")
+    add("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
+    add("--pass", dest="which", choices=(*PASSES, "both"), default="both", help="of an op")
+    add("--providers", nargs="+", metavar="NAME", help="beside the baseline; see --list")
+    add("--conventions", nargs="+", metavar="NAME", help="of the calls, by name or number")
+    add("--max-autotune", action="store_true", help="compile with max-autotune as well; slow")
+    add("--layers", type=int, metavar="N", help="blocks of the transformer; default: all")
+    add("--frames", type=int, metavar="N", help="of the clip, 8n + 1; default: the size's")
+    add("--budget", type=float, help="seconds of timing for each entry and pass")
+    add("--repeats", type=int, choices=(2, 4, 6, 8), help="turns of each entry, forth and back")
+    add("--quick", action="store_true", help="a fifth of the time; for a first look")
+    add("--cudnn-benchmark", action="store_true", help="let cuDNN try its algorithms first")
+    add("--out", type=Path, metavar="DIR", help="write JSON and a plot there, add to results.csv")
+    add("--list", action="store_true", help="list all names, and stop")
+    return parser
+
+
+def _list() -> str:
+    """Benchmarks with their calls, sizes, providers."""
+    lines = ["benchmarks, and their calls"]
+    for name, benchmark in BENCHMARKS.items():
+        lines.append(f"  {name:<23}{'; '.join(benchmark.conventions())}")
+    lines.append("sizes of ops")
+    for name, s in ops.SIZES.items():
+        lines.append(
+            f"  {name:<23}{s.batch} x ({s.text_len} + {s.video_len}) tokens, "
+            f"{s.nheads} heads of {s.headdim}"
+        )
+    lines.append("providers of ops")
+    for p in PROVIDERS:
+        lines.append(f"  {p.name:<23}{p.note}{' (only by name)' if p.optional else ''}")
+    lines += ["entries of parts of the model", f"  {', '.join(model.ENTRIES)}"]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The company of a number: where, when, with what and from which commit it was measured."""
+"""Conditions of a measurement: commit, date, versions, device, command."""
 
 import datetime
 import importlib.metadata
@@ -27,7 +27,7 @@ CONDITIONS = (
 
 
 def conditions(device: torch.device, command: str) -> dict[str, str | float | None]:
-    """What is known before timing; `clock` and the copy ceiling are known after it."""
+    """All that is known before timing; `clock` and the copy ceiling are known after it."""
     return dict.fromkeys(CONDITIONS) | {
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -42,10 +42,10 @@ def conditions(device: torch.device, command: str) -> dict[str, str | float | No
 
 def commit() -> str:
     """The commit, with +dirty where files differ from it. COGVX_COMMIT stands in without git."""
-    head = _say("git", "rev-parse", "--short=12", "HEAD")
+    head = _output("git", "rev-parse", "--short=12", "HEAD")
     if not head:
         return os.environ.get("COGVX_COMMIT", "unknown")
-    return head + ("+dirty" if _say("git", "status", "--porcelain") else "")
+    return head + ("+dirty" if _output("git", "status", "--porcelain") else "")
 
 
 def version(package: str) -> str:
@@ -72,11 +72,11 @@ def _nvidia_smi(device: torch.device, field: str) -> str:
         return ""
     which = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     query = (f"--query-gpu={field}", "--format=csv,noheader,nounits")
-    return _say("nvidia-smi", "-i", which, *query)
+    return _output("nvidia-smi", "-i", which, *query)
 
 
-def _say(*command: str) -> str:
-    """What a command prints; nothing if it is not there or fails."""
+def _output(*command: str) -> str:
+    """Output of a command; empty if it is not there or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

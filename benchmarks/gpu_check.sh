@@ -1,23 +1,16 @@
 #!/usr/bin/env bash
-# Everything that only a CUDA machine can say, in one call of under nine minutes.
+# Every check that needs a CUDA machine, in one call of under nine minutes.
 #
 #   OUT=folder PYTHON=python3 bash benchmarks/gpu_check.sh
 #
-# First all that only judges: builds the extension in place, runs the contract, then side by side the
-# GPU's own tests, the verifier and the sanitizers. Then what is timed, alone: benchmarks, parts
-# of the model, and a sweep of launch choices if time is left. Installs nothing, fetches nothing, and
-# leaves the GPU's settings as they are. Every step has its own time limit and its own log in $OUT; a
-# step that fails does not stop the next, but the exit status is then 1. SKIP is not a failure: it
-# says why.
+# First correctness: builds the extension in place, runs the contract, then side by side the GPU's
+# own tests, the verifier and the sanitizers. Then speed, alone: ops, convolutions, parts of the model,
+# and a sweep of launch choices if time is left. Installs nothing, fetches nothing, and leaves the
+# GPU's settings as they are. Every step has its own time limit and its own log in $OUT; a step that
+# fails does not stop the next, but the exit status is then 1. SKIP is not a failure.
 #
-# How the seconds add up on an H200 with 16 cores, reckoned and not yet measured:
-#     facts 5, build 20, contract 95, gpu tests beside verify and sanitizers 100        220
-#     qk_norm_rope3d 15, gated_residual_adaln 15, expert_ffn 30                          60
-#     spatial_norm_silu 35, residual_moments 20, temporal_conv 25, frame_cache_join 12   92
-#     convolutions at four shapes of the decoder                                         22
-#     block 35, transformer of 4 blocks 45, vae-decode of 17 frames 45                  125
-#                                                                                       519
-# A size of the card's and a sweep come if time is left. Other conventions and sizes, vae-encode, a whole
+# Seconds on an H200 with 16 cores, estimated and not yet measured: correctness 220, ops 152,
+# convolutions 22, parts of the model 125, in all 519. Other conventions and sizes, vae-encode, a whole
 # clip, all 42 blocks and the compiled VAE, which takes minutes, are left to calls of their own.
 
 set -u
@@ -26,7 +19,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-./out/gpu_check}
 WORKERS=${WORKERS:-10}
-BUDGET=${BUDGET:-530} # seconds for all steps together; what is left bounds every step
+BUDGET=${BUDGET:-530} # seconds for all steps together; the rest of them bounds every step
+SIZE=5b-480x720-49f
 mkdir -p "$OUT/bench" || exit 1
 OUT=$(cd "$OUT" && pwd)
 SUMMARY=$OUT/summary.txt
@@ -64,28 +58,10 @@ step() {
     record "$name" "$status" $((SECONDS - began)) "$limit"
 }
 
+# facts: the machine and what is installed
 facts() {
-    nvidia-smi
-    uname -srm
-    "$PYTHON" - <<'PY'
-import importlib.metadata, platform, sys
-import torch
-print("python", platform.python_version())
-for name in ("torch", "triton", "numpy", "pytest", "diffusers", "liger-kernel", "matplotlib"):
-    try:
-        print(name, importlib.metadata.version(name))
-    except importlib.metadata.PackageNotFoundError:
-        print(name, "not installed")
-print("CUDA", torch.version.cuda, "cuDNN", torch.backends.cudnn.version())
-if not torch.cuda.is_available():
-    sys.exit("torch sees no CUDA device")
-p = torch.cuda.get_device_properties(0)
-print(p.name, f"sm_{p.major}{p.minor}", p.multi_processor_count, "SMs", p.total_memory, "bytes")
-PY
-    local status=$?
-    ptxas --version || "$("$PYTHON" -c 'import triton.backends.nvidia as n, os; print(os.path.join(os.path.dirname(n.__file__), "bin", "ptxas"))')" --version
-    nvcc --version
-    return $status
+    nvidia-smi; uname -srm; "$PYTHON" -m cogvx_kernels doctor; nvcc --version
+    "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "torch sees no CUDA device")'
 }
 
 # spare NAME LIMIT COMMAND...: the same if there is time for it
@@ -112,22 +88,15 @@ tests() {
     step "$name" "$limit" "$PYTHON" -m pytest --all -q -p no:cacheprovider $(workers) "$@"
 }
 
-bench() { # op size limit arguments...
-    local op=$1 size=$2 limit=$3
-    shift 3
-    step "bench-$op-$size" "$limit" "$PYTHON" -m benchmarks --op "$op" --size "$size" \
+bench() { # name limit arguments...
+    local name=$1 limit=$2
+    shift 2
+    step "bench-$name" "$limit" "$PYTHON" -m benchmarks --op "$name" --size "$SIZE" \
         --device cuda --out "$OUT/bench" "$@"
 }
 
-part() { # part limit arguments...
-    local part=$1 limit=$2
-    shift 2
-    step "model-$part" "$limit" "$PYTHON" -m benchmarks.model --part "$part" \
-        --size 5b-480x720-49f --budget 0.5 --out "$OUT/bench" "$@"
-}
-
-# sanitize LIMIT: every tool over small samples of every op, and over the frame cache's tests, which
-# call what overwrites its arguments. All at once: they only judge, so they may share the card.
+# sanitize LIMIT: every tool over small samples of every op, and over the frame cache's tests, whose
+# ops overwrite their arguments. All at once: nothing is timed, so they may share the GPU.
 sanitize() {
     local limit=$1 pids=() names=() began=$SECONDS i status log
     if ! command -v compute-sanitizer >/dev/null; then
@@ -178,49 +147,39 @@ export PYTHON
 
 step facts 40 bash -c facts
 
-# Alone: what is collected by the tests depends on what is built.
+# Alone: which tests are collected depends on what is built.
 step build 90 env COGVX_CUDA=1 MAX_JOBS=12 "$PYTHON" setup.py build_ext --inplace
 
-# What only judges may share the card: the contract compiles every kernel, and those after it find
-# them compiled.
+# The contract compiles every kernel, and those after it find them compiled.
 tests contract 140 tests/kernels/test_contract.py tests/kernels/test_arguments.py tests/kernels/test_tracing.py
 tests tests-gpu 110 -m gpu tests &
 step verify 110 "$PYTHON" -m cogvx_kernels verify --device cuda --json "$OUT/verify.json" &
 sanitize 110
 wait
 
-# What is timed runs alone.
-size=5b-480x720-49f
-bench qk_norm_rope3d $size 45 --quick
-bench gated_residual_adaln $size 45 --quick
-ours=(cogvx-grouped cogvx-dense)
-others=(split-cat compile-split-cat cublaslt-gelu)
-bench expert_ffn $size 60 --quick --providers "${ours[@]}" "${others[@]}" \
-    --conventions "text and video experts"
-bench spatial_norm_silu $size 60 --quick --conventions model \
+# Timed, so alone.
+bench qk_norm_rope3d 45 --quick
+bench gated_residual_adaln 45 --quick
+bench expert_ffn 60 --quick --conventions "text and video experts" \
+    --providers cogvx-grouped cogvx-dense split-cat compile-split-cat cublaslt-gelu
+bench spatial_norm_silu 60 --quick --conventions model \
     --providers cogvx compile diffusers-eager sglang
-bench residual_moments $size 45 --quick --conventions model --providers cogvx compile torch-steps
-bench temporal_conv $size 50 --quick --conventions model --providers cogvx torch-steps
-bench frame_cache_join $size 30 --quick --providers cogvx cogvx-append compile
-step conv 45 "$PYTHON" -m benchmarks.conv --budget 0.1 --case 0 --case 2 --case 4 --case 8 \
-    --out "$OUT/bench"
-part block 50
-part transformer 70 --layers 4
-part vae-decode 60 --frames 17 --laps 2 \
+bench residual_moments 45 --quick --conventions model --providers cogvx compile torch-steps
+bench temporal_conv 50 --quick --conventions model --providers cogvx torch-steps
+bench frame_cache_join 30 --quick --providers cogvx cogvx-append compile
+bench conv 45 --budget 0.1 --conventions 0 2 4 8
+bench block 50 --budget 3
+bench transformer 70 --budget 3 --layers 4
+bench vae-decode 60 --budget 1 --frames 17 --repeats 2 \
     --providers diffusers-channels-last diffusers-patched diffusers-patched-fast cogvx
 spare bench-qk_norm_rope3d-card 25 "$PYTHON" -m benchmarks --op qk_norm_rope3d \
     --size card-480x720-49f --device cuda --quick --out "$OUT/bench"
 spare tune 45 "$PYTHON" -m benchmarks.tune --op expert_adaln --quick --out "$OUT/bench"
 
 echo
-for log in "$OUT"/bench-*.log; do
-    [[ -e $log ]] && sed -n '/provider/,/^$/p;/refused\|outside/p' "$log" | cut -c1-88 | sed "1i $(basename "$log" .log)"
+for log in "$OUT"/bench-*.log "$OUT"/tune.log; do
+    [[ -e $log ]] && sed -n '/provider/,/^$/p;/refused\|outside/p' "$log" | cut -c1-120 | sed "1i $(basename "$log" .log)"
 done
-for log in "$OUT"/model-*.log; do
-    [[ -e $log ]] && sed -n '/^part/,$p' "$log" | cut -c1-120
-done
-[[ -e $OUT/tune.log ]] && grep -A 4 '^expert_adaln' "$OUT/tune.log"
-[[ -e $OUT/conv.log ]] && cut -c1-100 "$OUT/conv.log"
 echo
 cat "$SUMMARY"
 echo "$((SECONDS)) s; logs and results in ${OUT/#$PWD\//}"

@@ -1,4 +1,4 @@
-"""The arguments that are timed: random, made on the device, at a model's size and layout."""
+"""Arguments of timed calls: random, made on the device, at a model's size and layout."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from cogvx_kernels.testing import LAYOUTS, OpInfo, Sample, Size, TensorSpec
 
-MODEL = "model"
+from .registry import MODEL
+
 HALF_SPLIT = "half-split, no text"
 CONTIGUOUS = "contiguous"
 
@@ -33,7 +34,7 @@ def conventions(info: OpInfo, size: Size) -> dict[str, Sample]:
 
 
 def _contiguous(sample: Sample) -> Sample:
-    """The same call on videos whose columns are neighbours, as torch has them unless told."""
+    """The same call on contiguous videos, torch's default layout."""
     arguments = {
         name: replace(spec, layout="contiguous")
         for name, spec in sample.specs().items()
@@ -48,8 +49,8 @@ def make(
     """Random arguments of a call, the same for the same seed.
 
     `cogvx_kernels.testing.materialize` draws on the CPU, so that a test gives the same numbers
-    everywhere; that would take longer than all the timing. And here, as in a model, the tensors
-    laid out packed are views of one projection.
+    everywhere; that would take longer than all the timing. And here, as in a model, the "packed"
+    tensors are views of one projection.
     """
     random = torch.Generator(device).manual_seed(seed)
     packed: dict[tuple[int, ...], list[Tensor]] = {}
@@ -91,8 +92,8 @@ def _fill(x: Tensor, spec: TensorSpec, random: torch.Generator) -> Tensor:
     return x
 
 
-def cotangents(outputs: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:
-    """A random gradient to send back into each output, laid out as it is."""
+def grad_outputs_like(outputs: tuple[Tensor, ...], seed: int) -> tuple[Tensor, ...]:
+    """A random gradient for each output, with the output's strides."""
     random = torch.Generator(outputs[0].device).manual_seed(seed)
     return tuple(
         torch.empty_like(x, requires_grad=False).normal_(generator=random) for x in outputs

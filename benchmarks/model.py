@@ -1,289 +1,496 @@
-"""`python -m benchmarks.model`: parts of CogVideoX beside diffusers' on the same weights.
+"""Benchmarks of parts of CogVideoX beside diffusers' on the same weights and arguments.
 
-Beside diffusers as it is, compiled, compiled with cuDNN's attention first, and, of the VAE, with
-channels side by side; ours, of the VAE, also on its ops' references. Outputs are compared before
-anything is timed, and ours must agree. Then all run in turn, there and back, in one process. Peak
-bytes are those alive in tensors, without weights and arguments (`cogvx.memory.LiveBytes`), and
-saved bytes those that a forward keeps for its backward, each storage once, without weights: the
-same on any machine. Exit status 1 if outputs differ.
+Beside diffusers as it is, compiled, compiled with cuDNN's attention first, patched, and, of the
+VAE, with channels last; ours, of the VAE, also on its ops' references. `python -m benchmarks.model`
+runs all of them. Rows have peak bytes of live tensors and the bytes that a forward saves for its
+backward, which are the same on any machine.
 """
 
-import argparse
+import copy
 import dataclasses
-import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cogvx.memory import LiveBytes
+from cogvx.checkpoint.folder import transformer_values, vae_values
+from cogvx.config import PRESETS, TransformerConfig, VAEConfig
+from cogvx.transformer import ExpertTransformer
+from cogvx.vae import CausalVAE
+from cogvx_kernels import patch
 from cogvx_kernels._backend import INTERPRETED
 
-from . import conditions, report
-from .parts import OURS, PARTS, SIDES, SIZES, THEIRS, Call, Scene
-from .timing import Times, measure
+from .ops import without_grad
+from .registry import MODEL, Benchmark, Case, Check, Entry, Options, register
+from .timing import Call
 
+THEIRS, OURS = "diffusers", "cogvx"
+COMPILED, CUDNN, AHEAD = "diffusers-compile", "diffusers-compile-cudnn", "cogvx-ahead"
+NEAR, COMPILED_NEAR = "diffusers-channels-last", "diffusers-compile-channels-last"
+PATCHED, PATCHED_FAST = "diffusers-patched", "diffusers-patched-fast"
+REFERENCE = "cogvx-reference"
+ENTRIES = (
+    NEAR, COMPILED, COMPILED_NEAR, CUDNN, PATCHED, PATCHED_FAST, OURS, AHEAD, REFERENCE
+)  # fmt: skip
+CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 # What the outputs may differ by, relative to the largest: in fp32 what contract and tests demand;
 # in bf16 each is a sum of thousands of roundings of 2^-8, and the tests hold both to fp64.
-AGREEMENT = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
-# Of the largest of all: a gradient that is smaller is the rounding of greater ones, and what it
-# differs by is measured against this. A bias that attention is blind to has such a gradient.
+AGREEMENT = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+# Of the largest of all: a gradient that is smaller is the rounding of greater ones, and its
+# difference is measured against this. A bias that attention is blind to has such a gradient.
 SMALL = 1e-3
-LAPS = 6
+
+Results = Mapping[str, Tensor]  # of a training step the gradients
+Compute = Callable[[], Results]
+Pair = tuple[Tensor, Tensor]
 
 
-@dataclass
-class Row:
-    """One side of one part. A time is only given on a GPU; everywhere a ratio, there and back.
+@dataclass(frozen=True)
+class Size:
+    """A clip, in frames of video and pixels, and the configs of the models that take it."""
 
-    speed         diffusers' median time over this one's: 2 is twice as fast
-    memory        this one's peak live bytes over diffusers'
-    gpu_mib       what a GPU's allocator had at its most, libraries' own memory included, less what
-                  it had before
-    saved         this one's saved bytes over diffusers'
-    relative_gap  the largest difference of an output over the largest of that output: from
-                  diffusers', or for gradients from diffusers' in fp32
+    frames: int
+    height: int
+    width: int
+    vae: VAEConfig
+    transformer: TransformerConfig
 
-    Nothing is said of the bytes of compiled code, into which the counter does not see, nor of
-    speed where kernels are interpreted.
+    @property
+    def latents(self) -> tuple[int, int, int, int]:
+        """(frames, channels, height, width) of a clip's latents."""
+        frames = (self.frames - 1) // self.vae.temporal_compression_ratio + 1
+        ratio = self.vae.spatial_compression_ratio
+        return frames, self.vae.latent_channels, self.height // ratio, self.width // ratio
+
+    @property
+    def padded(self) -> tuple[int, int, int, int]:
+        """The same as the transformer takes them: whole patches of frames, an image beside them."""
+        frames, _, height, width = self.latents
+        patch = self.transformer.patch_size_t or 1
+        return -(-frames // patch) * patch, self.transformer.in_channels, height, width
+
+
+# A tenth of the released widths and a clip with every kind of chunk: what a CPU does in a second.
+SMALL_SIZE = Size(
+    17,
+    64,
+    96,
+    VAEConfig(block_out_channels=(32, 64, 64, 128), norm_num_groups=8),
+    TransformerConfig(
+        num_attention_heads=4,
+        num_layers=2,
+        text_embed_dim=128,
+        use_rotary_positional_embeddings=True,
+    ),
+)
+TINY = dataclasses.replace(  # for tests of this program itself
+    SMALL_SIZE,
+    frames=9,
+    height=32,
+    width=48,
+    vae=VAEConfig(block_out_channels=(8, 16, 16, 16), norm_num_groups=4),
+    transformer=dataclasses.replace(
+        SMALL_SIZE.transformer, num_attention_heads=1, max_text_seq_length=16
+    ),
+)
+SIZES = {"small": SMALL_SIZE, "tiny": TINY} | {
+    f"{name}-{p.height}x{p.width}-{p.frames}f": Size(
+        p.frames, p.height, p.width, p.vae, p.transformer
+    )
+    for name, p in PRESETS.items()
+}
+
+
+# --- cases -----------------------------------------------------------------------------------
+
+
+def make_case(
+    part: str,
+    entries: Mapping[str, Compute],
+    options: Options,
+    which: str = "forward",
+    convention: str = MODEL,
+    left_out: Mapping[str, str] | None = None,
+    reference: Compute | None = None,
+    forward: Mapping[str, Call] | None = None,
+    weights: tuple[Tensor, ...] = (),
+) -> Case:
+    """A case, diffusers' entry first.
+
+    reference  what all are compared with, if that is not diffusers
+    forward    of a training step: name -> its forward
+    weights    parameters, which are not counted as saved
+    """
+    forward = forward or {}
+
+    def wrapped(compute: Compute) -> Compute:
+        return compute if forward else without_grad(compute)
+
+    def expected() -> dict[str, Tensor]:
+        """Computed for the first entry, and held until the last."""
+        if not kept:
+            found = wrapped(reference or entries[THEIRS])()
+            kept.update({name: x.detach().clone() for name, x in found.items()})
+        return kept
+
+    kept: dict[str, Tensor] = {}
+
+    def entry(name: str) -> Entry:
+        compute = wrapped(entries[name])
+
+        def check(which: str) -> list[Check]:
+            wanted, found = expected(), compute()
+            largest = SMALL * max(float(x.abs().max()) for x in wanted.values())
+            checks = []
+            for key, x in wanted.items():
+                error = float((found[key].detach().double() - x.double()).abs().max())
+                error /= max(float(x.abs().max()), largest)
+                # diffusers may itself be off by more from a reference in fp32
+                ok = error <= AGREEMENT[options.dtype] or name == THEIRS
+                checks.append(Check(ok, error, f"{key} differs by {error:.2g}"))
+            return checks
+
+        ours = name.startswith((OURS, PATCHED))
+        interpreted = "kernels are interpreted, and never timed" if ours and INTERPRETED else ""
+        return Entry(
+            name, check, lambda which, count: [compute], (which,), ours=name == OURS,
+            untimed=interpreted, forward=forward.get(name),
+        )  # fmt: skip
+
+    names = [n for n in entries if n == THEIRS or n in (options.providers or entries)]
+    of = "diffusers in fp32" if reference else "diffusers"
+    return Case(
+        part, convention, [entry(name) for name in names], (which,), f"every element with {of}",
+        left_out=dict(left_out or {}), memory=True, weights=weights,
+    )  # fmt: skip
+
+
+def _vae_decode(size: Size, options: Options) -> Iterator[Case]:
+    latents = _noise((1, *size.latents), options)
+
+    def theirs(vae: Any, x: Tensor) -> Results:
+        return {"video": vae.decode(x).sample.transpose(1, 2)}
+
+    def ours(vae: CausalVAE) -> Results:
+        return {"video": vae.decode(latents)}
+
+    yield _vae_case("decoder", theirs, ours, latents, size, options)
+
+
+def _vae_encode(size: Size, options: Options) -> Iterator[Case]:
+    video = _noise((1, size.frames, 3, size.height, size.width), options)
+
+    def theirs(vae: Any, x: Tensor) -> Results:
+        return {"mean": vae.encode(x).latent_dist.mean.transpose(1, 2)}
+
+    def ours(vae: CausalVAE) -> Results:
+        return {"mean": vae.encode(video).mean}
+
+    yield _vae_case("encoder", theirs, ours, video, size, options)
+
+
+def _vae_case(
+    half: str,
+    theirs: Callable[[Any, Tensor], Results],
+    ours: Callable[[CausalVAE], Results],
+    x: Tensor,
+    size: Size,
+    options: Options,
+) -> Case:
+    """Either half of the VAE; x: (batch, frames, channels, height, width)."""
+    their_vae, our_vae = _vaes(size, options)
+    flat = x.transpose(1, 2).contiguous()  # as diffusers has it
+    near = channels_last(copy.deepcopy(their_vae))
+    near_flat = flat.contiguous(memory_format=torch.channels_last_3d)
+    entries = {THEIRS: partial(theirs, their_vae, flat), NEAR: partial(theirs, near, near_flat)}
+    left_out = {}
+    if x.is_cuda:
+        entries[COMPILED] = partial(theirs, half_compiled(their_vae, half), flat)
+        entries[COMPILED_NEAR] = partial(theirs, half_compiled(near, half), near_flat)
+    else:
+        left_out[COMPILED] = "every kind of chunk takes a CPU minutes to compile"
+    reference = _with_weights_of(their_vae, lambda: CausalVAE(size.vae, backend="reference"))
+    entries |= {
+        PATCHED: partial(theirs, patched(their_vae), flat),
+        PATCHED_FAST: partial(theirs, patched(their_vae, "fast"), flat),
+        OURS: partial(ours, our_vae),
+        REFERENCE: partial(ours, reference),
+    }
+    return make_case(f"vae-{half[:-1]}", entries, options, left_out=left_out)
+
+
+def _transformer(size: Size, options: Options) -> Iterator[Case]:
+    """One denoising step under guidance: a batch of two."""
+    config, device = size.transformer, options.device
+    theirs, ours = _transformers(config, options)
+    latents = _noise((2, *size.padded), options)
+    text = _noise((2, config.max_text_seq_length, config.text_embed_dim), options)
+    timestep = torch.tensor([999, 999], device=device)
+    ofs = None if config.ofs_embed_dim is None else torch.full((1,), 2.0, device=device)
+    rotary = _rotary(theirs, size, latents.shape[1], device)
+
+    def step(model: Callable[..., Any]) -> Results:
+        out = model(latents, text, timestep, ofs=ofs, image_rotary_emb=rotary, return_dict=False)
+        return {"v": out[0]}
+
+    with torch.no_grad():  # as the pipelines do, once before a run
+        ahead = {
+            "text": ours.project_text(text),
+            "modulations": ours.modulations(timestep[:1], ofs),
+        }
+    entries = {
+        THEIRS: partial(step, theirs),
+        COMPILED: partial(step, compiled(theirs)),
+        PATCHED: partial(step, patched(theirs)),
+        OURS: lambda: {"v": ours(latents, text, timestep, ofs)},
+        AHEAD: lambda: {"v": ours(latents, **ahead)},
+    }
+    entries, left_out = _with_cudnn(entries, partial(step, compiled(theirs)), device)
+    convention = f"{config.num_layers} blocks"
+    yield make_case("transformer", entries, options, convention=convention, left_out=left_out)
+
+
+def _block(size: Size, options: Options) -> Iterator[Case]:
+    """One block, from stream to stream: its forward, and then a training step of it."""
+    config = dataclasses.replace(size.transformer, num_layers=1)
+    their_model, our_model = _transformers(config, options)
+    theirs, ours = their_model.transformer_blocks[0], our_model.transformer_blocks[0]
+    with_kernels = patched(their_model).transformer_blocks[0]
+    frames, _, height, width = size.padded
+    patch = config.patch_size_t or 1, config.patch_size, config.patch_size
+    video_len = frames // patch[0] * (height // patch[1]) * (width // patch[2])
+    text_len, dim = config.max_text_seq_length, config.hidden_size
+    x = _noise((2, text_len + video_len, dim), options)
+    apart = tuple(part.contiguous() for part in x.split((text_len, video_len), 1))
+    temb = _noise((2, config.time_embed_dim), options)
+    rotary = _rotary(their_model, size, frames, options.device)
+    tables = our_model.tables.rope(frames, height, width, options.device).unbind(0)
+    del their_model, our_model
+
+    def call_theirs(
+        block: Callable[..., Any], text: Tensor, video: Tensor, temb: Tensor = temb
+    ) -> Pair:
+        return block(video, text, temb, image_rotary_emb=rotary)[::-1]
+
+    def call_ours(x: Tensor) -> Pair:
+        out, _ = ours.whole(x, F.silu(temb), *tables, text_len)
+        return out[:, :text_len], out[:, text_len:]
+
+    blocks = {
+        THEIRS: _Block(partial(call_theirs, theirs), apart, theirs, text_len),
+        COMPILED: _Block(partial(call_theirs, compiled(theirs)), apart, theirs, text_len),
+        PATCHED: _Block(partial(call_theirs, with_kernels), apart, with_kernels, text_len),
+        OURS: _Block(call_ours, (x,), ours, text_len),
+    }
+    cudnn = _Block(partial(call_theirs, compiled(theirs)), apart, theirs, text_len)
+    forward = {name: block.outputs for name, block in blocks.items()}
+    entries, left_out = _with_cudnn(forward, cudnn.outputs, options.device)
+    yield make_case("block", entries, options, left_out=left_out)
+    for trained in (theirs, ours, x, *apart):
+        trained.requires_grad_(True)
+    douts = tuple(_noise(tuple(part.shape), options) for part in apart)
+
+    def in_fp32() -> Results:
+        """Of 16-bit sums of 16-bit numbers each entry has its own."""
+        block = copy.deepcopy(theirs).float()
+        inputs = tuple(part.detach().float().requires_grad_(True) for part in apart)
+        call = partial(call_theirs, block, temb=temb.float())
+        return _Block(call, inputs, block, text_len).gradients(tuple(x.float() for x in douts))
+
+    yield make_case(
+        "block",
+        {name: partial(block.gradients, douts) for name, block in blocks.items()},
+        options,
+        "forward and backward",
+        reference=in_fp32,
+        forward=forward,
+        weights=(*theirs.parameters(), *ours.parameters()),
+    )
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One implementation of a block.
+
+    call    inputs -> (text, video)
+    inputs  (text, video), or both in one
     """
 
-    part: str
-    size: str
-    provider: str
-    dtype: str
-    device: str
-    peak_mib: float | None
-    memory: float | None
-    saved_mib: float | None
-    saved: float | None
-    relative_gap: float
-    gpu_mib: float | None = None
-    speed: float | None = None
-    noise_percent: float | None = None
-    median_ms: float | None = None
+    call: Callable[..., Pair]
+    inputs: tuple[Tensor, ...]
+    block: nn.Module
+    text_len: int
 
-    def cells(self) -> dict[str, Any]:
-        return asdict(self)
+    def outputs(self) -> dict[str, Tensor]:
+        return dict(zip(("text", "video"), self.call(*self.inputs), strict=True))
+
+    def gradients(self, douts: Pair) -> dict[str, Tensor]:
+        """Of the two streams and of every parameter."""
+        names, parameters = zip(*self.block.named_parameters(), strict=True)
+        of = torch.autograd.grad(self.call(*self.inputs), (*self.inputs, *parameters), douts)
+        streams, weights = of[: len(self.inputs)], of[len(self.inputs) :]
+        if len(streams) == 1:
+            streams = streams[0][:, : self.text_len], streams[0][:, self.text_len :]
+        return dict(zip(("text", "video", *names), (*streams, *weights), strict=True))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    name = arguments.size or ("small" if device.type == "cpu" else "5b-480x720-49f")
-    dtype = getattr(torch, arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    command = " ".join(["python -m benchmarks.model", *(sys.argv[1:] if argv is None else argv)])
-    found = conditions.conditions(device, command)
+# --- variants of diffusers' modules ----------------------------------------------------------
+
+
+def channels_last(module: Any) -> Any:
+    """The same module, its convolutions' weights with channels last."""
+    for child in module.modules():
+        if isinstance(child, (nn.Conv2d, nn.Conv3d)):
+            three = isinstance(child, nn.Conv3d)
+            near = torch.channels_last_3d if three else torch.channels_last
+            child.weight.data = child.weight.data.contiguous(memory_format=near)
+    return module
+
+
+def half_compiled(vae: Any, half: str) -> Any:
+    """diffusers' VAE with its encoder or decoder compiled, chunk by chunk, on the same weights."""
+    other = copy.copy(vae)
+    other._modules = {**vae._modules, half: compiled(getattr(vae, half))}
+    return other
+
+
+def compiled(module: nn.Module) -> Callable[..., Any]:
+    """torch.compile of a module, in default mode, that shares nothing with another one's.
+
+    Compiled code is kept by code and backend: with torch's own backend a second one, of the same
+    code under another order of attention, would be handed the first.
+    """
+
+    def inductor(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(graph, inputs)
+
+    return torch.compile(module, backend=inductor, fullgraph=True, dynamic=False)
+
+
+def patched(model: Any, mode: str = "exact") -> Any:
+    """diffusers' model with the kernels in it, on the same weights."""
+    own = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    other = copy.deepcopy(model, own)
+    patch(other, mode=mode)
+    return other
+
+
+def _with_cudnn(
+    entries: dict[str, Compute], call: Compute, device: torch.device
+) -> tuple[dict[str, Compute], dict[str, str]]:
+    """The compiled entry once more with cuDNN's attention before the others; or why not."""
+    if device.type != "cuda" or not torch.backends.cudnn.is_available():
+        return entries, {CUDNN: "there is no cuDNN attention here"}
+
+    def cudnn_first() -> Results:
+        with sdpa_kernel(CUDNN_FIRST, set_priority=True):
+            return call()
+
+    before_ours = {n: c for n, c in entries.items() if not n.startswith(OURS)}
+    return {**before_ours, CUDNN: cudnn_first, **entries}, {}
+
+
+# --- weights and arguments -------------------------------------------------------------------
+
+
+def _rotary(theirs: Any, size: Size, frames: int, device: torch.device) -> Any:
+    """diffusers' tables of a clip, or None for a model without."""
+    from diffusers import CogVideoXPipeline
+
+    if not theirs.config.use_rotary_positional_embeddings:
+        return None
+    maker = CogVideoXPipeline.__new__(CogVideoXPipeline)
+    maker.transformer = theirs
+    maker.vae_scale_factor_spatial = size.vae.spatial_compression_ratio
+    return maker._prepare_rotary_positional_embeddings(size.height, size.width, frames, device)
+
+
+def _vaes(size: Size, options: Options) -> tuple[Any, CausalVAE]:
+    theirs = _randomly("AutoencoderKLCogVideoX", vae_values(size.vae), options)
+    return theirs, _with_weights_of(theirs, lambda: CausalVAE(size.vae))
+
+
+def _transformers(config: TransformerConfig, options: Options) -> tuple[Any, ExpertTransformer]:
+    theirs = _randomly("CogVideoXTransformer3DModel", transformer_values(config), options)
+    return theirs, _with_weights_of(theirs, lambda: ExpertTransformer(config))
+
+
+def _randomly(name: str, config: Mapping[str, Any], options: Options) -> Any:
+    """diffusers' model of a config with random weights."""
+    import diffusers
+
+    torch.manual_seed(0)
+    diffusers.utils.logging.set_verbosity_error()
+    with torch.device(options.device):
+        model = getattr(diffusers, name).from_config(config)
+    return model.to(options.dtype).requires_grad_(False).eval()
+
+
+def _with_weights_of(theirs: nn.Module, make: Callable[[], Any]) -> Any:
+    with torch.device("meta"):
+        ours = make()
+    ours.load_state_dict(theirs.state_dict(), assign=True)
+    if isinstance(ours, CausalVAE):
+        ours.lay_channels_last()
+    return ours.requires_grad_(False).eval()
+
+
+def _noise(shape: tuple[int, ...], options: Options) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(shape, generator=generator).to(options.device, options.dtype)
+
+
+# --- registered ------------------------------------------------------------------------------
+
+
+def _cases(make: Callable[[Size, Options], Iterator[Case]], options: Options) -> Iterator[Case]:
     if INTERPRETED:
         from cogvx_kernels.tools import interpreter
 
         interpreter.install()
-    size = SIZES[name]
-    if arguments.frames:
-        size = dataclasses.replace(size, frames=arguments.frames)
-    if arguments.layers:
-        config = dataclasses.replace(size.transformer, num_layers=arguments.layers)
+    size = SIZES[options.size]
+    if options.frames:
+        size = dataclasses.replace(size, frames=options.frames)
+    if options.layers:
+        config = dataclasses.replace(size.transformer, num_layers=options.layers)
         size = dataclasses.replace(size, transformer=config)
-    rows, wrong = [], False
-    for part in arguments.part or PARTS:
-        for scene in PARTS[part](size, dtype, device):
-            for side in set(scene.sides) - {THEIRS, *(arguments.providers or scene.sides)}:
-                del scene.sides[side]
-            gaps = _gaps(scene)
-            bad = {
-                side: gap
-                for side, gap in gaps.items()
-                if side != THEIRS and not gap <= AGREEMENT[dtype]
-            }
-            for side, gap in bad.items():
-                print(f"{scene.title} at {name}: outputs of {side} differ by {gap:.2g}; not timed.")
-                del scene.sides[side]
-            wrong |= bool(bad)
-            if OURS in bad:
-                continue
-            for side, reason in scene.left_out.items():
-                print(f"{scene.title} at {name}: left out: {side}, {reason}")
-            rows += _rows(scene, name, dtype, device, gaps, arguments.budget, arguments.laps)
-    found["sm_clock_mhz"] = conditions.clock(device)
-    if rows:
-        print(_table(rows))
-        print(report.small_print(found))
-    if rows and arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        report.add_to_csv(arguments.out / "model.csv", rows, found)
-    return 1 if wrong else 0
+    return make(size, options)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=__doc__)
-    add = parser.add_argument
-    add("--part", action="append", choices=tuple(PARTS), help="may be repeated; default: all")
-    add("--size", choices=tuple(SIZES), help="default: 5b-480x720-49f, on a CPU small")
-    add("--providers", nargs="+", choices=SIDES, help="which sides, beside diffusers")
-    add("--layers", type=int, metavar="N", help="blocks of the transformer; default: all")
-    add("--frames", type=int, metavar="N", help="of the clip, 8n + 1; default: the size's")
-    add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, on a CPU float32")
-    add("--device", help="default: cuda if there is one")
-    add("--budget", type=float, default=2.0, help="seconds for each side and lap (%(default)s)")
-    add("--laps", type=int, default=LAPS, choices=(2, 4, 6, 8), help="there and back (%(default)s)")
-    add("--out", type=Path, help="folder for model.csv, which is added to")
-    return parser
-
-
-# --- compared, weighed, timed --------------------------------------------------------------------
-
-
-def _run(scene: Scene, call: Call) -> Mapping[str, Tensor]:
-    """With a gradient if the scene is a training step."""
-    with torch.set_grad_enabled(bool(scene.forward)):
-        return call()
-
-
-def _gaps(scene: Scene) -> dict[str, float]:
-    """By side, how far it is from the truth, which is diffusers' where the scene has none."""
-    of = _run(scene, scene.truth or scene.sides[THEIRS])
-    truth = {name: x.detach().clone() for name, x in of.items()}
-    largest = max(float(x.abs().max()) for x in truth.values())
-
-    def gap(name: str, x: Tensor) -> float:
-        of = max(float(truth[name].abs().max()), SMALL * largest)
-        return float((x.detach().double() - truth[name].double()).abs().max()) / of
-
-    gaps = {}
-    for side, call in scene.sides.items():
-        found = _run(scene, call)
-        gaps[side] = max(gap(name, found[name]) for name in truth)
-    return gaps
-
-
-def _rows(
-    scene: Scene,
-    size: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    gaps: Mapping[str, float],
-    budget: float,
-    laps: int,
-) -> list[Row]:
-    sides = scene.sides
-    peaks = {side: _peak(scene, side) for side in sides}
-    saved = {side: _saved(scene, side) for side in sides}
-    rows = [
-        Row(
-            part=scene.title,
-            size=size,
-            provider=side,
-            dtype=str(dtype).removeprefix("torch."),
-            device=device.type,
-            peak_mib=_mib(peaks[side]),
-            memory=_over(peaks[side], peaks[THEIRS]),
-            saved_mib=_mib(saved[side]),
-            saved=_over(saved[side], saved[THEIRS]),
-            relative_gap=gaps[side],
-            gpu_mib=_mib(_gpu_peak(scene, side, device)),
-        )
-        for side in sides
-    ]
-    if not INTERPRETED:
-        _time(scene, device, budget, laps, rows)
-    return rows
-
-
-def _time(
-    scene: Scene, device: torch.device, budget: float, laps: int, rows: Sequence[Row]
-) -> None:
-    """All sides by turns, there and back, into their rows."""
-    times: dict[str, list[Times]] = {side: [] for side in scene.sides}
-    with torch.set_grad_enabled(bool(scene.forward)):
-        for side in [*times, *reversed(times)] * (laps // 2):
-            times[side].append(measure([scene.sides[side]], device, budget))
-    for row in rows:
-        mine = times[row.provider]
-        ratios = [a.median / b.median for a, b in zip(times[THEIRS], mine, strict=True)]
-        there, back = (statistics.median(t.median for t in mine[i::2]) for i in (0, 1))
-        row.speed = statistics.median(ratios)
-        row.noise_percent = 100 * abs(there / back - 1)
-        if device.type != "cpu":
-            row.median_ms = 1e3 * statistics.median(lap.median for lap in mine)
-
-
-def _peak(scene: Scene, side: str) -> int | None:
-    """Of live bytes; None of compiled code, which would run uncompiled under the counter."""
-    if "compile" in side:
-        return None
-    with LiveBytes() as live:
-        _run(scene, scene.sides[side])
-    return live.peak
-
-
-def _gpu_peak(scene: Scene, side: str, device: torch.device) -> int | None:
-    """Bytes of the allocator, of compiled code too; None without a GPU."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    _run(scene, scene.sides[side])
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def _saved(scene: Scene, side: str) -> int | None:
-    """Bytes that the forward of a training step keeps for its backward; None if it is none."""
-    if side not in scene.forward or "compile" in side:
-        return None
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        kept[storage.data_ptr()] = storage
-        return x
-
-    with torch.enable_grad(), saved_tensors_hooks(keep, lambda x: x):
-        out = scene.forward[side]()
-    weights = {x.untyped_storage().data_ptr() for x in scene.weights}
-    del out
-    return sum(storage.nbytes() for at, storage in kept.items() if at not in weights)
-
-
-def _mib(count: int | None) -> float | None:
-    return None if count is None else count / 2**20
-
-
-def _over(count: int | None, other: int | None) -> float | None:
-    return None if count is None or not other else count / other
-
-
-_COLUMNS: Mapping[str, tuple[str, Callable[[Row], Any], str]] = {
-    "peak MiB": ("{:.1f}", lambda row: row.peak_mib, ">10"),
-    "memory": ("{:.2f}x", lambda row: row.memory, ">8"),
-    "GPU MiB": ("{:.0f}", lambda row: row.gpu_mib, ">9"),
-    "saved MiB": ("{:.1f}", lambda row: row.saved_mib, ">10"),
-    "saved": ("{:.2f}x", lambda row: row.saved, ">7"),
-    "speed": ("{:.2f}x", lambda row: row.speed, ">8"),
-    "noise": ("{:.1f}%", lambda row: row.noise_percent, ">7"),
-    "gap": ("{:.1e}", lambda row: row.relative_gap, ">9"),
-    "ms": ("{:.4g}", lambda row: row.median_ms, ">8"),
+PARTS = {
+    "vae-decode": _vae_decode,
+    "vae-encode": _vae_encode,
+    "transformer": _transformer,
+    "block": _block,
 }
-
-
-def _table(rows: Sequence[Row]) -> str:
-    """Rows under each other; absent numbers as dots."""
-    titles = "".join(f"{title:{width}}" for title, (_, _, width) in _COLUMNS.items())
-    lines = [f"{'part':<23} {'provider':<24}{titles}"]
-    for row in rows:
-        cells = "".join(
-            f"{'·' if of(row) is None else form.format(of(row)):{width}}"
-            for form, of, width in _COLUMNS.values()
+for _name, _make in PARTS.items():
+    register(
+        Benchmark(
+            _name,
+            partial(_cases, _make),
+            lambda: (THEIRS, *ENTRIES),
+            lambda: [MODEL],
+            tuple(SIZES),
+            budget=12.0,
+            repeats={"cuda": 6, "cpu": 6},
+            group="model",
         )
-        lines.append(f"{row.part:<23} {row.provider:<24}{cells}")
-    return "\n".join(lines)
-
+    )
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from .__main__ import main
+
+    sys.exit(main(group="model"))

@@ -1,11 +1,12 @@
-"""What a run leaves behind: a table to read, a CSV to add to, a JSON to keep, a picture to show."""
+"""Report of a run: rows as a table, a CSV to append to, a JSON and a plot for each benchmark."""
 
 import csv
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from cogvx_kernels._opinfo import Cost
 
@@ -15,33 +16,31 @@ from .timing import Times
 Conditions = Mapping[str, Any]
 
 
-class Cells(Protocol):
-    """A row of any kind: its cells by column."""
-
-    def cells(self) -> dict[str, Any]: ...
-
-
 @dataclass
 class Row:
     """One provider in one pass. A number that was not measured, or means nothing here, is None.
 
-    convention       of the call: a key of `inputs.conventions`
-    gb_per_s         the least bytes that the pass must move, over the median; not what it moved
-    percent_of_copy  that rate over the rate of a large copy in the same run
-    tflop_per_s      the operations of the pass over the median, where they are what bounds it
+    convention         of the call: as the model makes it, or another
+    gb_per_s           the least bytes that the pass must move, over the median
+    percent_of_copy    that rate over the rate of a large copy in the same run
+    tflop_per_s        the operations of the pass over the median, where they are what bounds it
     percent_of_matmul  that rate over the rate of a large matrix product in the same run
-    ratio_to_eager   eager's median over this one: 2 is twice as fast
-    noise_percent    how far the medians of its two timings lie apart
+    ratio              the baseline's median over this one, in the same run: 2 is twice as fast; the
+                       baseline is eager, diffusers, or the first row of a convolution
+    noise_percent      how far the medians of its turns forth and back lie apart
+    relative_error     the largest error over the largest value
+    peak_mib           the most bytes alive in tensors, without weights and arguments
+    saved_mib          bytes that a forward keeps for its backward, without weights
+    gpu_mib            the most that the allocator of a GPU had, less what it had before
     """
 
-    op: str
+    benchmark: str
     size: str
     convention: str
     which: str
     provider: str
     dtype: str
     device: str
-    note: str = ""
     median_ms: float | None = None
     p25_ms: float | None = None
     p75_ms: float | None = None
@@ -49,21 +48,28 @@ class Row:
     percent_of_copy: float | None = None
     tflop_per_s: float | None = None
     percent_of_matmul: float | None = None
-    ratio_to_eager: float | None = None
+    ratio: float | None = None
     noise_percent: float | None = None
+    relative_error: float | None = None
+    peak_mib: float | None = None
+    saved_mib: float | None = None
+    gpu_mib: float | None = None
+    note: str = ""
 
-    def add_times(self, times: Times, cost: Cost) -> None:
-        """The times, and what they make of the least that the pass must move and compute."""
+    def add_times(self, times: Times, cost: Cost | None) -> None:
+        """The times, and the rates that they make of the least the pass must move and compute."""
         self.median_ms = 1e3 * times.median
         self.p25_ms, self.p75_ms = (1e3 * x for x in times.quartiles)
+        if cost is None:
+            return
         self.gb_per_s = cost.bytes / times.median / 1e9
         if bound_by_products(cost):
             self.tflop_per_s = cost.flops / times.median / 1e12
 
     def cells(self) -> dict[str, Any]:
-        """By column, `note` last."""
-        values = {COLUMN_OF.get(f.name, f.name): getattr(self, f.name) for f in fields(self)}
-        return values | {"note": values.pop("note")}
+        """By column."""
+        names = (f.name for f in fields(self))
+        return {"pass" if name == "which" else name: getattr(self, name) for name in names}
 
 
 # Operations a byte from which a GPU of today computes for longer than it moves; an H200 does 790
@@ -75,8 +81,6 @@ def bound_by_products(cost: Cost) -> bool:
     return cost.flops >= MANY_FLOPS_A_BYTE * cost.bytes
 
 
-COLUMN_OF = {"which": "pass"}  # a word that Python keeps for itself
-
 # --- the table -------------------------------------------------------------------------------
 
 _SHORT = {
@@ -87,42 +91,45 @@ _SHORT = {
     "percent_of_copy": ("% copy", "{:.0f}"),
     "tflop_per_s": ("TFLOP/s", "{:.0f}"),
     "percent_of_matmul": ("% matmul", "{:.0f}"),
-    "ratio_to_eager": ("x eager", "{:.2f}"),
+    "ratio": ("x base", "{:.2f}"),
     "noise_percent": ("noise %", "{:.1f}"),
+    "relative_error": ("error", "{:.0e}"),
+    "peak_mib": ("peak MiB", "{:.1f}"),
+    "saved_mib": ("saved", "{:.1f}"),
+    "gpu_mib": ("GPU MiB", "{:.0f}"),
 }
-_OF_PRODUCTS = ("tflop_per_s", "percent_of_matmul")
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows under each other, grouped by op, size, convention and pass; absent numbers as dots.
+    """Rows under each other, by benchmark, convention and pass; absent numbers as dots.
 
-    The columns of matrix products are there if a row has a number in them.
+    A column is there if a row has a number in it.
     """
     short = {
         name: column
         for name, column in _SHORT.items()
-        if name not in _OF_PRODUCTS or any(getattr(row, name) is not None for row in rows)
+        if any(getattr(row, name) is not None for row in rows)
     }
+    wide = max((len(row.provider) for row in rows), default=0) + 1
     lines: list[str] = []
     heading = ""
     for row in rows:
-        above = f"{row.op}  {row.size}  {row.which}  {row.dtype}  {row.device}"
+        above = f"{row.benchmark}  {row.size}  {row.which}  {row.dtype}  {row.device}"
         above += "" if row.convention == "model" else f"  ({row.convention})"
         if above != heading:
             heading = above
             names = "".join(f"{title:>9}" for title, _ in short.values())
-            lines += ["", above, f"  {'provider':<21}{names}  note"]
-        cells = row.cells()
+            lines += ["", above, f"  {'provider':<{wide}}{names}  note"]
         numbers = (
-            "·" if cells[name] is None else form.format(cells[name])
+            "·" if getattr(row, name) is None else form.format(getattr(row, name))
             for name, (_, form) in short.items()
         )
-        lines.append(f"  {row.provider:<21}{''.join(f'{x:>9}' for x in numbers)}  {row.note}")
+        lines.append(f"  {row.provider:<{wide}}{''.join(f'{x:>9}' for x in numbers)}  {row.note}")
     return "\n".join(lines[1:])
 
 
 def small_print(conditions: Conditions) -> str:
-    """The conditions in a line or two, those that are known."""
+    """The known conditions in a line or two."""
     copied, clock = conditions["copy_gb_per_s"], conditions["sm_clock_mhz"]
     parts = [
         conditions["device_name"],
@@ -141,8 +148,18 @@ def small_print(conditions: Conditions) -> str:
 # --- files -----------------------------------------------------------------------------------
 
 
-def add_to_csv(path: Path, rows: Sequence[Cells], conditions: Conditions) -> None:
-    """Append; a file with other columns is somebody else's and is refused."""
+def write(folder: Path, stem: str, rows: Sequence[Row], conditions: Conditions, **more: Any) -> str:
+    """Append to results.csv, write a JSON and a plot; returns a line about it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    add_to_csv(folder / "results.csv", rows, conditions)
+    content = {"conditions": conditions, "rows": [row.cells() for row in rows], **more}
+    (folder / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
+    missing = plot(folder / f"{stem}.png", rows, conditions)
+    return missing or f"written to {folder}: results.csv, {stem}.json, {stem}.png"
+
+
+def add_to_csv(path: Path, rows: Sequence[Row], conditions: Conditions) -> None:
+    """Append; a file with other columns is refused."""
     header = [*rows[0].cells(), *CONDITIONS]
     old = path.read_text().splitlines() if path.exists() else []
     if old and next(csv.reader(old)) != header:
@@ -151,13 +168,104 @@ def add_to_csv(path: Path, rows: Sequence[Cells], conditions: Conditions) -> Non
         writer = csv.DictWriter(file, header, lineterminator="\n")
         if not old:
             writer.writeheader()
-        writer.writerows(_rounded({**row.cells(), **conditions}) for row in rows)
+        for row in rows:
+            cells = {**row.cells(), **conditions}
+            writer.writerow(
+                {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in cells.items()}
+            )
 
 
-def write_json(path: Path, rows: Sequence[Cells], conditions: Conditions, **more: Any) -> None:
-    content = {"conditions": conditions, "rows": [row.cells() for row in rows], **more}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+# --- the plot --------------------------------------------------------------------------------
+
+OURS, THEIRS, EAGER, INK, FAINT = "#0f766e", "#94a3b8", "#cbd5e1", "#1e293b", "#64748b"
+PLAIN = ("eager", "cogvx-auto", "cogvx-reference")  # the reference itself
+SMALL_NOISE = 5  # percent; more is written beside the bar
 
 
-def _rounded(cells: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in cells.items()}
+def plot(path: Path, rows: Sequence[Row], conditions: Conditions) -> str | None:
+    """Write a PNG of bars: percent of the ceiling if that is known for all, ratios if not.
+
+    The ceiling is a copy's rate, or that of a matrix product where products are what bounds.
+    Returns the reason if there is none.
+    """
+    timed = [row for row in rows if row.ratio is not None]
+    if not timed:
+        return "no picture: nothing was timed"
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "no picture: matplotlib is not installed (pip install matplotlib)"
+    panels: dict[tuple[str, str], list[Row]] = {}
+    for row in timed:
+        panels.setdefault((row.convention, row.which), []).append(row)
+    bounded = all(_percent(row) is not None and row.median_ms for row in timed)
+    heights = [len(panel) + 0.9 for panel in panels.values()]
+    tall = 1.75 + 0.36 * sum(heights)
+    figure = Figure(figsize=(9, tall), dpi=150, facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(
+        len(panels), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights}
+    )[:, 0]
+    figure.subplots_adjust(
+        left=0.25, right=0.96, top=1 - 0.95 / tall, bottom=0.85 / tall, hspace=0.35
+    )
+    widest = max(_length(row, bounded) for row in timed)
+    for ax, ((convention, which), panel) in zip(axes, panels.items(), strict=True):
+        _panel(ax, panel, bounded)
+        title = which if convention == "model" else f"{which}, {convention}"
+        ax.set_title(title, loc="left", fontsize=10, color=INK)
+        ax.set_xlim(0, max(105.0, widest) * 1.38 if bounded else widest * 1.25)
+    units = "percent of a copy's rate, or of a matrix product's where products are what bounds"
+    units = units if bounded else "times as fast as the baseline, in the same run"
+    axes[-1].set_xlabel(units, fontsize=9, color=FAINT)
+    first = timed[0]
+    name, where = f"{first.benchmark}  at  {first.size}", conditions["device_name"]
+    figure.text(0.02, 1 - 0.35 / tall, name, fontsize=14, weight="bold", color=INK, va="center")
+    where = f"{first.dtype} on {where}"
+    if first.device == "cpu":
+        where += "; ratios alone, and no kernel is timed on a CPU"
+    figure.text(0.02, 1 - 0.62 / tall, where, fontsize=9.5, color=FAINT, va="center")
+    small = textwrap.fill(small_print(conditions), 150)
+    figure.text(0.02, 0.12 / tall, small, fontsize=6.5, color=FAINT, va="bottom")
+    figure.savefig(path)
+    return None
+
+
+def _percent(row: Row) -> float | None:
+    """Of the ceiling that bounds the row."""
+    return row.percent_of_copy if row.tflop_per_s is None else row.percent_of_matmul
+
+
+def _length(row: Row, bounded: bool) -> float:
+    return float((_percent(row) if bounded else row.ratio) or 0.0)
+
+
+def _label(row: Row, bounded: bool) -> str:
+    ratio = f"{row.ratio:.2f}x"
+    if (row.noise_percent or 0) >= SMALL_NOISE:
+        ratio += f"   (noise {row.noise_percent:.0f}%)"
+    return f"{_percent(row):.0f}%   {row.median_ms:.3g} ms   {ratio}" if bounded else ratio
+
+
+def _panel(ax: Any, rows: Sequence[Row], bounded: bool) -> None:
+    rows = sorted(rows, key=lambda row: _length(row, bounded))
+    for place, row in enumerate(rows):
+        ours = row.provider.startswith("cogvx") and row.provider not in PLAIN
+        length = _length(row, bounded)
+        fill = OURS if ours else EAGER if row.provider in PLAIN else THEIRS
+        ax.barh(place, length, height=0.68, color=fill)
+        ax.annotate(
+            _label(row, bounded), (length, place), (5, 0), textcoords="offset points",
+            va="center", fontsize=8.5, color=OURS if ours else INK,
+            weight="bold" if ours else "normal",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )  # fmt: skip
+    ax.axvline(100 if bounded else 1, color=FAINT, linewidth=0.8, linestyle=(0, (3, 3)), zorder=0)
+    ax.set_yticks(range(len(rows)), [row.provider for row in rows], fontsize=9, color=INK)
+    ax.set_ylim(-0.6, len(rows) - 0.4)
+    ax.tick_params(axis="y", length=0)
+    ax.tick_params(axis="x", length=0, labelsize=8, colors=FAINT)
+    for side in ("top", "right", "left"):
+        ax.spines[side].set_visible(False)
+    ax.spines["bottom"].set_color(EAGER)

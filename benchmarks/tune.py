@@ -1,15 +1,17 @@
-"""`python -m benchmarks.tune`: every launch choice of a kernel, checked, then timed and sorted.
+"""`python -m benchmarks.tune`: every launch choice of a kernel, compared, then timed and sorted.
 
-Each choice is checked, not the fastest alone: a compiler that gets a single tile size wrong is a
-thing that happens. What wins is written into the kernel's module by hand; nothing is tuned at run
+Each choice is compared, not the fastest alone: a compiler that gets a single tile size wrong is a
+thing that happens. The winner is written into the kernel's module by hand; nothing is tuned at run
 time, so the same input gives the same bits on the same GPU. Exit status 1 if a choice is wrong.
+
+`--op expert_ffn --dense` times the grouped kernel beside the dense one instead, where no sorting is
+needed, and prints the rows of `cogvx_kernels.expert_ffn.heuristics`.
 """
 
 import argparse
 import contextlib
 import importlib
 import itertools
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,25 +23,36 @@ from typing import Any
 import torch
 
 from cogvx_kernels._backend import INTERPRETED
-from cogvx_kernels.testing import OPS, SIZES, evaluate
+from cogvx_kernels.testing import OPS, SIZES
 
-from . import conditions, inputs, two_ways
-from .__main__ import DTYPES
-from .check import Law, results_of
-from .providers import PROVIDERS, Provider, Unavailable
-from .race import Contest, calls
-from .report import bound_by_products
-from .timing import copy_rate, measure, sets_to_rotate
+from . import conditions, inputs, ops, report
+from .__main__ import DTYPES, publish
+from .registry import (
+    BENCHMARKS,
+    MODEL,
+    MODEL_SIZE,
+    PASSES,
+    PROVIDERS,
+    Benchmark,
+    Case,
+    Check,
+    Entry,
+    Options,
+    Unavailable,
+)
+from .run import Wrong, run
+from .timing import Call
 
 Choice = Mapping[str, int]
+GROUPED, DENSE = "cogvx-grouped", "cogvx-dense"
 
 
 @dataclass(frozen=True)
 class Sweep:
     """Constants of a kernel's module, or of its plan's, and the values to try, for each pass.
 
-    provider  who runs the kernel
-    fits      whether a choice is worth compiling
+    provider  the one that runs the kernel
+    fits      a choice is worth compiling
     """
 
     module: str
@@ -127,123 +140,138 @@ def chosen(module: ModuleType, choice: Choice) -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
-    parser.add_argument("--op", choices=tuple(SWEEPS), default="qk_norm_rope3d")
-    parser.add_argument("--size", choices=tuple(SIZES), default="5b-480x720-49f")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--convention", default=inputs.MODEL, help="which call (%(default)s)")
-    parser.add_argument(
-        "--dense",
-        action="store_true",
-        help="instead: expert_ffn's grouped way beside its dense one, and the row of heuristics.py",
-    )
-    parser.add_argument("--pass", dest="which", choices=("forward", "backward", "both"))
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write tune-OP-SIZE.json there")
-    parser.add_argument("--quick", action="store_true", help="a third of the time for each")
-    asked = parser.parse_args(argv)
+    add = parser.add_argument
+    add("--op", choices=tuple(SWEEPS), default="qk_norm_rope3d")
+    add("--size", choices=tuple(SIZES), default=MODEL_SIZE)
+    add("--dtype", choices=DTYPES, default="bfloat16")
+    add("--convention", default=MODEL, help="of the call (%(default)s)")
+    add("--dense", action="store_true", help="grouped beside dense, and the rows of the table")
+    add("--pass", dest="which", choices=(*PASSES, "both"), default="both")
+    add("--out", type=Path, metavar="DIR", help="write JSON and a plot there, add to results.csv")
+    add("--quick", action="store_true", help="a third of the time for each")
+    arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not INTERPRETED:
         parser.error(
-            "a sweep needs a CUDA device; with TRITON_INTERPRET=1 choices are checked, not timed"
+            "a sweep needs a CUDA device; with TRITON_INTERPRET=1 choices are compared, not timed"
         )
-    calls = inputs.conventions(OPS[asked.op], SIZES[asked.size])
-    if asked.convention not in calls:
+    calls = inputs.conventions(OPS[arguments.op], SIZES[arguments.size])
+    if arguments.convention not in calls:
         parser.error(f"argument --convention: no such call; there are {', '.join(calls)}")
-    if asked.dense and asked.op != "expert_ffn":
-        parser.error("argument --dense: only expert_ffn has two ways")
-    passes = ("forward", "backward") if asked.which in (None, "both") else (asked.which,)
-    budget = 0.05 if asked.quick else 0.15
-    if asked.dense:
-        return two_ways.compare(asked.size, asked.dtype, device, passes, budget)
-    command = f"benchmarks.tune --op {asked.op} --size {asked.size}"
-    found = conditions.conditions(device, command)
-    rate = copy_rate(device, budget) if device.type == "cuda" else None
-    results = {
-        which: _sweep(
-            asked.op, asked.size, asked.convention, asked.dtype, which, device, budget, rate
-        )
-        for which in passes
-    }
-    found |= {"copy_gb_per_s": rate and rate / 1e9, "sm_clock_mhz": conditions.clock(device)}
-    for which, entries in results.items():
-        print(f"\n{asked.op}  {asked.size}  {asked.dtype}  {which}")
-        for entry in entries:
-            print(f"  {_words(entry)}")
-    if asked.out:
-        asked.out.mkdir(parents=True, exist_ok=True)
-        path = asked.out / f"tune-{asked.op}-{asked.size}.json"
-        path.write_text(json.dumps({"conditions": found, **results}, indent=1) + "\n")
-        print(f"written: {path.name}")
-    return 1 if any(not entry["ok"] for entries in results.values() for entry in entries) else 0
+    if arguments.dense and arguments.op != "expert_ffn":
+        parser.error("argument --dense: only expert_ffn has two kernels")
+    options = Options(
+        getattr(torch, arguments.dtype),
+        device,
+        arguments.size,
+        PASSES if arguments.which == "both" else (arguments.which,),
+        conventions=(arguments.convention,),
+        budget=0.05 if arguments.quick else 0.15,
+        repeats=1,
+    )
+    command = f"benchmarks.tune --op {arguments.op} --size {arguments.size}"
+    found = conditions.conditions(device, command + " --dense" * arguments.dense)
+    if arguments.dense:
+        return compare_gemms(options, found)
+    benchmark = Benchmark(f"tune-{arguments.op}", partial(_cases, arguments.op), list, list, ())
+    return int(publish(benchmark, options, found, arguments.out))
 
 
-def _provider(op: str, which: str) -> Provider:
-    """As a model runs it: over its arguments if it can, where there is no gradient."""
-    inplace = which == "forward" and op == "qk_norm_rope3d"
-    name = "cogvx-inplace" if inplace else SWEEPS[op].provider
-    return next(provider for provider in PROVIDERS if provider.name == name)
+def _cases(op: str, options: Options) -> Iterator[Case]:
+    """A case for each pass, whose entries are the choices, the one in the module first."""
+    for which in options.passes:
+        yield _case(op, which, options)
 
 
-def _sweep(
-    op: str,
-    size: str,
-    convention: str,
-    dtype: str,
-    which: str,
-    device: torch.device,
-    budget: float,
-    rate: float | None,
-) -> list[dict[str, Any]]:
-    """An entry for each choice, the fastest first and wrong ones last."""
-    info, sweep, kind = OPS[op], SWEEPS[op], getattr(torch, dtype)
+def _case(op: str, which: str, options: Options) -> Case:
+    info, sweep = OPS[op], SWEEPS[op]
     module = importlib.import_module(sweep.module)
-    sample = inputs.conventions(info, SIZES[size])[convention]
-    new = partial(inputs.make, sample, kind, device)
-    contest = Contest(info, size, convention, which, new, kind, device)
-    arguments = new(0)
-    outputs = tuple(evaluate(info.reference, arguments).values())
-    douts = inputs.cotangents(outputs, 0) if which == "backward" else None
-    law = Law(info, arguments, douts)
-    provider = _provider(op, which)
-    function = provider.make(info, arguments)
-    nsets = sets_to_rotate(inputs.nbytes(arguments), device)
-    cost = info.cost(arguments)[which == "backward"]
-    entries = []
-    for choice in filter(sweep.fits, choices(getattr(sweep, which))):
-        entry: dict[str, Any] = {**choice, "now": all(vars(module)[k] == choice[k] for k in choice)}
+    (convention,) = options.conventions
+    sample = inputs.conventions(info, SIZES[options.size])[convention]
+    new = partial(inputs.make, sample, options.dtype, options.device)
+    # As a model runs it: over its arguments if it can, where there is no gradient.
+    inplace = which == "forward" and op == "qk_norm_rope3d"
+    name = "cogvx-inplace" if inplace else sweep.provider
+    provider = next(p for p in PROVIDERS if p.name == name)
+    function = provider.make(info, new(0))
+    one_pass = Options(options.dtype, options.device, options.size, (which,))
+    case = ops.make_case(info, convention, new, [(provider, function)], one_pass, {})
+    (kernel,) = case.entries
+    fitting = [choice for choice in choices(getattr(sweep, which)) if sweep.fits(choice)]
+    now = {name: getattr(module, name) for name in getattr(sweep, which)}
+    fitting.sort(key=lambda choice: choice != now)
+    case.benchmark = f"tune-{op}"
+    case.entries = [_entry(kernel, module, choice, choice == now) for choice in fitting]
+    return case
+
+
+def _entry(kernel: Entry, module: ModuleType, choice: Choice, now: bool) -> Entry:
+    """The kernel's entry with a choice."""
+    check, calls = kernel.check, kernel.calls
+
+    def check_choice(which: str) -> Sequence[Check]:
+        try:
+            with chosen(module, choice):
+                return check(which)
+        except Unavailable:
+            raise
+        except Exception as error:  # a choice may not compile, or need too much
+            return [Check(False, 0.0, f"{type(error).__name__}: {error}".splitlines()[0])]
+
+    def call_choice(call: Call) -> Any:
         with chosen(module, choice):
-            try:
-                verdicts = law.verdicts(results_of(function, new(0), law, douts))
-            except Unavailable:
-                raise
-            except Exception as error:  # a choice may not compile, or ask for too much
-                entries.append({**entry, "ok": False, "why": f"{type(error).__name__}: {error}"})
-                continue
-            wrong = [str(verdict) for verdict in verdicts if not verdict.ok]
-            entry |= {"ok": not wrong, "why": "; ".join(wrong)}
-            if not wrong and rate is not None:
-                times = measure(calls(contest, function, nsets), device, budget)
-                entry["median_ms"] = 1e3 * times.median
-                if bound_by_products(cost):
-                    entry["tflop_per_s"] = cost.flops / times.median / 1e12
-                else:
-                    entry["percent_of_copy"] = 100 * cost.bytes / times.median / rate
-        entries.append(entry)
-    return sorted(entries, key=lambda entry: (not entry["ok"], entry.get("median_ms", 0.0)))
+            return call()
+
+    def calls_choice(which: str, count: int) -> list[Call]:
+        with chosen(module, choice):
+            return [partial(call_choice, call) for call in calls(which, count)]
+
+    name = ", ".join(f"{key} {value}" for key, value in choice.items())
+    note = "as it is now" if now else ""
+    return Entry(name, check_choice, calls_choice, kernel.passes, note, untimed=kernel.untimed)
 
 
-def _words(entry: Mapping[str, Any]) -> str:
-    rest = ("ok", "why", "now", "median_ms", "percent_of_copy", "tflop_per_s")
-    words = "  ".join(f"{k} {v:<5}" for k, v in entry.items() if k not in rest)
-    if not entry["ok"]:
-        return f"{words}WRONG  {entry['why'].splitlines()[0]}"
-    took = "right, not timed"
-    if "median_ms" in entry:
-        took = f"{entry['median_ms']:.4f} ms  "
-        if "tflop_per_s" in entry:
-            took += f"{entry['tflop_per_s']:.0f} TFLOP/s"
-        else:
-            took += f"{entry['percent_of_copy']:.0f}% of a copy"
-    return f"{words}{took}{'  (as it is now)' if entry['now'] else ''}"
+# --- grouped or dense ------------------------------------------------------------------------
+
+
+def compare_gemms(options: Options, found: report.Conditions) -> int:
+    """Print both kernels of expert_ffn at a size and the rows of the table; 1 if one is wrong."""
+    calls = inputs.conventions(OPS["expert_ffn"], SIZES[options.size])
+    unsorted = {name: call for name, call in calls.items() if call.arguments["index"] is None}
+    options = Options(
+        options.dtype, options.device, options.size, options.passes, (GROUPED, DENSE),
+        tuple(unsorted), budget=2 * options.budget,
+    )  # fmt: skip
+    try:
+        outcome = run(BENCHMARKS["expert_ffn"], options)
+    except Wrong as wrong:
+        print(f"outside the rule of numerics; nothing was timed.\n{wrong}")
+        return 1
+    print(report.table(outcome.rows))
+    for name, call in unsorted.items():
+        rows = [row for row in outcome.rows if row.convention == name]
+        print(f"\n{name}: {_measured(rows, call.specs()['up'].shape, found)}")
+    return 0
+
+
+def _measured(rows: Sequence[report.Row], up: Sequence[int], found: report.Conditions) -> str:
+    """The row, by the sum of the passes' medians; or why there is none."""
+    grouped, dense = (_sum(rows, name) for name in (GROUPED, DENSE))
+    if not grouped or not dense:
+        return "not timed, so there is no row"
+    faster, ratio = ("grouped", dense / grouped) if grouped <= dense else ("dense", grouped / dense)
+    experts, ffn_dim, dim = up
+    device, dtype, date = found["device_name"], rows[0].dtype, found["date"][:10]
+    return (
+        f"Measured({device!r}, {dtype!r}, {dim}, {ffn_dim}, {experts}, {faster!r}, "
+        f"{ratio:.2f}, {date!r}),"
+    )
+
+
+def _sum(rows: Sequence[report.Row], provider: str) -> float:
+    """Milliseconds of all passes; 0 if one has none."""
+    times = [row.median_ms for row in rows if row.provider == provider]
+    return sum(t for t in times if t) if all(times) else 0.0
 
 
 if __name__ == "__main__":

@@ -1,106 +1,111 @@
-"""The benchmarks as a program: what they write, what they refuse. Nothing here is timed."""
+"""The benchmarks as programs: what they write, what they refuse. No time is asserted."""
 
 import csv
-import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks import conv, experts, model, ops, registry, tune
+from benchmarks.__main__ import main, make_parser
+from cogvx.training import train
+from cogvx_kernels import _backend
 from cogvx_kernels.testing import OPS, SIZES
 from tests.harness.selection import rest
 
 from .model.training.recipes import small
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "benchmarks/gpu_check.sh"
 
 ABSOLUTE = ("median_ms", "p25_ms", "p75_ms", "gb_per_s", "tflop_per_s", "copy_gb_per_s")
 COLUMNS = (
-    "op size convention pass provider dtype device median_ms p25_ms p75_ms gb_per_s "
-    "percent_of_copy tflop_per_s percent_of_matmul ratio_to_eager noise_percent note commit date "
-    "torch triton cuda driver device_name sm_clock_mhz copy_gb_per_s command"
+    "benchmark size convention pass provider dtype device median_ms p25_ms p75_ms gb_per_s "
+    "percent_of_copy tflop_per_s percent_of_matmul ratio noise_percent relative_error peak_mib "
+    "saved_mib gpu_mib note commit date torch triton cuda driver device_name sm_clock_mhz "
+    "copy_gb_per_s command"
 ).split()
-ON_CPU = ("--device", "cpu", "--size", "tiny", "--quick")
-
-# A rotation that turns the text too: right wherever there is none.
-PLANT = """
-import dataclasses, sys
-from cogvx_kernels import testing
-
-info = testing.OPS["rope3d"]
-def wrong(x, cos, sin, *, text_len, interleaved, backend):
-    return info.reference(x, cos, sin, text_len=text_len, interleaved=interleaved).roll(1, 1)
-testing.OPS["rope3d"] = dataclasses.replace(info, {field}=wrong)
-from benchmarks.__main__ import main
-sys.exit(main(sys.argv[1:]))
-"""
+ON_CPU = ("--device", "cpu", "--size", "tiny", "--repeats", "2", "--budget", "0.01")
 
 
-def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """python with these words, in the root; by default kernels are not interpreted.
+@pytest.fixture
+def diffusers():
+    """diffusers imported, whose first import warns of libraries of its own."""
+    pytest.importorskip("diffusers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline  # noqa: F401
 
-    In one thread: beside other tests two would wait for each other most of the time.
-    """
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Kernels are not interpreted, as where TRITON_INTERPRET is not set."""
+    for module in (_backend, ops, model, tune):
+        monkeypatch.setattr(module, "INTERPRETED", False)
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    """python with these words, in the root, in one thread; kernels are not interpreted."""
     return subprocess.run(
         (sys.executable, *words),
         cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
 
 
-def bench(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return run("-m", "benchmarks", *words, **environment)
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# --- ops ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run on a CPU, and its folder."""
+    """A run in a process of its own, and its folder."""
     out = tmp_path_factory.mktemp("bench")
     words = ("--op", "rope3d", *ON_CPU, "--providers", "cogvx-auto", "--out", str(out))
-    done = bench(*words)
+    done = run("-m", "benchmarks", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     return done, out
 
 
-def test_writes_rows_with_their_company(finished):
+def test_rows_have_their_conditions(finished):
     _, out = finished
-    with (out / "results.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(out)
     assert list(rows[0]) == COLUMNS
     assert [(row["pass"], row["provider"]) for row in rows] == [
         (which, name) for which in ("forward", "backward") for name in ("eager", "cogvx-auto")
     ]
     for row in rows:
-        assert row["op"] == "rope3d" and row["size"] == "tiny" and row["note"]
+        assert row["benchmark"] == "rope3d" and row["size"] == "tiny" and row["note"]
         assert all(row[name] for name in ("commit", "date", "torch", "device_name", "command"))
-        assert float(row["ratio_to_eager"]) > 0
+        assert float(row["ratio"]) > 0 and float(row["relative_error"]) < 1e-5
 
 
-def test_shows_no_absolute_time_of_a_cpu(finished):
+def test_no_absolute_time_of_a_cpu(finished):
     done, out = finished
-    with (out / "results.csv").open(newline="") as file:
-        assert all(row[name] == "" for row in csv.DictReader(file) for name in ABSOLUTE)
-    written = json.loads((out / "rope3d-tiny-float32-cpu.json").read_text())
-    assert written["conditions"]["copy_gb_per_s"] is None
-    assert all(row[name] is None for row in written["rows"] for name in ABSOLUTE[:-1])
+    assert all(row[name] == "" for row in rows_of(out) for name in ABSOLUTE)
     assert "no kernel is timed" in done.stdout and " GB/s ·" not in done.stdout
 
 
 def test_command_in_the_row_names_no_folder(finished):
     _, out = finished
-    command = json.loads((out / "rope3d-tiny-float32-cpu.json").read_text())["conditions"][
-        "command"
-    ]
+    command = rows_of(out)[0]["command"]
     assert command.startswith("python -m benchmarks --op rope3d") and str(out) not in command
 
 
-def test_draws_a_picture_or_says_why_not(finished):
+def test_plot_or_the_reason_for_none(finished):
     done, out = finished
     picture = out / "rope3d-tiny-float32-cpu.png"
     if picture.exists():
@@ -109,34 +114,59 @@ def test_draws_a_picture_or_says_why_not(finished):
         assert "matplotlib is not installed" in done.stdout
 
 
-def test_a_wrong_kernel_is_not_timed(tmp_path):
+@pytest.mark.parametrize("program", ["conv", rest("model")])
+def test_modules_are_programs(program):
+    done = run("-m", f"benchmarks.{program}", "--op", "nothing")
+    assert done.returncode == 2 and "vae-decode" in done.stderr
+
+
+@pytest.fixture
+def wrong(monkeypatch):
+    """A rotation whose result is that of the next token, and a function that puts it somewhere."""
+    info = OPS["rope3d"]
+
+    def rolled(x, cos, sin, *, backend="", **options):
+        return info.reference(x, cos, sin, **options).roll(1, 1)
+
+    def put(**changes):
+        benchmark = registry.BENCHMARKS["rope3d"]
+        cases = ops.partial(ops.cases, replace(info, **changes))
+        names = ["eager", "cogvx-auto", *changes.get("peers", ())]
+        planted = replace(benchmark, cases=cases, entries=lambda: names)
+        monkeypatch.setitem(registry.BENCHMARKS, "rope3d", planted)
+
+    return rolled, put
+
+
+def test_wrong_kernel_is_not_timed(plain, wrong, tmp_path, capsys):
+    rolled, put = wrong
+    put(op=rolled)
     words = ("--op", "rope3d", *ON_CPU, "--providers", "cogvx-auto", "--out", str(tmp_path))
-    done = run("-c", PLANT.replace("{field}", "op"), *words)
-    assert done.returncode == 1, done.stderr
-    assert "outside the rule" in done.stdout and "cogvx-auto, model: out0: error" in done.stdout
-    assert "x eager" not in done.stdout and not list(tmp_path.iterdir())
+    assert main(words) == 1
+    printed = capsys.readouterr().out
+    assert "outside the rule" in printed and "cogvx-auto, model: out0: error" in printed
+    assert "x base" not in printed and not list(tmp_path.iterdir())
 
 
-def test_a_wrong_peer_gets_no_row(tmp_path):
-    plant = PLANT.replace("{field}=wrong", 'peers={"them": lambda **a: wrong(**a, backend="")}')
+def test_wrong_peer_has_no_row(wrong, tmp_path, capsys):
+    rolled, put = wrong
+    put(peers={"them": rolled})
     words = ("--op", "rope3d", *ON_CPU, "--providers", "them", "--out", str(tmp_path))
-    done = run("-c", plant, *words)
-    assert done.returncode == 1, done.stderr
-    assert "refused, its results are wrong: them" in done.stdout
-    rows = json.loads((tmp_path / "rope3d-tiny-float32-cpu.json").read_text())["rows"]
-    assert {row["provider"] for row in rows} == {"eager"}
+    assert main(words) == 1
+    assert "refused, its results are wrong: them" in capsys.readouterr().out
+    assert {row["provider"] for row in rows_of(tmp_path)} == {"eager"}
 
 
 @pytest.mark.slow
-def test_the_interpreter_is_checked_and_never_timed(tmp_path):
+def test_interpreted_kernels_are_compared_and_never_timed(tmp_path):
     pytest.importorskip("triton")
+    if not _backend.INTERPRETED:
+        pytest.skip("kernels are not interpreted")
     words = ("--op", "rope3d", *ON_CPU, "--providers", "cogvx", "--out", str(tmp_path))
-    done = bench(*words, TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads((tmp_path / "rope3d-tiny-float32-cpu.json").read_text())["rows"]
-    interpreted = [row for row in rows if row["provider"] == "cogvx"]
+    assert main(words) == 0
+    interpreted = [row for row in rows_of(tmp_path) if row["provider"] == "cogvx"]
     assert interpreted and all("never timed" in row["note"] for row in interpreted)
-    assert all(row["ratio_to_eager"] is None for row in interpreted)
+    assert all(row["ratio"] == "" for row in interpreted)
 
 
 @pytest.mark.parametrize(
@@ -146,205 +176,208 @@ def test_the_interpreter_is_checked_and_never_timed(tmp_path):
         (("--size", "6b"), ("6b", *SIZES)),
         (("--providers", "nobody"), ("nobody", "eager", "compile")),
         (("--op", "expert_ffn", "--conventions", "nobody"), ("nobody", "model", "top-2")),
+        (("--op", "rope3d", "--size", "small"), ("small", *SIZES)),
     ],
 )
-def test_an_unknown_name_is_answered_with_the_known(words, named):
-    done = bench(*words)
-    assert done.returncode == 2
-    assert all(name in done.stderr for name in named)
+def test_unknown_name_is_refused_with_the_known(words, named, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert all(name in printed for name in named)
 
 
-def test_list_names_everything():
-    done = bench("--list")
-    assert done.returncode == 0
-    assert all(name in done.stdout for name in (*OPS, *SIZES, "diffusers-eager", "liger"))
+def test_list_names_everything(capsys):
+    assert main(("--list",)) == 0
+    printed = capsys.readouterr().out
+    for name in (*OPS, *SIZES, "diffusers-eager", "liger", *model.PARTS, *model.ENTRIES, "conv"):
+        assert name in printed
 
 
-def test_times_the_calls_that_are_asked_for(tmp_path):
+def test_conventions_select_calls(tmp_path):
     calls = ("text and video experts", "4 experts, top-1")
     words = ("--op", "expert_ffn", *ON_CPU, "--pass", "forward", "--providers", "split-cat")
-    done = bench(*words, "--conventions", *calls, "--out", str(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads((tmp_path / "expert_ffn-tiny-float32-cpu.json").read_text())["rows"]
-    assert [(row["convention"], row["provider"]) for row in rows] == [
+    assert main((*words, "--conventions", *calls, "--out", str(tmp_path))) == 0
+    assert [(row["convention"], row["provider"]) for row in rows_of(tmp_path)] == [
         (call, name) for call in calls for name in ("eager", "split-cat")
     ]
 
 
+def test_extension_is_timed_on_a_cpu(tmp_path):
+    pytest.importorskip("cogvx_kernels._C")
+    words = ("--op", "frame_cache_join", *ON_CPU, "--pass", "forward", "--conventions", "model")
+    assert main((*words, "--providers", "cogvx", "cogvx-append", "--out", str(tmp_path))) == 0
+    rows = rows_of(tmp_path)
+    assert [row["provider"] for row in rows] == ["eager", "cogvx", "cogvx-append"]
+    assert all(float(row["ratio"]) > 0 for row in rows)
+
+
 # --- parts of the model ------------------------------------------------------------------------
 
-# A decoder that is right but for one pixel.
-PLANT_IN_MODEL = """
-import sys
-from cogvx import vae
 
-right = vae.CausalVAE.decode
-def wrong(self, latents):
-    video = right(self, latents)
-    video[0, -1, 0, 3, 5] += 0.01
-    return video
-vae.CausalVAE.decode = wrong
-from benchmarks.model import main
-sys.exit(main(sys.argv[1:]))
-"""
+def test_wrong_part_is_not_timed(diffusers, plain, tmp_path, monkeypatch, capsys):
+    """A decoder that is right but for one pixel."""
+    right = model.CausalVAE.decode
 
+    def decode(self, latents):
+        video = right(self, latents)
+        video[0, -1, 0, 3, 5] += 0.01
+        return video
 
-def test_a_wrong_part_is_not_timed(tmp_path):
-    pytest.importorskip("diffusers")
-    words = ("--part", "vae-decode", "--size", "tiny", "--providers", "cogvx", "--device", "cpu")
-    done = run("-c", PLANT_IN_MODEL, *words, "--out", str(tmp_path))
-    assert done.returncode == 1, done.stderr
-    assert "outputs of cogvx differ" in done.stdout
-    assert "speed" not in done.stdout and not list(tmp_path.iterdir())
+    monkeypatch.setattr(model.CausalVAE, "decode", decode)
+    words = ("--part", "vae-decode", *ON_CPU, "--providers", "cogvx", "--out", str(tmp_path))
+    assert main(words, "model") == 1
+    printed = capsys.readouterr().out
+    assert "nothing was timed" in printed and "cogvx, model: video differs" in printed
+    assert "x base" not in printed and not list(tmp_path.iterdir())
 
 
-def test_both_halves_of_the_vae_have_rows(tmp_path):
-    """Of both layouts of diffusers', patched too, both backends of ours; of what is compiled a
+def test_both_halves_of_the_vae_have_rows(diffusers, plain, tmp_path, capsys):
+    """In both layouts of diffusers, patched too, and both backends of ours; of compiled ones a
     reason."""
-    pytest.importorskip("diffusers")
-    parts = ("--part", "vae-decode", "--part", "vae-encode")
-    words = (*parts, "--size", "tiny", "--laps", "2", "--budget", "0.01", "--device", "cpu")
-    done = run("-m", "benchmarks.model", *words, "--out", str(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
-    with (tmp_path / "model.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    sides = ("diffusers", "diffusers-channels-last", "diffusers-patched", "diffusers-patched-fast")
-    sides = (*sides, "cogvx", "cogvx-reference")
-    assert [(row["part"], row["provider"]) for row in rows] == [
-        (part, side) for part in ("vae-decode", "vae-encode") for side in sides
+    parts = ("vae-decode", "vae-encode")
+    words = ("--part", parts[0], "--part", parts[1], *ON_CPU, "--out", str(tmp_path))
+    assert main(words, "model") == 0
+    rows = rows_of(tmp_path)
+    names = ("diffusers", "diffusers-channels-last", "diffusers-patched", "diffusers-patched-fast")
+    assert [(row["benchmark"], row["provider"]) for row in rows] == [
+        (part, name) for part in parts for name in (*names, "cogvx", "cogvx-reference")
     ]
-    assert all(float(row["speed"]) > 0 and float(row["peak_mib"]) > 0 for row in rows)
+    assert all(float(row["ratio"]) > 0 and float(row["peak_mib"]) > 0 for row in rows)
     assert all(row["median_ms"] == "" == row["gpu_mib"] for row in rows)
-    assert done.stdout.count("left out: diffusers-compile") == 2
+    assert capsys.readouterr().out.count("left out: diffusers-compile") == 2
+
+
+def test_transformer_has_rows(diffusers, plain, tmp_path):
+    names = ("diffusers-patched", "cogvx", "cogvx-ahead")
+    words = ("--part", "transformer", *ON_CPU, "--layers", "1", "--providers", *names)
+    assert main((*words, "--out", str(tmp_path)), "model") == 0
+    rows = rows_of(tmp_path)
+    assert [row["provider"] for row in rows] == ["diffusers", *names]
+    assert {row["convention"] for row in rows} == {"1 blocks"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", rest("bfloat16")])
-def test_a_block_on_kernels_saves_little(tmp_path, dtype):
+def test_block_on_kernels_saves_little(diffusers, tmp_path, dtype):
     """Of what diffusers keeps for the backward at most 0.6, with equal gradients."""
-    pytest.importorskip("diffusers")
     pytest.importorskip("triton")
-    words = ("--part", "block", "--size", "tiny", "--providers", "cogvx", "--device", "cpu")
-    options = ("--dtype", dtype, "--out", str(tmp_path))
-    done = run("-m", "benchmarks.model", *words, *options, TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    with (tmp_path / "model.csv").open(newline="") as file:
-        rows = {(row["part"], row["provider"]): row for row in csv.DictReader(file)}
-    assert {part for part, _ in rows} == {"block, forward", "block, both ways"}
-    assert float(rows["block, both ways", "cogvx"]["saved"]) <= 0.6
-    assert all(row["speed"] == "" for row in rows.values())  # interpreted kernels are never timed
+    words = ("--part", "block", *ON_CPU, "--providers", "cogvx", "--dtype", dtype)
+    assert main((*words, "--out", str(tmp_path)), "model") == 0
+    rows = {(row["pass"], row["provider"]): row for row in rows_of(tmp_path)}
+    assert {which for which, _ in rows} == {"forward", "forward and backward"}
+    theirs, ours = (rows["forward and backward", name] for name in ("diffusers", "cogvx"))
+    assert 0 < float(ours["saved_mib"]) <= 0.6 * float(theirs["saved_mib"])
+    assert ours["ratio"] == ""  # interpreted kernels are never timed
 
 
 # --- convolutions ------------------------------------------------------------------------------
 
-# Planes that forget the last one.
-PLANT_IN_CONV = """
-import sys
-from benchmarks import conv
 
-right = conv.conv3d
-def wrong(x, weight, bias=None, padding=(0, 1, 1), *, algo="auto"):
-    out = right(x, weight, bias, padding, algo=algo)
-    if algo == "conv2d":
-        out -= right(x[:, :, 2:], weight[:, :, 2:], None, padding, algo="conv3d")
-    return out
-conv.conv3d = wrong
-sys.exit(conv.main(sys.argv[1:]))
-"""
-CONV_ON_CPU = ("--device", "cpu", "--budget", "0.01", "--case", "0")
-
-
-def test_convolutions_have_a_row_for_each_way(tmp_path):
-    done = run("-m", "benchmarks.conv", *CONV_ON_CPU, "--case", "6", "--out", str(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
-    with (tmp_path / "conv.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    seen = [(row["way"], row["layout"], row["bias"]) for row in rows]
-    layouts = ("NCDHW", "NDHWC")
-    assert seen == [
-        (way, layout, bias)
-        for ways in (("conv3d", "conv2d"), ("nearest", "folded", "phases"))
-        for bias in ("True", "False")
-        for way in ways
-        for layout in layouts
+def test_convolutions_have_a_row_for_each_algorithm(tmp_path):
+    words = (*ON_CPU, "--conventions", "0", "6", "--out", str(tmp_path))
+    assert main(words, "conv") == 0
+    rows = rows_of(tmp_path)
+    assert [row["provider"] for row in rows] == [
+        f"{algorithm}, {layout}{bias}"
+        for algorithms in (("conv3d", "conv2d"), ("nearest", "folded", "phases"))
+        for bias in ("", ", no bias")
+        for algorithm in algorithms
+        for layout in ("NCDHW", "NDHWC")
     ]
     assert all(float(row["ratio"]) > 0 and row["commit"] and row["device_name"] for row in rows)
-    assert all(row["median_ms"] == row["tflop_per_s"] == row["extra_mib"] == "" for row in rows)
-    written = json.loads((tmp_path / "conv.json").read_text())
-    assert len(written["rows"]) == len(rows) and str(tmp_path) not in json.dumps(written)
+    assert all(row["median_ms"] == row["tflop_per_s"] == row["gpu_mib"] == "" for row in rows)
+    assert str(tmp_path) not in (tmp_path / "results.csv").read_text()
 
 
-def test_a_wrong_convolution_gets_no_row(tmp_path):
-    done = run("-c", PLANT_IN_CONV, *CONV_ON_CPU, "--out", str(tmp_path))
-    assert done.returncode == 1, done.stderr
-    assert done.stdout.count("wrong, and not timed: 3x3x3, 64 to 64") == 4
-    rows = json.loads((tmp_path / "conv.json").read_text())["rows"]
-    assert {row["way"] for row in rows} == {"conv3d"}
+def test_wrong_convolution_has_no_row(tmp_path, monkeypatch, capsys):
+    """Planes without the last one."""
+    right = conv.conv3d
 
+    def wrong(x, weight, bias=None, padding=(0, 1, 1), *, algo="auto"):
+        out = right(x, weight, bias, padding, algo=algo)
+        if algo == "conv2d":
+            out -= right(x[:, :, 2:], weight[:, :, 2:], None, padding, algo="conv3d")
+        return out
 
-# --- videos ------------------------------------------------------------------------------------
-
-
-def test_the_extension_is_timed_on_a_cpu(tmp_path):
-    pytest.importorskip("cogvx_kernels._C")
-    words = ("--op", "frame_cache_join", *ON_CPU, "--pass", "forward", "--conventions", "model")
-    done = bench(*words, "--providers", "cogvx", "cogvx-append", "--out", str(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads((tmp_path / "frame_cache_join-tiny-float32-cpu.json").read_text())["rows"]
-    assert [row["provider"] for row in rows] == ["eager", "cogvx", "cogvx-append"]
-    assert all(row["ratio_to_eager"] > 0 for row in rows)
+    monkeypatch.setattr(conv, "conv3d", wrong)
+    assert main((*ON_CPU, "--conventions", "0", "--out", str(tmp_path)), "conv") == 1
+    assert capsys.readouterr().out.count("refused, its results are wrong: conv2d") == 4
+    rows = rows_of(tmp_path)
+    assert len(rows) == 4 and all(row["provider"].startswith("conv3d") for row in rows)
 
 
 # --- sweeps ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_sweep_checks_every_choice():
+def test_sweep_compares_every_choice(capsys):
     pytest.importorskip("triton")
     words = ("--op", "gated_residual", "--size", "tiny", "--dtype", "float32")
-    done = run("-m", "benchmarks.tune", *words, "--pass", "backward", TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("right, not timed") == 20 and "as it is now" in done.stdout
+    assert tune.main((*words, "--pass", "backward", "--quick")) == 0
+    printed = capsys.readouterr().out
+    assert "as it is now" in printed
+    assert not _backend.INTERPRETED or printed.count("right in Triton's interpreter") == 20
 
 
-def test_two_ways_are_of_expert_ffn_alone():
+def test_wrong_choice_is_refused(monkeypatch, capsys):
+    """One constant breaks the kernel, another does not compile."""
     pytest.importorskip("triton")
-    done = run("-m", "benchmarks.tune", "--op", "rope3d", "--dense", TRITON_INTERPRET="1")
-    assert done.returncode == 2 and "only expert_ffn has two ways" in done.stderr
+    info = OPS["gated_residual"]
+    module = tune.importlib.import_module("cogvx_kernels.expert_adaln.kernel")
+
+    def kernel(*arguments, backend, **options):
+        if module.TOKENS == 2:
+            raise ValueError("too small")
+        return info.reference(*arguments, **options) + (module.TOKENS == 4)
+
+    monkeypatch.setitem(tune.OPS, "gated_residual", replace(info, op=kernel))
+    monkeypatch.setattr(tune, "INTERPRETED", True)
+    monkeypatch.setattr(ops, "triton_reason", lambda name, x: None)
+    monkeypatch.setattr(ops, "INTERPRETED", True)
+    words = ("--op", "gated_residual", "--size", "tiny", "--dtype", "float32")
+    assert tune.main((*words, "--pass", "forward", "--quick")) == 1
+    refused = re.findall("refused.*wrong: (.*)", capsys.readouterr().out)
+    assert len(refused) == 8 and sum("too small" in line for line in refused) == 4
+
+
+def test_dense_is_of_expert_ffn_alone(monkeypatch, capsys):
+    monkeypatch.setattr(tune, "INTERPRETED", True)
+    with pytest.raises(SystemExit) as stopped:
+        tune.main(("--op", "rope3d", "--dense"))
+    assert stopped.value.code == 2
+    assert "only expert_ffn has two kernels" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_two_ways_are_checked_where_nothing_is_timed():
+def test_grouped_and_dense_are_compared_where_nothing_is_timed(capsys):
     pytest.importorskip("triton")
-    words = ("--op", "expert_ffn", "--dense", "--size", "tiny", "--dtype", "float32")
-    done = run("-m", "benchmarks.tune", *words, "--pass", "forward", TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("not timed, so there is no row") == 2
-    assert "cogvx-grouped" in done.stdout and "cogvx-dense" in done.stdout
+    if not _backend.INTERPRETED:
+        pytest.skip("kernels are not interpreted")
+    words = ("--op", "expert_ffn", "--dense", "--size", "tiny", "--dtype", "float32", "--quick")
+    assert tune.main((*words, "--pass", "forward")) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("not timed, so there is no row") == 2
+    assert "cogvx-grouped" in printed and "cogvx-dense" in printed
 
 
-def test_tune_needs_a_gpu():
-    pytest.importorskip("triton")
-    done = run("-m", "benchmarks.tune", CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 2 and "needs a CUDA device" in done.stderr
+def test_tune_needs_a_gpu(plain, monkeypatch, capsys):
+    monkeypatch.setattr(tune.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        tune.main(())
+    assert stopped.value.code == 2 and "needs a CUDA device" in capsys.readouterr().err
 
 
-def test_laws_of_the_checks_hold():
-    """They live beside what they are about: neither folder imports from the other."""
-    files = [f"benchmarks/test_{name}.py" for name in ("check", "peers", "tune")]
-    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files)
-    assert done.returncode == 0, done.stdout
+# --- gpu_check.sh ------------------------------------------------------------------------------
 
 
 def test_gpu_check_is_a_script():
-    done = subprocess.run(
-        ("bash", "-n", str(ROOT / "benchmarks/gpu_check.sh")), capture_output=True
-    )
+    done = subprocess.run(("bash", "-n", str(SCRIPT)), capture_output=True)
     assert done.returncode == 0, done.stderr
 
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# Does what a program is asked, but for one part of the model.
+# Succeeds at everything, but for one part of the model.
 STUB = """#!/usr/bin/env bash
 case "$*" in *vae-decode*) echo "no such thing" && exit 3 ;; esac
 exit 0
@@ -356,7 +389,7 @@ def test_gpu_check_goes_on_after_a_failure(tmp_path):
         (tmp_path / name).write_text(STUB)
         (tmp_path / name).chmod(0o755)
     done = subprocess.run(
-        ("bash", str(ROOT / "benchmarks/gpu_check.sh")),
+        ("bash", str(SCRIPT)),
         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(tmp_path / "out")}
         | {"PYTHON": str(tmp_path / "python3"), "BUDGET": "530"},
         capture_output=True,
@@ -365,63 +398,64 @@ def test_gpu_check_goes_on_after_a_failure(tmp_path):
     )
     lines = (tmp_path / "out" / "summary.txt").read_text().splitlines()
     status = {line.split()[1]: line.split()[0] for line in lines}
-    assert [name for name, word in status.items() if word != "ok"] == ["model-vae-decode"]
+    assert [name for name, word in status.items() if word != "ok"] == ["bench-vae-decode"]
     assert "status 3" in next(line for line in lines if "vae-decode" in line)
     tools = {f"sanitize-{tool}{of}" for tool in TOOLS for of in ("", "-videos", "-cache")}
     assert tools - {"sanitize-synccheck-cache"} <= status.keys()
-    assert {"build", "contract", "verify", "conv", "model-block", "tune"} <= status.keys()
-    about = ("qk_norm_rope3d", "expert_ffn", "spatial_norm_silu", "temporal_conv")
-    assert {f"bench-{op}-5b-480x720-49f" for op in about} <= status.keys()
+    assert {"facts", "build", "contract", "tests-gpu", "verify", "tune"} <= status.keys()
+    about = ("qk_norm_rope3d", "expert_ffn", "spatial_norm_silu", "temporal_conv", "conv", "block")
+    assert {f"bench-{name}" for name in about} <= status.keys()
     assert done.returncode == 1, done.stderr
 
 
 def test_gpu_check_sanitizes_every_op():
-    script = (ROOT / "benchmarks/gpu_check.sh").read_text()
-    lists = re.findall(r"^(?:TOKENS|VIDEOS)=\((.*)\)$", script, re.MULTILINE)
+    lists = re.findall(r"^(?:TOKENS|VIDEOS)=\((.*)\)$", SCRIPT.read_text(), re.MULTILINE)
     assert sorted(" ".join(lists).split()) == sorted(OPS)
 
 
-def test_gpu_check_names_what_there_is():
-    """Its flags, parts, providers and calls: it must not fail on a GPU for want of a name."""
-    script = (ROOT / "benchmarks/gpu_check.sh").read_text().replace("\\\n", " ")
-    known = bench("--list").stdout + run("-m", "benchmarks.model", "--help").stdout
-    named = re.findall(r"--providers ((?:[a-z][a-z-]* ?)+)", script)
-    words = {word for line in named for word in line.split()}
-    assert words and all(re.search(rf"(?<![\w-]){word}(?![\w-])", known) for word in words)
-    parts = re.findall(r"^part ([a-z-]+)", script, re.MULTILINE)
-    assert parts and all(part in known for part in parts)
+def test_gpu_check_uses_known_names():
+    """Its flags, benchmarks, providers and calls: it must not fail on a GPU for want of a name."""
+    script = SCRIPT.read_text().replace("\\\n", " ")
+    commands = re.findall(r"^bench (.*)$", script, re.MULTILINE)
+    size = re.search(r"^SIZE=(.*)$", script, re.MULTILINE)[1]
+    assert len(commands) == 11
+    for command in commands:
+        name, limit, *words = shlex.split(command)
+        arguments = make_parser("op").parse_args(["--op", name, "--size", size, *words])
+        benchmark = registry.BENCHMARKS[name]
+        assert limit.isdecimal() and size in benchmark.sizes
+        assert {*(arguments.providers or ())} <= {*benchmark.entries()}
+        names = benchmark.conventions()
+        assert {*(arguments.conventions or ())} <= {*names, *map(str, range(len(names)))}
 
 
 # --- experts -----------------------------------------------------------------------------------
 
 
-def test_experts_are_trained_side_by_side(tmp_path):
+def test_experts_are_trained_side_by_side(plain, tmp_path, capsys):
     """Every kind with every seed, from one VAE and latents; again, nothing is trained again."""
-    recipe = tmp_path / "recipe.json"
-    recipe.write_text(json.dumps(small().to_dict()))
-    code = (
-        "import json, sys; from pathlib import Path; from cogvx.training import Recipe, train;"
-        "train(Recipe.from_dict(json.loads(Path(sys.argv[1]).read_text())), sys.argv[2])"
-    )
-    done = run("-c", code, str(recipe), str(tmp_path / "run"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    words = ("--run", str(tmp_path / "run"), "--steps", "4", "--seeds", "2", "--prompts", "2")
+    train(small(vae_training={"steps": 2}, transformer_training={"steps": 2}), tmp_path / "run")
+    words = ("--run", str(tmp_path / "run"), "--steps", "2", "--seeds", "2", "--prompts", "2")
     words = (*words, "--kinds", "shared", "routed", "--device", "cpu", "--clips", "8")
-    words = (*words, "--precision", "float32", "--held-out", "20", "--out", str(tmp_path))
+    words = (*words, "--precision", "float32", "--held-out", "4", "--out", str(tmp_path))
+    found = []
     for _ in range(2):
-        done = run("-m", "benchmarks.experts", *words)
-        assert done.returncode == 0, done.stdout + done.stderr
-    with (tmp_path / "experts.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+        assert experts.main(words) == 0
+        with (tmp_path / "experts.csv").open(newline="") as file:
+            found.append(list(csv.DictReader(file)))
+    rows = found[0]
+    numbers = ("kind", "seed", *experts.NUMBERS)
+    first, again = ([[row[name] for name in numbers] for row in some] for some in found)
+    assert first == again
     assert [(row["kind"], row["seed"]) for row in rows] == [
         ("shared", "0"), ("shared", "1"), ("routed", "0"), ("routed", "1")
     ]  # fmt: skip
-    asked = {"steps": "4", "clips": "8", "precision": "float32", "prompts": "2"}
-    assert all(asked.items() <= row.items() and row["commit"] for row in rows)
+    requested = {"steps": "2", "clips": "8", "precision": "float32", "prompts": "2"}
+    assert all(requested.items() <= row.items() and row["commit"] for row in rows)
     kept = [
         (tmp_path / f"experts-{row['kind']}-{row['seed']}" / "latents").resolve() for row in rows
     ]
     assert set(kept) == {tmp_path / "latents"}
     assert all(len({row[number] for row in rows}) == 4 for number in ("loss", "held_out"))
     assert int(rows[2]["parameters"]) > int(rows[0]["parameters"])
-    assert len(re.findall("2 seeds .* ± ", done.stdout)) == 2
+    assert len(re.findall("2 seeds .* ± ", capsys.readouterr().out)) == 4

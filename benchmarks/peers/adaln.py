@@ -1,14 +1,15 @@
-"""Others' adaptive norms and gated residuals over a joint sequence, text first."""
+"""Adaptive norms and gated residuals of other libraries, over a joint sequence, text first."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import Arguments, Function, Maker, Unavailable, find
+from cogvx_kernels.testing import OpInfo
+
+from ..registry import Arguments, Function, Unavailable, compile_, find, provider
 
 # (x, weight, bias, eps) -> normalised
 Norm = Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor]
@@ -90,27 +91,31 @@ def _steps(norm: Norm, join: Callable[..., Tensor] = modulate) -> dict[str, Func
     return {ADALN: expert_adaln, RESIDUAL: gated_residual, BOTH: gated_residual_adaln}
 
 
-def _diffusers(op: str, arguments: Arguments) -> Function:
+@provider(
+    "diffusers-eager", "diffusers' own steps, each modality apart; rounds after each",
+    ADALN, RESIDUAL, BOTH, compiled="compile-diffusers",
+)  # fmt: skip
+def _diffusers(info: OpInfo, arguments: Arguments) -> Function:
     """The steps of diffusers' CogVideoXBlock around its attention and its feed-forward.
 
     Of nn.LayerNorm and arithmetic alone, so that diffusers need not be installed; that
     CogVideoXLayerNormZero gives the same is tested.
     """
     _per_sample(arguments)
-    return _steps(layer_norm)[op]
+    return _steps(layer_norm)[info.name]
 
 
 # --- Liger, sglang ---------------------------------------------------------------------------
 
 
-def _liger(op: str, arguments: Arguments) -> Function:
+@provider("liger", "liger-kernel's LayerNorm, and torch.compile of the modulation", ADALN, BOTH)
+def _liger(info: OpInfo, arguments: Arguments) -> Function:
     """Liger's LayerNorm kernel, and the modulation as torch.compile fuses it."""
     _per_sample(arguments)
     x = arguments["x"]
     if not x.is_cuda:
         raise Unavailable("Liger's kernels do not run on a CPU")
     norm = find("liger-kernel", ("liger_kernel.transformers.functional", "liger_layer_norm"))
-    torch.compiler.reset()
     ones, zeros = torch.ones_like(x[0, 0]), torch.zeros_like(x[0, 0])
 
     def of_liger(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -120,14 +125,18 @@ def _liger(op: str, arguments: Arguments) -> Function:
         )
         return norm(x, weight, bias, eps)
 
-    return _steps(of_liger, torch.compile(modulate, fullgraph=True, dynamic=False))[op]
+    return _steps(of_liger, compile_(modulate))[info.name]
 
 
-def _sglang(arguments: Arguments) -> Function:
+@provider(
+    "sglang", "sglang's norm with a modulation picked for each token; writes the tokens' gates too",
+    ADALN, passes=("forward",),
+)  # fmt: skip
+def _sglang(info: OpInfo, arguments: Arguments) -> Function:
     """sglang's Triton kernel that picks one of two modulations for each token.
 
-    It writes each token's gate too, three tensors moved where two would do. It is told strides of
-    tensors that it then copies, so what it gets must be contiguous, and is made so in time.
+    It writes each token's gate too, three tensors moved where two would do. It copies tensors but
+    keeps their strides, so its arguments are made contiguous, which is timed.
     """
     _per_sample(arguments)
     x = arguments["x"]
@@ -156,8 +165,3 @@ def _sglang(arguments: Arguments) -> Function:
         )[0]
 
     return expert_adaln
-
-
-DIFFUSERS: Mapping[str, Maker] = {op: partial(_diffusers, op) for op in (ADALN, RESIDUAL, BOTH)}
-LIGER: Mapping[str, Maker] = {op: partial(_liger, op) for op in (ADALN, BOTH)}
-SGLANG: Mapping[str, Maker] = {ADALN: _sglang}

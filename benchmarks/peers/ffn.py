@@ -1,4 +1,4 @@
-"""Feed-forward layers of several experts as torch alone has them: what `expert_ffn` must beat."""
+"""Feed-forward layers of several experts in plain torch: baselines of `expert_ffn`."""
 
 from typing import Any
 
@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import Arguments, Function, Unavailable
+from cogvx_kernels.testing import OpInfo
+
+from ..registry import Arguments, Function, Unavailable, compile_, provider
 
 Runs = list[tuple[int, Tensor]]
 
@@ -25,7 +27,12 @@ def _bias(biases: Tensor | None, expert: int) -> Tensor | None:
 # --- expert by expert ------------------------------------------------------------------------
 
 
-def split_cat(arguments: Arguments) -> Function:
+@provider(
+    "split-cat",
+    "linear, GELU, linear for each expert, between split and cat; routed: gather, index_add",
+    "expert_ffn",
+)
+def split_cat(info: OpInfo, arguments: Arguments) -> Function:
     """Linear, GELU, linear in the dtype of x, as diffusers' FeedForward; of each expert in turn.
 
     Text and video are split and put together again; routed tokens are looked for, which waits for
@@ -58,7 +65,20 @@ def split_cat(arguments: Arguments) -> Function:
     return expert_ffn
 
 
-def cublaslt_gelu(arguments: Arguments) -> Function:
+@provider("compile-split-cat", "torch.compile of split-cat, fullgraph, default mode", "expert_ffn")
+def _compiled_split_cat(info: OpInfo, arguments: Arguments) -> Function:
+    if arguments.get("index") is not None:
+        raise Unavailable("tokens that are looked for break the graph")
+    return compile_(split_cat(info, arguments))
+
+
+@provider(
+    "cublaslt-gelu",
+    "bias and tanh-GELU in cuBLASLt's epilogue, and addmm, for each expert and sample",
+    "expert_ffn",
+    passes=("forward",),
+)
+def cublaslt_gelu(info: OpInfo, arguments: Arguments) -> Function:
     """Two calls for each expert and run of tokens: bias and GELU in cuBLASLt's epilogue, and addmm.
 
     Without a gradient: torch has none for it.
@@ -95,7 +115,13 @@ def _runs(x: Tensor, up: Tensor, text_len: int) -> Runs:
 # --- all experts at once ---------------------------------------------------------------------
 
 
-def grouped_mm(arguments: Arguments) -> Function:
+@provider(
+    "grouped-mm",
+    "sort, gather, torch._grouped_mm, bias and GELU, again, ungather, combine",
+    "expert_ffn",
+    compiled="compile-grouped-mm",
+)
+def grouped_mm(info: OpInfo, arguments: Arguments) -> Function:
     """Sort, gather, torch._grouped_mm twice with bias and GELU between, ungather, combine."""
     _only_tanh_gelu(arguments)
     if arguments.get("index") is None:

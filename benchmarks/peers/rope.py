@@ -1,13 +1,17 @@
-"""Others' rotary positions, and their norms of heads."""
+"""Rotary positions and norms of heads of other libraries."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import Arguments, Function, Maker, Unavailable, find
+from cogvx_kernels.testing import OpInfo
+
+from ..inputs import HALF_SPLIT
+from ..registry import MODEL, Arguments, Function, Unavailable, find, provider
+
+STEPS = "diffusers' own steps on (batch, heads, seq, dim); rounds between norm and rotation"
 
 
 def _tables(arguments: Arguments) -> tuple[Any, tuple[Tensor, ...]]:
@@ -20,7 +24,8 @@ def _tables(arguments: Arguments) -> tuple[Any, tuple[Tensor, ...]]:
     )
 
 
-def _diffusers_rope3d(arguments: Arguments) -> Function:
+@provider("diffusers-eager", STEPS, "rope3d", conventions=(MODEL,), overwrites=True)
+def _diffusers_rope3d(info: OpInfo, arguments: Arguments) -> Function:
     """apply_rotary_emb on the video tokens of (batch, heads, seq, dim), written over them.
 
     There is no norm whose result to write over, so x itself is.
@@ -37,7 +42,8 @@ def _diffusers_rope3d(arguments: Arguments) -> Function:
     return rope3d
 
 
-def _diffusers_qk_norm_rope3d(arguments: Arguments) -> Function:
+@provider("diffusers-eager", STEPS, "qk_norm_rope3d", conventions=(MODEL,), overwrites=True)
+def _diffusers_qk_norm_rope3d(info: OpInfo, arguments: Arguments) -> Function:
     """The steps of diffusers' CogVideoX attention processor between the projection and SDPA.
 
     On the (batch, heads, seq, dim) view: nn.LayerNorm, then apply_rotary_emb on the video tokens,
@@ -63,7 +69,15 @@ def _diffusers_qk_norm_rope3d(arguments: Arguments) -> Function:
     return qk_norm_rope3d
 
 
-def _liger_rope3d(arguments: Arguments) -> Function:
+@provider(
+    "liger",
+    "liger-kernel's rotary: in place; no text, no norm, half-split pairs, full-width tables",
+    "rope3d",
+    conventions=(HALF_SPLIT,),
+    passes=("forward",),
+    overwrites=True,
+)
+def _liger_rope3d(info: OpInfo, arguments: Arguments) -> Function:
     """Liger turns q and k at once, in place; the two halves of the batch stand for them here."""
     x = arguments["x"]
     if not x.is_cuda:
@@ -79,10 +93,3 @@ def _liger_rope3d(arguments: Arguments) -> Function:
         return x
 
     return rope3d
-
-
-DIFFUSERS: Mapping[str, Maker] = {
-    "rope3d": _diffusers_rope3d,
-    "qk_norm_rope3d": _diffusers_qk_norm_rope3d,
-}
-LIGER: Mapping[str, Maker] = {"rope3d": _liger_rope3d}

@@ -1,23 +1,20 @@
-"""Others' norms, causal convolutions and caches of a video, (batch, channels, frames, ...)."""
+"""Norms, causal convolutions and caches of other libraries, (batch, channels, frames, ...)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import Arguments, Function, Maker, Unavailable, find
+from cogvx_kernels.testing import OpInfo
+
+from ..registry import Arguments, Function, Unavailable, find, provider
 
 # (x, weight, bias, num_groups, eps) -> SiLU of the normalised
 Norm = Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
 
-NORM, SUM, CONV, CACHE = (
-    "spatial_norm_silu",
-    "residual_moments",
-    "temporal_conv",
-    "frame_cache_join",
-)
+NORM = "spatial_norm_silu"
 
 
 def _whole_chunk(arguments: Arguments) -> None:
@@ -42,7 +39,13 @@ def nearest(latents: Tensor, size: torch.Size, leads: bool) -> Tensor:
     return torch.cat([F.interpolate(x, size=to) for x, to in zip(parts, sizes, strict=True)], 2)
 
 
-def _diffusers(arguments: Arguments) -> Function:
+@provider(
+    "diffusers-eager",
+    "GroupNorm, nearest maps of the latents, multiply, add, SiLU; rounds after each",
+    NORM,
+    compiled="compile-diffusers",
+)
+def _diffusers(info: OpInfo, arguments: Arguments) -> Function:
     """GroupNorm, the latents' maps at full size, multiply, add, SiLU: CogVideoXSpatialNorm3D.
 
     diffusers makes the maps by two convolutions of full size, where these are only read; that the
@@ -67,7 +70,11 @@ def _diffusers(arguments: Arguments) -> Function:
 # --- torch's own steps -----------------------------------------------------------------------
 
 
-def cat_conv3d(arguments: Arguments) -> Function:
+@provider(
+    "torch-steps", "torch.cat and F.conv3d, on a GPU cuDNN's", "temporal_conv",
+    compiled="compile-torch-steps",
+)  # fmt: skip
+def cat_conv3d(info: OpInfo, arguments: Arguments) -> Function:
     """torch.cat of what lies before, and F.conv3d, on a GPU cuDNN's; in the layout that comes."""
     if arguments["x"].dim() != 5:
         raise Unavailable("it is for frames with pixels")
@@ -88,7 +95,8 @@ def cat_conv3d(arguments: Arguments) -> Function:
     return temporal_conv
 
 
-def add_var_mean(arguments: Arguments) -> Function:
+@provider("torch-steps", "the sum and var_mean", "residual_moments", compiled="compile-torch-steps")
+def add_var_mean(info: OpInfo, arguments: Arguments) -> Function:
     """The sum, and torch.var_mean of it in fp32."""
 
     def residual_moments(
@@ -135,14 +143,16 @@ def _of(norm: Norm) -> Function:
     return spatial_norm_silu
 
 
-def _liger(arguments: Arguments) -> Function:
+@provider("liger", "liger-kernel's GroupNorm, and SiLU", NORM)
+def _liger(info: OpInfo, arguments: Arguments) -> Function:
     """Liger's GroupNorm kernel, which takes contiguous tensors, and torch's SiLU."""
     _plain(arguments, "Liger")
     norm = find("liger-kernel", ("liger_kernel.transformers.functional", "liger_group_norm"))
     return _of(lambda x, w, b, groups, eps: F.silu(norm(x, w, b, x.shape[1], groups, eps)))
 
 
-def _sglang(arguments: Arguments) -> Function:
+@provider("sglang", "sglang's GroupNorm with SiLU", NORM, passes=("forward",))
+def _sglang(info: OpInfo, arguments: Arguments) -> Function:
     """sglang's GroupNorm with SiLU: of channels-last a kernel of images, and frames are as rows."""
     x = _plain(arguments, "sglang")
     if x.stride(1) == 1:
@@ -161,14 +171,19 @@ def _sglang(arguments: Arguments) -> Function:
     )
 
 
-def _vllm_omni(arguments: Arguments) -> Function:
+@provider("vllm-omni", "vLLM-Omni's GroupNorm with SiLU", NORM, passes=("forward",))
+def _vllm_omni(info: OpInfo, arguments: Arguments) -> Function:
     """vLLM-Omni's GroupNorm with SiLU, which takes contiguous tensors."""
     _plain(arguments, "vLLM-Omni")
     name, common = "fused_group_norm_silu", "vllm_omni.model_executor.models.common.ops"
     return _of(find("vllm-omni", (common, name), (f"{common}.{name}", name)))
 
 
-def _sglang_cache(arguments: Arguments) -> Function:
+@provider(
+    "sglang", "sglang's cat and pad, and a copy of the last frames", "frame_cache_join",
+    passes=("forward",),
+)  # fmt: skip
+def _sglang_cache(info: OpInfo, arguments: Arguments) -> Function:
     """sglang's kernel that puts the cached frames in front, and the next cache as a copy."""
     frames, cache = arguments["frames"], arguments.get("cache")
     if not frames.is_cuda:
@@ -190,10 +205,3 @@ def _sglang_cache(arguments: Arguments) -> Function:
         return joined, joined[:, :, -kept:].clone()
 
     return frame_cache_join
-
-
-DIFFUSERS: Mapping[str, Maker] = {NORM: _diffusers}
-STEPS: Mapping[str, Maker] = {CONV: cat_conv3d, SUM: add_var_mean}
-LIGER: Mapping[str, Maker] = {NORM: _liger}
-SGLANG: Mapping[str, Maker] = {NORM: _sglang, CACHE: _sglang_cache}
-VLLM_OMNI: Mapping[str, Maker] = {NORM: _vllm_omni}

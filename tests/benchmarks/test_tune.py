@@ -1,16 +1,15 @@
-"""Laws of the sweeps: they are about constants that there are, as they are now among others."""
+"""Sweeps are over constants of the kernels, whose present values are among the choices."""
 
 import importlib
 
 import pytest
 
+from benchmarks import tune
 from cogvx_kernels.testing import OPS
-
-from . import tune
 
 
 @pytest.mark.parametrize("op", tune.SWEEPS)
-def test_what_is_now_is_among_the_choices(op):
+def test_present_constants_are_among_the_choices(op):
     sweep = tune.SWEEPS[op]
     module = importlib.import_module(sweep.module)
     for values in (sweep.forward, sweep.backward):
@@ -23,7 +22,7 @@ def test_every_op_with_a_kernel_has_a_sweep():
     assert tune.SWEEPS.keys() == {name for name, info in OPS.items() if info.launch is not None}
 
 
-def test_a_choice_is_taken_back():
+def test_choice_is_undone():
     module = importlib.import_module("cogvx_kernels.expert_adaln.kernel")
     before = module.TOKENS
     with pytest.raises(ZeroDivisionError), tune.chosen(module, {"TOKENS": before + 1}):
@@ -32,7 +31,7 @@ def test_a_choice_is_taken_back():
     assert before == module.TOKENS
 
 
-def test_what_does_not_fit_is_not_tried():
+def test_choices_must_fit():
     fits = tune.SWEEPS["expert_ffn"].fits
     choice = {"BLOCK_ROWS": 128, "BLOCK_COLS": 256, "BLOCK_INNER": 64, "WARPS": 8, "STAGES": 4}
     assert fits(choice)  # 192 KiB, 128 registers of sums

@@ -1,4 +1,4 @@
-"""Laws of the others: what stands for diffusers is diffusers', and whoever is timed is right."""
+"""Peers compute the op, and the steps that stand for diffusers are diffusers'."""
 
 from dataclasses import replace
 
@@ -7,13 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cogvx_kernels.testing import OPS, SIZES
-
-from . import inputs
-from .check import Law, results_of
-from .peers import Unavailable, adaln, ffn, find, vae
-from .providers import PROVIDERS, providers_of
-from .suite import _near
+from benchmarks import inputs, model
+from benchmarks.ops import close_enough
+from benchmarks.oracle import Oracle, results_of
+from benchmarks.registry import MODEL, PROVIDERS, Unavailable, find, providers_of
+from cogvx_kernels.testing import OPS, SIZES, as_tuple
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -30,10 +28,16 @@ CASES = [
 ]
 
 
-def arguments_of(op, dtype=torch.float32, convention=inputs.MODEL):
+def arguments_of(op, dtype=torch.float32, convention=MODEL):
     size = SMALL if OPS[op].videos else SIZE
     sample = inputs.conventions(OPS[op], size)[convention]
     return inputs.make(sample, dtype, "cpu", 0)
+
+
+def made(name, op, arguments):
+    """The function that a provider makes of an op's arguments."""
+    (provider,) = (p for p in providers_of(OPS[op]) if p.name == name)
+    return provider.make(OPS[op], arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -44,13 +48,12 @@ def test_peers_are_right(info, convention, peer, dtype):
         function = peer.make(info, arguments)
     except Unavailable as reason:
         pytest.skip(str(reason))
-    outputs = info.reference(**arguments)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    douts = inputs.cotangents(outputs, 0) if "backward" in peer.passes else None
-    law = Law(info, arguments, douts)
+    outputs = as_tuple(info.reference(**arguments))
+    back = inputs.grad_outputs_like(outputs, 0) if "backward" in peer.passes else None
+    oracle = Oracle(info, arguments, back)
     fresh = arguments_of(info.name, dtype, convention)
-    verdicts = law.verdicts(results_of(function, fresh, law, douts))
-    assert verdicts and all(v.ok or _near(v, law) for v in verdicts), "\n".join(map(str, verdicts))
+    found = oracle.compare(results_of(function, fresh, oracle, back))
+    assert found and all(close_enough(x, oracle) for x in found), "\n".join(map(str, found))
 
 
 def test_steps_of_the_norm_are_diffusers():
@@ -66,7 +69,7 @@ def test_steps_of_the_norm_are_diffusers():
     names = ("shift", "scale", gate, "text_shift", "text_scale", gate)
     temb = torch.cat([a[name] if isinstance(name, str) else name for name in names], 1)
     video, text, *_ = theirs(a["x"][:, text_len:], a["x"][:, :text_len], temb)
-    ours = adaln.DIFFUSERS["expert_adaln"](a)(**a)
+    ours = made("diffusers-eager", "expert_adaln", a)(**a)
     assert torch.equal(ours, torch.cat([text, video], 1))
 
 
@@ -74,7 +77,7 @@ def test_steps_of_the_norm_are_diffusers():
 def test_steps_of_the_residual_are_the_same_with_a_gradient(grad):
     a = arguments_of("gated_residual")
     with torch.set_grad_enabled(grad):
-        out = adaln.DIFFUSERS["gated_residual"](a)(**a)
+        out = made("diffusers-eager", "gated_residual", a)(**a)
     video = a["x"] + a["gate"][:, None] * a["y"]
     text = a["x"] + a["text_gate"][:, None] * a["y"]
     is_text = torch.arange(a["x"].shape[1])[None, :, None] < a["text_len"]
@@ -90,7 +93,7 @@ def test_steps_of_one_expert_are_diffusers_feed_forward():
     theirs.load_state_dict(
         dict(zip(theirs.state_dict(), (a[name][0] for name in names), strict=True))
     )
-    assert torch.equal(ffn.split_cat(a)(**a), theirs(a["x"]))
+    assert torch.equal(made("split-cat", "expert_ffn", a)(**a), theirs(a["x"]))
 
 
 @pytest.mark.parametrize("frames", [1, 4, 5])
@@ -105,7 +108,7 @@ def test_steps_of_a_spatial_norm_are_diffusers(frames):
     weight, bias = theirs.norm_layer.weight, theirs.norm_layer.bias
     y, b = (conv(latents)[0] for conv in (theirs.conv_y, theirs.conv_b))
     a = {"x": x, "weight": weight, "bias": bias, "y": y, "b": b}
-    ours = vae.DIFFUSERS["spatial_norm_silu"](a)
+    ours = made("diffusers-eager", "spatial_norm_silu", a)
     out = ours(**a, num_groups=2, eps=1e-6, leads=frames % 2 == 1, silu=True)
     torch.testing.assert_close(out, F.silu(theirs(x, latents)[0]), rtol=1e-6, atol=1e-6)
 
@@ -118,46 +121,44 @@ def test_steps_of_a_temporal_convolution_follow_every_option(stride, start):
     cache = torch.randn(2, 4, 2, 3, 2) if start is None else None
     a = {"x": x, "weight": weight, "bias": torch.randn(4), "cache": cache}
     options = {"stride": stride, "start": start, "activation": "silu"}
-    ours = vae.cat_conv3d(a)(**a, **options)
+    ours = made("torch-steps", "temporal_conv", a)(**a, **options)
     torch.testing.assert_close(ours, info.reference(**a, **options))
 
 
-def test_others_refuse_what_they_do_not_compute():
+def test_peers_refuse_other_calls():
     a = arguments_of("spatial_norm_silu")
     cache = a["x"][:, :, :2]
     for changed in ({"per_frame": True}, {"moments": torch.zeros(1)}, {"cache": cache}):
         with pytest.raises(Unavailable):
-            vae.DIFFUSERS["spatial_norm_silu"]({**a, **changed})
-    for makers in (vae.LIGER, vae.SGLANG, vae.VLLM_OMNI):
+            made("diffusers-eager", "spatial_norm_silu", {**a, **changed})
+    for name in ("liger", "sglang", "vllm-omni"):
         with pytest.raises(Unavailable, match="knows nothing of latents"):
-            makers["spatial_norm_silu"](a)
+            made(name, "spatial_norm_silu", a)
         with pytest.raises(Unavailable, match="do not run on a CPU"):
-            makers["spatial_norm_silu"]({**a, "y": None, "b": None, "offset": None})
+            made(name, "spatial_norm_silu", {**a, "y": None, "b": None, "offset": None})
 
 
-def test_nobody_has_two_rows():
+def test_names_of_providers_are_unique():
     for info in OPS.values():
         names = [provider.name for provider in providers_of(info)]
         assert len(names) == len(set(names)), info
 
 
-def test_what_does_not_import_says_so():
+def test_missing_library_is_unavailable():
     with pytest.raises(Unavailable, match="nobody does not import .ModuleNotFoundError"):
         find("nobody", ("nobody_has_this_package", "name"))
 
 
 @pytest.mark.filterwarnings("default")  # of a compiler, on its own code
-def test_each_compiled_module_is_compiled_for_itself(monkeypatch):
+def test_compiled_modules_share_no_code(monkeypatch):
     """Or the one with another order of attention would be handed the other's code."""
     from torch._inductor import compile_fx
-
-    from . import parts
 
     seen = []
     monkeypatch.setattr(compile_fx, "compile_fx", lambda graph, inputs: seen.append(1) or graph)
     torch.compiler.reset()
     module, x = nn.Linear(4, 4), torch.ones(2, 4)
-    first, second = parts.compiled(module), parts.compiled(module)
+    first, second = model.compiled(module), model.compiled(module)
     for call in (first, second, first, second):
         call(x)
     assert len(seen) == 2
