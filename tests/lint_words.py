@@ -16,11 +16,11 @@ OWN = {"tests/lint_words.py", "CHANGELOG.md"}
 
 # Pattern of a word, and what to write instead. `a_name` and `AName` are read as words too.
 WORDS = {
+    r"design card": "docs/",
     r"furniture": "files of an op package",
     r"knock(s|ed)?": "call",
 }
 PENDING = {
-    r"design card": "docs/",
     r"fact sheet": "docs/model.md",
     r"yardsticks?": "baseline",
     r"verdicts?": "result",

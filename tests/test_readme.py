@@ -19,7 +19,8 @@ from tests.model import tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
-OTHERS = ["CONTRIBUTING.md", "examples/README.md", "benchmarks/results/README.md"]
+OTHERS = ["CONTRIBUTING.md"]
+OTHERS += [f"{folder}/README.md" for folder in ("benchmarks/results", "examples", "tests/harness")]
 PAGES = ["README.md", *DOCS, *OTHERS, "cogvx/assets/tiny/README.md"]
 TEXT = {page: (ROOT / page).read_text() for page in PAGES}
 
