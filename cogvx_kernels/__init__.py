@@ -63,69 +63,31 @@ __version__ = "0.1.0"
 
 # Module of each public name; the imports above are for type checkers.
 _MODULES = {
-    "_backend": (
-        "BACKENDS",
-        "KernelFallbackWarning",
-    ),
-    "conv3d": ("conv3d",),
-    "expert_adaln": (
-        "ExpertAdaLayerNorm",
-        "expert_adaln",
-        "expert_adaln_reference",
-        "gated_residual",
-        "gated_residual_adaln",
-        "gated_residual_adaln_reference",
-        "gated_residual_reference",
-    ),
-    "expert_ffn": (
-        "ExpertFFN",
-        "expert_ffn",
-        "expert_ffn_reference",
-    ),
-    "frame_cache": (
-        "FrameCacheJoin",
-        "frame_cache_append",
-        "frame_cache_exchange",
-        "frame_cache_join",
-        "frame_cache_join_reference",
-        "frame_cache_push",
-    ),
-    "patching": (
-        "DecodeState",
-        "UnsupportedModelError",
-        "explain",
-        "patch",
-        "patched",
-        "stream_decode",
-        "supported",
-        "unpatch",
-    ),
-    "rope3d": (
-        "QKNormRoPE3D",
-        "RoPE3D",
-        "crop_positions",
-        "qk_norm_rope3d",
-        "qk_norm_rope3d_reference",
-        "rope3d",
-        "rope3d_reference",
-        "rope3d_tables",
-        "slice_positions",
-        "split_headdim",
-    ),
-    "spatial_norm": (
-        "SpatialNormSiLU",
-        "residual_moments",
-        "residual_moments_reference",
-        "spatial_norm_silu",
-        "spatial_norm_silu_reference",
-    ),
-    "temporal_conv": (
-        "TemporalConv",
-        "temporal_conv",
-        "temporal_conv_reference",
-    ),
+    "_backend": "BACKENDS KernelFallbackWarning",
+    "conv3d": "conv3d",
+    "expert_adaln": """
+        ExpertAdaLayerNorm expert_adaln expert_adaln_reference gated_residual gated_residual_adaln
+        gated_residual_adaln_reference gated_residual_reference
+    """,
+    "expert_ffn": "ExpertFFN expert_ffn expert_ffn_reference",
+    "frame_cache": """
+        FrameCacheJoin frame_cache_append frame_cache_exchange frame_cache_join
+        frame_cache_join_reference frame_cache_push
+    """,
+    "patching": """
+        DecodeState UnsupportedModelError explain patch patched stream_decode supported unpatch
+    """,
+    "rope3d": """
+        QKNormRoPE3D RoPE3D crop_positions qk_norm_rope3d qk_norm_rope3d_reference rope3d
+        rope3d_reference rope3d_tables slice_positions split_headdim
+    """,
+    "spatial_norm": """
+        SpatialNormSiLU residual_moments residual_moments_reference spatial_norm_silu
+        spatial_norm_silu_reference
+    """,
+    "temporal_conv": "TemporalConv temporal_conv temporal_conv_reference",
 }
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = sorted(["__version__", *_HOMES])
 

@@ -52,18 +52,10 @@ class ExpertAdaLayerNorm(nn.Module):
             A new tensor of x's shape and dtype.
         """
         return expert_adaln(
-            x,
-            shift,
-            scale,
-            text_shift,
-            text_scale,
-            self.norm.weight,
-            getattr(self.norm, "bias", None),
-            text_len=text_len,
-            norm=self.kind,
-            eps=self.eps,
+            x, shift, scale, text_shift, text_scale, self.norm.weight,
+            getattr(self.norm, "bias", None), text_len=text_len, norm=self.kind, eps=self.eps,
             backend=self.backend,
-        )
+        )  # fmt: skip
 
     def after_residual(
         self,
@@ -90,21 +82,10 @@ class ExpertAdaLayerNorm(nn.Module):
             (the sum, its norm), new tensors of x's shape and dtype.
         """
         return gated_residual_adaln(
-            x,
-            y,
-            gate,
-            text_gate,
-            shift,
-            scale,
-            text_shift,
-            text_scale,
-            self.norm.weight,
-            getattr(self.norm, "bias", None),
-            text_len=text_len,
-            norm=self.kind,
-            eps=self.eps,
+            x, y, gate, text_gate, shift, scale, text_shift, text_scale, self.norm.weight,
+            getattr(self.norm, "bias", None), text_len=text_len, norm=self.kind, eps=self.eps,
             backend=self.backend,
-        )
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"norm={self.kind!r}, backend={self.backend!r}"

@@ -78,14 +78,9 @@ class ExpertFFN(nn.Module):
         ups, downs = zip(*pairs, strict=True)
         with torch.device("meta"):
             module = cls(
-                ups[0].in_features,
-                downs[0].in_features,
-                len(pairs),
-                activation,
-                ups[0].bias is not None,
-                recompute,
-                backend,
-            )
+                ups[0].in_features, downs[0].in_features, len(pairs), activation,
+                ups[0].bias is not None, recompute, backend,
+            )  # fmt: skip
         for name, layers in (("up", ups), ("down", downs)):
             for own, theirs in ((name, "weight"), (f"{name}_bias", "bias")):
                 tensors = [getattr(layer, theirs) for layer in layers]
@@ -122,18 +117,9 @@ class ExpertFFN(nn.Module):
             (batch, seqlen, dim), new, of x's dtype.
         """
         return expert_ffn(
-            x,
-            self.up,
-            self.up_bias,
-            self.down,
-            self.down_bias,
-            index,
-            weight,
-            text_len=text_len,
-            activation=self.activation,
-            recompute=self.recompute,
-            backend=self.backend,
-        )
+            x, self.up, self.up_bias, self.down, self.down_bias, index, weight, text_len=text_len,
+            activation=self.activation, recompute=self.recompute, backend=self.backend,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         experts, _, dim = self.up.shape

@@ -80,22 +80,12 @@ class QKNormRoPE3D(nn.Module):
         Returns:
             (q, k), each of its shape and dtype.
         """
+        q_bias, k_bias = (getattr(norm, "bias", None) for norm in (self.norm_q, self.norm_k))
         return qk_norm_rope3d(
-            q,
-            k,
-            self.norm_q.weight,
-            getattr(self.norm_q, "bias", None),
-            self.norm_k.weight,
-            getattr(self.norm_k, "bias", None),
-            cos,
-            sin,
-            text_len=text_len,
-            norm=self.norm,
-            eps=self.eps,
-            interleaved=self.interleaved,
-            inplace=inplace,
-            backend=self.backend,
-        )
+            q, k, self.norm_q.weight, q_bias, self.norm_k.weight, k_bias, cos, sin,
+            text_len=text_len, norm=self.norm, eps=self.eps, interleaved=self.interleaved,
+            inplace=inplace, backend=self.backend,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"interleaved={self.interleaved}, backend={self.backend!r}"
