@@ -229,7 +229,7 @@ class Result(NamedTuple):
     killed: bool
     passed: bool  # all of the tests, and there were some
     seconds: float
-    said: str
+    output: str
 
 
 def run(mutant: Mutant) -> Result:
@@ -258,11 +258,11 @@ def run(mutant: Mutant) -> Result:
             env={**os.environ, "PYTHONPATH": str(copy)},
         )  # fmt: skip
         failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
-        said = (
+        output = (
             failed[0].removeprefix("FAILED ") if failed else done.stdout[-300:] + done.stderr[-300:]
         )
         killed = done.returncode == 1 and bool(failed)
-        return Result(mutant, killed, done.returncode == 0, time.monotonic() - start, said)
+        return Result(mutant, killed, done.returncode == 0, time.monotonic() - start, output)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -274,15 +274,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for tests in sorted({m.tests for m in mutants}):
         healthy = run(UNCHANGED._replace(tests=tests))
         if not healthy.passed:
-            print(f"the tests of {tests} fail without a mutant: {healthy.said}")
+            print(f"the tests of {tests} fail without a mutant: {healthy.output}")
             return 2
     survivors = 0
     with ThreadPoolExecutor(options.jobs) as pool:
         for result in pool.map(run, mutants):
             survivors += not result.killed
-            verdict = "killed" if result.killed else "SURVIVED"
+            outcome = "killed" if result.killed else "SURVIVED"
             print(
-                f"{verdict:9}{result.mutant.name:45}{result.seconds:5.0f} s  {result.said}",
+                f"{outcome:9}{result.mutant.name:45}{result.seconds:5.0f} s  {result.output}",
                 flush=True,
             )
     print(f"{len(mutants) - survivors} of {len(mutants)} mutants killed")

@@ -47,8 +47,8 @@ def test_the_default_and_all_parts_are_all_tests_and_no_two_parts_meet(collected
 
 def test_few_cases_cover_a_matrix():
     matrix = [
-        {("op", op), ("dtype", dtype), ("pass", way)}
-        for op, dtype, way in itertools.product(range(10), range(3), range(2))
+        {("op", op), ("dtype", dtype), ("pass", direction)}
+        for op, dtype, direction in itertools.product(range(10), range(3), range(2))
     ]
     chosen = cover(matrix)
     assert len(chosen) == 10
