@@ -89,7 +89,7 @@ MODEL_EXTRAS = {
         "huggingface_hub.utils",
     },
     "cogvx/text.py": {"google.protobuf", "sentencepiece", "transformers"},
-    "cogvx/training/curves.py": {"matplotlib", "matplotlib.pyplot", "torch.utils.tensorboard"},
+    "cogvx/training/plotting.py": {"matplotlib", "matplotlib.pyplot", "torch.utils.tensorboard"},
     "cogvx/training/lora.py": {"peft"},
     "cogvx/video/writing.py": {"PIL.Image", "PIL.ImageDraw", "PIL.ImageFont"},
     "cogvx/training/loop.py": {"accelerate"},

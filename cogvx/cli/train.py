@@ -18,14 +18,14 @@ def train(options: argparse.Namespace, console: Console) -> None:
     device = loading.device_of(options)
     if not torch.distributed.is_torchelastic_launched():  # else processes share the folder
         console.hold(claimed(options.out))
-    curves = training.train(
+    losses = training.train(
         recipe,
         options.out,
         stages=STAGES if options.stage is None else (options.stage,),
         device=device,
         tensorboard=options.tensorboard,
-        tell=console.progress,
+        progress=console.progress,
     )
-    last = {f"{stage}_{k}": v for stage, points in curves.items() for k, v in points[-1].items()}
-    if curves:  # else this process is one beside the main one
+    last = {f"{stage}_{k}": v for stage, points in losses.items() for k, v in points[-1].items()}
+    if losses:  # else this process is one beside the main one
         console.print_summary({**last, "seconds": console.seconds, "out": str(options.out)})

@@ -1,8 +1,7 @@
-"""The loop of a training: batches to losses to weights, with checkpoints on the way.
+"""The training loop: steps, logging, checkpoints and samples, on accelerate.
 
-Everything random in a step is drawn after seeding with the recipe's seed, the step and the process.
-So where a training stands is the number of its step, and one that was killed goes on with the same
-bits. accelerate brings what several processes and GPUs need, and saves and loads their parts.
+Random numbers of a step are seeded with the recipe's seed, the step and the process, so that a
+training resumed from a checkpoint gives the bits of one that was not interrupted.
 """
 
 import warnings
@@ -17,19 +16,19 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..checkpoint.tensors import read_tensors, write_tensors
 from ..extras import extra
-from .averages import MovingAverage, is_sharded
-from .batches import Batches, mixed
-from .curves import board, draw_curve
-from .losses import Losses, mean
+from .checkpointing import Point, StageFolder
+from .ema import EMA, is_sharded
+from .losses import Losses, mean_losses
 from .optimizers import make_optimizers
-from .recipe import Training, learning_rate, part_of_rate
-from .run import Point, Stage
+from .plotting import plot_losses, tensorboard_writer
+from .recipe import Training, learning_rate, learning_rate_factor
+from .sampler import ResumableBatchSampler, mix_seed
 
-Tell = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]
 
 
 def make_accelerator(device: torch.device) -> Any:
-    """accelerate's Accelerator: of the process that it launched, or of this one alone.
+    """Make accelerate's Accelerator, for launched processes or for this one alone.
 
     Raises ModuleNotFoundError if accelerate is not installed.
     """
@@ -37,8 +36,8 @@ def make_accelerator(device: torch.device) -> Any:
     return accelerate.Accelerator(cpu=device.type == "cpu", mixed_precision="no")
 
 
-def warn_of_emulation(precision: str, device: torch.device) -> None:
-    """Warns of bfloat16 on a CPU that has no instructions for it."""
+def warn_if_bfloat16_is_emulated(precision: str, device: torch.device) -> None:
+    """Warn of bfloat16 on a CPU that has no instructions for it."""
     emulated = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
     if precision == "bfloat16" and emulated:
         warnings.warn(
@@ -49,20 +48,19 @@ def warn_of_emulation(precision: str, device: torch.device) -> None:
 
 
 class Loop:
-    """One model's training, from its newest checkpoint on.
+    """Training of one model, resumed from its latest checkpoint.
 
-    stage    its part of the run's folder, which also has its name
-    loss     a module; called with what `prepare` makes of some clips it gives "loss" and its parts.
-             Those of its parameters that require gradients are trained
+    stage    its folder and name
+    loss     a module that returns "loss" and its parts; its parameters that require gradients are
+             trained
     data     the clips
-    prepare  a list of them, and the number of the step -> the arguments of `loss`, on the
-             accelerator's device
-    sample   draws what the model can do, now and then, and in the end, when the averages are in it
+    prepare  list of clips, step -> arguments of `loss` on the accelerator's device
+    sample   writes samples of the model; called while the EMA is in the weights
     """
 
     def __init__(
         self,
-        stage: Stage,
+        stage: StageFolder,
         options: Training,
         seed: int,
         accelerator: Any,
@@ -76,7 +74,7 @@ class Loop:
         self.stage, self.options, self.seed = stage, options, seed
         self.accelerator, self.workers = accelerator, workers
         self.data, self.prepare, self.sample = data, prepare, sample
-        warn_of_emulation(options.precision, accelerator.device)
+        warn_if_bfloat16_is_emulated(options.precision, accelerator.device)
         made = make_optimizers(loss, options)
         if options.compile:
             loss.compile(dynamic=False)
@@ -88,32 +86,32 @@ class Loop:
                 f"{stage.name}_training: optimizer must be adamw where no process has whole "
                 "matrices, as with FSDP; got muon"
             )
-        self.average = MovingAverage(self.trained, options.ema_decay)
-        self.board = board(stage.folder) if tensorboard and self.main else None
+        self.ema = EMA(self.trained, options.ema_decay)
+        self.board = tensorboard_writer(stage.folder) if tensorboard and self.main else None
 
     @property
     def main(self) -> bool:
-        """Whether this process is the one that writes and tells."""
+        """True in the process that writes files and reports progress."""
         return bool(self.accelerator.is_main_process)
 
     @property
     def sharded(self) -> bool:
-        """Whether no process has the whole model, so that none can run it alone."""
+        """True if weights are sharded, so that no process can run the model alone."""
         return any(map(is_sharded, self.trained))
 
-    def run(self, tell: Tell) -> list[Point]:
-        """Trains what is left, puts the averages in the place of the weights, returns the curve.
+    def run(self, progress: Progress) -> list[Point]:
+        """Run the remaining steps, replace the weights by their EMA, return the logged losses.
 
-        Raises FloatingPointError, naming the step, for a gradient that is not finite; what comes
-        after the newest checkpoint can be done again.
+        Raises FloatingPointError, naming the step, for a gradient that is not finite; the training
+        can be resumed from the latest checkpoint.
         """
         options, window = self.options, list[Losses]()
-        done, newest = self.stage.newest()
-        points = self.stage.points(done, rewrite=self.main)
-        if newest is not None:
-            self._load(newest)
+        done, latest = self.stage.latest()
+        points = self.stage.read_points(done, rewrite=self.main)
+        if latest is not None:
+            self._load(latest)
         for step, clips in enumerate(self._batches(done), done):
-            tell(self.stage.name, step, options.steps)
+            progress(self.stage.name, step, options.steps)
             window.append(self._step(step, clips))
             end = step + 1 == options.steps
             if (step + 1) % options.log_every == 0 or end:
@@ -122,24 +120,24 @@ class Loop:
             if (step + 1) % options.save_every == 0 or end:
                 self.stage.save(step + 1, self._save, self.main, self.accelerator.wait_for_everyone)
             if (step + 1) % options.sample_every == 0 and not end:
-                with self.average.applied():
-                    self._show(points)
-        tell(self.stage.name, options.steps, options.steps)
-        self.average.put()
-        self._show(points)
+                with self.ema.applied():
+                    self._report(points)
+        progress(self.stage.name, options.steps, options.steps)
+        self.ema.copy_to_parameters()
+        self._report(points)
         return points
 
     def weights(self) -> dict[str, Tensor]:
-        """The state of the loss, whole: on the process that is `main`, though all must ask."""
+        """Whole state dict of the loss, in the main process; every process must call this."""
         return dict(self.accelerator.get_state_dict(self.loss))
 
     def _step(self, step: int, clips: list[Any]) -> Losses:
-        """One step of the optimizer, over `accumulate` parts of a batch."""
+        """Run one optimizer step over `accumulate` parts of a batch."""
         options, accelerator = self.options, self.accelerator
-        torch.manual_seed(mixed(self.seed, step, accelerator.process_index))
+        torch.manual_seed(mix_seed(self.seed, step, accelerator.process_index))
         for optimizer, rate in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate * part_of_rate(options, step)
+                group["lr"] = rate * learning_rate_factor(options, step)
         size = len(clips) // options.accumulate
         found = []
         for start in range(0, len(clips), size):
@@ -159,19 +157,19 @@ class Loop:
         for optimizer, _ in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        self.average.update()
-        return {**mean(found), "gradient": norm.detach()}
+        self.ema.update()
+        return {**mean_losses(found), "gradient": norm.detach()}
 
     def _save(self, folder: Path) -> None:
         self.accelerator.save_state(str(folder))
-        write_tensors(folder / self._averages, self.average.state())
+        write_tensors(folder / self._ema_file, self.ema.state_dict())
 
     def _load(self, folder: Path) -> None:
         self.accelerator.load_state(str(folder))
-        self.average.load(read_tensors(folder / self._averages)[0])
+        self.ema.load_state_dict(read_tensors(folder / self._ema_file)[0])
 
     @property
-    def _averages(self) -> str:
+    def _ema_file(self) -> str:
         return f"averages-{self.accelerator.process_index}.safetensors"
 
     def _precision(self) -> AbstractContextManager[Any]:
@@ -180,10 +178,10 @@ class Loop:
         return torch.autocast(self.accelerator.device.type, torch.bfloat16)
 
     def _batches(self, done: int) -> DataLoader[Any]:
-        """The clips of every step that is left, as lists."""
+        """Lists of clips of the remaining steps."""
         return DataLoader(
             self.data,
-            batch_sampler=Batches(
+            batch_sampler=ResumableBatchSampler(
                 len(self.data),  # type: ignore[arg-type]
                 self.options.batch_at,
                 self.seed,
@@ -194,27 +192,27 @@ class Loop:
             ),
             collate_fn=list,
             num_workers=self.workers,
-            generator=torch.Generator(),  # of its own, or it would draw from the training's
+            generator=torch.Generator(),  # else it draws from the global one
         )
 
     def _point(self, step: int, window: list[Losses]) -> Point:
-        """Of the curve: the mean since the last one, over all processes."""
-        own = mean(window)
+        """Log the mean losses since the last point, over all processes."""
+        own = mean_losses(window)
         values = torch.stack([value.float() for value in own.values()])
         means = self.accelerator.reduce(values, "mean").tolist()
         rate = learning_rate(self.options, step - 1)
         point = {"step": step, **dict(zip(own, means, strict=True)), "learning_rate": rate}
         if self.main:
-            self.stage.add(point)
+            self.stage.append(point)
         if self.board is not None:
             for name in own:
                 self.board.add_scalar(f"{self.stage.name}/{name}", point[name], step)
         return point
 
-    def _show(self, points: list[Point]) -> None:
-        """Draws the curve, and what the model can do with the weights that are in it."""
+    def _report(self, points: list[Point]) -> None:
+        """Plot the losses and write samples of the current weights."""
         if self.main:
-            draw_curve(self.stage.folder / "losses.png", self.stage.name, points)
+            plot_losses(self.stage.folder / "losses.png", self.stage.name, points)
         if self.main and not self.sharded:
             self.loss.eval()
             with torch.no_grad(), torch.random.fork_rng():

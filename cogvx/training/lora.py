@@ -1,4 +1,4 @@
-"""Adapters of low rank on a transformer, by peft, in files that diffusers loads."""
+"""LoRA adapters of a transformer by peft, saved as diffusers loads them."""
 
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,14 @@ from ..checkpoint.tensors import write_tensors
 from ..extras import extra
 from ..transformer import ExpertTransformer
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # those of CogVideoX's own training
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # as in CogVideoX's own training
 FILE = "pytorch_lora_weights.safetensors"
 
 
 def add_adapters(transformer: ExpertTransformer, rank: int) -> None:
-    """Freezes the transformer and puts adapters of scale 1 on the projections of its attention.
+    """Freeze the transformer and add adapters of scale 1 to its attention projections.
 
-    They begin as nothing, in float32: what the model computes is unchanged. Raises
+    Adapters are in float32 and start at zero, so that outputs are unchanged. Raises
     ModuleNotFoundError if peft is not installed.
     """
     peft = _peft()
@@ -29,9 +29,9 @@ def add_adapters(transformer: ExpertTransformer, rank: int) -> None:
 
 
 def save_adapters(transformer: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
-    """Write what `CogVideoX.load_lora(folder)` reads, and diffusers' `load_lora_weights(folder)`.
+    """Write the file that `CogVideoX.load_lora` and diffusers' `load_lora_weights` read.
 
-    transformer  with adapters; weights: its state
+    transformer  with adapters; weights: its state dict
     """
     state: dict[str, Tensor] = _peft().get_peft_model_state_dict(transformer, weights)
     write_tensors(folder / FILE, {f"transformer.{name}": t for name, t in state.items()})

@@ -1,4 +1,4 @@
-"""What the two models are trained to make small: modules, so that they can be wrapped."""
+"""Training losses of the VAE and the transformer, as modules, and augmentations."""
 
 from collections.abc import Sequence
 
@@ -10,16 +10,16 @@ from ..transformer import ExpertTransformer, load_balancing_loss
 from ..transformer.experts import Routing
 from ..vae import CausalVAE, DiagonalGaussian
 from .recipe import TransformerTraining
-from .times import Levels, spread_ranks, timesteps
+from .timestep_sampling import UncertaintyWeighting, quantile_timesteps, stratified_quantiles
 
 Losses = dict[str, Tensor]
 
 
 class ReconstructionLoss(nn.Module):
-    """Of a VAE: |error| + 8 · error², averaged over pixel values, and kl_weight times the
-    divergence from the standard normal in nats, averaged over latent values.
+    """VAE loss: |error| + 8 · error² + kl_weight · KL.
 
-    The clips are whole chunks here: of the released VAE they must be no longer than one.
+    The error is averaged over pixel values, the KL divergence from the standard normal, in nats,
+    over latent values. A clip is one chunk, so it must not be longer than the VAE's chunks.
     """
 
     def __init__(self, vae: CausalVAE, kl_weight: float) -> None:
@@ -28,22 +28,22 @@ class ReconstructionLoss(nn.Module):
         self.kl_weight = kl_weight
 
     def forward(self, video: Tensor) -> Losses:
-        """video: (batch, frames, channels, height, width) in [-1, 1]. "loss", and its parts."""
-        known = DiagonalGaussian(self.encoder(video))
-        error = self.decoder(known.sample()).float() - video
+        """Compute "loss" and its parts of (batch, frames, channels, height, width) in [-1, 1]."""
+        posterior = DiagonalGaussian(self.encoder(video))
+        error = self.decoder(posterior.sample()).float() - video
         reconstruction = error.abs().mean() + 8 * error.square().mean()
-        kl = known.kl().sum() / known.mean.numel()
+        kl = posterior.kl().sum() / posterior.mean.numel()
         loss = reconstruction + self.kl_weight * kl
         return {"loss": loss, "reconstruction": reconstruction.detach(), "kl": kl.detach()}
 
 
 class VelocityLoss(nn.Module):
-    """Of a transformer: the squared error of v, averaged over latent values.
+    """Transformer loss: squared error of v, averaged over latent values.
 
-    options  `logit_mean` and `logit_std` say at which times, `weighting` what each time weighs;
-             where routers choose, `balance_weight` times `load_balancing_loss` is added
+    options  `logit_mean`, `logit_std` and `weighting` of timesteps; `balance_weight` times
+             `load_balancing_loss` is added for routed experts
 
-    Source: fact sheet, section 5, where it is shown to be SAT's loss, at uniform times.
+    Source: docs/model.md, section 5; at uniform timesteps it is SAT's loss.
     """
 
     def __init__(
@@ -53,30 +53,33 @@ class VelocityLoss(nn.Module):
         self.transformer = transformer
         self.schedule = schedule
         self.options = options
-        self.levels = Levels() if options.weighting == "uncertainty" else None
+        self.levels = UncertaintyWeighting() if options.weighting == "uncertainty" else None
 
     def forward(self, latents: Tensor, text: Tensor) -> Losses:
-        """latents: (batch, frames, channels, height, width), scaled; text: (batch, text_len, dim).
+        """Compute "loss" of (batch, frames, channels, height, width), scaled, at random timesteps.
 
-        "loss", and where it is another the "velocity" error of all clips alike. Frames that are
-        no multiple of `patch_size_t` get copies of the first before them, as in the training of
-        CogVideoX 1.5.
+        text  (batch, text_len, dim)
+
+        Returns the unweighted "velocity" error too, where it differs from the loss. The first frame
+        is repeated to a multiple of `patch_size_t`, as in the training of CogVideoX 1.5.
         """
         options, config = self.options, self.transformer.config
         missing = -latents.shape[1] % (config.patch_size_t or 1)
         latents = torch.cat([latents[:, :1].expand(-1, missing, -1, -1, -1), latents], 1)
-        ranks = spread_ranks(len(latents), latents.device)
-        times = self.schedule.config.num_train_timesteps
-        timestep = timesteps(ranks, times, options.logit_mean, options.logit_std)
+        quantiles = stratified_quantiles(len(latents), latents.device)
+        num_timesteps = self.schedule.config.num_train_timesteps
+        timestep = quantile_timesteps(
+            quantiles, num_timesteps, options.logit_mean, options.logit_std
+        )
         noise = torch.randn_like(latents)
         routing: list[Routing] = []
         v = self.transformer(
             self.schedule.add_noise(latents, noise, timestep), text, timestep, routing=routing
         )
-        wanted = self.schedule.velocity(latents, noise, timestep)
-        errors = (v.float() - wanted).square().flatten(1).mean(1)
+        target = self.schedule.velocity(latents, noise, timestep)
+        errors = (v.float() - target).square().flatten(1).mean(1)
         parts: Losses = {}
-        loss = (errors if self.levels is None else self.levels(errors, ranks)).mean()
+        loss = (errors if self.levels is None else self.levels(errors, quantiles)).mean()
         if routing:
             balance = load_balancing_loss(routing)
             loss = loss + options.balance_weight * balance
@@ -86,15 +89,17 @@ class VelocityLoss(nn.Module):
         return {"loss": loss, **parts}
 
 
-def dropped(text: Tensor, empty: Tensor, part: float) -> Tensor:
-    """The texts, each of them replaced by the empty one with a chance of `part`."""
+def drop_text(text: Tensor, empty: Tensor, part: float) -> Tensor:
+    """Replace each text by the empty one with probability `part`."""
     keep = torch.rand(len(text), 1, 1, device=text.device) >= part
     return torch.where(keep, text, empty)
 
 
-def recolored(video: Tensor, part: float) -> Tensor:
-    """(batch, frames, 3, height, width) in [-1, 1]; clips, each with a chance of `part`, in other
-    colours: those of a random affine map, the same for all frames, cut to [-1, 1]."""
+def recolor(video: Tensor, part: float) -> Tensor:
+    """Map the colours of each clip, with probability `part`, by a random affine map.
+
+    video  (batch, frames, 3, height, width) in [-1, 1], to which the result is clamped
+    """
     if part == 0:
         return video
     batch = len(video)
@@ -105,6 +110,6 @@ def recolored(video: Tensor, part: float) -> Tensor:
     return torch.where(changed, other, video)
 
 
-def mean(losses: Sequence[Losses]) -> Losses:
-    """Of several batches."""
+def mean_losses(losses: Sequence[Losses]) -> Losses:
+    """Average the losses of several batches."""
     return {name: torch.stack([one[name] for one in losses]).mean() for name in losses[0]}

@@ -1,4 +1,4 @@
-"""What makes the steps of a training."""
+"""AdamW and Muon, and which parameters each of them trains."""
 
 import re
 from collections.abc import Callable
@@ -11,15 +11,15 @@ from torch.overrides import TorchFunctionMode
 
 from .recipe import Training
 
-# A transformer's hidden matrices: not a router, nor what makes scales and shifts of the time.
+# The hidden matrices of a transformer, without routers and modulation.
 HIDDEN = re.compile(r"(^|\.)transformer_blocks\.\d+\.(attn1\.to_|ff\..*\.net\.).*weight$")
 
 
 def make_optimizers(loss: nn.Module, options: Training) -> dict[torch.optim.Optimizer, float]:
-    """AdamW of all that is trained; or Muon of the hidden matrices, and AdamW of the rest.
+    """Make AdamW for all parameters, or Muon for hidden matrices and AdamW for the rest.
 
-    Each with its highest learning rate. Muon makes the singular values of a matrix's momentum all
-    about one, and steps along that.
+    Returns each optimizer with its highest learning rate. Muon steps along the momentum with all
+    singular values set to about one.
     """
     rest, hidden = list[nn.Parameter](), list[nn.Parameter]()
     for name, parameter in loss.named_parameters():
@@ -35,10 +35,10 @@ def make_optimizers(loss: nn.Module, options: Training) -> dict[torch.optim.Opti
 
 
 class Muon(torch.optim.Muon):
-    """torch's, which iterates in bfloat16; on a CPU in float32.
+    """`torch.optim.Muon`, whose iteration in bfloat16 runs in float32 on a CPU.
 
-    A CPU without instructions for bfloat16 takes some twenty times as long over such matrices,
-    and one with them would take other steps.
+    A CPU without bfloat16 instructions takes some twenty times as long in it, and one with them
+    would give other bits.
     """
 
     @torch.no_grad()
@@ -49,7 +49,7 @@ class Muon(torch.optim.Muon):
 
 
 class _KeepsFloat32(TorchFunctionMode):
-    """`x.bfloat16()` is a copy of x."""
+    """Make `x.bfloat16()` a copy of x in float32."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -1,15 +1,15 @@
-"""What a training is, in a TOML file: data, models, and how each of the two is trained.
+"""Training recipes: TOML files with the data, the models and the options of each stage.
 
     seed = 0
     [data]                  # without a folder: the procedural clips of `cogvx.shapes`
-    [vae]                   # a `VAEConfig`, for one that is made anew
+    [vae]                   # a `VAEConfig`, for a new VAE
     [vae_training]
-    [transformer]           # a `TransformerConfig`, likewise
+    [transformer]           # a `TransformerConfig`, for a new transformer
     [transformer_training]
     [scheduler]             # a `SchedulerConfig`
 
-`model = "folder"` begins with the models of a folder instead. A table that is left out is a stage
-that is not trained. `cogvx/assets/tiny/recipe.toml` is a whole one.
+`model = "folder"` starts from a model's weights instead. A stage without its table is not trained.
+Example: `cogvx/assets/tiny/recipe.toml`.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ else:
 
 PathLike = str | os.PathLike[str]
 STEPS_LIMIT = 10**8
-LOWEST = 0.01  # of the learning rate, at the end of a cosine
+MIN_FACTOR = 0.01  # of the learning rate, at the end of a cosine
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant")
 POSTERIORS = ("sample", "mode")
@@ -51,14 +51,13 @@ PRECISIONS = ("float32", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Config):
-    """The clips.
+    """Clips to train on.
 
-    folder   of videos with captions, or of latents that `cogvx encode` wrote; None: procedural
-    clips    how many of the procedural ones the transformer is trained on; the VAE sees new ones
-    frames, height, width  of a clip; videos of a folder are cut and scaled to them
-    places   words of a caption, for the word encoder of the procedural clips; window: neighbours
-             that it marks on each side of a word
-    workers  processes that read and draw clips
+    folder   videos with captions, or latents of `cogvx encode`; None: procedural clips
+    clips    number of procedural clips for the transformer; the VAE does not repeat any
+    frames, height, width  of a clip; videos are cut and scaled to them
+    places, window  of `WordTextEncoder`, for procedural clips
+    workers  data loading processes
     """
 
     LIMITS: ClassVar[Mapping[str, tuple[int, int]]] = {
@@ -79,22 +78,18 @@ class Data(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Config):
-    """How one model is trained.
+    """Options of one stage.
 
     steps        of the optimizer
-    batch_size   clips of a step, over all processes; `accumulate` times fewer are held at once
+    batch_size   clips of a step over all processes, in `accumulate` parts
     optimizer    "adamw"; or "muon": Muon for the matrices of a transformer's attention and
                  feed-forwards, AdamW for the rest of it. Neither for a VAE nor for adapters
-    muon_learning_rate  of those matrices; it rises and falls with learning_rate
-    learning_rate, warmup, schedule  it rises for `warmup` steps, then falls as a cosine to a
-                 hundredth, or stays
-    ema_decay    of the moving average of the weights, which is what is kept in the end; early on
-                 less, (1 + step) / (10 + step)
-    precision    of the products: "bfloat16" is autocast, the weights stay float32. On a CPU that
-                 only has AVX2 it takes many times as long, and a warning says so
-    compile      the model by torch.compile
-    save_every   steps between checkpoints, sample_every between sheets of samples: multiples of
-                 log_every, those between points of the curve
+    muon_learning_rate  of those matrices, with the same schedule as learning_rate
+    learning_rate, warmup, schedule  linear warmup, then "cosine" to a hundredth, or "constant"
+    ema_decay    of the weights' EMA, which is saved as the model; (1 + step) / (10 + step) early on
+    precision    "bfloat16" is autocast of float32 weights; slow, with a warning, on a CPU with AVX2
+    compile      use torch.compile
+    save_every, sample_every  steps between checkpoints and between samples: multiples of log_every
     """
 
     LIMITS: ClassVar[Mapping[str, tuple[int, int]]] = {
@@ -139,7 +134,7 @@ class Training(Config):
     sample_every: int = 1000
 
     def batch_at(self, step: int) -> int:
-        """Clips of a step."""
+        """Batch size of a step."""
         return self.batch_size
 
     def __post_init__(self) -> None:
@@ -162,12 +157,14 @@ class Training(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class VAETraining(Training):
-    """frames       of a training clip: fewer than the data's are cut from it at random
-    image_steps  so many of the steps, the first, see one frame of each of `frames` times as many
-                 clips: space is learned soonest from pictures that differ
-    recolored    part of the clips that get other colours at random, grounds included: where colours
-                 are few, and those of small things weigh little, they are learned late without
-    kl_weight    of the divergence in nats a latent value, beside |error| + 8 · error² a pixel value
+    """Options of the VAE.
+
+    frames       of a training clip, cut at random from the data's
+    image_steps  first steps, on single frames of `frames` times as many clips: images teach space
+                 soonest
+    recolored    part of the clips with random colours: the few colours of small shapes are learned
+                 late otherwise
+    kl_weight    of the KL divergence per latent value, beside |error| + 8 · error² per pixel value
     """
 
     frames: int = 17
@@ -184,7 +181,7 @@ class VAETraining(Training):
             )
 
     def frames_at(self, step: int) -> int:
-        """Frames of a clip in a step."""
+        """Frames of a clip at a step."""
         return 1 if step < self.image_steps else self.frames
 
     def batch_at(self, step: int) -> int:
@@ -193,16 +190,15 @@ class VAETraining(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerTraining(Training):
-    """text_dropout    part of the captions replaced by the empty one, for guidance
-    posterior       which latents of a clip are learned: "sample", as CogVideoX's are, or "mode",
-                    without the noise that the VAE was taught to bear
-    logit_mean, logit_std  of the times of training, logit-normal in t / 1000: above 0 more of them
-                    are noisy. None, the default, is uniform, as CogVideoX was trained
-    weighting       of the times: "none", or "uncertainty", which divides the error at each by what
-                    it is of late, see `cogvx.training.times.Levels`
+    """Options of the transformer.
+
+    text_dropout    part of the captions replaced by the empty one, for guidance
+    posterior       "sample" latents, as CogVideoX does, or "mode", without the posterior's noise
+    logit_mean, logit_std  of logit-normal timesteps t / 1000: above 0 more of them are noisy.
+                    None, the default, is uniform, as CogVideoX was trained
+    weighting       of timesteps: "none", or "uncertainty", see `UncertaintyWeighting`
     balance_weight  of `load_balancing_loss`, where a modality has several experts
-    lora_rank       trains adapters of that rank on q, k, v and the output of attention, and
-                    nothing else; 0: all weights
+    lora_rank       of adapters on q, k, v and the output of attention; 0: train all weights
     """
 
     text_dropout: float = 0.1
@@ -226,9 +222,9 @@ class TransformerTraining(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A training. Every field is a table of the file; see the module.
+    """A recipe; its fields are the tables of the file.
 
-    Raises TypeError or ValueError, naming table and key, for what cannot be.
+    Raises TypeError or ValueError, naming table and key, for values out of range.
     """
 
     seed: int = 0
@@ -270,7 +266,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
-        """The recipe that a file spells."""
+        """Make a recipe from nested dicts."""
         taken: dict[str, Any] = {}
         for key, value in values.items():
             if key in TABLES:
@@ -285,11 +281,11 @@ class Recipe:
 
     @classmethod
     def read(cls, path: PathLike, settings: Sequence[str] = ()) -> "Recipe":
-        """The recipe in a TOML file; or, by the bare name "tiny", the one inside the package.
+        """Read a TOML file, or the packaged recipe "tiny".
 
-        settings  such as "transformer_training.steps=100", over what the file says
+        settings  such as "transformer_training.steps=100", which replace values of the file
 
-        Raises ValueError, with the path, for what cannot be; OSError if there is no such file.
+        Raises ValueError, with the path, for bad values; OSError if there is no such file.
         """
         if path in SHIPPED:
             path = located(path) / "recipe.toml"
@@ -306,24 +302,24 @@ class Recipe:
             raise ValueError(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Every number, those of the defaults too, as JSON has it."""
+        """All values, with the defaults, as JSON types."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         plain = {k: v.to_dict() if isinstance(v, Config) else v for k, v in fields.items()}
         return {key: value for key, value in plain.items() if value is not None}
 
 
 def learning_rate(options: Training, step: int) -> float:
-    """Of a step, counted from 0."""
-    return options.learning_rate * part_of_rate(options, step)
+    """Learning rate of a step, counted from 0."""
+    return options.learning_rate * learning_rate_factor(options, step)
 
 
-def part_of_rate(options: Training, step: int) -> float:
-    """Of every learning rate, in that step."""
+def learning_rate_factor(options: Training, step: int) -> float:
+    """Factor of every learning rate at a step."""
     rise = min(1.0, (step + 1) / max(options.warmup, 1))
     if options.schedule == "constant" or step < options.warmup:
         return rise
     part = (step - options.warmup) / max(options.steps - options.warmup, 1)
-    return rise * (LOWEST + (1 - LOWEST) * (0.5 + 0.5 * math.cos(math.pi * part)))
+    return rise * (MIN_FACTOR + (1 - MIN_FACTOR) * (0.5 + 0.5 * math.cos(math.pi * part)))
 
 
 TABLES: Mapping[str, type[Config]] = {
@@ -337,17 +333,17 @@ TABLES: Mapping[str, type[Config]] = {
 
 
 def _set(values: dict[str, Any], setting: str) -> None:
-    """`table.key=value` into the values; the value as JSON, else as a word."""
-    name, equals, said = setting.partition("=")
+    """Set `table.key=value` in nested dicts; the value is JSON, or else a string."""
+    name, equals, text = setting.partition("=")
     *tables, key = name.strip().split(".")
     if not equals or not key or len(tables) > 1:
         raise ValueError(
             f"Recipe: a setting must be like transformer_training.steps=100; got {setting!r}"
         )
     try:
-        value = json.loads(said)
+        value = json.loads(text)
     except ValueError:
-        value = said
+        value = text
     for table in tables:
         values = values.setdefault(table, {})
         if not isinstance(values, dict):

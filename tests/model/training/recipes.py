@@ -1,14 +1,14 @@
-"""A recipe small enough to be trained in a second."""
+"""A recipe that trains in a second."""
 
-from cogvx.training import Recipe, stages
+from cogvx.training import Recipe, trainer
 
 STEPS = 6
-# Clips that the scale of the latents is measured on: by default 64, half the time of a training.
-stages.MEASURED = 8
+# 64 by default, which takes half the time of a training
+trainer.SCALING_CLIPS = 8
 
 
 def small(**changes):
-    """The recipe; changes such as `vae_training={"steps": 2}` are merged into its tables."""
+    """Make the recipe, with changes such as `vae_training={"steps": 2}` merged into its tables."""
     often = {"steps": STEPS, "batch_size": 4, "warmup": 2, "log_every": 2, "save_every": 2,
              "sample_every": 4, "learning_rate": 2e-3}  # fmt: skip
     tables = {

@@ -1,4 +1,4 @@
-"""LoRA of a released model by the same command: peft's adapters, which diffusers loads."""
+"""LoRA training of a released model, with peft's adapters."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from cogvx.cli import main
 from cogvx.shapes import ProceduralClips
 from cogvx.training import Recipe, train
 from cogvx.training.lora import FILE, TARGETS, add_adapters
-from cogvx.training.stages import new_transformer
+from cogvx.training.trainer import new_transformer
 from cogvx.video import write_video
 
 from ..tiny_pipeline import DIM, TEXT_LEN, save, theirs
@@ -38,7 +38,7 @@ lora_rank = 2
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with a released model, three videos with captions, and a recipe."""
+    """Folder with a released model, three videos with captions and a recipe."""
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "model", "5b")
     (tmp_path / "videos").mkdir()
@@ -50,12 +50,12 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_from_videos_to_adapters_that_diffusers_loads(here, capsys):
+def test_lora_from_videos_loads_in_diffusers(here, capsys):
     assert main(["encode", "videos", "--model", "model", "--out", "latents", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["clips"] == 3
     assert main(["train", "lora.toml", "--out", "run", "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["transformer_step"] == 4 and said["transformer_loss"] > 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["transformer_step"] == 4 and summary["transformer_loss"] > 0
     assert not (here / "run" / "transformer").exists()  # the model is as it was, in its own folder
     state = load_file(here / "run" / FILE)
     layers = 2 * len(TARGETS) * load_transformer("model").config.num_layers
@@ -84,7 +84,7 @@ def test_from_videos_to_adapters_that_diffusers_loads(here, capsys):
     assert (ours - plain).abs().max() > 1e-3
 
 
-def test_new_adapters_change_nothing_and_are_all_that_is_trained(here):
+def test_new_adapters_change_no_output_and_are_all_that_is_trained(here):
     transformer = load_transformer("model")
     x, text = torch.randn(1, 3, 4, 4, 4), torch.randn(1, TEXT_LEN, DIM)
     before = transformer(x, text, torch.tensor([500]))
@@ -95,8 +95,8 @@ def test_new_adapters_change_nothing_and_are_all_that_is_trained(here):
 
 
 @pytest.mark.filterwarnings("ignore:train. this CPU has no instructions for bfloat16")
-def test_a_frozen_model_is_in_16_bits(here):
-    """Beside adapters in float32, whose training goes about as that of a model in 32."""
+def test_frozen_model_is_bfloat16(here):
+    """Adapters stay float32, and losses are close to those of a float32 model."""
     assert main(["encode", "videos", "--model", "model", "--out", "latents", "--quiet"]) == 0
     recipes = [
         Recipe.read("lora.toml", [f"transformer_training.precision={precision}"])
@@ -118,8 +118,8 @@ def test_videos_without_embeddings_are_refused(here):
         train(recipe, here / "run")
 
 
-def test_a_released_transformer_is_trained_whole(here):
-    """All of its weights, from the folder of the model, into a folder that diffusers reads."""
+def test_released_transformer_trains_without_lora(here):
+    """All weights change, and the result has diffusers' config."""
     assert main(["encode", "videos", "--model", "model", "--out", "latents", "--quiet"]) == 0
     settings = ["transformer_training.lora_rank=0", "transformer_training.steps=2"]
     train(Recipe.read("lora.toml", settings), here / "run")
@@ -130,7 +130,7 @@ def test_a_released_transformer_is_trained_whole(here):
     assert config["_class_name"] == "CogVideoXTransformer3DModel"
 
 
-def test_without_peft(here, monkeypatch):
+def test_missing_peft_is_reported(here, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(
         ModuleNotFoundError, match=r"peft is not installed; pip install cogvx\[train"

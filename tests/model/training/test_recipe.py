@@ -1,4 +1,4 @@
-"""Recipes: what a file may say, what it may not, and how a setting goes over it."""
+"""Recipes: files, settings and refused values."""
 
 import pytest
 
@@ -8,14 +8,14 @@ from cogvx.training.recipe import learning_rate
 from .recipes import small
 
 
-def test_the_shipped_recipe_is_read_and_told_again():
+def test_packaged_recipe_round_trips():
     recipe = Recipe.read("tiny")
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert recipe.vae_training is not None and recipe.transformer_training is not None
     assert recipe.vae.factorized and recipe.transformer.num_video_experts >= 1
 
 
-def test_settings_go_over_the_file():
+def test_settings_replace_values_of_the_file():
     settings = ["transformer_training.steps=7", "seed=3", "transformer_training.schedule=constant"]
     recipe = Recipe.read("tiny", settings)
     training = recipe.transformer_training
@@ -23,7 +23,7 @@ def test_settings_go_over_the_file():
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ("steps", "a setting must be like"),
         ("a.b.c=1", "a setting must be like"),
@@ -46,12 +46,12 @@ def test_settings_go_over_the_file():
         ("data=3", "data must be a table"),
     ],
 )
-def test_what_cannot_be(setting, said):
-    with pytest.raises(ValueError, match=said):
+def test_bad_values_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
         Recipe.read("tiny", [setting])
 
 
-def test_something_must_be_trained_and_there():
+def test_a_stage_and_its_model_are_required():
     with pytest.raises(ValueError, match="got neither"):
         small(vae_training=None, transformer_training=None)
     with pytest.raises(ValueError, match="model must be the folder of a model for lora_rank"):
@@ -60,7 +60,7 @@ def test_something_must_be_trained_and_there():
         small(vae=None)
 
 
-def test_a_file_that_is_none(tmp_path):
+def test_unreadable_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         Recipe.read(tmp_path / "none.toml")
     (tmp_path / "bad.toml").write_text("[data\n")
@@ -68,7 +68,7 @@ def test_a_file_that_is_none(tmp_path):
         Recipe.read(tmp_path / "bad.toml")
 
 
-def test_the_learning_rate_rises_and_falls():
+def test_learning_rate_schedules():
     options = small(vae_training={"steps": 100, "warmup": 10, "learning_rate": 1.0}).vae_training
     rates = [learning_rate(options, step) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])

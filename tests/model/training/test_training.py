@@ -1,4 +1,4 @@
-"""A training from beginning to end: what it leaves, and that a killed one goes on with its bits."""
+"""Whole trainings: files, resume with the same bits, options, `cogvx score` and `demo`."""
 
 import json
 import os
@@ -19,9 +19,9 @@ from cogvx.cli import main
 from cogvx.data import LatentClips
 from cogvx.shapes import ProceduralClips, commands
 from cogvx.shapes.scoring import score_vae
-from cogvx.training import stages, train
+from cogvx.training import train, trainer
+from cogvx.training.checkpointing import RunFolder
 from cogvx.training.losses import VelocityLoss
-from cogvx.training.run import Run
 from cogvx.video import probe
 
 from ..clips import BIKES
@@ -29,7 +29,7 @@ from .recipes import STEPS, small
 
 
 def weights(folder):
-    """Every tensor of the model in a folder."""
+    """All tensors of the model in a folder."""
     files = sorted(folder.glob("*/diffusion_pytorch_model.safetensors"))
     return {f"{f.parent.name}.{k}": t for f in files for k, t in load_file(f).items()}
 
@@ -50,8 +50,7 @@ WHOLE = []
 
 @pytest.fixture
 def whole(tmp_path_factory):
-    """The folder of a training that nobody interrupted; made once, but in a test, where "auto" is
-    what a CPU has."""
+    """Folder of an uninterrupted training, made once; in a test, where "auto" is the reference."""
     if not WHOLE:
         folder = tmp_path_factory.mktemp("whole")
         train(small(), folder)
@@ -59,7 +58,7 @@ def whole(tmp_path_factory):
     return WHOLE[0]
 
 
-def test_what_it_leaves(whole):
+def test_training_writes_a_model_and_its_records(whole):
     pipe = CogVideoX.from_pretrained(whole)
     video = pipe.generate("a red circle moves right", steps=2, seed=0, height=16, width=16)
     assert video.shape == (1, 5, 3, 16, 16)
@@ -74,17 +73,17 @@ def test_what_it_leaves(whole):
             assert (whole / "training" / stage / name).read_bytes()[:4] == b"\x89PNG"
 
 
-def test_latents_have_the_scale_that_the_transformer_wants(whole):
+def test_scaled_latents_have_unit_deviation(whole):
     pipe = CogVideoX.from_pretrained(whole)
-    clips = ProceduralClips("train", stages.MEASURED, 5, 16, 16)
-    video = torch.stack([clips[i].video for i in range(stages.MEASURED)])
+    clips = ProceduralClips("train", trainer.SCALING_CLIPS, 5, 16, 16)
+    video = torch.stack([clips[i].video for i in range(trainer.SCALING_CLIPS)])
     with torch.no_grad():
         latents = pipe.vae.config.scaling_factor * pipe.vae.encode(video).mean
     assert latents.square().mean().sqrt() == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("posterior", ["mode", "sample"])
-def test_modes_or_samples_are_learned(tmp_path, monkeypatch, posterior):
+def test_posterior_chooses_modes_or_samples(tmp_path, monkeypatch, posterior):
     learned = []
 
     class Loss(VelocityLoss):
@@ -92,7 +91,7 @@ def test_modes_or_samples_are_learned(tmp_path, monkeypatch, posterior):
             learned.extend(latents)
             return super().forward(latents, text)
 
-    monkeypatch.setattr(stages, "VelocityLoss", Loss)
+    monkeypatch.setattr(trainer, "VelocityLoss", Loss)
     once = {"steps": 2, "save_every": 2, "sample_every": 2}
     options = {**once, "posterior": posterior}
     train(small(vae_training=once, transformer_training=options), tmp_path)
@@ -103,7 +102,7 @@ def test_modes_or_samples_are_learned(tmp_path, monkeypatch, posterior):
     assert len(exact) == 8 and set(exact) == {posterior == "mode"}
 
 
-def test_the_same_recipe_gives_the_same_bits(whole, tmp_path):
+def test_same_recipe_gives_the_same_bits(whole, tmp_path):
     train(small(), tmp_path)
     assert_same(weights(whole), weights(tmp_path))
     assert [curve(whole, s) for s in ("vae", "transformer")] == [
@@ -111,7 +110,7 @@ def test_the_same_recipe_gives_the_same_bits(whole, tmp_path):
     ]
 
 
-def test_another_seed_gives_others(whole, tmp_path):
+def test_another_seed_gives_other_weights(whole, tmp_path):
     train(small(seed=1), tmp_path, stages=["vae"])
     vae = {name: t for name, t in weights(whole).items() if name.startswith("vae.")}
     assert any(not torch.equal(t, vae[name]) for name, t in weights(tmp_path).items())
@@ -122,8 +121,8 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize("stage", ["vae", "transformer"])
-def test_an_exception_at_any_step_costs_no_bit(whole, tmp_path, stage):
-    """One training, stopped before each of its steps."""
+def test_resume_after_any_step_gives_the_same_bits(whole, tmp_path, stage):
+    """Stop one training before each of its steps."""
     if stage == "transformer":
         for name in ("recipe.json", "vae", "latents"):
             copy = shutil.copy if name.endswith(".json") else shutil.copytree
@@ -135,8 +134,8 @@ def test_an_exception_at_any_step_costs_no_bit(whole, tmp_path, stage):
                 raise Stopped
 
         with pytest.raises(Stopped):
-            train(small(), tmp_path, stages=[stage], tell=stop)
-        assert Run(tmp_path, small()).stage(stage).newest()[0] == at // 2 * 2
+            train(small(), tmp_path, stages=[stage], progress=stop)
+        assert RunFolder(tmp_path, small()).stage(stage).latest()[0] == at // 2 * 2
     train(small(), tmp_path, stages=[stage])
     ours, theirs = (
         {name: t for name, t in weights(folder).items() if name.startswith(f"{stage}.")}
@@ -147,8 +146,8 @@ def test_an_exception_at_any_step_costs_no_bit(whole, tmp_path, stage):
 
 
 @pytest.mark.slow
-def test_a_killed_process_goes_on_with_its_bits(whole, tmp_path):
-    """SIGKILL, wherever it falls: while steps run, a checkpoint is written, a picture is drawn."""
+def test_resume_after_sigkill_gives_the_same_bits(whole, tmp_path):
+    """SIGKILL during steps, checkpoints and plots."""
     program = (
         "import sys; sys.path[:0] = sys.argv[2:]\n"
         "from cogvx.training import train\n"
@@ -171,7 +170,7 @@ def test_a_killed_process_goes_on_with_its_bits(whole, tmp_path):
     assert curve(whole, "vae") == curve(tmp_path, "vae")
 
 
-def test_a_folder_belongs_to_its_recipe(whole, tmp_path):
+def test_another_recipe_is_refused(whole, tmp_path):
     with pytest.raises(ValueError, match=r"another recipe: seed 0 there, 1 here"):
         train(small(seed=1), whole)
     (tmp_path / "mine.txt").write_text("mine")
@@ -180,12 +179,12 @@ def test_a_folder_belongs_to_its_recipe(whole, tmp_path):
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
-def test_a_transformer_wants_a_vae(tmp_path):
+def test_transformer_stage_requires_a_vae(tmp_path):
     with pytest.raises(ValueError, match="train the stage vae first"):
         train(small(), tmp_path, stages=["transformer"])
 
 
-def test_gradients_that_are_not_finite_stop_it(tmp_path):
+def test_non_finite_gradients_stop_the_training(tmp_path):
     recipe = small(vae_training={"learning_rate": 1e5, "max_grad_norm": 1e5, "warmup": 0})
     with pytest.raises(FloatingPointError, match=r"vae: step \d has a gradient that is not finite"):
         train(recipe, tmp_path, stages=["vae"])
@@ -197,9 +196,8 @@ def test_gradients_that_are_not_finite_stop_it(tmp_path):
     [{"accumulate": 2}, {"gradient_checkpointing": True}, {"precision": "bfloat16"}],
     ids=str,
 )
-def test_other_ways_to_the_same_end(whole, tmp_path, options):
-    """Half a batch at a time, activations made again, and products in 16 bits: other bits, or
-    other random numbers, and about the same losses."""
+def test_options_give_about_the_same_losses(whole, tmp_path, options):
+    """Accumulation, gradient checkpointing and bfloat16 have other bits or random numbers."""
     points = train(small(vae_training=options, transformer_training=options), tmp_path)
     for stage, came in points.items():
         losses = [(a["loss"], b["loss"]) for a, b in zip(came, curve(whole, stage), strict=True)]
@@ -209,7 +207,7 @@ def test_other_ways_to_the_same_end(whole, tmp_path, options):
             torch.testing.assert_close(weights(tmp_path)[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-def test_more_steps_make_it_better(tmp_path):
+def test_losses_fall(tmp_path):
     often = {"steps": 60, "log_every": 10, "save_every": 60, "sample_every": 60,
              "learning_rate": 1e-2}  # fmt: skip
     curves = train(small(vae_training=often, transformer_training=often), tmp_path)
@@ -217,12 +215,13 @@ def test_more_steps_make_it_better(tmp_path):
         assert points[-1]["loss"] < 0.8 * points[0]["loss"]
 
 
-def test_it_is_scored_and_shown(whole, tmp_path, capsys, monkeypatch):
+def test_score_and_demo_of_a_trained_model(whole, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(commands, "score_vae", partial(score_vae, clips=4))
     model = ["--model", str(whole), "--steps", "2"]
     assert main(["score", *model, "--prompts", "4", "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["prompts"] == 4 and 0 <= said["all"] <= said["count"] <= 1 and said["psnr_db"] > 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["prompts"] == 4 and 0 <= scores["all"] <= scores["count"] <= 1
+    assert scores["psnr_db"] > 0
     assert main(["score", *model, "--prompts", "4"]) == 0
     assert "held-out clips through the VAE" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""Pictures of a training: its losses over its steps, and TensorBoard's files where asked for."""
+"""Plots of training losses, and TensorBoard's writer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,13 +6,13 @@ from typing import Any
 
 from ..extras import extra
 from ..files import atomic_path
-from .run import Point
+from .checkpointing import Point
 
-NOT_DRAWN = ("step", "learning_rate")
+NOT_PLOTTED = ("step", "learning_rate")
 
 
-def draw_curve(path: Path, name: str, points: Sequence[Point]) -> None:
-    """A PNG with a panel for each number of the points, logarithmic where that can be.
+def plot_losses(path: Path, name: str, points: Sequence[Point]) -> None:
+    """Write a PNG with a panel for each number of the points, logarithmic where all are positive.
 
     Raises ModuleNotFoundError if matplotlib is not installed.
     """
@@ -20,7 +20,7 @@ def draw_curve(path: Path, name: str, points: Sequence[Point]) -> None:
         return
     extra("matplotlib", "train", "cogvx[train]").use("agg")
     pyplot = extra("matplotlib.pyplot", "train", "cogvx[train]")
-    numbers = [number for number in points[-1] if number not in NOT_DRAWN]
+    numbers = [number for number in points[-1] if number not in NOT_PLOTTED]
     width = 4 * len(numbers)
     figure, axes = pyplot.subplots(1, len(numbers), figsize=(width, 3), squeeze=False)
     # Margins in inches, and labels without mathtext: to solve for a layout takes twice as long.
@@ -42,6 +42,6 @@ def draw_curve(path: Path, name: str, points: Sequence[Point]) -> None:
     pyplot.close(figure)
 
 
-def board(folder: Path) -> Any:
-    """A writer of TensorBoard's files. Raises ModuleNotFoundError if it is not installed."""
+def tensorboard_writer(folder: Path) -> Any:
+    """Writer of TensorBoard's files. Raises ModuleNotFoundError if it is not installed."""
     return extra("torch.utils.tensorboard", "train", "tensorboard").SummaryWriter(str(folder))

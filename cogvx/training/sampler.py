@@ -1,4 +1,4 @@
-"""Which clips a step takes: a function of the seed and the step's number, and of nothing else."""
+"""Batch sampler whose batches depend on the seed and the step alone, and seeds of steps."""
 
 from collections.abc import Callable, Iterator
 
@@ -6,15 +6,14 @@ import torch
 from torch.utils.data import Sampler
 
 
-class Batches(Sampler[list[int]]):
-    """The indices of every step from `start` to `stop`, those of one process.
+class ResumableBatchSampler(Sampler[list[int]]):
+    """Indices of the batches of one process, from step `start` to `stop`.
 
-    All clips come once before any comes again, each time in another order. Where a training stands
-    is the number of its step, and a resumed one takes the very clips that it would have taken.
+    Every epoch is a permutation of all clips. A resumed training needs no state but its step.
 
     size      of the data set
-    batch_of  how many clips a step takes, over all processes; `processes` divide it
-    process   the number of this one
+    batch_of  step -> batch size over all processes, a multiple of `processes`
+    process   number of this process
     """
 
     def __init__(
@@ -28,7 +27,7 @@ class Batches(Sampler[list[int]]):
         processes: int = 1,
     ) -> None:
         if size < 1:
-            raise ValueError("Batches: size must be at least 1; got a data set without clips")
+            raise ValueError("train: data must have at least one clip; got a data set without any")
         self.size, self.batch_of, self.seed = size, batch_of, seed
         self.start, self.stop = start, stop
         self.process, self.processes = process, processes
@@ -43,22 +42,22 @@ class Batches(Sampler[list[int]]):
             share, rest = divmod(self.batch_of(step), self.processes)
             if rest:
                 raise ValueError(
-                    f"Batches: batch_size must be a multiple of the {self.processes} processes; "
+                    f"train: batch_size must be a multiple of the {self.processes} processes; "
                     f"got {share * self.processes + rest}"
                 )
-            taken = []
+            batch = []
             for i in range(self.process * share, (self.process + 1) * share):
-                now, place = divmod(begin + i, self.size)
+                now, index = divmod(begin + i, self.size)
                 if now != epoch:
-                    generator = torch.Generator().manual_seed(mixed(self.seed, now))
+                    generator = torch.Generator().manual_seed(mix_seed(self.seed, now))
                     epoch, order = now, torch.randperm(self.size, generator=generator)
-                taken.append(int(order[place]))
-            yield taken
+                batch.append(int(order[index]))
+            yield batch
             begin += share * self.processes
 
 
-def mixed(*numbers: int) -> int:
-    """One seed of several numbers: other ones give another seed, neighbours no neighbour."""
+def mix_seed(*numbers: int) -> int:
+    """Hash several numbers into one seed of 63 bits (splitmix64)."""
     value = 0
     for number in numbers:
         value = (value ^ (number + 0x9E3779B97F4A7C15)) & (2**64 - 1)

@@ -1,9 +1,9 @@
-"""The folder of a training: what it was begun with, its checkpoints, and its curve.
+"""The folder of a training: its recipe, checkpoints and losses.
 
-recipe.json                         what was asked for; another recipe is refused
-training/<stage>/losses.jsonl       a line for each point of the curve
-training/<stage>/losses.png         the same as a picture, and samples.png beside it
-training/<stage>/checkpoints/<step> what accelerate saves; the newest two
+recipe.json                         the recipe; another one is refused
+training/<stage>/losses.jsonl       the logged losses, one JSON object per line
+training/<stage>/losses.png         their plot, with samples.png beside it
+training/<stage>/checkpoints/<step> accelerate's state and the EMA; the last two
 """
 
 import json
@@ -22,11 +22,11 @@ Point = dict[str, float]
 KEPT = 2  # checkpoints
 
 
-class Run:
-    """A folder that belongs to one recipe, made or gone on with.
+class RunFolder:
+    """The folder of one recipe's training, new or resumed.
 
-    Raises ValueError if the folder was begun with another recipe, naming the differences, or if it
-    holds something else.
+    Raises ValueError for a folder of another recipe, naming the differences, and for one that holds
+    something else.
     """
 
     def __init__(self, folder: PathLike, recipe: Recipe) -> None:
@@ -45,31 +45,32 @@ class Run:
         with atomic_path(path) as part:
             part.write_text(json.dumps(recipe.to_dict(), indent=1) + "\n", encoding="utf-8")
 
-    def stage(self, name: str) -> "Stage":
-        return Stage(self.folder / "training" / name)
+    def stage(self, name: str) -> "StageFolder":
+        return StageFolder(self.folder / "training" / name)
 
 
-class Stage:
-    """The part of a run's folder that one model's training has."""
+class StageFolder:
+    """Checkpoints and losses of one stage."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.name = folder.name
         self.checkpoints = folder / "checkpoints"
-        self.curve = folder / "losses.jsonl"
+        self.losses = folder / "losses.jsonl"
         self.checkpoints.mkdir(parents=True, exist_ok=True)
 
-    def newest(self) -> tuple[int, Path | None]:
-        """The number of steps that are done, and the checkpoint that says so."""
+    def latest(self) -> tuple[int, Path | None]:
+        """Step and path of the latest checkpoint; (0, None) if there is none."""
         found = [path for path in self.checkpoints.iterdir() if path.name.isdigit()]
-        newest = max(found, key=lambda path: int(path.name), default=None)
-        return (0, None) if newest is None else (int(newest.name), newest)
+        latest = max(found, key=lambda path: int(path.name), default=None)
+        return (0, None) if latest is None else (int(latest.name), latest)
 
     def save(self, step: int, write: Callable[[Path], object], main: bool, wait: Any) -> None:
-        """A checkpoint, whole or not at all; every process calls it, and `main` moves it.
+        """Save a checkpoint atomically. Every process calls this.
 
-        write  puts the files into a folder that is there
-        wait   returns when every process has come so far
+        write  writes the files into the folder that it gets
+        main   True in the main process, which moves the folder into place
+        wait   barrier of all processes
         """
         part, whole = self.checkpoints / f".{step:08}.part", self.checkpoints / f"{step:08}"
         if main:
@@ -89,33 +90,31 @@ class Stage:
                 shutil.rmtree(path)
         wait()
 
-    def points(self, before: int, rewrite: bool = True) -> list[Point]:
-        """The curve up to a step; what came later was lost with the process that wrote it, and is
-        removed from the file."""
-        if not self.curve.is_file():
+    def read_points(self, before: int, rewrite: bool = True) -> list[Point]:
+        """Read the logged losses up to a step; `rewrite` removes later ones from the file."""
+        if not self.losses.is_file():
             return []
-        lines = self.curve.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = self.losses.read_text(encoding="utf-8").splitlines(keepends=True)
         points = [json.loads(line) for line in lines if line.endswith("\n")]
         kept = [point for point in points if point["step"] <= before]
         if rewrite and len(kept) < len(lines):
-            with atomic_path(self.curve) as part:
+            with atomic_path(self.losses) as part:
                 part.write_text("".join(json.dumps(p) + "\n" for p in kept), encoding="utf-8")
         return kept
 
-    def add(self, point: Point) -> None:
-        """One more of the curve."""
-        with open(self.curve, "a", encoding="utf-8") as file:
+    def append(self, point: Point) -> None:
+        with open(self.losses, "a", encoding="utf-8") as file:
             file.write(json.dumps(point) + "\n")
 
 
 def _check_same(path: Path, has: dict[str, Any], wanted: dict[str, Any]) -> None:
     was, now = _flat(has), _flat(json.loads(json.dumps(wanted)))
-    if told := differences(was, {**dict.fromkeys(was), **now}):
-        raise ValueError(f"{path}: is of another recipe: {told}")
+    if found := differences(was, {**dict.fromkeys(was), **now}):
+        raise ValueError(f"{path}: is of another recipe: {found}")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The keys of tables as table.key."""
+    """Flatten nested tables to keys such as table.key."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         inner = isinstance(value, dict)

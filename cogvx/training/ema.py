@@ -1,4 +1,4 @@
-"""The moving average of the weights, which makes better clips than the last of them."""
+"""Exponential moving average (EMA) of the trained weights."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 
-class MovingAverage:
-    """Of parameters: average ← decay · average + (1 - decay) · parameter, after each step.
+class EMA:
+    """average ← decay · average + (1 - decay) · parameter, after each step.
 
-    Early on the decay is (1 + step) / (10 + step), where that is less, so that the beginning is
-    forgotten.
+    The decay of an early step is (1 + step) / (10 + step), where that is less. Unlike
+    `torch.optim.swa_utils.AveragedModel` it keeps no second module, only the trained weights.
     """
 
     def __init__(self, parameters: Iterable[Tensor], decay: float) -> None:
@@ -29,31 +29,31 @@ class MovingAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The parameters are the averages inside, and again themselves behind."""
+        """Replace the parameters by their averages inside the context."""
         kept = [p.detach().clone() for p in self.parameters]
-        self.put()
+        self.copy_to_parameters()
         try:
             yield
         finally:
             torch._foreach_copy_([p.detach() for p in self.parameters], kept)
 
-    def put(self) -> None:
-        """From now on the parameters are the averages."""
+    def copy_to_parameters(self) -> None:
+        """Replace the parameters by their averages."""
         torch._foreach_copy_([p.detach() for p in self.parameters], self.averages)
 
-    def state(self) -> dict[str, Tensor]:
-        """What `load` takes: of a sharded parameter, this process's part."""
-        held = {str(number): _local(average) for number, average in enumerate(self.averages)}
-        return {"steps": torch.tensor(self.steps), **held}
+    def state_dict(self) -> dict[str, Tensor]:
+        """State for `load_state_dict`; of a sharded parameter, this process's shard."""
+        averages = {str(number): _local(average) for number, average in enumerate(self.averages)}
+        return {"steps": torch.tensor(self.steps), **averages}
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.steps = int(state["steps"])
         for number, average in enumerate(self.averages):
             _local(average).copy_(state[str(number)])
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor; told without that class, which takes most of a second to import."""
+    """Return True for a DTensor, without importing its class, which takes most of a second."""
     return hasattr(tensor, "to_local")
 
 

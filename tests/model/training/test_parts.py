@@ -1,4 +1,4 @@
-"""Laws of the parts of a training: which clips, which average, which loss."""
+"""Parts of a training: sampler, EMA, timestep sampling, losses, initialisation, optimizers."""
 
 import pytest
 import torch
@@ -7,21 +7,25 @@ from torch import nn
 from cogvx.config import VAEConfig
 from cogvx.schedulers import NoiseSchedule
 from cogvx.shapes import ProceduralClips
-from cogvx.training.averages import MovingAverage
-from cogvx.training.batches import Batches, mixed
-from cogvx.training.beginnings import begin_vae
-from cogvx.training.loop import warn_of_emulation
+from cogvx.training.ema import EMA
+from cogvx.training.init import init_vae
+from cogvx.training.loop import warn_if_bfloat16_is_emulated
 from cogvx.training.losses import (
     ReconstructionLoss,
     VelocityLoss,
-    dropped,
-    mean,
-    recolored,
+    drop_text,
+    mean_losses,
+    recolor,
 )
 from cogvx.training.optimizers import Muon, make_optimizers
 from cogvx.training.recipe import TransformerTraining
-from cogvx.training.stages import new_transformer, new_vae, scheduler_of
-from cogvx.training.times import Levels, spread_ranks, timesteps
+from cogvx.training.sampler import ResumableBatchSampler, mix_seed
+from cogvx.training.timestep_sampling import (
+    UncertaintyWeighting,
+    quantile_timesteps,
+    stratified_quantiles,
+)
+from cogvx.training.trainer import make_scheduler, new_transformer, new_vae
 from cogvx.vae import CausalVAE
 from cogvx.vae.causal_conv import CausalConv
 
@@ -32,38 +36,38 @@ def always(count):
     return lambda step: count
 
 
-def test_every_clip_comes_once_before_any_comes_again():
-    taken = [i for batch in Batches(10, always(4), 0, 0, 5) for i in batch]
+def test_an_epoch_has_every_clip_once():
+    taken = [i for batch in ResumableBatchSampler(10, always(4), 0, 0, 5) for i in batch]
     assert sorted(taken[:10]) == sorted(taken[10:]) == list(range(10))
     assert taken[:10] != taken[10:] != sorted(taken[10:])
-    assert taken != [i for batch in Batches(10, always(4), 1, 0, 5) for i in batch]
+    assert taken != [i for batch in ResumableBatchSampler(10, always(4), 1, 0, 5) for i in batch]
 
 
 @pytest.mark.parametrize("batch_of", [always(4), lambda step: 6 if step < 3 else 2])
-def test_a_resumed_order_is_the_rest_of_it(batch_of):
-    whole = list(Batches(7, batch_of, 3, 0, 9))
+def test_resumed_batches_are_the_rest(batch_of):
+    whole = list(ResumableBatchSampler(7, batch_of, 3, 0, 9))
     assert [len(batch) for batch in whole] == [batch_of(step) for step in range(9)]
     for start in range(9):
-        assert list(Batches(7, batch_of, 3, start, 9)) == whole[start:]
+        assert list(ResumableBatchSampler(7, batch_of, 3, start, 9)) == whole[start:]
 
 
 def test_processes_share_a_batch():
-    whole = list(Batches(7, always(6), 3, 0, 5))
-    shares = [list(Batches(7, always(6), 3, 0, 5, process, 3)) for process in range(3)]
+    whole = list(ResumableBatchSampler(7, always(6), 3, 0, 5))
+    shares = [list(ResumableBatchSampler(7, always(6), 3, 0, 5, rank, 3)) for rank in range(3)]
     assert [sum(parts, []) for parts in zip(*shares, strict=True)] == whole
     with pytest.raises(ValueError, match="multiple of the 4 processes; got 6"):
-        list(Batches(7, always(6), 3, 0, 5, 0, 4))
+        list(ResumableBatchSampler(7, always(6), 3, 0, 5, 0, 4))
 
 
-def test_seeds_of_neighbours_are_no_neighbours():
-    seeds = {mixed(a, b, c) for a in range(20) for b in range(20) for c in range(5)}
+def test_mixed_seeds_are_distinct_and_far_apart():
+    seeds = {mix_seed(a, b, c) for a in range(20) for b in range(20) for c in range(5)}
     assert len(seeds) == 2000 and all(0 <= seed < 2**63 for seed in seeds)
-    assert all(bin(mixed(0, n) ^ mixed(0, n + 1)).count("1") > 12 for n in range(100))
+    assert all(bin(mix_seed(0, n) ^ mix_seed(0, n + 1)).count("1") > 12 for n in range(100))
 
 
-def test_the_average_is_what_it_is_said_to_be():
+def test_ema_follows_its_formula():
     parameter = nn.Parameter(torch.zeros(3))
-    average, expected = MovingAverage([parameter], 0.5), torch.zeros(3)
+    average, expected = EMA([parameter], 0.5), torch.zeros(3)
     for step in range(1, 9):
         with torch.no_grad():
             parameter += step
@@ -74,35 +78,35 @@ def test_the_average_is_what_it_is_said_to_be():
     with average.applied():
         torch.testing.assert_close(parameter.detach(), expected)
     assert torch.equal(parameter, own)
-    other = MovingAverage([parameter], 0.5)
-    other.load(average.state())
+    other = EMA([parameter], 0.5)
+    other.load_state_dict(average.state_dict())
     assert other.steps == 8 and torch.equal(other.averages[0], average.averages[0])
 
 
-def test_the_reconstruction_loss_is_its_formula():
+def test_reconstruction_loss_follows_its_formula():
     vae, video = new_vae(small()), torch.rand(2, 3, 3, 16, 16) * 2 - 1
     torch.manual_seed(1)
     losses = ReconstructionLoss(vae, 0.25)(video)
     torch.manual_seed(1)
-    known = vae.encode(video)
-    error = vae.decode(known.sample()) - video
+    posterior = vae.encode(video)
+    error = vae.decode(posterior.sample()) - video
     reconstruction = error.abs().mean() + 8 * error.square().mean()
-    kl = known.kl().mean() / known.mean[0].numel()
+    kl = posterior.kl().mean() / posterior.mean[0].numel()
     torch.testing.assert_close(losses["reconstruction"], reconstruction.detach())
     torch.testing.assert_close(losses["loss"], reconstruction + 0.25 * kl)
 
 
-def test_the_velocity_loss_is_its_formula():
+def test_velocity_loss_follows_its_formula():
     recipe = small()
     transformer, latents = new_transformer(recipe), torch.randn(3, 3, 4, 8, 8)
     nn.init.normal_(transformer.proj_out.weight)
-    schedule, text = NoiseSchedule(scheduler_of(recipe)[1]), torch.randn(3, 16, 50)
+    schedule, text = NoiseSchedule(make_scheduler(recipe)[1]), torch.randn(3, 16, 50)
     torch.manual_seed(1)
     losses = VelocityLoss(transformer, schedule, TransformerTraining(balance_weight=0.5))(
         latents, text
     )
     torch.manual_seed(1)
-    timestep = timesteps(spread_ranks(3), 1000)
+    timestep = quantile_timesteps(stratified_quantiles(3), 1000)
     noise = torch.randn_like(latents)
     alpha = schedule.alphas_cumprod[timestep].view(3, 1, 1, 1, 1)
     noisy = (alpha.sqrt() * latents + (1 - alpha).sqrt() * noise).float()
@@ -113,42 +117,42 @@ def test_the_velocity_loss_is_its_formula():
     assert losses["balance"] >= 1 - 1e-6 and losses["loss"].requires_grad
 
 
-def test_times_are_uniform_and_every_batch_has_all_parts_of_them():
-    batches = torch.stack([timesteps(spread_ranks(5), 1000) for _ in range(2000)])
+def test_timesteps_are_uniform_and_stratified():
+    batches = torch.stack([quantile_timesteps(stratified_quantiles(5), 1000) for _ in range(2000)])
     assert torch.equal(batches.sort().values // 200, torch.arange(5).expand(2000, 5))
     for place in batches.unbind(1):  # 2000 draws of a clip: 200 in each tenth, within 5 deviations
         assert ((place // 100).bincount(minlength=10) - 200).abs().max() < 70
-    few = torch.stack([timesteps(spread_ranks(7), 3) for _ in range(50)])
+    few = torch.stack([quantile_timesteps(stratified_quantiles(7), 3) for _ in range(50)])
     assert few.unique().tolist() == [0, 1, 2]
 
 
-def test_logit_normal_times_have_the_mean_and_the_spread_that_are_asked_for():
-    times = timesteps(spread_ranks(100_000), 10**6, 1.0, 0.5).double() / 10**6
+def test_logit_normal_timesteps_have_their_mean_and_std():
+    times = quantile_timesteps(stratified_quantiles(100_000), 10**6, 1.0, 0.5).double() / 10**6
     logits = times.log() - (1 - times).log()
     assert logits.mean() == pytest.approx(1.0, abs=0.01)
     assert logits.std() == pytest.approx(0.5, abs=0.01)
-    assert timesteps(torch.tensor([0.0, 0.5, 1.0]), 1000, 0.0).tolist() == [0, 500, 999]
-    assert timesteps(torch.tensor([0.0, 0.5, 1.0]), 1000).tolist() == [0, 500, 999]
+    assert quantile_timesteps(torch.tensor([0.0, 0.5, 1.0]), 1000, 0.0).tolist() == [0, 500, 999]
+    assert quantile_timesteps(torch.tensor([0.0, 0.5, 1.0]), 1000).tolist() == [0, 500, 999]
 
 
-def test_levels_follow_the_errors_of_their_part_and_divide_by_them():
-    levels = Levels()
-    ranks = torch.tensor([0.0, 0.03, 0.5, 1.0])
+def test_uncertainty_weighting_divides_by_the_running_mean():
+    levels = UncertaintyWeighting()
+    quantiles = torch.tensor([0.0, 0.03, 0.5, 1.0])
     errors = torch.tensor([0.1, 0.3, 3.0, 4.0])
-    assert torch.equal(levels.eval()(errors, ranks), errors)  # from 1 on, and none follows
-    assert torch.equal(levels.train()(errors, ranks), errors)
+    assert torch.equal(levels.eval()(errors, quantiles), errors)  # from 1 on, and none follows
+    assert torch.equal(levels.train()(errors, quantiles), errors)
     expected = torch.ones(16)
     expected[0], expected[8], expected[15] = 0.992, 1.02, 1.03
     torch.testing.assert_close(levels.errors, expected)
     for _ in range(2000):
-        relative = levels(errors, ranks)
+        relative = levels(errors, quantiles)
     torch.testing.assert_close(relative, torch.tensor([0.5, 1.5, 1.0, 1.0]))
     assert torch.equal(levels.errors[1:8], torch.ones(7))
 
 
-def test_uncertainty_divides_the_error_at_each_time_by_its_level():
+def test_velocity_loss_with_uncertainty_weighting():
     recipe = small()
-    transformer, schedule = new_transformer(recipe), NoiseSchedule(scheduler_of(recipe)[1])
+    transformer, schedule = new_transformer(recipe), NoiseSchedule(make_scheduler(recipe)[1])
     nn.init.normal_(transformer.proj_out.weight)
     options = TransformerTraining(weighting="uncertainty", logit_mean=0.5, balance_weight=0.0)
     loss = VelocityLoss(transformer, schedule, options).eval()
@@ -157,35 +161,35 @@ def test_uncertainty_divides_the_error_at_each_time_by_its_level():
     torch.manual_seed(1)
     found = loss(latents, text)
     torch.manual_seed(1)
-    ranks = spread_ranks(16)  # one in each sixteenth, and so the levels are its places from 1 on
-    timestep, noise = timesteps(ranks, 1000, 0.5), torch.randn_like(latents)
+    quantiles = stratified_quantiles(16)  # one in each bin, whose error is its rank from 1 on
+    timestep, noise = quantile_timesteps(quantiles, 1000, 0.5), torch.randn_like(latents)
     v = transformer(schedule.add_noise(latents, noise, timestep), text, timestep)
     errors = (v - schedule.velocity(latents, noise, timestep)).square().flatten(1).mean(1)
     torch.testing.assert_close(found["velocity"], errors.mean().detach())
-    torch.testing.assert_close(found["loss"], (errors / (ranks.argsort().argsort() + 1)).mean())
+    torch.testing.assert_close(found["loss"], (errors / (quantiles.argsort().argsort() + 1)).mean())
 
 
-def test_dropped_texts_are_the_empty_one():
+def test_dropped_texts_are_empty():
     text, empty = torch.ones(1000, 2, 3), torch.zeros(1, 2, 3)
-    kept = dropped(text, empty, 0.25)
+    kept = drop_text(text, empty, 0.25)
     rows = kept.flatten(1).mean(1)
     assert set(rows.tolist()) == {0.0, 1.0} and 0.18 < 1 - rows.mean() < 0.32
-    assert torch.equal(dropped(text, empty, 0.0), text)
-    assert torch.equal(dropped(text, empty, 1.0), empty.expand_as(text))
+    assert torch.equal(drop_text(text, empty, 0.0), text)
+    assert torch.equal(drop_text(text, empty, 1.0), empty.expand_as(text))
 
 
-def test_the_mean_of_losses():
-    both = mean([{"a": torch.tensor(1.0)}, {"a": torch.tensor(3.0)}])
+def test_mean_losses():
+    both = mean_losses([{"a": torch.tensor(1.0)}, {"a": torch.tensor(3.0)}])
     assert both == {"a": torch.tensor(2.0)}
 
 
 @pytest.mark.parametrize("factorized", [True, False])
-def test_a_new_vae_begins_as_one_of_pictures(factorized):
+def test_initialised_vae_treats_frames_separately(factorized):
     torch.manual_seed(0)
     vae = CausalVAE(
         VAEConfig(block_out_channels=(8, 16, 16), norm_num_groups=4, factorized=factorized)
     )
-    begin_vae(vae)
+    init_vae(vae)
     convs = [m for m in vae.modules() if isinstance(m, CausalConv)]
     for conv in convs:
         x = torch.randn(1, conv.weight.shape[1], 3, 4, 4)
@@ -194,7 +198,7 @@ def test_a_new_vae_begins_as_one_of_pictures(factorized):
     assert len(convs) > 10
 
 
-def test_signals_of_a_new_vae_keep_their_size():
+def test_initialised_vae_keeps_the_variance():
     recipe = small(vae={"block_out_channels": [16, 32, 32, 32]}, seed=1)
     clips = torch.stack([ProceduralClips("train", 8, 5, 32, 32)[i].video for i in range(8)])
 
@@ -209,11 +213,11 @@ def test_signals_of_a_new_vae_keep_their_size():
     assert 0.3 < varied(new_vae(recipe)) < 3
 
 
-def test_other_colours_are_one_map_of_a_clip():
+def test_recolor_maps_a_clip_by_one_function():
     torch.manual_seed(0)
     video = torch.stack([ProceduralClips("train", 300, 2, 16, 16)[i].video for i in range(300)])
-    assert recolored(video, 0.0) is video
-    other = recolored(video, 0.5)
+    assert recolor(video, 0.0) is video
+    other = recolor(video, 0.5)
     kept = (other == video).flatten(1).all(1)
     assert 110 < kept.sum() < 190
     assert other.min() == -1 and other.max() == 1
@@ -223,7 +227,7 @@ def test_other_colours_are_one_map_of_a_clip():
         assert len(colours) == len(colours[:, :3].unique(dim=0))
 
 
-def test_muon_is_for_hidden_matrices_and_adamw_for_the_rest():
+def test_muon_trains_hidden_matrices_and_adamw_the_rest():
     """Every weight has one optimizer; a step of Muon goes about as far in every direction."""
     recipe = small()
     model = new_transformer(recipe)
@@ -250,7 +254,7 @@ def test_muon_is_for_hidden_matrices_and_adamw_for_the_rest():
         assert 0 < lengths.max() < 3 * lengths.min(), names[parameter]
 
 
-def test_muon_on_a_cpu_is_torchs_without_its_rounding():
+def test_muon_on_a_cpu_is_torchs_without_bfloat16():
     start, gradient = torch.randn(2, 24, 40, generator=torch.Generator().manual_seed(0))
     steps = []
     for kind in (Muon, torch.optim.Muon):
@@ -264,12 +268,12 @@ def test_muon_on_a_cpu_is_torchs_without_its_rounding():
     assert not torch.allclose(ours, rounded, rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_on_a_cpu_without_it_is_warned_of(monkeypatch):
+def test_emulated_bfloat16_warns(monkeypatch):
     capability = {"name": "AVX2"}
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability["name"])
     with pytest.warns(UserWarning, match="no instructions for bfloat16.*float32 is faster"):
-        warn_of_emulation("bfloat16", torch.device("cpu"))
-    warn_of_emulation("float32", torch.device("cpu"))
-    warn_of_emulation("bfloat16", torch.device("cuda"))
+        warn_if_bfloat16_is_emulated("bfloat16", torch.device("cpu"))
+    warn_if_bfloat16_is_emulated("float32", torch.device("cpu"))
+    warn_if_bfloat16_is_emulated("bfloat16", torch.device("cuda"))
     capability["name"] = "AVX512"
-    warn_of_emulation("bfloat16", torch.device("cpu"))
+    warn_if_bfloat16_is_emulated("bfloat16", torch.device("cpu"))
