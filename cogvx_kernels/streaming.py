@@ -1,112 +1,153 @@
-"""A clip of any length through a causal network, chunk by chunk, from pieces as they come.
+"""Chunked runs of a causal encoder or decoder: input checks, the state between chunks, chunk order.
 
-The network defines its chunks, and what it remembers between them is a value, held in a state that
-the caller owns. Shared by every VAE that is streamed here.
+The caller runs its own network: `CoderSpec.chunks` yields each chunk of the input as soon as enough
+frames have arrived, the caller computes `coder(chunk, state.cache)` and then calls
+`state.advance(chunk.shape[1])`. All that the network keeps between chunks is in the state, which
+the caller owns.
 """
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, TypeVar
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-C = TypeVar("C", bound="Cache")
+from . import _autocast
+from .chunks import Chunking, check_size
+
 S = TypeVar("S", bound="StreamState")
+DIMS = "(batch, frames, channels, height, width)"
 
 
-class Cache:
-    """What a network remembers of a clip; `broken` once an exception has cost a part of it."""
+class FrameCache:
+    """The last frames of the previous chunk, for each causal convolution of a network.
 
-    def __init__(self) -> None:
+    Attributes:
+        frames: name of a convolution -> frames to put before its next chunk; dicts may be nested.
+        leads: the current chunk begins with a frame that time resampling keeps single.
+        started: a chunk has been run; the next one continues the clip.
+        keep: False while the last chunk runs, after which nothing is kept.
+        broken: an exception stopped a chunk, and the frames were dropped.
+    """
+
+    def __init__(self, keep: bool = True) -> None:
+        self.keep = keep
+        self.frames: dict[str, Any] = {}
+        self.leads = False
+        self.started = False
         self.broken = False
 
+    @contextmanager
+    def chunk(self, leads: bool) -> Iterator[None]:
+        """Context of one chunk; `leads` counts only for the first chunk of a clip.
+
+        An exception leaves some convolutions ahead of others, so it empties the cache.
+        """
+        self.check()
+        self.leads = leads and not self.started
+        try:
+            yield
+        except BaseException:
+            self.frames = {}
+            self.broken = True
+            raise
+        self.started = True
+
     def check(self) -> None:
-        """Raises RuntimeError if it is broken."""
+        """Raises RuntimeError if the cache is broken."""
         if self.broken:
             raise RuntimeError(
                 "the state was left in the middle of a chunk by an exception, and part of the clip "
                 "is lost: reset() it and begin the clip again"
             )
 
-    def clear(self) -> None:
-        raise NotImplementedError
+    def take(self, name: str) -> Tensor | None:
+        """Remove and return the frames before this chunk; None at the beginning of a clip."""
+        return self.frames.pop(name, None)
+
+    def put(self, name: str, frames: Tensor) -> None:
+        """Store the frames before the next chunk."""
+        if self.keep:
+            self.frames[name] = frames
+
+    def slot(self, name: str, x: Tensor, kept: int) -> tuple[Tensor, str | None]:
+        """`frame_slot` of this convolution, channels last."""
+        frames, start = frame_slot(self.take(name), x, kept, torch.channels_last_3d)
+        self.put(name, frames)
+        return frames, start
 
     def tensors(self) -> list[Tensor]:
-        raise NotImplementedError
+        """All cached frames."""
+        found: list[Tensor] = []
+        _map(self.frames, found.append)
+        return found
 
-    def mapped(self: C, function: Callable[[Tensor], Tensor]) -> C:
-        """Another, of what the function makes of each tensor."""
-        raise NotImplementedError
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "FrameCache":
+        """A cache with `function` of each tensor."""
+        other = copy.copy(self)
+        other.frames = _map(self.frames, function)
+        return other
+
+    def fork(self) -> "FrameCache":
+        """An independent cache that holds the same tensors."""
+        return self.mapped(lambda frames: frames)
 
 
-class Way(Protocol):
-    """One way through a network: encoding or decoding.
+def _map(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    if isinstance(value, dict):
+        return {name: _map(x, function) for name, x in value.items()}
+    if value is None or isinstance(value, Tensor):
+        return None if value is None else function(value)
+    return value.mapped(function)  # a holder of frames, see patching/cogvideox_vae.py
 
-    Attributes:
-        where: who complains.
-        name: what goes in, "video" or "latents".
-        chunk: frames of every chunk but the first and last.
-        coder: a chunk and the cache -> what comes out.
-        leads: whether the first chunk is one frame, whatever the length of the clip; if not, what
-            remains of a clip is in its first chunk.
-        plan: frames of a clip -> the frames of each of its chunks.
+
+def frame_slot(
+    frames: Tensor | None, x: Tensor, kept: int, memory_format: torch.memory_format
+) -> tuple[Tensor, str | None]:
+    """The `kept` frames before the chunk x, to be replaced in place, and `start` for the ops.
+
+    At the beginning of a clip `frames` is None: the buffer is new, and `start` says how it is
+    padded; its content is not read.
     """
-
-    @property
-    def where(self) -> str: ...
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def chunk(self) -> int: ...
-
-    @property
-    def leads(self) -> bool: ...
-
-    @property
-    def coder(self) -> Callable[..., Any]: ...
-
-    @property
-    def plan(self) -> Callable[[int], tuple[int, ...]]: ...
-
-    def check(self, x: Any) -> Tensor:
-        """Raises TypeError or ValueError unless x is a clip or a piece of one."""
-
-    def check_frames(self, count: int, name: str | None = None) -> None:
-        """Raises ValueError unless so many frames make a whole clip."""
+    if frames is None:
+        shape = (*x.shape[:2], kept, *x.shape[3:])
+        frames = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+        return frames, "replicate"
+    if frames.is_inference() and not torch.is_inference_mode_enabled():
+        frames = frames.clone()  # an inference tensor cannot be written to outside inference mode
+    return frames, None
 
 
 class StreamState:
-    """Where a clip stands between chunks. Make one per clip; it may be cloned and moved.
+    """Position in one clip between two chunks. Make one per clip; it can be cloned and moved.
 
     Attributes:
-        total: how many frames the clip will have, once that is known.
-        taken: how many have been through.
+        total: frames of the whole clip, once known.
+        taken: frames that have been run.
+        chunks: chunks that have been run.
         ended: the clip is complete.
     """
 
     def __init__(self) -> None:
         self.reset()
 
-    def new_cache(self) -> Cache:
-        """That of a clip which has not begun."""
-        raise NotImplementedError
-
     def reset(self) -> None:
-        """Back to the beginning of a new clip; frees what was held."""
-        self.cache = self.new_cache()
+        """Start a new clip; frees all that is held."""
+        self.cache = FrameCache()
         self.pending: list[Tensor] = []
         self.total: int | None = None
         self.taken = 0
         self.chunks = 0
         self.like: tuple[object, ...] | None = None
+        self.coder: str | None = None
         self.ended = False
 
     @property
     def waiting(self) -> int:
-        """Frames that have come and wait until their chunk is full."""
+        """Frames that have arrived and wait until their chunk is full."""
         return sum(piece.shape[1] for piece in self.pending)
 
     @property
@@ -114,12 +155,24 @@ class StreamState:
         """Bytes held between chunks."""
         return sum(x.numel() * x.element_size() for x in (*self.cache.tensors(), *self.pending))
 
+    def advance(self, frames: int) -> None:
+        """Count a chunk that has been run."""
+        self.taken += frames
+        self.chunks += 1
+        if self.taken == self.total:
+            self.end()
+
+    def end(self) -> None:
+        """Mark the clip as complete and free the cache."""
+        self.ended = True
+        self.cache.frames = {}
+
     def clone(self: S) -> S:
-        """A state of its own at the same point of the same clip."""
+        """An independent state at the same point of the same clip."""
         return self._mapped(torch.clone)
 
     def to(self: S, device: torch.device | str) -> S:
-        """The same point of the same clip on another device, for the VAE that is there."""
+        """A copy on another device, for the VAE that is there."""
         state = self._mapped(lambda x: x.to(device, copy=True))
         if self.like is not None:
             state.like = (*self.like[:-1], torch.empty(0, device=device).device)
@@ -137,94 +190,207 @@ class StreamState:
         return f"{type(self).__name__}({self.taken}{of} taken, {self.nbytes:,} bytes{end})"
 
 
-def stream(
-    way: Way,
-    source: Any,
-    state: StreamState | None,
-    total: int | None,
-    last: bool,
-    *,
-    kind: type[StreamState],
-    whose: str = "",
-) -> Iterator[Tensor]:
-    """What comes out of each chunk, as soon as it can; what can be checked is checked now.
+class EncodeState(StreamState):
+    """State between the chunks of a video that is being encoded; counts frames of video."""
 
-    source  a clip (batch, frames, channels, height, width), or an iterable of pieces of it
-    state   where the clip stands, to be left where the last chunk leaves it; None begins a clip
-    total   frames of the whole clip, if they are known
-    last    whether the clip ends with this source
-    kind    what the state must be
-    whose   the package of that kind, to be named where another has one of the same name
 
-    Raises TypeError or ValueError for an argument, or for a piece when it comes: the state is then
-    as it was before that piece; RuntimeError if the state's clip has ended or was lost.
+class DecodeState(StreamState):
+    """State between the chunks of latents that are being decoded; counts latent frames."""
+
+
+@dataclass(frozen=True)
+class CoderSpec:
+    """Input of an encoder or decoder that runs on chunks.
+
+    Attributes:
+        where: prefix of error messages.
+        name: the input, "video" or "latents".
+        coder: class name of the network, which a state is bound to from its first frame on.
+        chunking: valid lengths, and the chunks of a clip.
+        channels: channels of the input.
+        dtype: of the weights; under autocast every floating dtype is accepted.
+        device: of the weights; None if a hook moves them.
+        multiple: divisor of height and width.
     """
-    if state is None:
-        state = kind()
-    elif not isinstance(state, kind):
-        wanted = f"{kind.__name__} of {whose}" if whose else kind.__name__
-        raise TypeError(f"{way.where}: state must be a {wanted}; got {type(state).__name__}")
-    _check_open(way, state)
-    if total is not None:
+
+    where: str
+    name: str
+    coder: str
+    chunking: Chunking
+    channels: int
+    dtype: torch.dtype
+    device: torch.device | None
+    multiple: int = 1
+
+    def open(self, state: StreamState | None) -> StreamState:
+        """The state, or a new one for None. Raises unless its clip can be continued."""
+        kind = EncodeState if self.name == "video" else DecodeState
+        if state is None:
+            return kind()
+        if not isinstance(state, kind):
+            raise TypeError(
+                f"{self.where}: state must be a {kind.__name__}; got {type(state).__name__}"
+            )
+        self._check_open(state)
+        return state
+
+    def chunks(
+        self,
+        source: Tensor | Iterable[Tensor],
+        state: StreamState,
+        total: int | None = None,
+        last: bool = True,
+    ) -> Iterator[Tensor]:
+        """Yield each chunk as soon as enough frames have arrived; validates arguments eagerly.
+
+        Args:
+            source: a clip (batch, frames, channels, height, width), or an iterable of its pieces.
+            state: from `open`; the caller advances it after each chunk.
+            total: frames of the whole clip, if known.
+            last: True if the clip ends with this source.
+
+        Raises:
+            TypeError, ValueError: for an argument, or for a piece when it arrives: the state is
+                then as it was before that piece.
+            RuntimeError: the state's clip has ended, or was lost to an exception.
+        """
+        if total is not None:
+            self._check_total(state, total)
+        if isinstance(source, Tensor):
+            self.check(source)
+            begins = state.like is None and state.total is None
+            if total is None and begins and last:
+                self.chunking.check(self.where, self.name, source.shape[1])
+                total = source.shape[1]
+            self._check_piece(state, source, state.total if total is None else total)
+            source = (source,)
+        elif not isinstance(source, Iterable):
+            raise TypeError(
+                f"{self.where}: {self.name} must be a tensor or an iterable of tensors; "
+                f"got {type(source).__name__}"
+            )
+        if total is not None:
+            state.total = total
+        return self._chunks(source, state, last)
+
+    def _chunks(self, source: Iterable[Tensor], state: StreamState, last: bool) -> Iterator[Tensor]:
+        for piece in source:
+            self.check(piece)
+            self._check_piece(state, piece, state.total)
+            self._check_open(state)
+            state.like, state.coder = _likeness(piece), self.coder
+            state.pending.append(piece)
+            del piece
+            while (size := self._next_size(state)) and state.waiting >= size:
+                state.cache.keep = state.taken + size != state.total
+                yield _take(state, size)
+            # The source may reuse the memory of this piece for the next one.
+            state.pending = [rest.clone() for rest in state.pending]
+        if state.ended or not last:
+            return
+        self._check_end(state)
+        if state.waiting:
+            state.cache.keep = False
+            yield _take(state, state.waiting)
+        state.end()
+
+    def _next_size(self, state: StreamState) -> int:
+        """Frames of the next chunk; 0 if the clip is complete."""
+        if state.total is not None:
+            plan = self.chunking.plan(state.total)
+            return plan[state.chunks] if state.chunks < len(plan) else 0
+        if self.chunking.first_alone:
+            return self.chunking.size if state.chunks else 1
+        return state.waiting  # `_check_piece` has checked that the piece is one chunk
+
+    def check(self, x: Any) -> Tensor:
+        """Raises TypeError or ValueError unless x is a clip or a piece of one."""
+        if not isinstance(x, Tensor):
+            raise self._wrong(TypeError, f"a tensor {DIMS}", type(x).__name__)
+        if x.dim() != 5:
+            raise self._wrong(ValueError, f"5-dimensional {DIMS}", f"{tuple(x.shape)}")
+        if x.shape[2] != self.channels:
+            got = f"{tuple(x.shape)}, {x.shape[2]} channels"
+            raise self._wrong(ValueError, f"{DIMS} with {self.channels} channels", got)
+        if 0 in x.shape:
+            raise self._wrong(ValueError, f"{DIMS} with nothing empty", f"{tuple(x.shape)}")
+        cast = x.is_floating_point() and _autocast.enabled(x)
+        if x.dtype != self.dtype and not cast:
+            raise self._wrong(TypeError, f"{self.dtype} as the weights", f"{x.dtype}")
+        if self.device is not None and x.device != self.device:
+            raise self._wrong(ValueError, f"on {self.device} as the weights", f"{x.device}")
+        check_size(self.where, self.name, x.shape[3], x.shape[4], self.multiple)
+        return x
+
+    def _check_open(self, state: StreamState) -> None:
+        try:
+            state.cache.check()
+        except RuntimeError as error:
+            raise RuntimeError(f"{self.where}: {error}") from None
+        if state.ended:
+            raise RuntimeError(
+                f"{self.where}: the state's clip has ended after {state.taken} frames: reset() it "
+                "to begin another"
+            )
+        if state.coder not in (None, self.coder):
+            raise ValueError(
+                f"{self.where}: state must be of a clip of this {self.coder}; got one of a "
+                f"{state.coder}"
+            )
+
+    def _check_total(self, state: StreamState, total: Any) -> None:
         if isinstance(total, bool) or not isinstance(total, int):
-            raise TypeError(f"{way.where}: total must be an integer; got {total!r}")
+            raise TypeError(f"{self.where}: total must be an integer; got {total!r}")
         if state.total not in (None, total) or (state.total is None and state.like is not None):
             raise ValueError(
-                f"{way.where}: total must be given when the clip begins; got {total} "
+                f"{self.where}: total must be given when the clip begins; got {total} "
                 f"after {state.taken + state.waiting} frames of {state.total or 'unknown'}"
             )
-        way.check_frames(total, name="total")
-    if isinstance(source, Tensor):
-        way.check(source)
-        begins = state.like is None and state.total is None
-        if total is None and begins and last:
-            way.check_frames(source.shape[1])
-            total = source.shape[1]
-        _check_piece(way, state, source, state.total if total is None else total)
-        source = (source,)
-    elif not isinstance(source, Iterable):
-        raise TypeError(
-            f"{way.where}: {way.name} must be a tensor or an iterable of tensors; "
-            f"got {type(source).__name__}"
-        )
-    if total is not None:
-        state.total = total
-    return _run_stream(way, source, state, last)
+        self.chunking.check(self.where, "total", total)
+
+    def _check_piece(self, state: StreamState, piece: Tensor, total: int | None) -> None:
+        """Raises ValueError unless the piece continues the state's clip."""
+        if state.like not in (None, _likeness(piece)):
+            raise ValueError(
+                f"{self.where}: {self.name} must continue the clip of batch, height, width, dtype "
+                f"and device {state.like}; got {_likeness(piece)}"
+            )
+        frames, before = piece.shape[1], state.taken + state.waiting
+        if total is not None:
+            if before + frames > total:
+                raise ValueError(
+                    f"{self.where}: {self.name} must end after total = {total} frames; "
+                    f"got {before + frames}"
+                )
+        elif not self.chunking.first_alone:
+            sizes = self.chunking.first_sizes()
+            if state.chunks:  # a first chunk shorter than the others is a whole clip
+                sizes = (self.chunking.size,) if state.taken >= self.chunking.size else ()
+            if frames not in sizes:
+                wanted = " or ".join(map(str, sizes)) + " frames"
+                wanted = wanted if sizes else "nothing after a lone one"
+                raise ValueError(
+                    f"{self.where}: {self.name} must come in the chunks that the VAE is defined "
+                    f"by, here {wanted}, or in any pieces with total=, the frames of the whole "
+                    f"clip; got {frames} frames"
+                )
+
+    def _check_end(self, state: StreamState) -> None:
+        """Raises ValueError unless the clip may end here."""
+        frames = state.taken + state.waiting
+        if state.total is not None and frames < state.total:
+            raise ValueError(
+                f"{self.where}: {self.name} must have total = {state.total} frames; the clip ended "
+                f"after {frames}"
+            )
+        self.chunking.check(self.where, self.name, frames)
+
+    def _wrong(self, kind: type[Exception], wanted: str, got: str) -> Exception:
+        return kind(f"{self.where}: {self.name} must be {wanted}; got {got}")
 
 
-def _run_stream(
-    way: Way, source: Iterable[Tensor], state: StreamState, last: bool
-) -> Iterator[Tensor]:
-    for piece in source:
-        way.check(piece)
-        _check_piece(way, state, piece, state.total)
-        _check_open(way, state)
-        state.like = _likeness(piece)
-        state.pending.append(piece)
-        del piece
-        while (size := _next_chunk(way, state)) and state.waiting >= size:
-            yield _run_chunk(way, state, size)
-        # Whoever gave the piece may write the next one in its place.
-        state.pending = [rest.clone() for rest in state.pending]
-    if state.ended or not last:
-        return
-    _check_end(way, state)
-    if state.waiting:
-        yield _run_chunk(way, state, state.waiting)
-    _end(state)
-
-
-def _run_chunk(way: Way, state: StreamState, size: int) -> Tensor:
-    out: Tensor = way.coder(_taken(state, size), state.cache)
-    state.taken += size
-    state.chunks += 1
-    if state.taken == state.total:
-        _end(state)
-    return out
-
-
-def _taken(state: StreamState, size: int) -> Tensor:
-    """The next `size` frames, no longer waiting; a copy only if they came in several pieces."""
+def _take(state: StreamState, size: int) -> Tensor:
+    """Remove the next `size` frames from `pending`; copies only if they came in several pieces."""
     parts = []
     while size:
         piece = state.pending.pop(0)
@@ -235,83 +401,6 @@ def _taken(state: StreamState, size: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _next_chunk(way: Way, state: StreamState) -> int:
-    """Frames of the chunk that comes next; 0 if the clip is complete."""
-    if state.total is not None:
-        plan = way.plan(state.total)
-        return plan[state.chunks] if state.chunks < len(plan) else 0
-    if way.leads:
-        return way.chunk if state.chunks else 1
-    return state.waiting  # the piece itself: `_check_piece` saw that it is a chunk
-
-
-def _end(state: StreamState) -> None:
-    state.ended = True
-    state.cache.clear()
-
-
 def _likeness(x: Tensor) -> tuple[object, ...]:
-    """What all pieces of a clip share."""
+    """Properties that all pieces of a clip share."""
     return (x.shape[0], *x.shape[3:], x.dtype, x.device)
-
-
-def _check_open(way: Way, state: StreamState) -> None:
-    try:
-        state.cache.check()
-    except RuntimeError as error:
-        raise RuntimeError(f"{way.where}: {error}") from None
-    if state.ended:
-        raise RuntimeError(
-            f"{way.where}: the state's clip has ended after {state.taken} frames: reset() it to "
-            "begin another"
-        )
-
-
-def _check_piece(way: Way, state: StreamState, piece: Tensor, total: int | None) -> None:
-    """The piece continues the state's clip."""
-    if state.like not in (None, _likeness(piece)):
-        raise ValueError(
-            f"{way.where}: {way.name} must continue the clip of batch, height, width, dtype and "
-            f"device {state.like}; got {_likeness(piece)}"
-        )
-    came, before = piece.shape[1], state.taken + state.waiting
-    if total is not None:
-        if before + came > total:
-            raise ValueError(
-                f"{way.where}: {way.name} must end after total = {total} frames; "
-                f"got {before + came}"
-            )
-    elif not way.leads:
-        wanted = _chunks_now(way, state)
-        if came not in wanted:
-            here = (
-                f"{' or '.join(map(str, wanted))} frames" if wanted else "nothing after a lone one"
-            )
-            raise ValueError(
-                f"{way.where}: {way.name} must come in the chunks that the VAE is defined by, here "
-                f"{here} frames, or in any pieces with total=, the frames of the whole clip; "
-                f"got {came} frames"
-            )
-
-
-def _chunks_now(way: Way, state: StreamState) -> tuple[int, ...]:
-    """How long the next chunk of the released VAE may be while the length of the clip is unknown.
-
-    What remains of a clip is in its first chunk, so a first chunk that is too short is the clip.
-    """
-    if state.chunks:
-        return (way.chunk,) if state.taken >= way.chunk else ()
-    if way.name == "video":
-        return (1, way.chunk, way.chunk + 1)
-    return tuple(range(1, 2 * way.chunk))
-
-
-def _check_end(way: Way, state: StreamState) -> None:
-    """The clip may end here."""
-    came = state.taken + state.waiting
-    if state.total is not None and came < state.total:
-        raise ValueError(
-            f"{way.where}: {way.name} must have total = {state.total} frames; the clip ended "
-            f"after {came}"
-        )
-    way.check_frames(came)

@@ -21,6 +21,7 @@ FOUNDATIONS = (
     "_autocast",
     "_checks",
     "_custom_op",
+    "chunks",
     "_launch",
     "_opinfo",
     "modality",
@@ -233,6 +234,7 @@ def test_the_model_uses_public_names_of_the_kernels(path):
         if package == "cogvx_kernels":
             public = {
                 *importlib.import_module("cogvx_kernels").__all__,
+                "chunks",
                 "modality",
                 "resample",
                 "streaming",

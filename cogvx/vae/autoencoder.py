@@ -5,14 +5,15 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from cogvx_kernels.streaming import DecodeState, EncodeState
+
 from ..config import VAEConfig
 from . import ways
+from .chunked import Progress, decode, encode, stream_decode, stream_encode
 from .decoder import Decoder
 from .distribution import DiagonalGaussian
 from .encoder import Encoder
-from .state import DecodeState, EncodeState
 from .tiling import Tiling
-from .walk import Progress, decode, encode, stream_decode, stream_encode
 
 
 class CausalVAE(nn.Module):

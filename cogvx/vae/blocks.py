@@ -10,15 +10,15 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cogvx_kernels import conv3d, residual_moments
+from cogvx_kernels.streaming import FrameCache
 
 from ..autocast import weights_in
 from .causal_conv import AnyNorm, CausalConv
-from .checkpointing import checkpointed
 from .norm import Flow, Modulation, SpatialNorm
 from .resample import Downsample3D, Upsample3D
-from .state import FrameCache
 
 MakeNorm = Callable[[int], AnyNorm]
 MakeConv = Callable[[int, int], CausalConv]
@@ -120,17 +120,35 @@ class Level(nn.Module):
                 yield layer, [next(modulations) for _ in _modulated_norms(layer)]
 
 
-def walked(
+def run_levels(
     levels: Iterable[Level], flow: Flow, zq: Tensor | None, cache: FrameCache, checkpointing: bool
 ) -> Flow:
     """A chunk through the layers of all levels. What a layer was given is freed after it."""
     for level in levels:
         for layer, modulations in level.layers(zq):
             if checkpointing and torch.is_grad_enabled():
-                flow = checkpointed(layer, flow, modulations, cache)
+                flow = _checkpointed(layer, flow, modulations, cache)
             else:
                 flow = layer(flow, modulations, cache)
     return flow
+
+
+def _checkpointed(
+    layer: nn.Module, flow: Flow, modulations: Sequence[Modulation], cache: FrameCache
+) -> Flow:
+    """layer(flow, modulations, cache), recomputed in the backward pass.
+
+    The layer runs on a fork of the cache: when it runs again, in the backward pass, later chunks
+    have replaced the frames in `cache` itself.
+    """
+    before = cache.fork()
+
+    def run(x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        fork = before.fork()
+        return layer(Flow(x), modulations, fork).x, fork.frames
+
+    out, cache.frames = checkpoint(run, flow.x, use_reentrant=False)
+    return Flow(out)
 
 
 def _modulated_norms(module: nn.Module) -> list[SpatialNorm]:

@@ -18,10 +18,10 @@ from cogvx_kernels import (
     frame_cache_push,
     temporal_conv,
 )
+from cogvx_kernels.streaming import FrameCache
 
 from ..autocast import weights_in
 from .norm import Flow, Modulation, Norm, SpatialNorm
-from .state import FrameCache
 
 AnyNorm = Norm | SpatialNorm
 

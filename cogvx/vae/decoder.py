@@ -6,13 +6,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from cogvx_kernels.streaming import FrameCache
+
 from ..autocast import autocast_dtype
 from ..config import VAEConfig
-from .blocks import Level, MakeConv, MakeNorm, resnets, walked
+from .blocks import Level, MakeConv, MakeNorm, resnets, run_levels
 from .causal_conv import CausalConv3d, FactorizedConv3d, name_convs
 from .norm import Flow, FrameNorm, SpatialNorm
 from .resample import Upsample3D
-from .state import FrameCache
 
 
 class Decoder(nn.Module):
@@ -65,7 +66,7 @@ class Decoder(nn.Module):
             zq = latents.transpose(1, 2).contiguous(memory_format=torch.channels_last_3d)
             levels = (self.mid_block, *self.up_blocks)
             # Not named here, so that what comes out of conv_in is freed when it has been used.
-            flow = walked(
+            flow = run_levels(
                 levels, Flow(self.conv_in(zq, cache)), zq, cache, self.gradient_checkpointing
             )
             norm, modulation = self.norm_out, None

@@ -5,13 +5,14 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from cogvx_kernels.streaming import FrameCache
+
 from ..autocast import autocast_dtype
 from ..config import VAEConfig
-from .blocks import Level, MakeConv, MakeNorm, resnets, walked
+from .blocks import Level, MakeConv, MakeNorm, resnets, run_levels
 from .causal_conv import CausalConv3d, FactorizedConv3d, name_convs
 from .norm import Flow, FrameNorm, Norm
 from .resample import Downsample3D
-from .state import FrameCache
 
 
 class Encoder(nn.Module):
@@ -61,7 +62,7 @@ class Encoder(nn.Module):
         with cache.chunk(leads=self.config.factorized or video.shape[1] % 2 == 1):
             levels = (*self.down_blocks, self.mid_block)
             # Not named here, so that what comes out of conv_in is freed when it has been used.
-            flow = walked(
+            flow = run_levels(
                 levels,
                 Flow(self.conv_in(video.transpose(1, 2), cache)),
                 None,

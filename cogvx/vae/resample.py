@@ -13,10 +13,10 @@ from cogvx_kernels.resample import (
     unfold_frames,
     upsample2x_conv,
 )
+from cogvx_kernels.streaming import FrameCache
 
 from ..autocast import weights_in
 from .norm import Flow, Modulation
-from .state import FrameCache
 
 
 class Downsample3D(nn.Module):

@@ -164,7 +164,11 @@ def open_video(
     wanted = max(valid, default=0) if frames is None else frames
     if not 1 <= wanted <= len(chosen):
         at = "" if fps is None else f" at {fps:g} a second"
-        longest = f"; the VAE takes {frame_rule.rule(vae)}, at most {valid[-1]}" if valid else ""
+        longest = (
+            f"; the VAE takes {frame_rule.encoder_chunking(vae).rule}, at most {valid[-1]}"
+            if valid
+            else ""
+        )
         raise VideoError(
             f"{path}: must have at least {max(wanted, 1)} frames{at}; got {len(chosen)}{longest}"
         )

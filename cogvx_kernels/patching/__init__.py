@@ -1,7 +1,8 @@
 """`patch(pipe)`: the kernels in models of diffusers, in one line, and out again in another."""
 
+from ..streaming import DecodeState
 from .api import UnsupportedModelError, explain, patch, patched, supported, unpatch
-from .cogvideox_stream import DecodeState, stream_decode
+from .cogvideox_stream import stream_decode
 from .report import Report
 
 __all__ = [

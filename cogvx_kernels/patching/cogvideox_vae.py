@@ -5,7 +5,7 @@ remembers nothing. Norms take their modulation at the size of the latents. Where
 recorded nothing is written in place. Source: fact sheet, section 4.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..conv3d import LIMIT, conv3d, known_issue
 from ..frame_cache import frame_cache_append, frame_cache_join
 from ..resample import fold_frames, temporal_avg_pool, unfold_frames, upsample2x_conv
 from ..spatial_norm import spatial_norm_silu
+from ..streaming import frame_slot
 from . import forward_swap
 from .registry import Family, ModulePatch
 from .state import NO_KERNEL, Calls, Site, unusual
@@ -39,12 +40,14 @@ class Frames:
             )
         return self._frames
 
-    def taken(self) -> Tensor:
+    def take(self) -> Tensor:
         """The frames, to be replaced in place; another chunk cannot have them."""
         frames, self._frames = self.read(), None
-        if frames.is_inference() and not torch.is_inference_mode_enabled():
-            frames = frames.clone()  # which could not be written to outside of inference mode
         return frames
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "Frames":
+        """A holder of `function` of the frames."""
+        return Frames(function(self.read()))
 
 
 def causal_conv(self: Any, inputs: Tensor, conv_cache: Any = None) -> tuple[Tensor, Any]:
@@ -211,11 +214,9 @@ def _slot(
     past: Frames | Tensor | None, x: Tensor, kept: int, channels_last: bool
 ) -> tuple[Tensor, str | None]:
     """The frames before x, to be replaced in place by its last ones; and how a clip begins."""
-    if past is None:
-        shape = (*x.shape[:2], kept, *x.shape[3:])
-        form = _format(channels_last)
-        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form), "replicate"
-    return past.taken() if isinstance(past, Frames) else past.clone(), None
+    if past is not None:
+        past = past.take() if isinstance(past, Frames) else past.clone()
+    return frame_slot(past, x, kept, _format(channels_last))
 
 
 def _format(channels_last: bool) -> torch.memory_format:

@@ -8,9 +8,15 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from diffusers import AutoencoderKL, AutoencoderKLCogVideoX
 
 import cogvx_kernels as ck
+from cogvx.config import VAEConfig
 from cogvx.memory import LiveBytes
+from cogvx.vae import CausalVAE
 from tests.harness.selection import rest
 from tests.patching.small import latents, vae
+
+SMALL = VAEConfig(
+    block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2
+)
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +168,7 @@ def test_what_cannot_be_streamed_is_refused_by_name():
     cases = [
         ((other, z), {}, ck.UnsupportedModelError, "vae must be a AutoencoderKLCogVideoX"),
         ((model, z.transpose(1, 2)), {}, ValueError, "latents must be .* with 4 channels"),
-        ((model, z.double()), {}, TypeError, "latents must be torch.float32 as the VAE"),
+        ((model, z.double()), {}, TypeError, "latents must be torch.float32 as the weights"),
         ((model, z), {"state": 3}, TypeError, "state must be a DecodeState"),
         ((model, z), {"total": 3}, ValueError, "must end after total = 3 frames; got 5"),
         ((model, 5), {}, TypeError, "latents must be a tensor or an iterable"),
@@ -170,6 +176,12 @@ def test_what_cannot_be_streamed_is_refused_by_name():
     for arguments, options, error, said in cases:
         with pytest.raises(error, match=f"stream_decode: .*{said}"):
             ck.stream_decode(*arguments, **options)
+    state = ck.DecodeState()
+    next(CausalVAE(SMALL).stream_decode(torch.randn(1, 3, 4, 2, 2), state, last=False))
+    with pytest.raises(
+        ValueError, match="clip of this AutoencoderKL.*; got .* Decoder"
+    ):
+        ck.stream_decode(model, z, state)
     with pytest.raises(ValueError, match="must come in the chunks that the VAE is defined by"):
         ck.stream_decode(model, z, last=False)
     model.enable_tiling(16, 16)
