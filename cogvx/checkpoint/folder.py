@@ -23,6 +23,7 @@ from ..files import (
 )
 from ..transformer import ExpertTransformer
 from ..vae import CausalVAE
+from ..vae.options import channels_last
 from .weights import Weights, save
 
 C = TypeVar("C", bound=Config)
@@ -115,7 +116,7 @@ def load_vae(
         model = empty(folder, lambda: CausalVAE(config, backend))
         weights.check(model)
         weights.load_into(model, dtype, place, check_finite)
-    model.lay_channels_last()
+    channels_last(model)
     return model.eval()
 
 

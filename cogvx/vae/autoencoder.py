@@ -1,26 +1,27 @@
-"""CausalVAE: an encoder and a decoder that belong together."""
+"""The causal VAE: encoder and decoder of one config."""
 
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from cogvx_kernels import BACKENDS
 from cogvx_kernels.streaming import DecodeState, EncodeState
 
-from ..config import VAEConfig
-from . import ways
+from ..config import VAEConfig, check_choice
 from .chunked import Progress, decode, encode, stream_decode, stream_encode
 from .decoder import Decoder
 from .distribution import DiagonalGaussian
 from .encoder import Encoder
+from .options import ALGOS, Options
 from .tiling import Tiling
 
 
 class CausalVAE(nn.Module):
     """The 3-D causal VAE of CogVideoX: 49 frames to 13 latent frames, and back.
 
-    Latents are raw here; whoever diffuses them multiplies by `config.scaling_factor`. The keys of
-    the state dict are those of the released files. Source: fact sheet, section 4.
+    Latents are raw here: not yet multiplied by `config.scaling_factor`, as diffusion expects. The
+    keys of the state dict are those of the released files. Source: `docs/model.md`, section 4.
 
     backend: of the ops of cogvx_kernels, "auto", "kernel" or "reference".
     """
@@ -28,14 +29,14 @@ class CausalVAE(nn.Module):
     def __init__(self, config: VAEConfig, backend: str = "auto") -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        options = Options()
+        self.encoder = Encoder(config, options)
+        self.decoder = Decoder(config, options)
         self.set_backend(backend)
-        self.lay_channels_last()
 
     @classmethod
     def of(cls, encoder: Encoder, decoder: Decoder) -> "CausalVAE":
-        """The VAE of an encoder and a decoder, which must be of one config."""
+        """The VAE of an encoder and a decoder that have the same config."""
         if encoder.config != decoder.config:
             raise ValueError(
                 f"CausalVAE.of: decoder must have the encoder's config {encoder.config}; "
@@ -47,28 +48,26 @@ class CausalVAE(nn.Module):
         return vae
 
     def set_backend(self, backend: str) -> None:
-        """Which way the ops of cogvx_kernels go from now on: "auto", "kernel" or "reference"."""
-        ways.set_backend(self, backend)
-        self.backend = backend
+        """Choose the backend of the ops of cogvx_kernels: "auto", "kernel" or "reference"."""
+        check_choice("set_backend", "backend", backend, BACKENDS)
+        for coder in (self.encoder, self.decoder):
+            coder.options.backend = backend
 
     def set_convolutions(self, algo: str = "auto", fold: bool = True) -> None:
-        """How convolutions are computed from now on, all to the same values within rounding.
+        """Choose how convolutions are computed; values agree within rounding.
 
-        algo  "conv3d", one 3-D convolution each; "conv2d", one 2-D convolution for each frame
-              of the kernel; "auto", whichever is known to be right on the device, see
+        algo  "conv3d", one 3-D convolution each; "conv2d", one 2-D convolution for each frame of
+              the kernel; "auto", whichever is known to be right on the device, see
               `cogvx_kernels.conv3d`
-        fold  whether doubling a picture and convolving it is four small convolutions, see
-              `Upsample3D`
+        fold  upsample by four convolutions of the small picture, see `cogvx_kernels.resample`
         """
-        ways.set_convolutions(self, algo, fold)
-
-    def lay_channels_last(self) -> None:
-        """Lays the kernels out as the layers' tensors lie, once weights have been put in place."""
-        ways.lay_channels_last(self)
+        check_choice("set_convolutions", "algo", algo, ALGOS)
+        for coder in (self.encoder, self.decoder):
+            coder.options.algo, coder.options.fold = algo, fold
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Whether activations are made again in the backward pass instead of kept."""
+        """True if activations are recomputed in the backward pass instead of kept."""
         return self.encoder.gradient_checkpointing and self.decoder.gradient_checkpointing
 
     @gradient_checkpointing.setter
@@ -130,9 +129,9 @@ class CausalVAE(nn.Module):
 
         Args:
             video: (batch, frames, in_channels, height, width), or pieces of it in order.
-            state: where the clip stands, to go on from; None begins a clip.
+            state: position in the clip, continued and updated; None begins a clip.
             total: frames of the whole clip, where it comes in pieces.
-            last: whether the clip ends with this video.
+            last: True if the clip ends with this video.
 
         Yields:
             The distribution of each chunk's latents, (batch, latent frames, latent_channels,

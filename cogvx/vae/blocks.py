@@ -1,12 +1,12 @@
-"""What encoder and decoder are made of: residual blocks, in levels of one size.
+"""Residual blocks of encoder and decoder, in levels of one size.
 
-Every layer is called as `layer(flow, modulations, cache)` and returns a `Flow`: the chunk, with a
-`Modulation` for each of the layer's norms, if the latents modulate them. No layer writes into what
-it was given.
+Every layer is called as `layer(flow, modulations, cache)` and returns a `Flow`; there is one
+`Modulation` for each of the layer's norms if the latents modulate them. No layer writes into its
+input.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import cast
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,38 +18,54 @@ from cogvx_kernels.streaming import FrameCache
 from ..autocast import weights_in
 from .causal_conv import AnyNorm, CausalConv
 from .norm import Flow, Modulation, SpatialNorm
+from .options import channels_last
 from .resample import Downsample3D, Upsample3D
 
-MakeNorm = Callable[[int], AnyNorm]
-MakeConv = Callable[[int, int], CausalConv]
+
+class MakeNorm(Protocol):
+    """Constructor of a norm of so many channels."""
+
+    def __call__(self, channels: int) -> AnyNorm: ...
+
+
+class MakeConv(Protocol):
+    """Constructor of a causal convolution; `name` is the key of its cache."""
+
+    def __call__(self, in_channels: int, out_channels: int, *, name: str) -> CausalConv: ...
 
 
 class ResnetBlock3D(nn.Module):
     """x + conv2(norm2(conv1(norm1(x)))), each norm with its SiLU; a change of width changes x too.
 
-    Where a norm comes next, `feeds_norm`, its statistics are made in the pass that adds.
-    Source: fact sheet, section 4.2.
+    With `feeds_norm` the pass of the sum also computes the statistics of the next layer, a norm.
+    Source: `docs/model.md`, section 4.2.
     """
 
-    feeds_norm = False
-    backend = "auto"
-
-    def __init__(self, in_channels: int, out_channels: int, norm: MakeNorm, conv: MakeConv) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        norm: MakeNorm,
+        conv: MakeConv,
+        name: str,
+        feeds_norm: bool,
+    ) -> None:
         super().__init__()
+        self.feeds_norm = feeds_norm
         self.norm1 = norm(in_channels)
-        self.conv1 = conv(in_channels, out_channels)
+        self.conv1 = conv(in_channels, out_channels, name=f"{name}.conv1")
         self.norm2 = norm(out_channels)
-        self.conv2 = conv(out_channels, out_channels)
+        self.conv2 = conv(out_channels, out_channels, name=f"{name}.conv2")
         if in_channels != out_channels:
-            self.conv_shortcut: nn.Module = nn.Conv3d(in_channels, out_channels, 1)
+            self.conv_shortcut: nn.Module = channels_last(nn.Conv3d(in_channels, out_channels, 1))
 
     def forward(self, flow: Flow, modulations: Sequence[Modulation], cache: FrameCache) -> Flow:
         """The block's output for one chunk.
 
         Args:
             flow: (batch, in_channels, frames, height, width), with the statistics of `norm1` if the
-                layer before made them.
-            modulations: those of norm1 and norm2; empty where nothing modulates them.
+                layer before computed them.
+            modulations: of norm1 and norm2; empty where nothing modulates them.
             cache: the last frames of the chunk before, of every convolution; it is updated.
 
         Returns:
@@ -79,16 +95,16 @@ class ResnetBlock3D(nn.Module):
                 offset,
                 num_groups=norm.num_groups,
                 per_frame=norm.per_frame,
-                backend=self.backend,
+                backend=norm.options.backend,
             )
         )
 
 
 class Level(nn.Module):
-    """The layers at one size, and the one that leads to the next.
+    """The layers at one size, and the resampling to the next.
 
-    The keys of a state dict are those of the released files, which is why a lone resampling layer
-    stands in a list.
+    The keys of a state dict are those of the released files, which is why a single resampling layer
+    is in a list.
     """
 
     def __init__(
@@ -103,14 +119,11 @@ class Level(nn.Module):
             self.downsamplers = nn.ModuleList([downsampler])
         if upsampler is not None:
             self.upsamplers = nn.ModuleList([upsampler])
-        resampled = downsampler is not None or upsampler is not None
-        for block in resnets[: -1 if resampled else None]:
-            block.feeds_norm = True
 
     def layers(self, zq: Tensor | None) -> Iterator[tuple[nn.Module, list[Modulation]]]:
         """Each layer with the modulations of its norms by zq, the latents of a chunk, if any.
 
-        Those of a level are made at once, and live while its layers are walked.
+        Those of a level are computed at once, and live while its layers run.
         """
         norms = _modulated_norms(self)
         made = SpatialNorm.modulated(norms, zq) if norms and zq is not None else []
@@ -123,7 +136,7 @@ class Level(nn.Module):
 def run_levels(
     levels: Iterable[Level], flow: Flow, zq: Tensor | None, cache: FrameCache, checkpointing: bool
 ) -> Flow:
-    """A chunk through the layers of all levels. What a layer was given is freed after it."""
+    """Run a chunk through the layers of all levels. The input of a layer is freed after it."""
     for level in levels:
         for layer, modulations in level.layers(zq):
             if checkpointing and torch.is_grad_enabled():
@@ -156,8 +169,21 @@ def _modulated_norms(module: nn.Module) -> list[SpatialNorm]:
 
 
 def resnets(
-    in_channels: int, out_channels: int, count: int, norm: MakeNorm, conv: MakeConv
+    in_channels: int,
+    out_channels: int,
+    count: int,
+    norm: MakeNorm,
+    conv: MakeConv,
+    level: str,
+    resampled: bool = False,
 ) -> list[ResnetBlock3D]:
-    """`count` blocks in a row, of which the first changes the number of channels."""
-    widths = [in_channels, *[out_channels] * count]
-    return [ResnetBlock3D(i, o, norm, conv) for i, o in zip(widths, widths[1:], strict=False)]
+    """`count` blocks in a row, of which the first changes the number of channels.
+
+    level: path of their level in the encoder or decoder. resampled: a resampling layer follows.
+    """
+    blocks = []
+    for i in range(count):
+        width, name = in_channels if i == 0 else out_channels, f"{level}.resnets.{i}"
+        feeds_norm = i < count - 1 or not resampled
+        blocks.append(ResnetBlock3D(width, out_channels, norm, conv, name, feeds_norm))
+    return blocks

@@ -1,11 +1,11 @@
-"""Convolutions that see the present and the past: their padding in time is what came before.
+"""Convolutions that are causal in time: a chunk is padded with the frames before it.
 
-Before the first frame of a clip lie copies of it; before every later chunk, the last frames of the
-chunk before, from the cache. Space is padded with zeros. Fact sheet, section 4.1.
+At the beginning of a clip its first frame is replicated; every later chunk takes the last frames of
+the chunk before, from the cache. Space is padded with zeros. Source: `docs/model.md`, section 4.1.
 
-Where no gradient is recorded a cache is one buffer for each convolution, replaced in place, and
-what a norm makes is written straight behind it. Under autocast the chunk is of its dtype, and
-weights are cast to that of the chunk.
+Where no gradient is recorded a cache is one buffer for each convolution, replaced in place, and the
+output of a norm is written straight behind it. Under autocast the chunk has its dtype, and weights
+are cast to that of the chunk.
 """
 
 import torch
@@ -22,20 +22,22 @@ from cogvx_kernels.streaming import FrameCache
 
 from ..autocast import weights_in
 from .norm import Flow, Modulation, Norm, SpatialNorm
+from .options import Options, channels_last
 
 AnyNorm = Norm | SpatialNorm
 
 
 class CausalConv(nn.Module):
-    """The base, over `time_kernel` frames.
+    """Base of the causal convolutions, over `kernel_size` frames.
 
-    `name` is the key of its frames in a cache: its path in the encoder or decoder, set there by
-    `name_convs`. Alone it needs none.
+    name: key of its frames in a cache, which is its path in the encoder or decoder.
     """
 
-    time_kernel: int
-    name = ""
-    backend = "auto"
+    def __init__(self, kernel_size: int, name: str, options: Options | None) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.name = name
+        self.options = options or Options()
 
     @property
     def weight(self) -> Tensor:
@@ -44,8 +46,8 @@ class CausalConv(nn.Module):
 
     @property
     def kept(self) -> int:
-        """How many frames it remembers."""
-        return self.time_kernel - 1
+        """Frames in its cache."""
+        return self.kernel_size - 1
 
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         """The causal convolution of one chunk.
@@ -70,43 +72,50 @@ class CausalConv(nn.Module):
         offset: Tensor | None = None,
         biased: bool = True,
     ) -> Tensor:
-        """The convolution of what the norm makes of a chunk.
+        """The convolution of the norm of a chunk.
 
-        `offset` is the norm's. `biased=False`: without the `pending_bias`.
+        `offset` is passed to the norm. `biased=False` leaves out the `pending_bias`.
         """
         return self(norm(flow, modulation, cache.leads, offset=offset), cache)
 
     def pending_bias(self, x: Tensor) -> Tensor | None:
-        """The bias that the pass after the convolution of x had better add, or None."""
+        """The bias that the pass after the convolution of x should add, or None."""
         return None
 
 
 class CausalConv3d(CausalConv):
     """One 3-D kernel over frames, height and width: the released VAE's."""
 
-    algo = "auto"  # of `cogvx_kernels.conv3d`
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3) -> None:
-        super().__init__()
-        self.time_kernel = kernel_size
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        *,
+        name: str = "",
+        options: Options | None = None,
+    ) -> None:
+        super().__init__(kernel_size, name, options)
         self.padding = (0, kernel_size // 2, kernel_size // 2)
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel_size, padding=self.padding)
+        self.conv = channels_last(
+            nn.Conv3d(in_channels, out_channels, kernel_size, padding=self.padding)
+        )
 
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         """As `CausalConv.forward`: (batch, in_channels, frames, …) -> (batch, out_channels, …)."""
         cache = FrameCache(keep=False) if cache is None else cache
-        if self.kept == 0:
+        kept, backend = self.kept, self.options.backend
+        if kept == 0:
             return self._convolved(x, self.conv.bias)
         if torch.is_grad_enabled():
             past = cache.take(self.name)
             start = "replicate" if past is None else None
-            x, past = frame_cache_join(past, x, kept=self.kept, start=start, backend=self.backend)
+            x, past = frame_cache_join(past, x, kept=kept, start=start, backend=backend)
             cache.put(self.name, past)
         else:
-            past, start = cache.slot(self.name, x, self.kept)
-            x = frame_cache_append(
-                past, x, start=start, memory_format=torch.channels_last_3d, backend=self.backend
-            )
+            past, start = cache.slot(self.name, x, kept)
+            form = torch.channels_last_3d
+            x = frame_cache_append(past, x, start=start, memory_format=form, backend=backend)
         return self._convolved(x, self.conv.bias)
 
     def after(
@@ -127,30 +136,39 @@ class CausalConv3d(CausalConv):
         return self._convolved(x, None if later else self.conv.bias)
 
     def pending_bias(self, x: Tensor) -> Tensor | None:
-        """cuDNN adds a bias in a pass of its own; the libraries of a CPU as they write."""
+        """cuDNN adds a bias in a pass of its own; the libraries of a CPU while they write."""
         return self.conv.bias if x.is_cuda and not torch.is_grad_enabled() else None
 
     def _convolved(self, x: Tensor, bias: Tensor | None) -> Tensor:
         bias = None if bias is None else bias.to(x.dtype)
-        return conv3d(x, self.conv.weight.to(x.dtype), bias, self.padding, algo=self.algo)
+        return conv3d(x, self.conv.weight.to(x.dtype), bias, self.padding, algo=self.options.algo)
 
 
 class FactorizedConv3d(CausalConv):
     """A 2-D convolution of each frame, then a causal one along frames: the factorised VAE's.
 
-    What is remembered is what the spatial one gave, so that no frame is convolved in space twice.
+    The cache holds outputs of the spatial one, so that no frame is convolved in space twice.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3) -> None:
-        super().__init__()
-        self.time_kernel = kernel_size
-        self.spatial = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        *,
+        name: str = "",
+        options: Options | None = None,
+    ) -> None:
+        super().__init__(kernel_size, name, options)
+        self.spatial = channels_last(
+            nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+        )
         self.temporal = nn.Conv1d(out_channels, out_channels, kernel_size)
 
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         """As `CausalConv.forward`: (batch, in_channels, frames, …) -> (batch, out_channels, …)."""
         cache = FrameCache(keep=False) if cache is None else cache
-        pad = self.time_kernel // 2
+        pad = self.kernel_size // 2
         weight, bias = weights_in(self.spatial, x.dtype)
         # (out, in, 1, kernel, kernel): a 3-D kernel of one frame
         x = conv3d(x, weight[:, :, None], bias, (0, pad, pad))
@@ -162,23 +180,16 @@ class FactorizedConv3d(CausalConv):
             if cache.keep:
                 start = "replicate" if past is None else None
                 _, past = frame_cache_join(
-                    past, x, kept=self.kept, start=start, backend=self.backend
+                    past, x, kept=self.kept, start=start, backend=self.options.backend
                 )
                 cache.put(self.name, past)
             return out
         past, start = cache.slot(self.name, x, self.kept)
         out = self._in_time(x, past if start is None else None, "replicate")
         if cache.keep:
-            frame_cache_push(past, x, start=start, backend=self.backend)
+            frame_cache_push(past, x, start=start, backend=self.options.backend)
         return out
 
     def _in_time(self, x: Tensor, past: Tensor | None, start: str) -> Tensor:
         weight, bias = weights_in(self.temporal, x.dtype)
-        return temporal_conv(x, weight, bias, cache=past, start=start, backend=self.backend)
-
-
-def name_convs(module: nn.Module) -> None:
-    """Tells every causal convolution of an encoder or decoder its path in it."""
-    for name, child in module.named_modules():
-        if isinstance(child, CausalConv):
-            child.name = name
+        return temporal_conv(x, weight, bias, cache=past, start=start, backend=self.options.backend)

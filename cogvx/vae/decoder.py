@@ -1,4 +1,4 @@
-"""Latents to pixels."""
+"""The decoder of the VAE: latents to pixels."""
 
 from functools import partial
 from itertools import pairwise
@@ -11,61 +11,66 @@ from cogvx_kernels.streaming import FrameCache
 from ..autocast import autocast_dtype
 from ..config import VAEConfig
 from .blocks import Level, MakeConv, MakeNorm, resnets, run_levels
-from .causal_conv import CausalConv3d, FactorizedConv3d, name_convs
+from .causal_conv import CausalConv3d, FactorizedConv3d
 from .norm import Flow, FrameNorm, SpatialNorm
+from .options import Options
 from .resample import Upsample3D
 
 
 class Decoder(nn.Module):
-    """One chunk of latents in, its video out.
+    """Decodes one chunk of latents.
 
     Attributes:
         config: the VAE's.
-        gradient_checkpointing: make activations again in the backward pass instead of keeping them.
+        options: of execution, shared by all layers.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
     """
 
-    def __init__(self, config: VAEConfig) -> None:
+    def __init__(self, config: VAEConfig, options: Options | None = None) -> None:
         super().__init__()
         self.config = config
+        self.options = options = options or Options()
         self.gradient_checkpointing = False
+        groups = config.norm_num_groups
         norm: MakeNorm = partial(
-            SpatialNorm, config.norm_num_groups, zq_channels=config.latent_channels
+            SpatialNorm, groups, zq_channels=config.latent_channels, options=options
         )
         if config.factorized:
-            norm = partial(FrameNorm, config.norm_num_groups, eps=config.norm_eps)
-        conv: MakeConv = FactorizedConv3d if config.factorized else CausalConv3d
+            norm = partial(FrameNorm, groups, eps=config.norm_eps, options=options)
+        make_conv = FactorizedConv3d if config.factorized else CausalConv3d
+        conv: MakeConv = partial(make_conv, options=options)
         widths = config.block_out_channels[::-1]
-        self.conv_in = conv(config.latent_channels, widths[0])
-        self.mid_block = Level(resnets(widths[0], widths[0], 2, norm, conv))
+        self.conv_in = conv(config.latent_channels, widths[0], name="conv_in")
+        self.mid_block = Level(resnets(widths[0], widths[0], 2, norm, conv, "mid_block"))
         self.up_blocks = nn.ModuleList()
         for i, (width_in, width) in enumerate(pairwise((widths[0], *widths))):
             last = i == len(widths) - 1
-            up = None if last else Upsample3D(width, time=i < config.time_levels)
-            blocks = resnets(width_in, width, config.layers_per_block + 1, norm, conv)
+            up = None if last else Upsample3D(width, i < config.time_levels, options)
+            count, level = config.layers_per_block + 1, f"up_blocks.{i}"
+            blocks = resnets(width_in, width, count, norm, conv, level, resampled=not last)
             self.up_blocks.append(Level(blocks, upsampler=up))
         self.norm_out = norm(widths[-1])
-        self.conv_out = conv(widths[-1], config.out_channels)
-        name_convs(self)
+        self.conv_out = conv(widths[-1], config.out_channels, name="conv_out")
 
     def forward(self, latents: Tensor, cache: FrameCache | None = None) -> Tensor:
         """Decode one chunk.
 
         Args:
             latents: (batch, latent frames, latent_channels, height, width), unscaled.
-            cache: what the chunks before left, and this one leaves for the next; None means that
-                this chunk is the whole clip.
+            cache: frames of the chunk before, replaced by those of this one; None if this chunk is
+                the whole clip.
 
         Returns:
             (batch, frames, out_channels, 8 · height, 8 · width), values in about [-1, 1].
 
-        `decode` walks a clip of any length in the chunks that the VAE is defined by.
+        `decode` runs a clip of any length in the chunks that the VAE is defined by.
         """
         cache = FrameCache(keep=False) if cache is None else cache
         latents = latents.to(autocast_dtype(latents.device) or latents.dtype)
         with cache.chunk(leads=self.config.factorized or latents.shape[1] % 2 == 1):
             zq = latents.transpose(1, 2).contiguous(memory_format=torch.channels_last_3d)
             levels = (self.mid_block, *self.up_blocks)
-            # Not named here, so that what comes out of conv_in is freed when it has been used.
+            # Unnamed, so that the output of conv_in is freed once it has been used.
             flow = run_levels(
                 levels, Flow(self.conv_in(zq, cache)), zq, cache, self.gradient_checkpointing
             )

@@ -1,7 +1,6 @@
 """Group norms with SiLU, in one pass: over a chunk, within its frames, or modulated by the latents.
 
-All of them are `cogvx_kernels.spatial_norm_silu`. They differ in what the statistics extend over,
-and in whether the latents of the chunk scale and shift the result place by place.
+All of them are `cogvx_kernels.spatial_norm_silu`.
 """
 
 from collections.abc import Sequence
@@ -13,32 +12,34 @@ from torch import Tensor, nn
 
 from cogvx_kernels import spatial_norm_silu
 
+from .options import Options, channels_last
+
 # Scale and shift by place, (batch, channels, latent frames, rows, columns) each; None without.
 Modulation = tuple[Tensor, Tensor] | None
 
 
 class Flow(NamedTuple):
-    """A chunk on its way, (batch, channels, frames, height, width), and the statistics that its
-    next norm wants, if the pass that made the chunk made them too."""
+    """A chunk (batch, channels, frames, height, width) between two layers, with the statistics of
+    the next norm if the pass that computed the chunk computed them too."""
 
     x: Tensor
     moments: Tensor | None = None
 
 
-class Norm(nn.Module):
-    """A group norm with its SiLU: statistics over all frames of the chunk, so the chunk plan is
-    part of what is computed. Source: fact sheet, section 4.4.
-    """
+class _NormSiLU(nn.Module):
+    """Base of the norms: forward."""
 
     per_frame = False
-    backend = "auto"
 
-    def __init__(self, num_groups: int, channels: int, eps: float) -> None:
+    def __init__(self, num_groups: int, eps: float, options: Options | None) -> None:
         super().__init__()
         self.num_groups = num_groups
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        self.options = options or Options()
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias, (channels,) each."""
+        raise NotImplementedError
 
     def forward(
         self,
@@ -56,22 +57,21 @@ class Norm(nn.Module):
             flow: (batch, channels, frames, height, width), with its statistics if they are known.
             modulation: scale and shift by place where the latents modulate the norm, (batch,
                 channels, latent frames, rows, columns) each.
-            leads: whether the first frame has a latent of its own; see `FrameCache`.
+            leads: True if the first frame has a latent of its own; see `FrameCache`.
             offset: (channels,), added to the chunk first.
             cache: (batch, channels, kept, height, width), the frames of the next convolution's
                 cache: they come before the result, and its last ones take their place.
-            start: how a clip begins; None where it began before.
+            start: padding at the beginning of a clip; None within one.
 
         Returns:
             (batch, channels, frames, height, width), or kept + frames with a cache.
         """
-        y, b = modulation or (None, None)
+        scale, shift = modulation or (None, None)
         return spatial_norm_silu(
             flow.x,
-            self.weight,
-            self.bias,
-            y,
-            b,
+            *self.affine(),
+            scale,
+            shift,
             offset,
             num_groups=self.num_groups,
             eps=self.eps,
@@ -80,49 +80,64 @@ class Norm(nn.Module):
             moments=flow.moments,
             cache=cache,
             start=start,
-            backend=self.backend,
+            backend=self.options.backend,
         )
 
 
+class Norm(_NormSiLU):
+    """A group norm with its SiLU: statistics over all frames of the chunk, so the chunk plan is
+    part of what is computed. Source: `docs/model.md`, section 4.4.
+    """
+
+    def __init__(
+        self, num_groups: int, channels: int, eps: float, options: Options | None = None
+    ) -> None:
+        super().__init__(num_groups, eps, options)
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        return self.weight, self.bias
+
+
 class FrameNorm(Norm):
-    """Statistics within a frame: chunks do not matter, and no frame knows of a later one."""
+    """A group norm with statistics within a frame: independent of chunks, and strictly causal."""
 
     per_frame = True
 
 
 class PointConv(nn.Module):
-    """A convolution of one pixel; `SpatialNorm.modulated` applies the weights of many at once."""
+    """A 1x1x1 convolution; `SpatialNorm.modulated` applies the weights of many at once."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(in_channels, out_channels, 1)
+        self.conv = channels_last(nn.Conv3d(in_channels, out_channels, 1))
 
     def parts(self) -> tuple[Tensor, Tensor]:
-        """(out, in) and (out,)."""
+        """Weight (out, in) and bias (out,)."""
         assert self.conv.bias is not None
         return self.conv.weight.flatten(1), self.conv.bias
 
 
-class SpatialNorm(nn.Module):
+class SpatialNorm(_NormSiLU):
     """A `Norm` that the latents modulate, place by place: norm(x) · y(zq) + b(zq), and SiLU.
 
-    y and b are made at the size of the latents and read by the nearest-neighbour rule, which
-    commutes with a convolution of one pixel; they never exist at the size of x. Height and width
-    are whole multiples of the latents'; in time a leading first frame maps to a leading first
-    latent alone. Source: fact sheet, section 4.3 (arXiv 2209.09002).
+    y and b are computed at the size of the latents and read by the nearest-neighbour rule, which
+    commutes with a 1x1x1 convolution; they never exist at the size of x. Height and width are whole
+    multiples of the latents'; in time a leading first frame maps to a leading first latent alone.
+    Source: `docs/model.md`, section 4.3 (arXiv 2209.09002).
     """
 
-    def __init__(self, num_groups: int, channels: int, zq_channels: int) -> None:
-        super().__init__()
-        self.norm_layer = Norm(num_groups, channels, eps=1e-6)  # whatever the config's norm_eps
+    def __init__(
+        self, num_groups: int, channels: int, zq_channels: int, options: Options | None = None
+    ) -> None:
+        super().__init__(num_groups, 1e-6, options)  # whatever the config's norm_eps
+        self.norm_layer = nn.GroupNorm(num_groups, channels)
         self.conv_y = PointConv(zq_channels, channels)
         self.conv_b = PointConv(zq_channels, channels)
-        self.num_groups = num_groups
-        self.per_frame = False
 
-    def forward(self, *arguments: object, **options: object) -> Tensor:
-        """As `Norm.forward`, (batch, channels, frames, height, width), with a modulation."""
-        return self.norm_layer(*arguments, **options)
+    def affine(self) -> tuple[Tensor, Tensor]:
+        return self.norm_layer.weight, self.norm_layer.bias
 
     @staticmethod
     def modulated(norms: Sequence["SpatialNorm"], zq: Tensor) -> list[Modulation]:

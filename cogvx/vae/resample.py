@@ -1,4 +1,4 @@
-"""Half the size, or twice: in space by convolutions of pictures, in time by pairs of frames."""
+"""Downsampling and upsampling: in space by 2-D convolutions, in time by pairs of frames."""
 
 from collections.abc import Sequence
 
@@ -17,16 +17,17 @@ from cogvx_kernels.streaming import FrameCache
 
 from ..autocast import weights_in
 from .norm import Flow, Modulation
+from .options import Options, channels_last
 
 
 class Downsample3D(nn.Module):
     """Halves height and width by a convolution, frame by frame; `time`: first averages pairs of
-    frames, all but a leading first one. Source: fact sheet, section 4.5."""
+    frames, all but a leading first one. Source: `docs/model.md`, section 4.5."""
 
     def __init__(self, channels: int, time: bool) -> None:
         super().__init__()
         self.time = time
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = channels_last(nn.Conv2d(channels, channels, 3, stride=2))
 
     def forward(self, flow: Flow, modulations: Sequence[Modulation], cache: FrameCache) -> Flow:
         """The chunk at half its size.
@@ -34,7 +35,7 @@ class Downsample3D(nn.Module):
         Args:
             flow: (batch, channels, frames, height, width).
             modulations: none; there is no norm.
-            cache: says whether the chunk begins with a frame that no other is averaged with.
+            cache: its `leads` is true if the first frame is averaged with no other.
 
         Returns:
             (batch, channels, frames, height / 2, width / 2); with `time` frames / 2, rounded up.
@@ -50,17 +51,14 @@ class Downsample3D(nn.Module):
 
 class Upsample3D(nn.Module):
     """Doubles height and width by nearest neighbour and a convolution, frame by frame; `time`: then
-    gives every frame twice, all but a leading first one. Source: fact sheet, section 4.6.
-
-    `fold`: as four phases of the small picture, see `cogvx_kernels.resample`.
+    repeats every frame, all but a leading first one. Source: `docs/model.md`, section 4.6.
     """
 
-    fold = True
-
-    def __init__(self, channels: int, time: bool) -> None:
+    def __init__(self, channels: int, time: bool, options: Options | None = None) -> None:
         super().__init__()
         self.time = time
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.options = options or Options()
+        self.conv = channels_last(nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, flow: Flow, modulations: Sequence[Modulation], cache: FrameCache) -> Flow:
         """The chunk at twice its size.
@@ -68,12 +66,12 @@ class Upsample3D(nn.Module):
         Args:
             flow: (batch, channels, frames, height, width).
             modulations: none; there is no norm.
-            cache: says whether the chunk begins with a frame that is not given twice.
+            cache: its `leads` is true if the first frame is not repeated.
 
         Returns:
             (batch, channels, frames, 2 · height, 2 · width); with `time` 2 · frames, or one fewer.
         """
         x, conv = flow.x, self.conv
-        single = cache.leads if self.time else x.shape[2]  # so many stay so, and they come first
+        single = cache.leads if self.time else x.shape[2]  # frames at the front not repeated
         weight, bias = weights_in(conv, x.dtype)
-        return Flow(upsample2x_conv(x, weight, bias, int(single), fold=self.fold))
+        return Flow(upsample2x_conv(x, weight, bias, int(single), fold=self.options.fold))

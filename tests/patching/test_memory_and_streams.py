@@ -178,9 +178,7 @@ def test_what_cannot_be_streamed_is_refused_by_name():
             ck.stream_decode(*arguments, **options)
     state = ck.DecodeState()
     next(CausalVAE(SMALL).stream_decode(torch.randn(1, 3, 4, 2, 2), state, last=False))
-    with pytest.raises(
-        ValueError, match="clip of this AutoencoderKL.*; got .* Decoder"
-    ):
+    with pytest.raises(ValueError, match="clip of this AutoencoderKL.*; got .* Decoder"):
         ck.stream_decode(model, z, state)
     with pytest.raises(ValueError, match="must come in the chunks that the VAE is defined by"):
         ck.stream_decode(model, z, last=False)
