@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from .state import Patch
 
 
-def choose_as_diffusers(model: Any, patch: Patch) -> None:
+def use_attention_backend(model: Any, patch: Patch) -> None:
     """From now on `attended` takes the backend that is set, where this diffusers has a choice."""
     try:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -17,7 +17,7 @@ def choose_as_diffusers(model: Any, patch: Patch) -> None:
     patch.softmax = dispatch_attention_fn
 
 
-def attended(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def sdpa(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ / √headdim) v, (batch, seqlen, nheads, headdim) all of them, as the processor of
     an attention that is patched would ask for it."""
     softmax = attn._cogvx.patch.softmax

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..chunks import Chunking
 from ..streaming import CoderSpec, DecodeState
 from .api import UnsupportedModelError, model_of
-from .cogvideox_vae import FAMILY
+
+MODEL = "AutoencoderKLCogVideoX"
 
 
 def stream_decode(
@@ -51,16 +52,16 @@ def stream_decode(
         RuntimeError: the state's clip has ended, or was lost to an exception in a chunk.
     """
     model = model_of(vae)
-    if model is None or model.family is not FAMILY:
+    if model is None or MODEL not in model.family.models:
         raise UnsupportedModelError(
-            f"stream_decode: vae must be a {FAMILY.models[0]}; got {type(vae).__name__}"
+            f"stream_decode: vae must be a {MODEL}; got {type(vae).__name__}"
         )
     vae = model.module
     hook = getattr(vae, "_hf_hook", None)
     spec = CoderSpec(
         "stream_decode",
         "latents",
-        FAMILY.models[0],
+        MODEL,
         Chunking(vae.num_latent_frames_batch_size),
         vae.config.latent_channels,
         vae.dtype,

@@ -14,10 +14,11 @@ from ..expert_adaln import expert_adaln, gated_residual, gated_residual_adaln
 from ..module_utils import has_hooks
 from ..rope3d import qk_norm_rope3d, rope3d
 from . import forward_swap
-from .attention import attended, choose_as_diffusers
+from .attention import sdpa, use_attention_backend
+from .common import Calls, affine, joint, modified
 from .registry import Family, ModulePatch
-from .rotary import Angles, of_pairs
-from .state import Calls, Patch, unusual
+from .rotary import CosSin, pair_tables
+from .state import Patch
 
 Rows = tuple[Tensor, ...]  # six of (batch, dim), of one norm: see `_shifts` and `_gates`
 
@@ -29,7 +30,7 @@ def block(
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
     temb: Tensor,
-    image_rotary_emb: Angles | None = None,
+    image_rotary_emb: CosSin | None = None,
     attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Of CogVideoXBlock: both norms, gates and sums in three passes over the joint sequence."""
@@ -38,8 +39,8 @@ def block(
         transform_reason(
             hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, temb=temb
         )
-        or unusual(self.norm1.norm, nn.LayerNorm)
-        or unusual(self.norm2.norm, nn.LayerNorm)
+        or modified(self.norm1.norm, nn.LayerNorm)
+        or modified(self.norm2.norm, nn.LayerNorm)
     )
     if reason:
         site.miss("adaln", reason)
@@ -53,13 +54,13 @@ def block(
         n.linear(n.silu(temb)).to(x.dtype).chunk(6, dim=1) for n in (self.norm1, self.norm2)
     )
     h = call(
-        expert_adaln, x, *_shifts(first), *_affine(self.norm1.norm),
+        expert_adaln, x, *_shifts(first), *affine(self.norm1.norm),
         text_len=text_len, eps=self.norm1.norm.eps,
     )  # fmt: skip
     y = _attended(self.attn1, h, text_len, image_rotary_emb, attention_kwargs or {})
     x, h = call(
         gated_residual_adaln,
-        x, y.to(x.dtype), *_gates(first), *_shifts(second), *_affine(self.norm2.norm),
+        x, y.to(x.dtype), *_gates(first), *_shifts(second), *affine(self.norm2.norm),
         text_len=text_len, eps=self.norm2.norm.eps,
     )  # fmt: skip
     y = self.ff(h)
@@ -93,32 +94,6 @@ def attention(
     return video, text
 
 
-def joint(text: Tensor, video: Tensor) -> Tensor:
-    """(batch, text_len + video_len, dim): the tensor that both are views of, if there is one, and
-    no gradient has to find its way through them; else a copy."""
-    recorded = torch.is_grad_enabled() and (text.requires_grad or video.requires_grad)
-    if recorded or torch.compiler.is_compiling() or not _adjacent(text, video):
-        return torch.cat([text, video], dim=1)
-    shape = (text.shape[0], text.shape[1] + video.shape[1], text.shape[2])
-    return text.as_strided(shape, text.stride(), text.storage_offset())
-
-
-def _adjacent(text: Tensor, video: Tensor) -> bool:
-    return (
-        transform_reason(text=text, video=video) is None  # else there is no storage to look at
-        and text.dtype == video.dtype
-        and text.shape[0] == video.shape[0]
-        and text.shape[2] == video.shape[2]
-        and text.stride() == video.stride()
-        and text.untyped_storage()._cdata == video.untyped_storage()._cdata
-        and text.storage_offset() + text.shape[1] * text.stride(1) == video.storage_offset()
-    )
-
-
-def _affine(norm: nn.LayerNorm) -> tuple[Tensor | None, Tensor | None]:
-    return norm.weight, norm.bias
-
-
 def _shifts(rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """shift and scale of video, and of text, as diffusers orders the rows."""
     return rows[0], rows[1], rows[3], rows[4]
@@ -132,7 +107,7 @@ def _attended(
     attn: Any,
     h: Tensor,
     text_len: int,
-    rotary: Angles | None,
+    rotary: CosSin | None,
     kwargs: dict[str, Any],
 ) -> Tensor:
     """The attention of a block over its joint sequence, in and out.
@@ -164,22 +139,22 @@ def _attention(attn: Any, call: Calls, x: Tensor, cos: Tensor, sin: Tensor) -> T
         q, k = (call(rope3d, z, cos, sin, text_len=text_len) for z in (q, k))
     else:
         q, k = call(
-            qk_norm_rope3d, q, k, *_affine(attn.norm_q), *_affine(attn.norm_k), cos, sin,
+            qk_norm_rope3d, q, k, *affine(attn.norm_q), *affine(attn.norm_k), cos, sin,
             text_len=text_len, eps=attn.norm_q.eps,
             # A hook on a projection may have kept what it gave.
             inplace=not torch.is_grad_enabled() and not any(has_hooks(layer) for layer in layers),
         )  # fmt: skip
-    return attn.to_out[1](attn.to_out[0](attended(attn, q, k, v).flatten(2)))
+    return attn.to_out[1](attn.to_out[0](sdpa(attn, q, k, v).flatten(2)))
 
 
 def _tables(
     attn: Any,
     video: Tensor,
     text: Tensor | None,
-    image_rotary_emb: Angles | None = None,
+    image_rotary_emb: CosSin | None = None,
     attention_mask: Tensor | None = None,
     **others: Any,
-) -> Angles | str:
+) -> CosSin | str:
     """cos and sin, (rows, headdim // 2) each, of the last tokens; or why this attention, or this
     call of it, is not the one that is known here."""
     processor = type(attn.processor).__name__
@@ -196,7 +171,7 @@ def _tables(
     if (norms[0] is None) != (norms[1] is None):
         return "only one of q and k is normalised"
     for norm in norms:
-        reason = None if norm is None else unusual(norm, nn.LayerNorm)
+        reason = None if norm is None else modified(norm, nn.LayerNorm)
         if reason:
             return reason
     if norms[0] is not None and norms[0].eps != norms[1].eps:
@@ -209,8 +184,8 @@ def _tables(
         return f"image_rotary_emb is {cos.dtype} of shape {tuple(cos.shape)}"
     if cos.requires_grad or sin.requires_grad:
         return "image_rotary_emb requires a gradient"
-    angles: Angles | str = attn._cogvx.patch.angles(of_pairs, cos, sin)
-    return angles
+    tables: CosSin | str = attn._cogvx.patch.rotary(pair_tables, cos, sin)
+    return tables
 
 
 def _prepare(model: Any, patch: Patch) -> None:
@@ -218,7 +193,7 @@ def _prepare(model: Any, patch: Patch) -> None:
     attention backends, which CogVideoX's own processor does not look at."""
     if not getattr(model, "_repeated_blocks", None):
         model._repeated_blocks = ["CogVideoXBlock"]
-    choose_as_diffusers(model, patch)
+    use_attention_backend(model, patch)
     for processor in _processors(model):
         processor.__dict__.setdefault("_attention_backend", None)
 

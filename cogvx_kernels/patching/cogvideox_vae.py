@@ -19,8 +19,9 @@ from ..resample import fold_frames, temporal_avg_pool, unfold_frames, upsample2x
 from ..spatial_norm import spatial_norm_silu
 from ..streaming import frame_slot
 from . import forward_swap
+from .common import NO_KERNEL, Calls, modified
 from .registry import Family, ModulePatch
-from .state import NO_KERNEL, Calls, Site, unusual
+from .state import Site
 
 
 class Frames:
@@ -153,7 +154,7 @@ def upsample(self: Any, inputs: Tensor) -> Tensor:
     site.hit("resample", NO_KERNEL)
     frames = inputs.shape[2]
     single = frames % 2 if self.compress_time else frames
-    if site.patch.fast and unusual(conv, nn.Conv2d) is None:
+    if site.patch.fast and modified(conv, nn.Conv2d) is None:
         return upsample2x_conv(inputs, conv.weight, conv.bias, single)
     x = unfold_frames(conv(F.interpolate(fold_frames(inputs), scale_factor=2.0)), len(inputs))
     if single == frames:
@@ -236,7 +237,7 @@ def _unlike_norm(norm: Any, f: Tensor, zq: Tensor | None) -> str | None:
     reason = transform_reason(f=f, zq=zq)
     if reason:
         return reason
-    return unusual(norm.norm_layer, nn.GroupNorm)
+    return modified(norm.norm_layer, nn.GroupNorm)
 
 
 def _unlike_block(block: Any, x: Tensor, temb: Tensor | None, zq: Tensor | None) -> str | None:
@@ -251,7 +252,7 @@ def _unlike_block(block: Any, x: Tensor, temb: Tensor | None, zq: Tensor | None)
         return reason
     for norm in (block.norm1, block.norm2):
         spatial = type(norm).__name__ == "CogVideoXSpatialNorm3D"
-        reason = _unlike_norm(norm, x, zq) if spatial else unusual(norm, nn.GroupNorm)
+        reason = _unlike_norm(norm, x, zq) if spatial else modified(norm, nn.GroupNorm)
         if reason:
             return reason
     return None

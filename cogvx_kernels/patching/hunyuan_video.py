@@ -18,11 +18,10 @@ from ..expert_adaln import expert_adaln, gated_residual, gated_residual_adaln
 from ..module_utils import has_hooks
 from ..rope3d import qk_norm_rope3d
 from . import forward_swap
-from .attention import attended, choose_as_diffusers
-from .cogvideox_transformer import joint
+from .attention import sdpa, use_attention_backend
+from .common import Calls, joint, unfit, unknown_norm
 from .registry import Family, ModulePatch
-from .rotary import Angles, of_pairs
-from .state import Calls, unusual
+from .rotary import CosSin, pair_tables
 
 PROCESSOR = "HunyuanVideoAttnProcessor2_0"
 
@@ -54,7 +53,7 @@ def double_block(
     encoder_hidden_states: Tensor,
     temb: Tensor,
     attention_mask: Tensor | None = None,
-    freqs_cis: Angles | None = None,
+    freqs_cis: CosSin | None = None,
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -76,7 +75,7 @@ def token_replace_double_block(
     encoder_hidden_states: Tensor,
     temb: Tensor,
     attention_mask: Tensor | None = None,
-    freqs_cis: Angles | None = None,
+    freqs_cis: CosSin | None = None,
     token_replace_emb: Tensor | None = None,
     num_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -105,7 +104,7 @@ def _double(
     temb: Tensor,
     of_video: Modulation,
     attention_mask: Tensor | None,
-    rotary: Angles | None,
+    rotary: CosSin | None,
 ) -> tuple[Tensor, Tensor]:
     """The norms, gates and sums of a stream in three passes over it."""
     site = block._cogvx
@@ -132,7 +131,7 @@ def single_block(
     encoder_hidden_states: Tensor,
     temb: Tensor,
     attention_mask: Tensor | None = None,
-    image_rotary_emb: Angles | None = None,
+    image_rotary_emb: CosSin | None = None,
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -154,7 +153,7 @@ def token_replace_single_block(
     encoder_hidden_states: Tensor,
     temb: Tensor,
     attention_mask: Tensor | None = None,
-    image_rotary_emb: Angles | None = None,
+    image_rotary_emb: CosSin | None = None,
     token_replace_emb: Tensor | None = None,
     num_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -184,7 +183,7 @@ def _single(
     text: Tensor,
     modulation: Modulation,
     attention_mask: Tensor | None,
-    rotary: Angles | None,
+    rotary: CosSin | None,
 ) -> tuple[Tensor, Tensor]:
     """Norm, gate and sum in two passes over video and text."""
     site = block._cogvx
@@ -237,10 +236,10 @@ def _unlike_double(
     block: Any, streams: tuple[Tensor, Tensor], temb: Tensor, norm: str
 ) -> str | None:
     return (
-        strange(block.norm1, norm, "LayerNorm")
-        or strange(block.norm1_context, "AdaLayerNormZero", "LayerNorm")
-        or strange(block.norm2, "LayerNorm")
-        or strange(block.norm2_context, "LayerNorm")
+        unknown_norm(block.norm1, norm, "LayerNorm")
+        or unknown_norm(block.norm1_context, "AdaLayerNormZero", "LayerNorm")
+        or unknown_norm(block.norm2, "LayerNorm")
+        or unknown_norm(block.norm2_context, "LayerNorm")
         or unfit(temb, *streams)
     )
 
@@ -250,7 +249,7 @@ def _unlike_single(
 ) -> str | None:
     if not streams[1].shape[1]:
         return "there is no text"
-    return strange(block.norm, norm, "LayerNorm") or unfit(temb, *streams)
+    return unknown_norm(block.norm, norm, "LayerNorm") or unfit(temb, *streams)
 
 
 def _unlike_first(video: Tensor, emb: Tensor | None, first_len: int | None) -> str | None:
@@ -259,31 +258,6 @@ def _unlike_first(video: Tensor, emb: Tensor | None, first_len: int | None) -> s
     if not 0 <= first_len <= video.shape[1]:
         return f"num_tokens is {first_len}"
     return unfit(emb, video)
-
-
-def strange(norm: Any, *names: str) -> str | None:
-    """Why a norm, and the one within it, are not of these classes with nothing around them; None if
-    they are."""
-    for name in names:
-        cls = type(norm)
-        if cls.__name__ != name or not cls.__module__.startswith(("diffusers.", "torch.nn.")):
-            return f"a {name} is a {cls.__name__}"
-        reason = unusual(norm, cls)
-        if reason:
-            return reason
-        norm = getattr(norm, "norm", None)
-    return None
-
-
-def unfit(emb: Tensor, *streams: Tensor) -> str | None:
-    """Why rows of an embedding would be broadcast to tokens, or widen them, or none of them are
-    plain tensors; None if ops can take them."""
-    for x in streams:
-        if emb.ndim != 2 or x.ndim != 3 or emb.shape[0] != x.shape[0]:
-            return f"temb is {tuple(emb.shape)} and tokens are {tuple(x.shape)}"
-        if torch.promote_types(emb.dtype, x.dtype) != x.dtype:
-            return f"temb is {emb.dtype} and tokens are {x.dtype}"
-    return transform_reason(temb=emb, tokens=streams)
 
 
 # --- attention -------------------------------------------------------------------------------
@@ -324,7 +298,7 @@ def attention(
         of_video = _qkv(self, call, own, norms, hidden_states, tables)
         of_text = _qkv(self, call, added, of_added, encoder_hidden_states, unturned)
         q, k, v = (torch.cat(both, dim=1) for both in zip(of_video, of_text, strict=True))
-    y = attended(self, q, k, v, attention_mask).flatten(2).to(q.dtype)
+    y = sdpa(self, q, k, v, attention_mask).flatten(2).to(q.dtype)
     video, text = y.split(lengths, dim=1)
     if getattr(self, "to_out", None) is not None:
         video = self.to_out[1](self.to_out[0](video))
@@ -340,7 +314,7 @@ def _qkv(
     layers: tuple[Any, ...],
     norms: tuple[Any, Any],
     x: Tensor,
-    tables: Angles,
+    tables: CosSin,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(batch, seqlen, nheads, headdim) each; the last tokens turn, one for each row of tables."""
     q, k, v = (layer(x).unflatten(2, (attn.heads, -1)) for layer in layers)
@@ -358,9 +332,9 @@ def _tables(
     attn: Any,
     video: Tensor,
     text: Tensor | None,
-    image_rotary_emb: Angles | None = None,
+    image_rotary_emb: CosSin | None = None,
     **others: Any,
-) -> Angles | str:
+) -> CosSin | str:
     """cos and sin, (video_len, headdim // 2) each; or why this attention, or this call of it, is
     not the one that is known here."""
     processor = type(attn.processor).__name__
@@ -376,7 +350,7 @@ def _tables(
     if attn.add_q_proj is not None:
         norms += [attn.norm_added_q, attn.norm_added_k]
     for norm in norms:
-        reason = strange(norm, "RMSNorm") or _unlike_norm(norm, attn.norm_q, video)
+        reason = unknown_norm(norm, "RMSNorm") or _unlike_norm(norm, attn.norm_q, video)
         if reason:
             return reason
     wanted = (video.shape[1], attn.inner_dim // attn.heads)
@@ -384,8 +358,8 @@ def _tables(
         return f"image_rotary_emb is {cos.dtype} of shape {tuple(cos.shape)} on {cos.device}"
     if cos.requires_grad or sin.requires_grad:
         return "image_rotary_emb requires a gradient"
-    angles: Angles | str = attn._cogvx.patch.angles(of_pairs, cos, sin)
-    return angles
+    tables: CosSin | str = attn._cogvx.patch.rotary(pair_tables, cos, sin)
+    return tables
 
 
 def _unlike_norm(norm: Any, other: Any, x: Tensor) -> str | None:
@@ -423,5 +397,5 @@ FAMILY = Family(
         ),
         ModulePatch("Attention", attention, {"rope": 1}, counts=_is_joint),
     ),
-    prepare=choose_as_diffusers,
+    prepare=use_attention_backend,
 )

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ..expert_adaln import expert_adaln, gated_residual, gated_residual_adaln
 from . import forward_swap
-from .hunyuan_video import strange, unfit
+from .common import Calls, unfit, unknown_norm
 from .registry import Family, ModulePatch
-from .state import Calls
 
 NO_TEXT = None, None  # each stream is alone
 
@@ -100,7 +99,7 @@ def _unlike(block: Any) -> str | None:
         of_text = block.norm2_context, block.norm3_context, block.norm4_context
         norms += [(block.norm1_context, zero), *((norm, modulated) for norm in of_text)]
     for norm, names in norms:
-        reason = strange(norm, *names)
+        reason = unknown_norm(norm, *names)
         if reason:
             return reason
     return None

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Angles = tuple[Tensor, Tensor]  # cos and sin
+CosSin = tuple[Tensor, Tensor]  # cos and sin
 
 
-class Memo:
+class TableCache:
     """The last result of a function of two tensors, returned again while they are the same objects
     and unchanged: all blocks and steps of a pipeline's run are given the same tables."""
 
@@ -42,7 +42,7 @@ class _Kept:
         )
 
 
-def of_pairs(cos: Tensor, sin: Tensor) -> Angles | str:
+def pair_tables(cos: Tensor, sin: Tensor) -> CosSin | str:
     """(rows, headdim // 2) each, of two (rows, headdim) in which a pair's columns are equal; or why
     they are not. Compiled code is not asked."""
     halves = cos[:, ::2].contiguous(), sin[:, ::2].contiguous()

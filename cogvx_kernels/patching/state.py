@@ -7,19 +7,12 @@ pickle is of the model alone, and loads where this package is not installed.
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import _backend
-from ..module_utils import has_hooks
-from .rotary import Memo
-
-T = TypeVar("T")
-
-# Why the reference: of ops that `patch` does in plain torch.
-NO_KERNEL = "it is plain torch, and has no kernel"
+from .rotary import TableCache
 
 
 class Patch:
@@ -32,7 +25,7 @@ class Patch:
         self.backend = backend
         self.sites: list[Site] = []
         self.refused: dict[str, str] = {}  # modules that were left as they are, and why
-        self.angles = Memo()
+        self.rotary = TableCache()
         self.softmax: Callable[..., Tensor] | None = None  # diffusers' choice of one, if it has any
 
     @property
@@ -99,34 +92,3 @@ class Site:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
-
-
-class Calls:
-    """Calls of ops in one forward, with the backend that the patch was given.
-
-    Attributes:
-        reason: why one of them took the reference; None if all took the kernel.
-    """
-
-    def __init__(self, patch: Patch) -> None:
-        self.backend = patch.backend
-        self.reason: str | None = None
-
-    def __call__(self, op: Callable[..., T], *args: Any, **options: Any) -> T:
-        out = op(*args, backend=self.backend, **options)
-        if not torch.compiler.is_compiling():
-            self.reason = self.reason or _backend.last_reason()
-        return out
-
-
-def unusual(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Why the weights of a module may not be read past its forward, or None if they may.
-
-    Others put their own modules in the place of plain ones (adapters, few bits), or hang hooks on
-    them that fetch the weights only for the call.
-    """
-    if type(module) is not kind:
-        return f"a {kind.__name__} is a {type(module).__name__}"
-    if has_hooks(module):
-        return f"a {kind.__name__} has hooks"
-    return None

@@ -9,16 +9,16 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._backend import transform_reason
 from ..expert_adaln import expert_adaln, gated_residual, gated_residual_adaln
 from ..rope3d import rope3d
 from . import forward_swap
-from .attention import attended, choose_as_diffusers
+from .attention import sdpa, use_attention_backend
+from .common import Calls, affine, modified
 from .registry import Family, ModulePatch
-from .rotary import Angles
-from .state import Calls, unusual
+from .rotary import CosSin
 
 PROCESSOR = "WanAttnProcessor"
 
@@ -28,7 +28,7 @@ def block(
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
     temb: Tensor,
-    rotary_emb: Angles,
+    rotary_emb: CosSin,
 ) -> Tensor:
     """Of WanTransformerBlock: each sum and the norm after it in one pass."""
     site = self._cogvx
@@ -40,14 +40,14 @@ def block(
     call = Calls(site.patch)
     rows = (self.scale_shift_table + temb.float()).unbind(-2)
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows
-    h = call(expert_adaln, x, shift, scale, None, None, *_affine(self.norm1), eps=self.norm1.eps)
+    h = call(expert_adaln, x, shift, scale, None, None, *affine(self.norm1), eps=self.norm1.eps)
     y = self.attn1(h, None, None, rotary_emb).to(x.dtype)
     if _unlike_norm(self.norm2, x) is None:
         # A norm without a modulation: one by nothing.
         none = gate.new_zeros(gate.shape[-1]).expand_as(gate)
         x, h = call(
             gated_residual_adaln,
-            x, y, gate, None, none, none, None, None, *_affine(self.norm2), eps=self.norm2.eps,
+            x, y, gate, None, none, none, None, None, *affine(self.norm2), eps=self.norm2.eps,
         )  # fmt: skip
     else:
         x = call(gated_residual, x, y, gate, None)
@@ -56,7 +56,7 @@ def block(
     whole = gate.new_ones(gate.shape[-1]).expand_as(gate)  # the sum after attn2 has no gate
     x, h = call(
         gated_residual_adaln,
-        x, y, whole, None, ffn_shift, ffn_scale, None, None, *_affine(self.norm3),
+        x, y, whole, None, ffn_shift, ffn_scale, None, None, *affine(self.norm3),
         eps=self.norm3.eps,
     )  # fmt: skip
     y = self.ffn(h).to(x.dtype)
@@ -70,7 +70,7 @@ def attention(
     hidden_states: Tensor,
     encoder_hidden_states: Tensor | None = None,
     attention_mask: Tensor | None = None,
-    rotary_emb: Angles | None = None,
+    rotary_emb: CosSin | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """Of WanAttention with its own processor: rotation of q and k, each in one pass."""
@@ -87,15 +87,15 @@ def attention(
         q, k, v = self.to_qkv(hidden_states).chunk(3, dim=-1)
     else:
         q, k, v = (to(hidden_states) for to in (self.to_q, self.to_k, self.to_v))
-    cos, sin = patch.angles(_halved, *rotary_emb)
+    cos, sin = patch.rotary(_pair_tables, *rotary_emb)
     q, k, v = (x.unflatten(2, (self.heads, -1)) for x in (self.norm_q(q), self.norm_k(k), v))
     q, k = (call(rope3d, x, cos, sin) for x in (q, k))
     self._cogvx.hit("rope", call.reason)
-    y = attended(self, q, k, v, attention_mask).flatten(2).type_as(q)
+    y = sdpa(self, q, k, v, attention_mask).flatten(2).type_as(q)
     return self.to_out[1](self.to_out[0](y))
 
 
-def _halved(cos: Tensor, sin: Tensor) -> Angles:
+def _pair_tables(cos: Tensor, sin: Tensor) -> CosSin:
     """(seqlen, headdim // 2) each, of two (1, seqlen, 1, headdim): the columns that Wan reads."""
     return (
         cos[0, :, 0, ::2].to(torch.float32, memory_format=torch.contiguous_format),
@@ -103,16 +103,12 @@ def _halved(cos: Tensor, sin: Tensor) -> Angles:
     )
 
 
-def _affine(norm: nn.LayerNorm) -> tuple[Tensor | None, Tensor | None]:
-    return norm.weight, norm.bias
-
-
 def _unlike_norm(norm: Any, x: Tensor) -> str | None:
     if type(norm).__name__ != "FP32LayerNorm":
         return f"a FP32LayerNorm is a {type(norm).__name__}"
     if norm.weight is not None and norm.weight.dtype not in (x.dtype, torch.float32):
         return f"the weights of a FP32LayerNorm are {norm.weight.dtype}"
-    return unusual(norm, type(norm))
+    return modified(norm, type(norm))
 
 
 def _unlike_block(block: Any, x: Tensor, temb: Tensor) -> str | None:
@@ -131,7 +127,7 @@ def _unlike_attention(
     attn: Any,
     x: Tensor,
     text: Tensor | None,
-    rotary: Angles | None,
+    rotary: CosSin | None,
     others: dict[str, Any],
 ) -> str | None:
     """Why this attention, or this call of it, is not the one that is known here, or None."""
@@ -167,5 +163,5 @@ FAMILY = Family(
         ModulePatch("WanTransformerBlock", block, {"adaln": 2}),
         ModulePatch("WanAttention", attention, {"rope": 1}, _is_of_video),
     ),
-    prepare=choose_as_diffusers,
+    prepare=use_attention_backend,
 )

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from .._backend import transform_reason
 from ..frame_cache import frame_cache_append
 from . import forward_swap
+from .common import NO_KERNEL, Calls
 from .registry import Family, ModulePatch
-from .state import NO_KERNEL, Calls
 
 
 def causal_conv(self: Any, x: Tensor, cache_x: Tensor | None = None) -> Tensor:

@@ -130,7 +130,7 @@ def test_a_copy_of_a_patched_transformer_is_patched_with_tables_of_its_own():
     other = copy.deepcopy(model)
     assert torch.equal(run(other, inputs), first)
     assert_all_hit(explain(other), "adaln", "rope")
-    assert other._cogvx_patch.angles is not model._cogvx_patch.angles
+    assert other._cogvx_patch.rotary is not model._cogvx_patch.rotary
 
 
 @torch.no_grad()
@@ -149,8 +149,8 @@ def test_tables_are_made_once_for_all_blocks(monkeypatch):
     from cogvx_kernels.patching import wan_transformer
 
     made = []
-    halved = wan_transformer._halved
-    monkeypatch.setattr(wan_transformer, "_halved", lambda *x: made.append(1) or halved(*x))
+    made_of = wan_transformer._pair_tables
+    monkeypatch.setattr(wan_transformer, "_pair_tables", lambda *x: made.append(1) or made_of(*x))
     model = transformer()
     patch(model)
     run(model, tokens())
