@@ -1,8 +1,7 @@
-"""A 3-D convolution in plain torch, led around what is known to be wrong, to fail, or to need far
-too much memory: versions of cuDNN, MIOpen, and tensors too large for either.
+"""`F.conv3d` with workarounds for known cuDNN and MIOpen issues, and for tensors over 2 GiB.
 
 Sources: pytorch #163539 (bfloat16, cuDNN 9.8 to 9.14: wrong), #166643 and #163581 (torch 2.9: cuDNN
-is passed by, and the input expanded up to 17 times), and MIOpen, which expands it too; diffusers'
+is not used, and the input expanded up to 17 times), and MIOpen, which expands it too; diffusers'
 CogVideoXSafeConv3d for the size, which cuts by frames alone, and into pieces shorter than a kernel.
 """
 
@@ -19,7 +18,7 @@ from ._launch import dense
 
 ALGOS = ("auto", "conv3d", "conv2d")
 
-# Bytes of x, or of a result, that one call is given. 32-bit offsets reach 2^31 - 1 elements, of
+# Most bytes of x, or of the result, in one call. 32-bit offsets reach 2^31 - 1 elements, of
 # which 2 GiB hold at most half; and cuDNN has failed above 2 GiB, where diffusers cuts as well.
 LIMIT = 1 << 31
 
@@ -30,7 +29,7 @@ Convolve = Callable[[Tensor, tuple[int, int, int]], Tensor]
 
 
 class Versions(NamedTuple):
-    """Of what a convolution runs on; cudnn as 91501, None without one; hip None but on AMD."""
+    """Versions of the libraries; cudnn as 91501 or None; hip None except on AMD."""
 
     torch: str
     cudnn: int | None
@@ -38,7 +37,7 @@ class Versions(NamedTuple):
 
 
 class Cuts(NamedTuple):
-    """The slices of a result into pieces: every sample's every frame's every row's is one."""
+    """Slices of a result along samples, frames and rows; every combination is a piece."""
 
     samples: list[slice]
     frames: list[slice]
@@ -53,7 +52,7 @@ def conv3d(
     *,
     algo: str = "auto",
 ) -> Tensor:
-    """F.conv3d with a stride of 1, whatever the size of x and whatever is installed.
+    """F.conv3d with a stride of 1, for any size of x and any installed version.
 
     x: (batch, in, frames, height, width), floating point, contiguous or channels_last_3d; other
         strides work and cost a copy. `frames` are at least the kernel's: those before the chunk are
@@ -68,12 +67,12 @@ def conv3d(
     and bias. A call of more than `LIMIT` bytes is cut by samples, then frames, then rows, and each
     piece is written to its place in the result; while gradients are recorded pieces are joined.
 
-    Numerics: planes have the errors of torch's 2-D convolutions, added up. In fp32 on a CPU those
+    Numerics: "conv2d" has the errors of torch's 2-D convolutions, added up. In fp32 on a CPU those
     are larger than the 3-D one's: of 64 channels 1.6 times in the mean and up to 3.2 times in the
-    worst element. In 16 bits each plane is rounded before it is added: within the rule of a matrix
+    worst element. In 16 bits each term is rounded before it is added: within the bound of a matrix
     product, twice the error of a result that is rounded once.
 
-    Pieces have the bits of the whole wherever torch takes the same algorithm for both, on a CPU for
+    Pieces have the bits of one call wherever torch takes the same algorithm for both, on a CPU for
     samples and frames in fp32 and bf16, but for pieces so small, while gradients are recorded, that
     batch * in * frames * height is at most 20480; else they too are within the rule.
 
@@ -100,8 +99,10 @@ def conv3d(
 def known_issue(
     device: torch.device, dtype: torch.dtype, versions: Versions | None = None
 ) -> str | None:
-    """Why torch's own 3-D convolution is not to be used there, or None; of what is installed,
-    unless versions are given."""
+    """Reason not to use torch's 3-D convolution on this device and dtype, or None.
+
+    versions: the installed ones by default.
+    """
     if device.type != "cuda":
         return None
     release, cudnn, hip = versions or library_versions()
@@ -110,8 +111,8 @@ def known_issue(
     if dtype not in (torch.float16, torch.bfloat16) or cudnn is None:
         return None
     name = f"in 16 bits torch {release} with cuDNN {cudnn}"
-    passed_by = _release(release) >= (2, 9) and cudnn < CUDNN_WITH_GOOD_CONV3D
-    if passed_by or release.startswith("2.9.0"):
+    unused = _release(release) >= (2, 9) and cudnn < CUDNN_WITH_GOOD_CONV3D
+    if unused or release.startswith("2.9.0"):
         return f"{name} expands the input of a 3-D convolution, up to 17 times (pytorch #166643)"
     if CUDNN_WITH_BAD_CONV3D <= cudnn < CUDNN_WITH_GOOD_CONV3D:
         return f"{name} gives wrong results of a 3-D convolution (pytorch #163539)"
@@ -119,7 +120,7 @@ def known_issue(
 
 
 def library_versions() -> Versions:
-    """What is installed."""
+    """Installed versions."""
     return Versions(str(torch.__version__), torch.backends.cudnn.version(), torch.version.hip)
 
 
@@ -147,7 +148,7 @@ def _conv3d(
 
 
 def _takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether to call oneDNN by name. Torch keeps small calls from it, at a tenth of its speed."""
+    """True if oneDNN can be called by name: torch runs small calls without it, 10 times slower."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():  # it cannot be traced
         return False
     plain = x.device.type == "cpu" and x.dtype is torch.float32 and type(x) is Tensor
@@ -161,34 +162,33 @@ def _takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def _conv2d_sum(
     x: Tensor, padding: tuple[int, int, int], *, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """Of one sample: all its frames with each plane of the kernel, the first with the bias."""
+    """One sample as 2-D convolutions: all frames with each kernel frame, summed in fp32."""
     channels_last = _channels_last(x) or _channels_last(weight)
     images = dense(x.transpose(1, 2).flatten(0, 1), channels_last)
     count = x.shape[2] - weight.shape[2] + 1
     first = F.conv2d(images[:count], weight[:, :, 0], bias, padding=padding[1:])
     total = first.to(torch.promote_types(first.dtype, torch.float32))
-    for plane in range(1, weight.shape[2]):
-        part = images[plane : plane + count]
-        total = total.add_(F.conv2d(part, weight[:, :, plane], padding=padding[1:]))
+    for k in range(1, weight.shape[2]):
+        part = images[k : k + count]
+        total = total.add_(F.conv2d(part, weight[:, :, k], padding=padding[1:]))
     out = total.unflatten(0, (1, count)).transpose(1, 2)
     return dense(out.to(first.dtype), channels_last)
 
 
-# --- cut and joined --------------------------------------------------------------------------
+# --- pieces ----------------------------------------------------------------------------------
 
 
 def _cuts(x: Tensor, weight: Tensor, padding: tuple[int, int, int], apart: bool) -> Cuts:
     """Pieces of at most `LIMIT` bytes; only a single row of a single frame may have more."""
     batch, channels, frames, height, width = x.shape
     out_channels, _, *kernel = weight.shape
-    # Of the result, as the rest: what comes out of all that goes in.
     count, rows, columns = _sizes(x, weight, padding)
     row, out_row = (x.element_size() * n for n in (channels * width, out_channels * columns))
     sample = max(row * height * frames, out_row * rows * count)
     if batch * sample <= LIMIT and not apart:
         return Cuts([slice(0, batch)], [slice(0, count)], [slice(0, rows)])
     most = min(LIMIT // (row * height) - (kernel[0] - 1), LIMIT // (out_row * rows))
-    # What both edges of a piece are padded with, if one is an edge of x, is made and then dropped.
+    # A piece at an edge of x is padded on both sides, and the rows of the inner side are dropped.
     dropped = max(2 * padding[1] - 1, 0)
     lines = min(LIMIT // (row * kernel[0]) - (kernel[1] - 1), LIMIT // out_row - dropped)
     return Cuts(
@@ -199,7 +199,7 @@ def _cuts(x: Tensor, weight: Tensor, padding: tuple[int, int, int], apart: bool)
 
 
 def _slices(size: int, most: int) -> list[slice]:
-    """`size` in as few slices of at most `most` as there can be, about as long each."""
+    """`size` in as few slices of at most `most` as possible, of about equal length."""
     pieces = -(-size // most)
     return [slice(i * size // pieces, (i + 1) * size // pieces) for i in range(pieces)]
 
@@ -213,10 +213,10 @@ def _piece(
     frames: slice,
     rows: slice,
 ) -> Tensor:
-    """These frames and rows of the result, of what of x they read.
+    """These samples, frames and rows of the result.
 
-    At an edge of x there are zeros to read. They are put at both sides, because torch has no other
-    padding that costs no copy, and of the result the rows that read them on the inner side dropped.
+    A piece at an edge of x is padded with zeros on both sides, because torch has no other padding
+    without a copy; rows of the result that read the zeros of the inner side are dropped.
     """
     start, stop = rows.start - padding[1], rows.stop - padding[1] + kernel[1] - 1
     inside = slice(max(start, 0), min(stop, x.shape[3]))
@@ -227,7 +227,7 @@ def _piece(
 
 
 def _written(x: Tensor, cuts: Cuts, piece: Callable[..., Tensor]) -> Tensor:
-    """The pieces, each in its place of one tensor, laid out as the first of them."""
+    """Pieces written to one tensor, in the layout of the first."""
     out = None
     for samples in cuts.samples:
         for frames in cuts.frames:
@@ -248,7 +248,7 @@ def _written(x: Tensor, cuts: Cuts, piece: Callable[..., Tensor]) -> Tensor:
 
 
 def _joined(x: Tensor, cuts: Cuts, piece: Callable[..., Tensor]) -> Tensor:
-    """The same where gradients are recorded."""
+    """Pieces concatenated, where gradients are recorded."""
     return torch.cat([
         torch.cat([
             torch.cat([piece(samples, frames, rows) for rows in cuts.rows], 3)
@@ -258,7 +258,7 @@ def _joined(x: Tensor, cuts: Cuts, piece: Callable[..., Tensor]) -> Tensor:
     ])  # fmt: skip
 
 
-# --- what comes and what goes ----------------------------------------------------------------
+# --- sizes and checks ------------------------------------------------------------------------
 
 
 def _sizes(x: Tensor, weight: Tensor, padding: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -1,7 +1,7 @@
-"""Whether others have laid hands on a module: hooks on it, or a `forward` in place of its class's.
+"""Detect hooks and overridden `forward` on a module.
 
-If so its weights may not be read past its forward, nor what it gives be written over: a hook may
-bring the weights for the call alone, and may keep the result.
+The weights of such a module must not be read without calling it, nor its output be overwritten: a
+hook may load the weights for the call alone, and may keep the result.
 """
 
 from torch import nn
@@ -10,16 +10,16 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something acts before or after the module's forward: its tensors may be elsewhere
-    until it is called. A hook that is gone may have left the class's own `forward` behind."""
-    held = module.__dict__.get("forward")
-    if held is not None and getattr(held, "__func__", None) is not type(module).forward:
+    """True if the module has hooks or another `forward` than its class's. A removed hook may have
+    left the class's own `forward` in the instance."""
+    own = module.__dict__.get("forward")
+    if own is not None and getattr(own, "__func__", None) is not type(module).forward:
         return True
     return _hooked(module)
 
 
 def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether it is of that very class, with no hook and no `forward` of its own."""
+    """True if the module is of exactly that class, without hooks or a `forward` of its own."""
     return type(module) is kind and "forward" not in module.__dict__ and not _hooked(module)
 
 

@@ -1,26 +1,25 @@
-"""Half the size of a video, or twice, in plain torch: frames in pairs, pixels in fours.
+"""Downsampling and upsampling of a video by 2, in plain torch.
 
-Frames that are shown twice are convolved once, which changes no bit: equal pictures convolve to
-equal pictures. A picture doubled by nearest neighbour has equal pixels two by two, so a 3x3 kernel
-meets four different ones: each of the four phases of the result is a convolution of the small
-picture with a 2x2 kernel, the sums of those that meet the same pixel. That is 16 products in place
-of 36 for every four pixels, and the doubled picture never exists.
+Frames that are repeated are convolved once, with the same bits. A frame upsampled by nearest
+neighbour has equal pixels two by two, so a 3x3 kernel covers four different ones: each of the four
+phases of the result is a convolution of the small frame with a 2x2 kernel, of sums of the taps over
+the same pixel. That is 16 products instead of 36 for every four pixels, and the large frame is
+never in memory.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Elements that one call of a library's 2-D convolution is given or gives: more than 2**31 are not
-# safe everywhere.
+# Most elements in or out of one 2-D convolution: more than 2**31 are not safe in every library.
 SAFE = 2**31 - 1
 
 
 def upsample2x_conv(
     x: Tensor, weight: Tensor, bias: Tensor, single: int, *, fold: bool = True
 ) -> Tensor:
-    """Twice the height and width, by nearest neighbour and a 3x3 convolution with zeros around; and
-    every frame twice but the first `single`.
+    """Upsample height and width by nearest neighbour, convolve by 3x3 with zero padding, and repeat
+    every frame but the first `single`.
 
     x: (batch, in, frames, height, width); weight: (out, in, 3, 3); bias: (out,).
     fold: by phases. In fp16 and bf16 the summed kernels are rounded to the dtype, as weights are.
@@ -41,18 +40,18 @@ def upsample2x_conv(
 
 
 def _convolve(x: Tensor, weight: Tensor, kernels: Tensor | None, bias: Tensor, out: Tensor) -> None:
-    """The frames x into the ones of `out` that show them, one each or two."""
+    """Write the frames x to `out`, once or twice each."""
     small, out = fold_frames(x), out.unflatten(2, (x.shape[2], -1))
     if kernels is None:
         _put(F.conv2d(F.interpolate(small, scale_factor=2.0), weight, padding=1), bias, out)
     else:
         whole = F.conv2d(small, kernels, padding=1)
-        # (batch, channels, pictures, 1 or 2, height, row, width, column)
+        # (batch, channels, images, 1 or 2, height, row, width, column)
         _put(pixel_phases(whole), bias, out.unflatten(5, (-1, 2)).unflatten(4, (-1, 2)))
 
 
 def _put(x: Tensor, bias: Tensor, out: Tensor) -> None:
-    """Pictures, and the bias, into (batch, channels, pictures, 1 or 2, ...)."""
+    """Write images plus bias to (batch, channels, images, 1 or 2, ...)."""
     x = unfold_frames(x, len(out)).unsqueeze(3).expand_as(out)
     bias = bias.view(-1, *(1 for _ in x.shape[2:]))
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -62,9 +61,9 @@ def _put(x: Tensor, bias: Tensor, out: Tensor) -> None:
 
 
 def phase_weights(weight: Tensor) -> Tensor:
-    """The kernels of the four phases one after the other, (4 · out, in, 2, 2), of (out, in, 3, 3).
+    """Kernels of the four phases, (4 · out, in, 2, 2), from (out, in, 3, 3).
 
-    In a row of taps a, b, c, even pixels meet a and b + c, odd ones a + b and c: with a zero on
+    Of a row of taps a, b, c even pixels use a and b + c, odd ones a + b and c: with a zero on
     either side these are the sums of neighbours, every other one.
     """
     sums = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)  # (out, in, 4, 4)
@@ -74,23 +73,23 @@ def phase_weights(weight: Tensor) -> Tensor:
 
 
 def pixel_phases(x: Tensor) -> Tensor:
-    """The four phases out of one convolution with all their kernels.
+    """View of the four phases in the output of one convolution with all their kernels.
 
-    x        (pictures, 4 · channels, height + 1, width + 1)
-    returns  (pictures, channels, height, 2, width, 2), a view: the pixel (2h + row, 2w + column) of
-             a result is at (h + row, w + column) of the phase (row, column)
+    x        (images, 4 · channels, height + 1, width + 1)
+    returns  (images, channels, height, 2, width, 2): the pixel (2h + row, 2w + column) of a result
+             is at (h + row, w + column) of the phase (row, column)
     """
-    pictures, channels, height, width = x.shape
-    each, (by_picture, by_channel, by_row, by_column) = channels // 4, x.stride()
+    images, channels, height, width = x.shape
+    each, (by_image, by_channel, by_row, by_column) = channels // 4, x.stride()
     return x.as_strided(
-        (pictures, each, height - 1, 2, width - 1, 2),
-        (by_picture, by_channel, by_row, 2 * each * by_channel + by_row,
+        (images, each, height - 1, 2, width - 1, 2),
+        (by_image, by_channel, by_row, 2 * each * by_channel + by_row,
          by_column, each * by_channel + by_column),
     )  # fmt: skip
 
 
 def temporal_avg_pool(x: Tensor, leads: int) -> Tensor:
-    """Half the frames, the means of pairs; a leading first one stays as it is.
+    """Average frames in pairs; a leading first one stays as it is.
 
     x: (batch, channels, frames, height, width), after `leads`, 0 or 1, an even number of frames.
     """
@@ -100,10 +99,10 @@ def temporal_avg_pool(x: Tensor, leads: int) -> Tensor:
 
 
 def fold_frames(x: Tensor) -> Tensor:
-    """The frames of a video as pictures, (batch · frames, channels, height, width)."""
+    """Frames of a video as a batch of images, (batch · frames, channels, height, width)."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
 def unfold_frames(x: Tensor, batch: int) -> Tensor:
-    """Pictures as the frames of a video again."""
+    """A batch of images as the frames of a video; undoes `fold_frames`."""
     return x.unflatten(0, (batch, -1)).transpose(1, 2)

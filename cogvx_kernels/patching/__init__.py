@@ -1,4 +1,4 @@
-"""`patch(pipe)`: the kernels in models of diffusers, in one line, and out again in another."""
+"""Use the kernels in models of diffusers: `patch(pipe)`, and `unpatch(pipe)` to restore them."""
 
 from ..streaming import DecodeState
 from .api import UnsupportedModelError, explain, patch, patched, supported, unpatch

@@ -1,4 +1,4 @@
-"""One line puts the kernels into a model of diffusers, and one takes them out."""
+"""Public API: patch, unpatch, patched, explain, supported."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ FAMILIES: tuple[Family, ...] = (
 
 
 class UnsupportedModelError(TypeError):
-    """An object that `patch` knows nothing of, or not in this shape."""
+    """Raised for an object that `patch` does not support, or not in this form."""
 
 
 def patch(
@@ -44,25 +44,25 @@ def patch(
     *,
     backend: str = "auto",
 ) -> Report:
-    """Puts the kernels into a pipeline, a transformer or a VAE of diffusers: in place, into this
-    one object, and without a change of its weights, their names or its classes.
+    """Use the kernels in a pipeline, a transformer or a VAE of diffusers, in place: only in this
+    object, and without a change of its weights, their names or its classes.
 
     Args:
         obj: a pipeline, or a model that `supported()` lists; one under `torch.compile` too.
-        only: names of ops, or of groups of them ("transformer", "vae"), to put in; None: all.
-        mode: "exact": ops that move data, or change the order of doing things, give the same bits
-            in fp32, and all others stay within the project's rule of numerics; "fast" also takes
-            ways whose bits differ, all of them within that rule.
-        strict: raise if `obj`, or anything of diffusers in it, is not supported; else leave it as
-            it is, and say so in the report.
+        only: names of ops, or of groups of them ("transformer", "vae"), to use; None: all.
+        mode: "exact": ops that only move or reorder data give the same bits in fp32, and all others
+            stay within the project's error bound; "fast" also takes algorithms whose bits differ,
+            all within that bound.
+        strict: raise if `obj`, or anything of diffusers in it, is not supported; otherwise leave it
+            unchanged and list it in the report.
         backend: of every op: "auto", "kernel" or "reference".
 
     Returns:
         A report to print; its counts go on with every call. Patching again with the same options
-        changes nothing, and with others replaces what was there.
+        changes nothing, and with others replaces the patch.
 
     Raises:
-        UnsupportedModelError: as `strict` says; nothing has been changed.
+        UnsupportedModelError: see `strict`; nothing has been changed.
         ValueError: an unknown name in `only`, `mode` or `backend`.
     """
     _checks.choice("patch", "mode", mode, MODES)
@@ -86,16 +86,15 @@ def patch(
         raise UnsupportedModelError(f"patch: {_listed(refused)}. strict=False leaves it as it is")
     for name, plan in plans.items():
         if _options(models[name].module) != plan.patch.options:
-            plan.carry_out()
+            plan.apply()
     return _report(obj, models, skipped)
 
 
 def unpatch(obj: Any) -> None:
-    """Takes out what `patch` put in: every forward is again the one it was. Hooks that have come in
-    between stay. Nothing happens to what is not patched.
+    """Restore every forward that `patch` replaced; hooks that were added since stay.
 
-    A model that several pipelines share is one model: it is unpatched for all of them. Raises
-    UnsupportedModelError for an object in which `patch` knows no model.
+    Does nothing to a model that is not patched. A model that several pipelines share is unpatched
+    for all of them. Raises UnsupportedModelError for an object without a supported model.
     """
     models, skipped = _models(obj)
     if not models:
@@ -106,8 +105,7 @@ def unpatch(obj: Any) -> None:
 
 @contextmanager
 def patched(obj: Any, *args: Any, **options: Any) -> Iterator[Report]:
-    """`patch` for the length of a `with`; after it, whatever happens in it, things are as before,
-    patched in another way or not at all."""
+    """Context manager: `patch`, and afterwards the earlier patch, or none, even after an error."""
     models, _ = _models(obj)
     before = {name: _options(model.module) for name, model in models.items()}
     try:
@@ -118,18 +116,18 @@ def patched(obj: Any, *args: Any, **options: Any) -> Iterator[Report]:
             if _options(model.module) != ops:
                 _undo(model)
                 if ops is not None:
-                    _Plan(model, *ops).carry_out()
+                    _Plan(model, *ops).apply()
 
 
 def explain(obj: Any) -> Report:
-    """The report of `patch`: what is patched in `obj`, how often the kernel, the reference and the
-    model's own forward have run for each op, and why."""
+    """The report of `patch`: what is patched in `obj`, and for each op the calls of the kernel, of
+    the reference and of the model's own forward, with reasons."""
     return _report(obj, *_models(obj))
 
 
 @dataclass(frozen=True)
 class Support:
-    """One op in one model that `patch` knows."""
+    """One op in one supported model."""
 
     model: str
     op: str
@@ -142,7 +140,7 @@ class Support:
 
 
 class SupportTable(tuple[Support, ...]):
-    """What `patch` knows; prints as a table."""
+    """All supported models and ops; prints as a table."""
 
     def __str__(self) -> str:
         return "\n".join(map(str, self))
@@ -151,7 +149,7 @@ class SupportTable(tuple[Support, ...]):
 
 
 def supported() -> SupportTable:
-    """Every model that `patch` knows, with its ops."""
+    """All models that `patch` supports, with their ops."""
     return SupportTable(
         Support(model, op, does, op in family.exact)
         for family in FAMILIES
@@ -165,14 +163,14 @@ def supported() -> SupportTable:
 
 @dataclass(frozen=True)
 class Model:
-    """A model of diffusers, and what is known of its like."""
+    """A model of diffusers and its family."""
 
     module: Any
     family: Family
 
 
 class _Plan:
-    """What is to be done to a model; nothing has been done."""
+    """The changes to one model; nothing has been changed."""
 
     def __init__(self, model: Model, ops: tuple[str, ...], mode: str, backend: str) -> None:
         self.model = model
@@ -180,16 +178,16 @@ class _Plan:
         self.sites: list[tuple[nn.Module, ModulePatch, Site]] = []
         for name, module in model.module.named_modules():
             kind = model.family.module_patch(module)
-            if kind is None or not set(kind.places) & set(ops):
+            if kind is None or not set(kind.ops) & set(ops):
                 continue
             reason = kind.refuses(module)
             if reason:
                 self.patch.refused[name] = reason
                 continue
-            places = kind.places_of(name, module, ops)
+            places = kind.ops_of(name, module, ops)
             self.sites.append((module, kind, Site(self.patch, name, places)))
 
-    def carry_out(self) -> None:
+    def apply(self) -> None:
         _undo(self.model)
         self.patch.sites = [site for *_, site in self.sites]
         self.model.module.__dict__["_cogvx_patch"] = self.patch
@@ -209,8 +207,8 @@ def _undo(model: Model) -> None:
 
 
 def _models(obj: Any) -> tuple[dict[str, Model], dict[str, str]]:
-    """The models in `obj` that are known, by name, and why the rest of diffusers in it is not; of
-    an object in which nothing is known, why."""
+    """Supported models in `obj` by name, and the reason for each unsupported part of diffusers in
+    it; for an object without any, the reason."""
     obj = _unwrapped(obj)
     components = getattr(obj, "components", None)
     parts = {}
@@ -232,7 +230,7 @@ def _models(obj: Any) -> tuple[dict[str, Model], dict[str, str]]:
 
 
 def _named(obj: Any) -> str:
-    """An object, for a message: a class is often given where one of its instances is meant."""
+    """Type of an object, for a message: a class is often passed instead of an instance."""
     return f"the class {obj.__name__}" if isinstance(obj, type) else f"{type(obj).__name__}"
 
 
@@ -241,13 +239,13 @@ def _unsupported(where: str, skipped: Mapping[str, str], hint: str = "") -> Unsu
 
 
 def _unwrapped(obj: Any) -> Any:
-    """Beneath `torch.compile`."""
+    """The module that `torch.compile` wrapped, or the object itself."""
     compiled = isinstance(obj, nn.Module) and "_orig_mod" in obj._modules
     return obj._modules["_orig_mod"] if compiled else obj
 
 
 def model_of(obj: Any) -> Model | None:
-    """A model that is known, under `torch.compile` too; None for all else."""
+    """A supported model, under `torch.compile` too; None for all else."""
     module = _unwrapped(obj)
     names = {b.__name__ for b in type(module).__mro__ if b.__module__.startswith("diffusers.")}
     family = next((family for family in FAMILIES if names & set(family.models)), None)

@@ -1,4 +1,4 @@
-"""The softmax of attention: by whatever backend diffusers is set to."""
+"""Softmax attention by the backend that diffusers is set to."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from .state import Patch
 
 
 def use_attention_backend(model: Any, patch: Patch) -> None:
-    """From now on `attended` takes the backend that is set, where this diffusers has a choice."""
+    """Make `sdpa` use diffusers' attention dispatch, where this version of diffusers has one."""
     try:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
     except ImportError:  # before diffusers 0.35
@@ -18,8 +18,8 @@ def use_attention_backend(model: Any, patch: Patch) -> None:
 
 
 def sdpa(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / √headdim) v, (batch, seqlen, nheads, headdim) all of them, as the processor of
-    an attention that is patched would ask for it."""
+    """softmax(q kᵀ / √headdim) v, all (batch, seqlen, nheads, headdim), with the backend of the
+    attention's processor."""
     softmax = attn._cogvx.patch.softmax
     if softmax is None:
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))

@@ -1,7 +1,7 @@
-"""Forwards for diffusers' CogVideoX transformer: its blocks, and the attention in them.
+"""Adapter for diffusers' CogVideoX transformer: its blocks, and the attention in them.
 
-A block works on the joint sequence, text first, which is where its arguments already lie: the views
-that one block gives are those that the next one takes. Source: fact sheet, section 2.
+A block works on the joint sequence, text first. Its arguments are views of one: those that the
+block before returned. Source: `docs/model.md`, section 2.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ def block(
     image_rotary_emb: CosSin | None = None,
     attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Of CogVideoXBlock: both norms, gates and sums in three passes over the joint sequence."""
+    """Forward of CogVideoXBlock: norms, gates and sums in three passes over the joint sequence."""
     site = self._cogvx
     reason = (
         transform_reason(
@@ -77,8 +77,7 @@ def attention(
     attention_mask: Tensor | None = None,
     **cross_attention_kwargs: Any,
 ) -> Any:
-    """Of Attention with CogVideoX's processors: norm and rotation of q and k in one pass, softmax
-    by whatever backend is set."""
+    """Forward of Attention with CogVideoX's processors: norm and rotation of q, k in one pass."""
     kwargs = {"attention_mask": attention_mask, **cross_attention_kwargs}
     tables = _tables(self, hidden_states, encoder_hidden_states, **kwargs)
     if isinstance(tables, str):
@@ -95,7 +94,7 @@ def attention(
 
 
 def _shifts(rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """shift and scale of video, and of text, as diffusers orders the rows."""
+    """shift and scale of video, and of text, in diffusers' order of rows."""
     return rows[0], rows[1], rows[3], rows[4]
 
 
@@ -112,8 +111,8 @@ def _attended(
 ) -> Tensor:
     """The attention of a block over its joint sequence, in and out.
 
-    Called as a module in either case, so that what hangs on it runs. Where it is ours it takes the
-    joint sequence as it is, as video without text, of which as many tokens turn as have angles.
+    Called as a module, so that its hooks run. A patched attention takes the joint sequence as video
+    without text, and rotates as many of its last tokens as the tables have rows.
     """
     text, video = h[:, :0], h
     ours = attn.__dict__.get("_cogvx") is not None
@@ -126,7 +125,7 @@ def _attended(
 
 
 def _attention(attn: Any, call: Calls, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Over the joint sequence x (batch, seqlen, dim); the last tokens turn, one for each row."""
+    """Over the joint sequence x (batch, seqlen, dim); rotates the last tokens, one for each row."""
     if type(attn.processor).__name__ == FUSED:
         layers = [attn.to_qkv]
         q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
@@ -141,7 +140,7 @@ def _attention(attn: Any, call: Calls, x: Tensor, cos: Tensor, sin: Tensor) -> T
         q, k = call(
             qk_norm_rope3d, q, k, *affine(attn.norm_q), *affine(attn.norm_k), cos, sin,
             text_len=text_len, eps=attn.norm_q.eps,
-            # A hook on a projection may have kept what it gave.
+            # A hook on a projection may keep its output.
             inplace=not torch.is_grad_enabled() and not any(has_hooks(layer) for layer in layers),
         )  # fmt: skip
     return attn.to_out[1](attn.to_out[0](sdpa(attn, q, k, v).flatten(2)))
@@ -155,8 +154,8 @@ def _tables(
     attention_mask: Tensor | None = None,
     **others: Any,
 ) -> CosSin | str:
-    """cos and sin, (rows, headdim // 2) each, of the last tokens; or why this attention, or this
-    call of it, is not the one that is known here."""
+    """cos and sin, (rows, headdim // 2) each, of the last tokens; or the reason why this attention
+    or this call is not supported."""
     processor = type(attn.processor).__name__
     if processor not in (SEPARATE, FUSED):
         return f"its processor is a {processor}"
@@ -189,8 +188,8 @@ def _tables(
 
 
 def _prepare(model: Any, patch: Patch) -> None:
-    """What diffusers has for its other transformers: `compile_repeated_blocks`, and a choice of
-    attention backends, which CogVideoX's own processor does not look at."""
+    """Enable `compile_repeated_blocks` and attention backends, which diffusers has for its other
+    transformers."""
     if not getattr(model, "_repeated_blocks", None):
         model._repeated_blocks = ["CogVideoXBlock"]
     use_attention_backend(model, patch)

@@ -1,8 +1,8 @@
-"""Forwards for diffusers' CogVideoX VAE: residual blocks, causal convolutions, norms, resampling.
+"""Adapter for diffusers' CogVideoX VAE: residual blocks, causal convolutions, norms, resampling.
 
-What a causal convolution remembers is two frames, replaced in place; a convolution of one frame
-remembers nothing. Norms take their modulation at the size of the latents. Where a gradient is
-recorded nothing is written in place. Source: fact sheet, section 4.
+The cache of a causal convolution is two frames, replaced in place; a convolution of one frame has
+none. Norms take their modulation at the size of the latents. Where a gradient is recorded nothing
+is written in place. Source: `docs/model.md`, section 4.
 """
 
 from collections.abc import Callable, Collection
@@ -25,9 +25,9 @@ from .state import Site
 
 
 class Frames:
-    """What one causal convolution remembers of a clip: a value for the next chunk to take, once.
+    """Cached frames of one causal convolution, for the next chunk to take, once.
 
-    The next chunk overwrites the frames in place, so that there are never two of them.
+    The next chunk overwrites the frames in place, so that there are never two copies.
     """
 
     def __init__(self, frames: Tensor) -> None:
@@ -42,7 +42,7 @@ class Frames:
         return self._frames
 
     def take(self) -> Tensor:
-        """The frames, to be replaced in place; another chunk cannot have them."""
+        """The frames, to be replaced in place; no other chunk can take them."""
         frames, self._frames = self.read(), None
         return frames
 
@@ -52,7 +52,7 @@ class Frames:
 
 
 def causal_conv(self: Any, inputs: Tensor, conv_cache: Any = None) -> tuple[Tensor, Any]:
-    """Of CogVideoXCausalConv3d."""
+    """Forward of CogVideoXCausalConv3d."""
     site = self._cogvx
     past = conv_cache.read() if isinstance(conv_cache, Frames) else conv_cache
     reason = transform_reason(inputs=inputs, conv_cache=past)
@@ -86,7 +86,7 @@ def residual_block(
     zq: Tensor | None = None,
     conv_cache: dict[str, Any] | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Of CogVideoXResnetBlock3D: each norm, its SiLU and the cached frames in front in one pass."""
+    """Forward of CogVideoXResnetBlock3D: norm, SiLU and cached frames in one pass."""
     site = self._cogvx
     reason = _unlike_block(self, inputs, temb, zq)
     if reason:
@@ -108,20 +108,20 @@ def residual_block(
 def spatial_norm(
     self: Any, f: Tensor, zq: Tensor, conv_cache: dict[str, Any] | None = None
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Of CogVideoXSpatialNorm3D where it stands alone, without a SiLU."""
+    """Forward of CogVideoXSpatialNorm3D where it stands alone, without a SiLU."""
     site = self._cogvx
     reason = _unlike_norm(self, f, zq)
     if reason:
         site.miss("norm", reason)
         return forward_swap.own(self)(self, f, zq, conv_cache)
     call = Calls(site.patch)
-    out = _normalised(call, self, f, zq, silu=False)
+    out = _norm_silu(call, self, f, zq, silu=False)
     site.hit("norm", call.reason)
     return out, {}
 
 
 def safe_conv(self: Any, input: Tensor) -> Tensor:
-    """Of CogVideoXSafeConv3d, of any size: pieces are never shorter than the kernel."""
+    """Forward of CogVideoXSafeConv3d for any size: pieces are never shorter than the kernel."""
     site = self._cogvx
     plain = self.padding_mode == "zeros" and {*self.stride, *self.dilation, self.groups} == {1}
     plain = plain and not isinstance(self.padding, str) and self.padding[0] == 0
@@ -142,7 +142,7 @@ def safe_conv(self: Any, input: Tensor) -> Tensor:
 
 
 def upsample(self: Any, inputs: Tensor) -> Tensor:
-    """Of CogVideoXUpsample3D: frames that come in pairs are convolved once."""
+    """Forward of CogVideoXUpsample3D: frames that come in pairs are convolved once."""
     site = self._cogvx
     conv = self.conv
     reason = transform_reason(inputs=inputs)
@@ -164,7 +164,7 @@ def upsample(self: Any, inputs: Tensor) -> Tensor:
 
 
 def downsample(self: Any, x: Tensor) -> Tensor:
-    """Of CogVideoXDownsample3D: means of pairs of frames where they lie."""
+    """Forward of CogVideoXDownsample3D: means of pairs of frames where they lie."""
     reason = transform_reason(x=x)
     if reason:
         self._cogvx.miss("resample", reason)
@@ -178,7 +178,7 @@ def downsample(self: Any, x: Tensor) -> Tensor:
 def _norm_and_conv(
     site: Site, norm: nn.Module, causal: Any, x: Tensor, zq: Tensor | None, past: Any
 ) -> tuple[Tensor, Any]:
-    """The convolution of what the norm makes of x, and what the convolution remembers."""
+    """The convolution of the norm of x, and the cache of the convolution."""
     call = Calls(site.patch)
     of_conv = causal.__dict__.get("_cogvx")
     if (
@@ -187,19 +187,19 @@ def _norm_and_conv(
         or causal.pad_mode == "replicate"
         or _functional()
     ):
-        h = _normalised(call, norm, x, zq)
+        h = _norm_silu(call, norm, x, zq)
         site.hit("norm", call.reason)
         return causal(h, conv_cache=past)
     frames, start = _slot(past, x, causal.time_kernel_size - 1, site.patch.fast)
-    joined = _normalised(call, norm, x, zq, cache=frames, start=start)
+    joined = _norm_silu(call, norm, x, zq, cache=frames, start=start)
     site.hit("norm", call.reason)
     of_conv.hit("cache", call.reason)
     return causal.conv(joined), Frames(frames)
 
 
-def _normalised(call: Calls, norm: Any, x: Tensor, zq: Tensor | None, **options: Any) -> Tensor:
-    """SiLU of the norm of x; modulated by zq, if that is given, as it is: y and b of its own size
-    are read by the nearest-neighbour rule, which commutes with a convolution of one pixel."""
+def _norm_silu(call: Calls, norm: Any, x: Tensor, zq: Tensor | None, **options: Any) -> Tensor:
+    """SiLU of the norm of x, modulated by zq if given: y and b of the latents' size are read by the
+    nearest-neighbour rule, which commutes with a 1x1x1 convolution."""
     layer, y, b = norm, None, None
     if zq is not None:
         layer, y, b = norm.norm_layer, norm.conv_y.conv(zq), norm.conv_b.conv(zq)
@@ -225,7 +225,7 @@ def _format(channels_last: bool) -> torch.memory_format:
 
 
 def _functional() -> bool:
-    """Whether the caches of chunks have to be values: for a gradient, or for a compiler."""
+    """True if caches must not be written in place: for a gradient, or for a compiler."""
     return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
@@ -258,13 +258,13 @@ def _unlike_block(block: Any, x: Tensor, temb: Tensor | None, zq: Tensor | None)
     return None
 
 
-def _remembers(name: str, conv: Any, ops: Collection[str]) -> bool:
-    """A convolution of one frame belongs to a norm, which calls what is in it."""
+def _has_cache(name: str, conv: Any, ops: Collection[str]) -> bool:
+    """False for a convolution of one frame in a norm, which calls its inner convolution."""
     return conv.time_kernel_size > 1 or "norm" not in ops
 
 
-def _stands_alone(name: str, norm: Any, ops: Collection[str]) -> bool:
-    """Not in a residual block, which calls what is in it."""
+def _is_outside_blocks(name: str, norm: Any, ops: Collection[str]) -> bool:
+    """False for a norm in a residual block, which calls its inner modules."""
     return name.rpartition(".")[2] not in ("norm1", "norm2")
 
 
@@ -275,13 +275,13 @@ FAMILY = Family(
         "cache": "two frames for each causal convolution, replaced in place, and nothing else kept",
         "norm": "norm, modulation, SiLU and cached frames in one pass; modulated at latent size",
         "resample": "frames that are shown twice convolved once; pairs averaged where they lie",
-        "conv": "3-D convolutions of any size, led around bad versions of cuDNN",
+        "conv": "3-D convolutions of any size, avoiding bad versions of cuDNN",
     },
     exact=("cache", "resample", "conv"),
     modules=(
-        ModulePatch("CogVideoXCausalConv3d", causal_conv, {"cache": 1}, _remembers),
+        ModulePatch("CogVideoXCausalConv3d", causal_conv, {"cache": 1}, _has_cache),
         ModulePatch("CogVideoXResnetBlock3D", residual_block, {"norm": 2}),
-        ModulePatch("CogVideoXSpatialNorm3D", spatial_norm, {"norm": 1}, _stands_alone),
+        ModulePatch("CogVideoXSpatialNorm3D", spatial_norm, {"norm": 1}, _is_outside_blocks),
         ModulePatch("CogVideoXUpsample3D", upsample, {"resample": 1}),
         ModulePatch("CogVideoXDownsample3D", downsample, {"resample": 1}),
         ModulePatch("CogVideoXSafeConv3d", safe_conv, {"conv": 1}),

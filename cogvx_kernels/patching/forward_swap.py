@@ -1,8 +1,8 @@
-"""Where a module's own `forward` is held, beneath all that others have wrapped around it.
+"""Replace and restore the innermost `forward` of a module, beneath all hooks.
 
 accelerate and diffusers wrap the forward of an instance in their hooks (offloading, caching, casts)
-and keep the one they found. Ours takes the place of the innermost, so that hooks stay around it
-whether they came before or after, and taking it out leaves each of them where it was.
+and keep the one they found. Ours replaces the innermost, so that hooks stay around it whether they
+came before or after, and restoring leaves each of them in place.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,25 +15,25 @@ Forward = Callable[..., Any]
 
 
 def own(module: nn.Module) -> Forward:
-    """The `forward` of the module's class: what the model's authors wrote."""
+    """The `forward` of the module's class."""
     return type(module).forward
 
 
 def obstacle(module: nn.Module) -> str | None:
-    """Why the module's forward cannot be replaced, or None."""
+    """Reason why the module's forward cannot be replaced, or None."""
     found = _innermost(module)
     return found if isinstance(found, str) else None
 
 
 def replace(module: nn.Module, forward: Forward) -> None:
-    """Makes the function `forward` the module's. There must be no obstacle."""
+    """Replace the module's innermost forward by the function `forward`. Needs no `obstacle`."""
     found = _innermost(module)
     assert not isinstance(found, str), found
     setattr(*found, MethodType(forward, module))
 
 
 def restore(module: nn.Module) -> None:
-    """Puts the class's own forward back, wherever ours has got to."""
+    """Put the class's own forward back where ours is."""
     found = _innermost(module)
     if isinstance(found, str):
         return
@@ -45,7 +45,7 @@ def restore(module: nn.Module) -> None:
 
 
 def _innermost(module: nn.Module) -> tuple[Any, str] | str:
-    """(holder, attribute) of the innermost forward; or why it cannot be told."""
+    """(holder, attribute) of the innermost forward; or the reason why it is unknown."""
     if "forward" not in module.__dict__:
         return module, "forward"
     for holder, name in _places(module):
@@ -56,13 +56,13 @@ def _innermost(module: nn.Module) -> tuple[Any, str] | str:
 
 
 def _known(method: MethodType, module: nn.Module) -> bool:
-    """The class's own, or one of ours; not what somebody else has put there."""
+    """True for the class's own forward and for those of this package."""
     function: Any = method.__func__
     return function is own(module) or function.__module__.startswith(f"{__package__}.")
 
 
 def _places(module: nn.Module) -> Iterator[tuple[Any, str]]:
-    """Wherever a forward may be held, the inner ones first."""
+    """(holder, attribute) of all forwards that hooks may keep, the inner ones first."""
     registry = module.__dict__.get("_diffusers_hook")
     for reference in getattr(registry, "_fn_refs", ()):
         yield reference, "original_forward"

@@ -1,4 +1,4 @@
-"""Forwards for diffusers' HunyuanVideo transformers: both kinds of blocks, and their attention.
+"""Adapter for diffusers' HunyuanVideo transformers: both kinds of blocks, and their attention.
 
 Here video comes before text. In a double-stream block they are two tensors, and each op is called
 for one of them; a single-stream block works on both at once, where its arguments already lie. In
@@ -25,19 +25,20 @@ from .rotary import CosSin, pair_tables
 
 PROCESSOR = "HunyuanVideoAttnProcessor2_0"
 
-# Places among the rows that an adaptive norm makes: shift, scale, gate, and again for the MLP.
+# Index of the first row of an adaptive norm: shift, scale, gate, and again for the MLP.
 ATTENTION, MLP = 0, 3
 
 
 class Modulation(NamedTuple):
-    """Of one stream: rows (batch, dim) for its tokens, and others for the first `first_len`."""
+    """Modulation of one stream: rows (batch, dim) for its tokens, others for the first
+    `first_len`."""
 
     rows: tuple[Tensor, ...]
     first: tuple[Tensor | None, ...] = (None,) * 6
     first_len: int = 0
 
     def shifts(self, at: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Shift and scale, and those of the first tokens: as the ops take them."""
+        """Shift and scale, and those of the first tokens, in the order of the ops."""
         return self.rows[at], self.rows[at + 1], self.first[at], self.first[at + 1]
 
     def gates(self, at: int) -> tuple[Tensor, Tensor | None]:
@@ -57,7 +58,7 @@ def double_block(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Of HunyuanVideoTransformerBlock."""
+    """Forward of HunyuanVideoTransformerBlock."""
     streams = hidden_states, encoder_hidden_states
     reason = _unlike_double(self, streams, temb, "AdaLayerNormZero")
     if reason:
@@ -79,7 +80,7 @@ def token_replace_double_block(
     token_replace_emb: Tensor | None = None,
     num_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Of HunyuanVideoTokenReplaceTransformerBlock."""
+    """Forward of HunyuanVideoTokenReplaceTransformerBlock."""
     streams = hidden_states, encoder_hidden_states
     of_first = token_replace_emb, num_tokens
     reason = _unlike_first(hidden_states, *of_first) or _unlike_double(
@@ -135,7 +136,7 @@ def single_block(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Of HunyuanVideoSingleTransformerBlock."""
+    """Forward of HunyuanVideoSingleTransformerBlock."""
     streams = hidden_states, encoder_hidden_states
     reason = _unlike_single(self, streams, temb, "AdaLayerNormZeroSingle")
     if reason:
@@ -157,7 +158,7 @@ def token_replace_single_block(
     token_replace_emb: Tensor | None = None,
     num_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Of HunyuanVideoTokenReplaceSingleTransformerBlock."""
+    """Forward of HunyuanVideoTokenReplaceSingleTransformerBlock."""
     streams = hidden_states, encoder_hidden_states
     of_first = token_replace_emb, num_tokens
     reason = _unlike_first(hidden_states, *of_first) or _unlike_single(
@@ -270,8 +271,7 @@ def attention(
     attention_mask: Tensor | None = None,
     **cross_attention_kwargs: Any,
 ) -> Any:
-    """Of Attention with HunyuanVideo's processor: norm and rotation of q and k in one pass; softmax
-    by the processor's own call."""
+    """Forward of Attention with HunyuanVideo's processor: norm and rotation of q, k in one pass."""
     tables = _tables(self, hidden_states, encoder_hidden_states, **cross_attention_kwargs)
     if isinstance(tables, str):
         self._cogvx.miss("rope", tables)
@@ -282,7 +282,7 @@ def attention(
     call = Calls(self._cogvx.patch)
     lengths = [hidden_states.shape[1], encoder_hidden_states.shape[1]]
     if self.add_q_proj is None:
-        # Text is turned by no angle: the same bits.
+        # Text is rotated by angle 0: the same bits.
         cos, sin = (
             F.pad(table, (0, 0, 0, lengths[1]), value=value)
             for table, value in zip(tables, (1.0, 0.0), strict=True)
@@ -316,13 +316,13 @@ def _qkv(
     x: Tensor,
     tables: CosSin,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(batch, seqlen, nheads, headdim) each; the last tokens turn, one for each row of tables."""
+    """(batch, seqlen, nheads, headdim) each; rotates the last tokens, one per row of the tables."""
     q, k, v = (layer(x).unflatten(2, (attn.heads, -1)) for layer in layers)
     of_q, of_k = norms
     q, k = call(
         qk_norm_rope3d, q, k, of_q.weight, None, of_k.weight, None, *tables,
         text_len=x.shape[1] - tables[0].shape[0], norm="rms", eps=of_q.eps,
-        # A hook on a projection may have kept what it gave.
+        # A hook on a projection may keep its output.
         inplace=not torch.is_grad_enabled() and not any(has_hooks(layer) for layer in layers[:2]),
     )  # fmt: skip
     return q, k, v
@@ -335,8 +335,8 @@ def _tables(
     image_rotary_emb: CosSin | None = None,
     **others: Any,
 ) -> CosSin | str:
-    """cos and sin, (video_len, headdim // 2) each; or why this attention, or this call of it, is
-    not the one that is known here."""
+    """cos and sin, (video_len, headdim // 2) each; or the reason why this attention or this call is
+    not supported."""
     processor = type(attn.processor).__name__
     if processor != PROCESSOR:
         return f"its processor is a {processor}"
@@ -373,7 +373,7 @@ def _unlike_norm(norm: Any, other: Any, x: Tensor) -> str | None:
 
 
 def _is_joint(name: str, module: Any, ops: Collection[str]) -> bool:
-    """Not of those that refine the text alone, which turn nothing."""
+    """False for the attention that refines the text alone, without a rotation."""
     return not name.startswith("context_embedder.")
 
 

@@ -1,4 +1,4 @@
-"""Forwards for diffusers' Mochi transformer: the norms, gates and sums of its blocks.
+"""Adapter for diffusers' Mochi transformer: the norms, gates and sums of its blocks.
 
 Norms are RMS, with a scale and no shift; what is added to a stream is normalised first, and gated
 by a tanh. Video and text are two tensors of different widths, and each op is called for one of
@@ -27,7 +27,7 @@ def block(
     encoder_attention_mask: Tensor,
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Of MochiTransformerBlock: five passes over a stream; the last block's text takes one."""
+    """Forward of MochiTransformerBlock: five passes over a stream; last text: one."""
     site = self._cogvx
     video, text = hidden_states, encoder_hidden_states
     reason = _unlike(self) or unfit(temb, video, text)
@@ -74,7 +74,7 @@ def _normed(call: Calls, x: Tensor, scale: Tensor, eps: float) -> Tensor:
 def _added(
     call: Calls, x: Tensor, y: Tensor, ff: Any, norms: tuple[Any, ...], rows: list[Tensor]
 ) -> Tensor:
-    """A stream with what attention gives, and then with what its feed-forward makes of that."""
+    """A stream with the output of attention added, and then that of its feed-forward."""
     gate, scale, mlp_gate = rows
     after_attention, before_ff, after_ff = (norm.norm.eps for norm in norms)
     zero = torch.zeros_like(scale)
@@ -88,7 +88,7 @@ def _added(
 
 
 def _unlike(block: Any) -> str | None:
-    """Why the norms of a block are not the known ones, or None."""
+    """Reason why the norms of a block are not supported, or None."""
     modulated = "MochiModulatedRMSNorm", "RMSNorm"
     zero = "MochiRMSNormZero", "RMSNorm"
     norms: list[tuple[Any, tuple[str, ...]]] = [(block.norm1, zero)]

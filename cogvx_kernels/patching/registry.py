@@ -1,4 +1,4 @@
-"""What is known of a model: which of its modules are replaced, by what, for which op."""
+"""Declarations of supported models: module classes, their replacement forwards, their ops."""
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
@@ -14,33 +14,30 @@ from .state import Patch
 
 @dataclass(frozen=True)
 class ModulePatch:
-    """A class of modules, by name, and the function that takes the place of its forward.
+    """A module class of diffusers, by name, and the function that replaces its forward.
 
-    One function serves all modules of the kind. It has the parameters of the forward that it was
-    written for, and is put in the place of no other.
+    The function has the parameters of the forward that it was written for, and replaces no other.
 
-    places  op -> how many calls of it one forward makes; the forward is replaced if one of these
-            ops is wanted
-    counts  whether a module of this name makes calls of its own, where these ops are wanted; if
-            not, the module around it does
+    ops     op -> calls of it in one forward; the forward is replaced if one of these is selected
+    counts  (name, module, selected ops) -> False if the module around it makes the calls instead
     """
 
     name: str
     forward: Forward
-    places: Mapping[str, int]
+    ops: Mapping[str, int]
     counts: Callable[[str, Any, Collection[str]], bool] = field(default=lambda *of: True)
 
     def __post_init__(self) -> None:
-        # By this name a pickled bound method is found again: the class's own forward.
+        # Pickle finds a bound method by this name: it loads as the class's own forward.
         self.forward.__name__ = "forward"
 
-    def places_of(self, name: str, module: nn.Module, ops: Collection[str]) -> dict[str, int]:
+    def ops_of(self, name: str, module: nn.Module, ops: Collection[str]) -> dict[str, int]:
         if not self.counts(name, module, ops):
             return {}
-        return {op: count for op, count in self.places.items() if op in ops}
+        return {op: count for op, count in self.ops.items() if op in ops}
 
     def refuses(self, module: nn.Module) -> str | None:
-        """Why a module of this name is not the one that is known, or None."""
+        """Reason why a module of this class cannot be patched, or None."""
         theirs, ours = map(_parameters, (forward_swap.own(module), self.forward))
         if theirs != ours:
             return f"its forward takes ({', '.join(theirs)}), and not ({', '.join(ours)})"
@@ -53,13 +50,13 @@ def _parameters(forward: Forward) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Family:
-    """The models, by class name, that share an implementation in diffusers.
+    """Models, by class name, that share an implementation in diffusers.
 
-    group    what `only` may call all of its ops
-    ops      op -> what it does, in a few words
-    exact    those of them that change no bit in mode "exact", in fp32
+    group    name of all its ops for `only`
+    ops      op -> short description
+    exact    ops that change no bit in mode "exact", in fp32
     prepare  called with (model, patch) after the forwards have been replaced, and `undo` with the
-             model before they are put back
+             model before they are restored
     """
 
     group: str
@@ -71,7 +68,7 @@ class Family:
     undo: Callable[[Any], None] = field(default=lambda model: None)
 
     def module_patch(self, module: nn.Module) -> ModulePatch | None:
-        """That of a class of diffusers, or of one made from it that has the same forward."""
+        """The patch of a diffusers class, or of a subclass that has the same forward."""
         for base in type(module).__mro__:
             for kind in self.modules:
                 if base.__name__ == kind.name and base.__module__.startswith("diffusers."):

@@ -1,4 +1,4 @@
-"""What a patch did and does, for people to read."""
+"""Printable report of a patch: modules, calls, and reasons for fallbacks."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -18,13 +18,13 @@ class Row:
         component: the model's name in the pipeline, or "" where it was patched alone.
         model: its class.
         op: the op.
-        sites: how many norms, rotations, ... of the model the op is put in for.
-        hit: how many of them it has been called for.
-        calls: how often in all: `kernel` and all of `reference`.
-        kernel: how many calls the kernel took.
-        reference: why calls took the reference, in plain torch -> how many did.
-        fallbacks: why calls were left to the model's own forward -> how many were.
-        modules: how many modules the op is in.
+        sites: norms, rotations, ... of the model that the op replaces.
+        hit: those of them that have been called.
+        calls: all calls: `kernel` and all of `reference`.
+        kernel: calls of the kernel.
+        reference: reason -> calls of the reference, in plain torch.
+        fallbacks: reason -> calls left to the model's own forward.
+        modules: modules that the op is in.
         not_called: names of those that have not been called yet.
         compiled: a compiler has traced some of them.
     """
@@ -44,11 +44,11 @@ class Row:
 
 
 class Report:
-    """What was patched. The counts are those of the moment in which they are looked at.
+    """What was patched. Counts are read when they are accessed.
 
     Attributes:
         mode: "exact" or "fast"; None if nothing is patched.
-        skipped: what was left as it is -> why.
+        skipped: name of a component or module left unchanged -> reason.
     """
 
     def __init__(self, title: str, patches: Mapping[str, Patch], skipped: Mapping[str, str]):
@@ -92,7 +92,7 @@ class Report:
 
 
 def path(component: str, name: str) -> str:
-    """A module's name, beneath that of its model in the pipeline; both may be ""."""
+    """Name of a component and a module in it, joined by a dot; both may be ""."""
     return ".".join(filter(None, (component, name)))
 
 
@@ -114,8 +114,8 @@ def _row(component: str, patch: Patch, op: str) -> Row:
         component,
         patch.model,
         op,
-        sites=sum(site.places[op] for site in sites),
-        hit=sum(site.places[op] for site in sites if _ran(site.hits, op)),
+        sites=sum(site.ops[op] for site in sites),
+        hit=sum(site.ops[op] for site in sites if _ran(site.hits, op)),
         calls=kernel + reference.total(),
         kernel=kernel,
         reference=reference,
@@ -133,7 +133,7 @@ def _ran(counts: Iterable[tuple[str, str | None]], op: str) -> bool:
 
 
 def _lines(row: Row, patch: Patch) -> list[str]:
-    """A row of the report, and beneath it the reasons and what was not called."""
+    """Lines of one row of the report: counts, reasons, modules not called."""
     if not (row.calls or row.fallbacks or row.compiled):
         return [f"    {row.op:<10} in {_counted(row.modules, 'module')}, not called yet"]
     lines = [
@@ -151,7 +151,7 @@ def _lines(row: Row, patch: Patch) -> list[str]:
 
 
 def _groups(row: Row, patch: Patch) -> list[str]:
-    """Modules that were not called, of how many, in each child of the model."""
+    """Modules not called, of all, for each child of the model."""
     in_all = Counter(_child(site.name) for site in patch.sites if site.does(row.op))
     missing = Counter(map(_child, row.not_called))
     return [

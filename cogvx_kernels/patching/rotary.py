@@ -1,4 +1,4 @@
-"""cos and sin: one column for each dim as diffusers makes them, one for each pair as the ops do."""
+"""Rotary tables: diffusers' cos and sin, one column per dim, to one column per pair for the ops."""
 
 import weakref
 from collections.abc import Callable
@@ -11,31 +11,31 @@ CosSin = tuple[Tensor, Tensor]  # cos and sin
 
 
 class TableCache:
-    """The last result of a function of two tensors, returned again while they are the same objects
-    and unchanged: all blocks and steps of a pipeline's run are given the same tables."""
+    """Cache of the last converted tables: valid while the inputs are the same unchanged objects, as
+    in all blocks and steps of a pipeline's run."""
 
     def __init__(self) -> None:
-        self._kept: _Kept | None = None
+        self._last: _Entry | None = None
 
     def __call__(self, make: Callable[[Tensor, Tensor], Any], cos: Tensor, sin: Tensor) -> Any:
-        # A tensor of inference mode does not count its changes.
+        # Inference tensors have no version counter.
         if torch.compiler.is_compiling() or cos.is_inference() or sin.is_inference():
             return make(cos, sin)
-        kept = self._kept  # read once: another thread may replace it
-        if kept is None or not kept.is_of(make, cos, sin):
-            kept = self._kept = _Kept(make, cos, sin)
-        return kept.result
+        last = self._last  # read once: another thread may replace it
+        if last is None or not last.matches(make, cos, sin):
+            last = self._last = _Entry(make, cos, sin)
+        return last.result
 
 
-class _Kept:
+class _Entry:
     def __init__(self, make: Callable[[Tensor, Tensor], Any], cos: Tensor, sin: Tensor) -> None:
         self.make = make
         self.tables = [(weakref.ref(x), x._version) for x in (cos, sin)]
         with torch.inference_mode(False):  # or a later training step could not use it
             self.result = make(cos, sin)
 
-    def is_of(self, make: Callable[[Tensor, Tensor], Any], *tables: Tensor) -> bool:
-        # Two weak references are compared by what they refer to, and tensors element by element.
+    def matches(self, make: Callable[[Tensor, Tensor], Any], *tables: Tensor) -> bool:
+        # By identity: weak references compare their referents, and tensors compare elementwise.
         return make is self.make and all(
             ref() is x and version == x._version
             for (ref, version), x in zip(self.tables, tables, strict=True)
@@ -43,8 +43,8 @@ class _Kept:
 
 
 def pair_tables(cos: Tensor, sin: Tensor) -> CosSin | str:
-    """(rows, headdim // 2) each, of two (rows, headdim) in which a pair's columns are equal; or why
-    they are not. Compiled code is not asked."""
+    """cos and sin (rows, headdim) with equal columns in each pair, as (rows, headdim // 2) each; or
+    the reason why they are not such. Not checked in compiled code."""
     halves = cos[:, ::2].contiguous(), sin[:, ::2].contiguous()
     if cos.is_meta or torch.compiler.is_compiling():
         return halves

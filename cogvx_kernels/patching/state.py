@@ -1,7 +1,7 @@
-"""What a patch remembers: its options, and of every place where it works, how often it did.
+"""State of a patch: its options, and counters for every module it changed.
 
-Both hang on the modules themselves. A copy of a patched model is patched, with counts of its own; a
-pickle is of the model alone, and loads where this package is not installed.
+Both are attributes of the modules. A copy of a patched model is patched, with counters of its own;
+a pickle is of the model alone, and loads where this package is not installed.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from .rotary import TableCache
 
 
 class Patch:
-    """The options that one model was patched with, and its sites."""
+    """Options of one patched model, and its sites."""
 
     def __init__(self, model: str, ops: tuple[str, ...], mode: str, backend: str) -> None:
         self.model = model
@@ -24,9 +24,9 @@ class Patch:
         self.mode = mode
         self.backend = backend
         self.sites: list[Site] = []
-        self.refused: dict[str, str] = {}  # modules that were left as they are, and why
+        self.refused: dict[str, str] = {}  # modules left unchanged -> reason
         self.rotary = TableCache()
-        self.softmax: Callable[..., Tensor] | None = None  # diffusers' choice of one, if it has any
+        self.softmax: Callable[..., Tensor] | None = None  # diffusers' attention dispatch, if any
 
     @property
     def options(self) -> tuple[tuple[str, ...], str, str]:
@@ -53,40 +53,40 @@ class Site:
     Attributes:
         patch: of the model that it is in.
         name: the module's, within that model.
-        places: op -> how many calls of it one forward of the module makes.
-        hits: (op, reason) -> how many it has made: by the reference, for that reason, or by the
-            kernel, where the reason is None. Calls in compiled code are not counted.
-        misses: (op, reason) -> how many calls went the model's own way.
+        ops: op -> calls of it in one forward of the module.
+        hits: (op, reason) -> calls so far: of the reference, for that reason, or of the kernel,
+            where the reason is None. Calls in compiled code are not counted.
+        misses: (op, reason) -> calls left to the model's own forward.
         compiled: a compiler has traced the module's forward.
     """
 
-    def __init__(self, patch: Patch, name: str, places: dict[str, int]) -> None:
+    def __init__(self, patch: Patch, name: str, ops: dict[str, int]) -> None:
         self.patch = patch
         self.name = name
-        self.places = dict(places)
+        self.ops = dict(ops)
         self.hits: Counter[tuple[str, str | None]] = Counter()
         self.misses: Counter[tuple[str, str]] = Counter()
         self.compiled = False
 
     def does(self, op: str) -> bool:
-        return op in self.places
+        return op in self.ops
 
     def hit(self, op: str, reason: str | None, times: int = 1) -> None:
         """Count calls of an op: of the reference, for a reason, or of the kernel, for None."""
         if torch.compiler.is_compiling():
             self.compiled = True
-        elif op in self.places:
+        elif op in self.ops:
             self.hits[op, reason] += times
 
     def miss(self, op: str, reason: str) -> None:
-        """Count a call that is left to the model, and why."""
+        """Count a call that is left to the model's own forward."""
         if torch.compiler.is_compiling():
             self.compiled = True
-        elif op in self.places:
+        elif op in self.ops:
             self.misses[op, reason] += 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Site":
-        other = memo[id(self)] = Site(self.patch, self.name, self.places)
+        other = memo[id(self)] = Site(self.patch, self.name, self.ops)
         other.patch = deepcopy(self.patch, memo)  # whose sites this one is of
         return other
 

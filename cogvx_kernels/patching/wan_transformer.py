@@ -1,4 +1,4 @@
-"""Forwards for diffusers' Wan transformer, 2.1 and 2.2: its blocks, and the self-attention in them.
+"""Adapter for diffusers' Wan transformer, 2.1 and 2.2: its blocks, and the self-attention in them.
 
 A block has no text among its tokens: all are video. Its modulation is fp32, of each sample, or of
 each token where those have timesteps of their own (Wan 2.2, TI2V). Norms of q and k are over all
@@ -30,7 +30,7 @@ def block(
     temb: Tensor,
     rotary_emb: CosSin,
 ) -> Tensor:
-    """Of WanTransformerBlock: each sum and the norm after it in one pass."""
+    """Forward of WanTransformerBlock: each sum and the norm after it in one pass."""
     site = self._cogvx
     x = hidden_states
     reason = _unlike_block(self, x, temb)
@@ -73,7 +73,7 @@ def attention(
     rotary_emb: CosSin | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Of WanAttention with its own processor: rotation of q and k, each in one pass."""
+    """Forward of WanAttention with its own processor: rotation of q and k, each in one pass."""
     reason = _unlike_attention(self, hidden_states, encoder_hidden_states, rotary_emb, kwargs)
     if reason:
         self._cogvx.miss("rope", reason)
@@ -112,7 +112,7 @@ def _unlike_norm(norm: Any, x: Tensor) -> str | None:
 
 
 def _unlike_block(block: Any, x: Tensor, temb: Tensor) -> str | None:
-    """Why this block, or this call of it, is not the one that is known here, or None."""
+    """Reason why this block or this call is not supported, or None."""
     reason = transform_reason(hidden_states=x, temb=temb)
     if reason:
         return reason
@@ -130,7 +130,7 @@ def _unlike_attention(
     rotary: CosSin | None,
     others: dict[str, Any],
 ) -> str | None:
-    """Why this attention, or this call of it, is not the one that is known here, or None."""
+    """Reason why this attention or this call is not supported, or None."""
     processor = type(attn.processor).__name__
     if processor != PROCESSOR:
         return f"its processor is a {processor}"
@@ -148,7 +148,7 @@ def _unlike_attention(
 
 
 def _is_of_video(name: str, attn: Any, ops: Collection[str]) -> bool:
-    """Not the attention to the text, which turns nothing."""
+    """False for the cross-attention to the text, which has no rotation."""
     return name.rpartition(".")[2] == "attn1"
 
 

@@ -1,7 +1,7 @@
-"""Forwards for diffusers' Wan VAE, 2.1 and 2.2: causal convolutions, and pictures made larger.
+"""Adapter for diffusers' Wan VAE, 2.1 and 2.2: causal convolutions and upsampling.
 
-What lies before a chunk is kept by the blocks around a convolution, one or two frames that are
-theirs: nothing is written to them. Source: Wan (arXiv 2503.20314), section 4.1.
+The frames before a chunk, one or two, belong to the blocks around a convolution: nothing is written
+to them. Source: Wan (arXiv 2503.20314), section 4.1.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from .registry import Family, ModulePatch
 
 
 def causal_conv(self: Any, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-    """Of WanCausalConv3d: what it reads is made in one pass, and where that is x, in none."""
+    """Forward of WanCausalConv3d: its padded input is written in one pass; none without padding."""
     site = self._cogvx
     reason = _unlike_conv(self, x, cache_x)
     if reason:
@@ -41,7 +41,7 @@ def causal_conv(self: Any, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
 
 
 def upsample(self: Any, x: Tensor) -> Tensor:
-    """Of WanUpsample: pixels are copied, in the dtype that they have."""
+    """Forward of WanUpsample: pixels are copied, in the dtype that they have."""
     site = self._cogvx
     reason = _unlike_upsample(self, x)
     if reason:
@@ -59,14 +59,14 @@ def _recorded(*tensors: Tensor | None) -> bool:
 
 
 def _unlike_upsample(upsample: Any, x: Tensor) -> str | None:
-    """Why this module, or this call of it, is not the one that is known here, or None."""
+    """Reason why this module or this call is not supported, or None."""
     if upsample.mode not in ("nearest", "nearest-exact"):
         return f"its mode is {upsample.mode!r}"
     return transform_reason(x=x) or (RECORDED if _recorded(x) else None)
 
 
 def _unlike_conv(conv: Any, x: Tensor, past: Tensor | None) -> str | None:
-    """Why this convolution, or this call of it, is not the one that is known here, or None."""
+    """Reason why this convolution or this call is not supported, or None."""
     reason = transform_reason(x=x, cache_x=past)
     if reason:
         return reason
@@ -89,7 +89,7 @@ FAMILY = Family(
     models=("AutoencoderKLWan",),
     ops={
         "cache": "cached frames, zeros before and around them, and the chunk put together at once",
-        "resample": "pictures made larger in their own dtype",
+        "resample": "frames upsampled in their own dtype",
     },
     exact=("cache", "resample"),
     modules=(
