@@ -32,7 +32,7 @@ class DiagonalGaussian:
 
     @property
     def logvar(self) -> Tensor:
-        """In [-30, 20]: beyond, the variance would be nothing or everything."""
+        """Clamped to [-30, 20]."""
         return self.moments.chunk(2, dim=2)[1].clamp(-30.0, 20.0)
 
     @property

@@ -1,7 +1,7 @@
-"""Large frames in tiles that overlap and are blended, each a clip of its own.
+"""Large frames in overlapping tiles, each run as a clip of its own, and blended.
 
-Norms take their statistics over a tile, so tiles are not what the whole would have been: this is
-for frames that do not fit otherwise. Source: fact sheet, section 4.10.
+Norms take their statistics over a tile, so the result differs from that of the whole frame: tiling
+is for frames that do not fit otherwise. Source: `docs/model.md`, section 4.10.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from ..frames import nearest_multiples
 
 @dataclass(frozen=True)
 class Tiling:
-    """The size of a tile in pixels, and the part of it that lies over the one before.
+    """Size of a tile in pixels, and the fraction of it that overlaps the tile before.
 
     The defaults are those of the released VAE. Sizes must be multiples of the VAE's spatial
-    compression, 8. Tiles are placed in whole latents: an overlap is cut down to the next latent, so
-    that every place is covered, whatever the sizes. Frames no larger than a tile are not cut.
+    compression, 8. Tiles are placed in whole latents: overlaps are rounded down, so that every
+    pixel is covered. Frames no larger than a tile are not cut.
     """
 
     height: int = 240
@@ -43,7 +43,7 @@ class Tiling:
                 raise ValueError(f"Tiling: {name} must be in [0, 1); got {overlap}")
 
     def check(self, where: str, ratio: int) -> None:
-        """Raises ValueError unless a tile is of whole latents of `ratio` pixels."""
+        """Raises ValueError unless the tile's sides are multiples of `ratio` pixels."""
         for name in ("height", "width"):
             size = getattr(self, name)
             if size % ratio:
@@ -53,11 +53,11 @@ class Tiling:
                 )
 
     def cuts(self, height: int, width: int) -> bool:
-        """Whether a frame of so many pixels needs more than a tile."""
+        """True if a frame of so many pixels needs more than one tile."""
         return height > self.height or width > self.width
 
     def count(self, height: int, width: int, ratio: int) -> int:
-        """Tiles of a frame of so many pixels."""
+        """Number of tiles of a frame of so many pixels."""
         rows, columns = self._sides(ratio)
         return len(range(0, height // ratio, rows.step)) * len(
             range(0, width // ratio, columns.step)
@@ -123,13 +123,13 @@ def tiled(
 
 
 def _end(tile: Tensor, extent: int, dim: int) -> Tensor:
-    """A copy of the last `extent` places, so that the tile itself can go."""
+    """A copy of the last `extent` rows or columns, so that the tile itself can be freed."""
     extent = min(extent, tile.shape[dim])
     return tile.narrow(dim, tile.shape[dim] - extent, extent).clone()
 
 
 def _blend(before: Tensor, tile: Tensor, dim: int) -> None:
-    """Fades from the end of the tile before into the beginning of `tile`, in place."""
+    """Blend the end of the tile before linearly into the beginning of `tile`, in place."""
     extent = min(before.shape[dim], tile.shape[dim])
     if extent == 0:
         return

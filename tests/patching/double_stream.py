@@ -122,7 +122,7 @@ def in_float64(arguments):
 
 
 class Float64(TorchFunctionMode):
-    """Wherever a model turns to fp32 on its way, a copy of it in fp64 stays in fp64."""
+    """Wherever a model turns to fp32 on the path, a copy of it in fp64 stays in fp64."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         def wide(x):

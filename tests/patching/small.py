@@ -91,8 +91,8 @@ def double(model):
     return copy.deepcopy(model).double()
 
 
-def relative(ours, truth):
-    return float((ours.double() - truth).norm() / truth.norm())
+def relative(ours, fp64):
+    return float((ours.double() - fp64).norm() / fp64.norm())
 
 
 @contextlib.contextmanager

@@ -18,23 +18,23 @@ pytestmark = [
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 @pytest.mark.parametrize("name", EVERY)
-def test_a_patched_model_under_autocast_errs_no_more_than_its_own_way(name, mode, dtype):
+def test_patched_model_under_autocast_error(name, mode, dtype):
     model, x, f = EVERY[name]()
     with torch.no_grad():
-        truth = f(x).double()
+        fp64 = f(x).double()
         with torch.autocast("cpu", dtype):
             theirs = f(x)
             with ck.patched(model, mode=mode) as report:
                 ours = f(x)
     assert ours.dtype == theirs.dtype == dtype
-    assert relative(ours, truth) <= 2 * relative(theirs, truth)
+    assert relative(ours, fp64) <= 2 * relative(theirs, fp64)
     assert any(row.calls for row in report.rows)
 
 
 @pytest.mark.parametrize(
     "name", ["CogVideoX 5B", "CogVideoX decoder", "Wan", "HunyuanVideo", "Mochi"]
 )
-def test_gradients_under_autocast_have_the_dtypes_of_the_weights(name):
+def test_gradient_dtypes_under_autocast(name):
     model, x, f = EVERY[name]()
 
     def gradients():

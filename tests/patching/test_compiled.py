@@ -43,7 +43,7 @@ def test_a_compiled_transformer(first, recompiles):
     assert "not called" not in str(report)
 
 
-def test_blocks_compiled_one_for_all(recompiles):
+def test_repeated_blocks_compile_once(recompiles):
     """`compile_repeated_blocks`, which diffusers refuses for this model."""
     backend, seen = recompiles
     model = transformer()

@@ -35,13 +35,13 @@ ALL_MODELS = pytest.mark.parametrize("kind", MODELS)
 ALL_BLOCKS = pytest.mark.parametrize(("kind", "blocks"), BLOCKS)
 
 
-def assert_near(ours, theirs, truth):
-    """Within the rule of matrix products: twice the error of the model's own way."""
+def assert_near(ours, theirs, fp64):
+    """Within the rule of matrix products: twice the error of the model's own forward."""
     assert ours.dtype == theirs.dtype
-    if not truth.any():  # the gradient of what nothing comes of
+    if not fp64.any():  # the gradient of what nothing comes of
         assert not ours.any()
         return
-    assert relative(ours, truth) <= 2 * relative(theirs, truth) + 1e-7
+    assert relative(ours, fp64) <= 2 * relative(theirs, fp64) + 1e-7
 
 
 # --- the same results ------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def assert_near(ours, theirs, truth):
 
 @DTYPES
 @ALL_MODELS
-def test_a_model_is_within_the_rule(kind, dtype):
+def test_model_error(kind, dtype):
     model = transformer(kind, dtype)
     arguments = inputs(kind, dtype)
     wide = {
@@ -58,11 +58,11 @@ def test_a_model_is_within_the_rule(kind, dtype):
     }
     with torch.no_grad():
         with Float64():
-            (truth,) = double(model)(**wide)
+            (fp64,) = double(model)(**wide)
         (theirs,) = model(**arguments)
         for only in [None, *([op] for op in ops_of(kind))]:
             with ck.patched(model, only):
-                assert_near(model(**arguments)[0], theirs, truth)
+                assert_near(model(**arguments)[0], theirs, fp64)
 
 
 def ops_of(kind):
@@ -71,7 +71,7 @@ def ops_of(kind):
 
 @DTYPES
 @ALL_BLOCKS
-def test_a_block_and_its_gradients_are_within_the_rule(kind, blocks, dtype):
+def test_block_and_gradient_error(kind, blocks, dtype):
     model = transformer(kind, dtype)
     arguments = block_inputs(kind, blocks, dtype, grad=True)
 
@@ -86,18 +86,18 @@ def test_a_block_and_its_gradients_are_within_the_rule(kind, blocks, dtype):
 
     for number in range(2):  # the last one of Mochi leaves the text as it is
         with Float64():
-            truth = outputs(double(model), in_float64(arguments), number)
+            fp64 = outputs(double(model), in_float64(arguments), number)
         theirs = outputs(model, arguments, number)
         with ck.patched(model):
             ours = outputs(model, arguments, number)
-        assert len(ours) == len(theirs) == len(truth) > 10
-        for of_all in zip(ours, theirs, truth, strict=True):
+        assert len(ours) == len(theirs) == len(fp64) > 10
+        for of_all in zip(ours, theirs, fp64, strict=True):
             assert_near(*of_all)
 
 
 @DTYPES
 @ALL_BLOCKS
-def test_a_block_gives_the_same_with_and_without_a_graph(kind, blocks, dtype):
+def test_block_is_the_same_with_and_without_grad(kind, blocks, dtype):
     model = transformer(kind, dtype)
     ck.patch(model)
     for block in getattr(model, blocks):
@@ -125,7 +125,7 @@ def test_gradients_pass_through_checkpoints(kind):
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def test_learned_angles_of_mochi_get_their_gradient():
+def test_mochi_rotary_gradient():
     model = transformer("mochi")
 
     def gradient():
@@ -142,7 +142,7 @@ def test_learned_angles_of_mochi_get_their_gradient():
 
 
 @ALL_MODELS
-def test_padding_of_the_text_reaches_no_video(kind):
+def test_text_padding_does_not_affect_video(kind):
     model = transformer(kind)
     arguments = inputs(kind)
     other = dict(arguments)
@@ -154,7 +154,7 @@ def test_padding_of_the_text_reaches_no_video(kind):
 
 @pytest.mark.parametrize("mask", [[0, 1, 0, 1, 1], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1]], ids=str)
 @ALL_MODELS
-def test_any_mask_means_what_it_did(kind, mask):
+def test_attention_masks(kind, mask):
     model = transformer(kind)
     arguments = inputs(kind)
     arguments["encoder_attention_mask"] = torch.tensor([mask, [1, 1, 0, 0, 0]]).bool()
@@ -176,7 +176,7 @@ def test_framepack_without_padding_has_no_mask():
 
 @pytest.mark.parametrize("first_len", [0, 1, FIRST_LEN, VIDEO_LEN])
 @pytest.mark.parametrize("blocks", ["transformer_blocks", "single_transformer_blocks"])
-def test_the_first_tokens_have_their_own_modulation(blocks, first_len):
+def test_first_tokens_have_their_own_modulation(blocks, first_len):
     model = transformer("image")
     block = getattr(model, blocks)[0]
     *others, _ = block_inputs("image", blocks)
@@ -193,7 +193,7 @@ def test_the_first_tokens_have_their_own_modulation(blocks, first_len):
 
 
 @ALL_MODELS
-def test_every_site_is_hit_once_in_a_forward(kind):
+def test_every_site_is_hit_once(kind):
     model = transformer(kind)
     report = ck.patch(model)
     sites = {"adaln": 4} if kind == "mochi" else {"adaln": 6, "rope": 4}
@@ -207,7 +207,7 @@ def test_every_site_is_hit_once_in_a_forward(kind):
 
 
 @ALL_MODELS
-def test_unpatching_leaves_the_same_bits_and_no_attribute(kind):
+def test_unpatch_restores_bits_and_attributes(kind):
     model = transformer(kind)
     with torch.no_grad():
         (wanted,) = model(**inputs(kind))
@@ -219,7 +219,7 @@ def test_unpatching_leaves_the_same_bits_and_no_attribute(kind):
 
 
 @ALL_MODELS
-def test_a_copy_is_patched_and_counts_alone(kind):
+def test_a_copy_has_its_own_counts(kind):
     model = transformer(kind)
     report = ck.patch(model)
     other = copy.deepcopy(model)
@@ -248,7 +248,7 @@ def test_a_hook_on_a_norm_still_runs(kind, blocks):
 
 
 @pytest.mark.parametrize(("kind", "blocks"), BLOCKS[:-1])
-def test_an_embedding_wider_than_the_tokens_widens_them_as_it_did(kind, blocks):
+def test_a_wider_embedding_falls_back(kind, blocks):
     model = transformer(kind)
     video, *others = block_inputs(kind, blocks)
     block = getattr(model, blocks)[0]
@@ -261,7 +261,7 @@ def test_an_embedding_wider_than_the_tokens_widens_them_as_it_did(kind, blocks):
 
 
 @pytest.mark.parametrize("blocks", ["transformer_blocks", "single_transformer_blocks"])
-def test_another_processor_is_left_alone(blocks):
+def test_another_processor_falls_back(blocks):
     model = transformer("text")
     attn = getattr(model, blocks)[0].attn
 
@@ -278,7 +278,7 @@ def test_another_processor_is_left_alone(blocks):
 
 
 @pytest.mark.parametrize("blocks", ["transformer_blocks", "single_transformer_blocks"])
-def test_angles_that_differ_within_a_pair_go_the_models_own_way(blocks):
+def test_tables_that_differ_within_a_pair_fall_back(blocks):
     model = transformer("text")
     *others, rotary, _, _ = block_inputs("text", blocks)
     rotary = rotary[0].clone(), rotary[1]
@@ -293,7 +293,7 @@ def test_angles_that_differ_within_a_pair_go_the_models_own_way(blocks):
 
 
 @pytest.mark.parametrize("blocks", ["transformer_blocks", "single_transformer_blocks"])
-def test_what_a_hook_kept_of_a_projection_stays(blocks):
+def test_output_kept_by_a_hook_is_not_overwritten(blocks):
     model = transformer("text")
     attn = getattr(model, blocks)[0].attn
     kept = []
@@ -338,5 +338,5 @@ def test_a_block_compiles_as_one_graph(kind, blocks, grad):
         assert ours.requires_grad == grad
     (graph,) = graphs
     calls = {getattr(node.target, "__name__", node.target) for node in graph.graph.nodes}
-    assert "layer_norm" not in calls  # the models' own way
+    assert "layer_norm" not in calls  # the models' own forward
     assert ("zeros_like" in calls) == (kind == "mochi")  # and ours: Mochi's norms have no shift

@@ -90,7 +90,7 @@ def test_changed_layers_are_called(change, first):
     assert torch.equal(predicted(model), wanted)
 
 
-def test_a_lora_is_weighed_switched_off_and_deleted():
+def test_lora_scale_disable_and_delete():
     model = transformer()
     plain = predicted(model)
     ck.patch(model)
@@ -107,7 +107,7 @@ def test_a_lora_is_weighed_switched_off_and_deleted():
     assert_every_site_was_hit(model)
 
 
-def test_unfused_again_after_patching():
+def test_unfuse_after_patching():
     model = transformer()
     wanted = predicted(model)
     ck.patch(model)
@@ -165,7 +165,7 @@ HOOKS = {
 
 @pytest.mark.parametrize("kind", HOOKS)
 @pytest.mark.parametrize("order", ["hook, patch", "patch, hook"])
-def test_hooks_stay_around_what_is_patched(kind, order):
+def test_hooks_stay_around_patched_forwards(kind, order):
     """Whatever the order of coming and of going: the hook runs, so do the ops, and both go."""
     add, remove = HOOKS[kind]
     model = transformer()
@@ -204,7 +204,7 @@ def test_both_kinds_of_hooks_at_once():
     assert (one.calls, other.calls) == (2, 2)
 
 
-def test_weights_that_come_for_the_call_only_are_not_read_past_it():
+def test_offloaded_weights_are_read_in_calls_only():
     """Sequential offloading: weights are on the meta device until the layer itself is called."""
     model = transformer()
     wanted = predicted(model)
@@ -217,7 +217,7 @@ def test_weights_that_come_for_the_call_only_are_not_read_past_it():
 
 
 @pytest.mark.parametrize("first", ["patch", "offload"])
-def test_models_offloaded_whole_come_back_for_the_call(first):
+def test_model_offload(first):
     """As `enable_model_cpu_offload` hangs its hooks: on the models, and for `vae.decode` too."""
     pipe = pipeline()
     wanted = generate(pipe)
@@ -235,7 +235,7 @@ def test_models_offloaded_whole_come_back_for_the_call(first):
 
 @pytest.mark.parametrize("first", ["patch", "offload"])
 @pytest.mark.parametrize("level", ["block_level", "leaf_level"])
-def test_groups_offloaded(level, first):
+def test_group_offload(level, first):
     model = transformer()
     wanted = predicted(model)
     options = {"num_blocks_per_group": 1} if level == "block_level" else {}
@@ -261,7 +261,7 @@ def test_groups_offloaded(level, first):
     assert torch.equal(predicted(model), wanted)
 
 
-def test_a_cache_of_blocks_works_on_patched_ones():
+def test_block_cache():
     pipe = pipeline()
     wanted = [generate(pipe)]
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
@@ -280,7 +280,7 @@ def test_a_cache_of_blocks_works_on_patched_ones():
 # --- options of the models -------------------------------------------------------------------
 
 
-def test_a_batch_in_slices_and_pictures_in_tiles():
+def test_vae_slicing_and_tiling():
     model = vae()
     z, x = latents(5, batch=2, side=6), clip(9, batch=2, side=48)
     for switch in (model.enable_slicing, lambda: model.enable_tiling(32, 32, 0.25, 0.25)):
@@ -294,7 +294,7 @@ def test_a_batch_in_slices_and_pictures_in_tiles():
                 assert relative(model.decode(z).sample, wanted[0].double()) < NEAR
 
 
-def test_a_callback_sees_and_changes_the_latents_of_every_step():
+def test_step_callback():
     pipe = pipeline()
     seen = []
 
@@ -308,7 +308,7 @@ def test_a_callback_sees_and_changes_the_latents_of_every_step():
     assert seen == [0, 1, 0, 1]
 
 
-def test_attention_backends_are_looked_at(monkeypatch):
+def test_attention_backend(monkeypatch):
     """diffusers' own processor of this model passes the choice by."""
     from diffusers.models import attention_dispatch
 
@@ -354,7 +354,7 @@ def loss_and_gradients(model, run):
 
 
 @pytest.mark.parametrize("which", ["transformer", "vae"])
-def test_checkpointed_gradients_are_those_without(which):
+def test_checkpointed_gradients(which):
     model, run = {
         "transformer": (transformer(), lambda m: m(**inputs(m)).sample),
         "vae": (vae(), lambda m: m.decode(latents(5)).sample),
@@ -368,7 +368,7 @@ def test_checkpointed_gradients_are_those_without(which):
         assert torch.equal(again[name], gradient), name
 
 
-def test_a_lora_is_trained_the_same_way():
+def test_lora_training():
     """A few steps of Adam, with and without the patch, as fine-tuning scripts do."""
 
     def trained(patched):

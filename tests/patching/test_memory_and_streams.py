@@ -42,7 +42,7 @@ def stream(model, z, **options):
 
 
 @pytest.mark.parametrize(("frames", "height", "width"), [(13, 60, 90), rest(21, 96, 170)])
-def test_a_decode_of_a_released_size_keeps_six_tenths_of_the_bytes_alive(frames, height, width):
+def test_peak_memory_of_decode_at_released_size(frames, height, width):
     """49x480x720 and 81x768x1360 in bf16, counted from shapes."""
     with torch.device("meta"):
         model = AutoencoderKLCogVideoX().bfloat16().eval()
@@ -54,7 +54,7 @@ def test_a_decode_of_a_released_size_keeps_six_tenths_of_the_bytes_alive(frames,
         assert peak(lambda: model.decode(z)) <= 0.75 * before
 
 
-def test_a_decode_on_a_cpu_keeps_six_tenths_of_the_bytes_alive():
+def test_peak_memory_of_decode_on_cpu():
     torch.manual_seed(0)
     model = AutoencoderKLCogVideoX(
         block_out_channels=(16, 32, 32, 64), norm_num_groups=4, latent_channels=4
@@ -65,7 +65,7 @@ def test_a_decode_on_a_cpu_keeps_six_tenths_of_the_bytes_alive():
         assert peak(lambda: model.decode(z)) <= 0.6 * before
 
 
-def test_what_a_stream_needs_does_not_grow_with_the_clip():
+def test_stream_memory_does_not_grow_with_the_clip():
     model = vae()
     ck.patch(model)
 
@@ -76,7 +76,7 @@ def test_what_a_stream_needs_does_not_grow_with_the_clip():
     assert needed(41) == needed(7)
 
 
-def test_a_state_holds_two_frames_of_every_causal_convolution():
+def test_state_size():
     with torch.device("meta"):
         model = AutoencoderKLCogVideoX().bfloat16().eval()
         z = torch.empty(1, 3, 16, 60, 90, dtype=torch.bfloat16)
@@ -95,7 +95,7 @@ def test_a_state_holds_two_frames_of_every_causal_convolution():
 
 @pytest.mark.parametrize("patched", [False, True])
 @pytest.mark.parametrize("frames", [1, 2, 3, 4, 7])
-def test_a_stream_is_the_decode_bit_for_bit(frames, patched):
+def test_stream_equals_decode_bitwise(frames, patched):
     model, z = vae(), latents(frames, batch=2)
     if patched:
         ck.patch(model)
@@ -108,7 +108,7 @@ def test_a_stream_is_the_decode_bit_for_bit(frames, patched):
     assert state.ended and state.nbytes == 0
 
 
-def test_clips_interleaved_cloned_and_moved_do_not_touch_each_other():
+def test_interleaved_cloned_and_moved_states_are_independent():
     model = vae()
     ck.patch(model)
     one, two = latents(7), -latents(7)
@@ -126,7 +126,7 @@ def test_clips_interleaved_cloned_and_moved_do_not_touch_each_other():
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("at", range(0, 25, 6))
-def test_an_exception_in_a_chunk_is_said_and_a_reset_state_is_as_new(at, error):
+def test_an_exception_breaks_the_state_until_reset(at, error):
     model, z = vae(), latents(5)
     ck.patch(model)
     wanted = model.decode(z).sample
@@ -148,7 +148,7 @@ def test_an_exception_in_a_chunk_is_said_and_a_reset_state_is_as_new(at, error):
     assert torch.equal(stream(model, z, state=state), wanted)
 
 
-def test_hooks_that_bring_a_vae_back_are_called():
+def test_offload_hooks_are_called():
     model, z = vae(), latents(5)
     wanted = model.decode(z).sample
     calls = []
@@ -162,7 +162,7 @@ def test_hooks_that_bring_a_vae_back_are_called():
     assert torch.equal(stream(model, z), wanted) and len(calls) == 2
 
 
-def test_what_cannot_be_streamed_is_refused_by_name():
+def test_invalid_stream_arguments_are_refused():
     model, z = vae(), latents(5).transpose(1, 2)
     other = AutoencoderKL(block_out_channels=(8,), norm_num_groups=2)
     cases = [
@@ -173,8 +173,8 @@ def test_what_cannot_be_streamed_is_refused_by_name():
         ((model, z), {"total": 3}, ValueError, "must end after total = 3 frames; got 5"),
         ((model, 5), {}, TypeError, "latents must be a tensor or an iterable"),
     ]
-    for arguments, options, error, said in cases:
-        with pytest.raises(error, match=f"stream_decode: .*{said}"):
+    for arguments, options, error, message in cases:
+        with pytest.raises(error, match=f"stream_decode: .*{message}"):
             ck.stream_decode(*arguments, **options)
     state = ck.DecodeState()
     next(CausalVAE(SMALL).stream_decode(torch.randn(1, 3, 4, 2, 2), state, last=False))

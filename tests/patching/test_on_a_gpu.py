@@ -20,7 +20,7 @@ def on_gpu(arguments):
 
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_both_models_are_within_the_rule(dtype, mode, monkeypatch):
+def test_error_of_both_models(dtype, mode, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     pipe = pipeline()
     transformer = pipe.transformer.to("cuda", dtype)
@@ -31,12 +31,12 @@ def test_both_models_are_within_the_rule(dtype, mode, monkeypatch):
     }
     model, z = pipe.vae.to("cuda", dtype), latents(7, dtype=dtype).cuda()
     with torch.no_grad():
-        truth = double(transformer)(**wide).sample, double(model).decode(z.double()).sample
+        fp64 = double(transformer)(**wide).sample, double(model).decode(z.double()).sample
         theirs = transformer(**arguments).sample, model.decode(z).sample
         report = ck.patch(pipe, mode=mode, backend="kernel")
         ours = transformer(**arguments).sample, model.decode(z).sample
     assert not any(row.fallbacks for row in report.rows)
-    for mine, other, true in zip(ours, theirs, truth, strict=True):
+    for mine, other, true in zip(ours, theirs, fp64, strict=True):
         assert relative(mine, true) <= 2 * relative(other, true) + 1e-6
 
 
@@ -49,7 +49,7 @@ def test_a_cache_changes_no_bit():
 
 
 @pytest.mark.parametrize("first", ["patch", "offload"])
-def test_models_that_are_offloaded(first):
+def test_model_offload(first):
     pipe = pipeline()
     pipe.to("cuda")
     wanted = generate(pipe)

@@ -26,12 +26,12 @@ def rows():
             yield model, op, cells[2] == "the same bits", re.findall(r"`(\w+\.py)`", cells[4])
 
 
-def test_the_table_is_what_is_supported():
-    said = {(model, op, bits) for model, op, bits, _ in rows()}
-    assert said == {(row.model, row.op, row.bits) for row in ck.supported()}
+def test_table_equals_supported():
+    listed = {(model, op, bits) for model, op, bits, _ in rows()}
+    assert listed == {(row.model, row.op, row.bits) for row in ck.supported()}
 
 
-def test_proofs_are_where_the_table_says():
+def test_test_files_of_the_table_exist():
     """The file is there, and names the model or makes it."""
     for model, op, _, files in rows():
         assert files, (model, op)
@@ -40,13 +40,13 @@ def test_proofs_are_where_the_table_says():
         assert any(makes in text or "small import" in text for text in texts), (model, op)
 
 
-def test_links_lead_somewhere():
+def test_links_exist():
     for link in re.findall(r"\]\((?!http)([^)#]+)", PAGE):
         assert (ROOT / "docs" / link).exists(), link
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=["generate", "patch", "stream"])
-def test_the_code_runs(snippet, tmp_path, monkeypatch):
+def test_code_runs(snippet, tmp_path, monkeypatch):
     pipe = pipeline()
     monkeypatch.chdir(tmp_path)
     # It has no text encoder: the embeddings of any prompt, and a clip of two steps.
@@ -64,7 +64,7 @@ def test_the_code_runs(snippet, tmp_path, monkeypatch):
     assert len(SNIPPETS) == 3
 
 
-def test_the_report_of_the_page_is_the_one_that_is_printed():
+def test_report_of_the_page():
     """All of it that is the same on every machine: what was called, and what was not."""
     pipe = pipeline()
     report = ck.patch(pipe)

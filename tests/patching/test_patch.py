@@ -31,9 +31,9 @@ VAE_OPS = (["norm"], ["vae"])
 TRANSFORMER_OPS = (["adaln"], ["rope"], ["transformer"])
 
 
-def assert_near(ours, theirs, truth):
-    """Within the rule of matrix products: twice the error of the model's own way."""
-    for mine, other, true in zip(ours, theirs, truth, strict=True):
+def assert_near(ours, theirs, fp64):
+    """Within the rule of matrix products: twice the error of the model's own forward."""
+    for mine, other, true in zip(ours, theirs, fp64, strict=True):
         assert relative(mine, true) <= 2 * relative(other, true) + 1e-7
 
 
@@ -42,7 +42,7 @@ def assert_near(ours, theirs, truth):
 
 @pytest.mark.parametrize("only", EXACT_VAE_OPS, ids="+".join)
 @pytest.mark.parametrize("frames", [1, 2, 3, 4, 7])
-def test_data_movement_in_a_decode_changes_no_bit(only, frames):
+def test_exact_ops_in_decode_bitwise(only, frames):
     model = vae()
     with torch.no_grad():
         wanted = model.decode(latents(frames)).sample
@@ -52,7 +52,7 @@ def test_data_movement_in_a_decode_changes_no_bit(only, frames):
 
 @pytest.mark.parametrize("only", EXACT_VAE_OPS, ids="+".join)
 @pytest.mark.parametrize("frames", [1, 8, 9, 17])
-def test_data_movement_in_an_encode_changes_no_bit(only, frames):
+def test_exact_ops_in_encode_bitwise(only, frames):
     model = vae()
     with torch.no_grad():
         wanted = model.encode(clip(frames)).latent_dist.parameters
@@ -63,7 +63,7 @@ def test_data_movement_in_an_encode_changes_no_bit(only, frames):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 @pytest.mark.parametrize("only", VAE_OPS, ids="+".join)
-def test_a_vae_is_within_the_rule(only, mode, dtype):
+def test_vae_error(only, mode, dtype):
     model = vae().to(dtype)
     x, z = clip(9).to(dtype), latents(5).to(dtype)
 
@@ -71,17 +71,17 @@ def test_a_vae_is_within_the_rule(only, mode, dtype):
         return model.encode(x).latent_dist.parameters, model.decode(z).sample
 
     with torch.no_grad():
-        truth = both(double(model), x.double(), z.double())
+        fp64 = both(double(model), x.double(), z.double())
         theirs = both(model, x, z)
         with ck.patched(model, only, mode):
-            assert_near(both(model, x, z), theirs, truth)
+            assert_near(both(model, x, z), theirs, fp64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 @pytest.mark.parametrize("only", TRANSFORMER_OPS, ids="+".join)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_transformer_is_within_the_rule(kind, only, mode, dtype):
+def test_transformer_error(kind, only, mode, dtype):
     model = transformer(kind).to(dtype)
     arguments = inputs(model, dtype=dtype)
     wide = {
@@ -89,14 +89,14 @@ def test_a_transformer_is_within_the_rule(kind, only, mode, dtype):
         for name, x in arguments.items()
     }
     with torch.no_grad():
-        truth = double(model)(**wide).sample
+        fp64 = double(model)(**wide).sample
         theirs = model(**arguments).sample
         with ck.patched(model, only, mode):
-            assert_near([model(**arguments).sample], [theirs], [truth])
+            assert_near([model(**arguments).sample], [theirs], [fp64])
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("2b", "text"), ("5b", "video"), ("1.5-i2v", "image")])
-def test_a_pipeline_generates_the_same_video(kind, mode):
+def test_pipeline_generates_the_same_video(kind, mode):
     pipe = pipeline(kind, mode)
     wanted = generate(pipe, mode)
     with ck.patched(pipe) as report:
@@ -106,7 +106,7 @@ def test_a_pipeline_generates_the_same_video(kind, mode):
     assert torch.equal(generate(pipe, mode), wanted)
 
 
-def test_a_controlled_pipeline_generates_the_same_video():
+def test_control_pipeline_generates_the_same_video():
     image = pipeline("5b-i2v", "image")
     pipe = CogVideoXFunControlPipeline(None, None, image.vae, image.transformer, image.scheduler)
     pipe.set_progress_bar_config(disable=True)
@@ -116,16 +116,16 @@ def test_a_controlled_pipeline_generates_the_same_video():
 
 
 @pytest.mark.parametrize("mode", ["exact", "fast"])
-def test_gradients_are_those_of_the_model(mode):
+def test_gradients_equal_the_models(mode):
     """Of a decode in chunks and of a transformer: to inputs and to every weight."""
     for model, run in ((vae(), _decoded), (transformer(), _predicted)):
         wide = double(model)
-        truth, theirs = run(wide), run(model)
+        fp64, theirs = run(wide), run(model)
         with ck.patched(model, mode=mode) as report:
             ours = run(model)
         assert all(row.hit for row in report.rows)
-        norm = sum(float(x.double().square().sum()) for x in truth) ** 0.5
-        for mine, other, true in zip(ours, theirs, truth, strict=True):
+        norm = sum(float(x.double().square().sum()) for x in fp64) ** 0.5
+        for mine, other, true in zip(ours, theirs, fp64, strict=True):
             error, limit = (float((x.double() - true).norm()) for x in (mine, other))
             assert error <= 2 * limit + 1e-6 * norm
 
@@ -159,11 +159,11 @@ def test_on_the_kernels_too():
     pipe = pipeline()
     arguments, z = inputs(pipe.transformer, batch=1), latents(3, side=2)
     with torch.no_grad():
-        truth = double(pipe.vae).decode(z.double()).sample
+        fp64 = double(pipe.vae).decode(z.double()).sample
         theirs = pipe.vae.decode(z).sample
         predicted = pipe.transformer(**arguments).sample
         report = ck.patch(pipe, backend="kernel")
-        assert_near([pipe.vae.decode(z).sample], [theirs], [truth])
+        assert_near([pipe.vae.decode(z).sample], [theirs], [fp64])
         assert relative(pipe.transformer(**arguments).sample, predicted.double()) < 1e-5
     assert report["rope"].hit == report["rope"].sites
     assert not any(row.fallbacks for row in report.rows)
@@ -194,7 +194,7 @@ def test_every_op_runs_at_every_site(mode):
     assert "mode" in str(report) and mode in str(report)
 
 
-def test_the_report_says_what_ran_and_why_and_what_was_not_called():
+def test_report_lists_calls_reasons_and_uncalled_modules():
     pipe = pipeline()
     report = ck.patch(pipe, backend="reference")
     assert "rope       in 2 modules, not called yet" in str(report)
@@ -217,7 +217,7 @@ def test_the_report_says_what_ran_and_why_and_what_was_not_called():
     assert f"reference, 2 calls: {why}" in text and "sites" not in text
 
 
-def test_the_report_says_why_a_cpu_runs_the_reference():
+def test_report_has_the_reason_for_the_reference():
     model = transformer()
     report = ck.patch(model)
     with torch.no_grad():
@@ -227,7 +227,7 @@ def test_the_report_says_why_a_cpu_runs_the_reference():
     assert f"reference, 4 calls: {why}" in str(report)
 
 
-def test_counts_go_on_and_calls_are_counted():
+def test_counts_accumulate():
     model = transformer()
     report = ck.patch(model)
     for calls in (1, 2, 3):
@@ -236,7 +236,7 @@ def test_counts_go_on_and_calls_are_counted():
         assert report["rope"].calls == ck.explain(model)["rope"].calls == 2 * calls
 
 
-def test_what_is_not_as_known_goes_the_models_own_way_and_says_so():
+def test_unsupported_calls_fall_back_with_a_reason():
     model = transformer()
 
     class MyLayerNorm(nn.LayerNorm):
@@ -256,7 +256,7 @@ def test_what_is_not_as_known_goes_the_models_own_way_and_says_so():
     assert "model's own forward, 1 call: a LayerNorm is a MyLayerNorm" in str(report)
 
 
-def test_another_processor_is_left_to_itself():
+def test_another_processor_falls_back():
     model = transformer()
 
     class MyProcessor:
@@ -273,7 +273,7 @@ def test_another_processor_is_left_to_itself():
     assert report["rope"].fallbacks == {"its processor is a MyProcessor": 2}
 
 
-def test_angles_that_differ_within_a_pair_go_the_models_own_way():
+def test_tables_that_differ_within_a_pair_fall_back():
     model = transformer()
     arguments = inputs(model)
     cos, sin = arguments["image_rotary_emb"]
@@ -287,7 +287,7 @@ def test_angles_that_differ_within_a_pair_go_the_models_own_way():
     ]
 
 
-def test_tables_written_anew_in_place_are_read_anew():
+def test_tables_written_in_place_are_converted_again():
     model = transformer()
     arguments = inputs(model)
     cos, sin = arguments["image_rotary_emb"]
@@ -299,7 +299,7 @@ def test_tables_written_anew_in_place_are_read_anew():
         assert torch.allclose(found, model(**arguments).sample, atol=1e-5)
 
 
-def test_two_tables_that_are_both_alive_are_told_apart():
+def test_two_live_tables_are_distinguished():
     """Of another size, and of the same size with other values: by turns, as two resolutions are."""
     model = transformer()
     calls = [inputs(model), inputs(model, frames=5), inputs(model)]
@@ -312,7 +312,7 @@ def test_two_tables_that_are_both_alive_are_told_apart():
                 assert relative(model(**arguments).sample, right.double()) < NEAR
 
 
-def test_tables_that_do_not_count_their_changes_are_read_every_time():
+def test_inference_tables_are_not_cached():
     model = transformer()
     with torch.inference_mode():
         arguments = inputs(model)
@@ -325,7 +325,7 @@ def test_tables_that_do_not_count_their_changes_are_read_every_time():
         assert torch.allclose(found, model(**arguments).sample, atol=1e-5)
 
 
-def test_tables_first_read_in_inference_mode_are_of_use_in_training():
+def test_tables_converted_in_inference_mode_work_in_training():
     model = transformer()
     arguments = inputs(model)
     ck.patch(model)
@@ -335,7 +335,7 @@ def test_tables_first_read_in_inference_mode_are_of_use_in_training():
     assert all(p.grad is not None for p in model.transformer_blocks.parameters())
 
 
-def test_a_gradient_of_the_tables_is_left_to_the_model():
+def test_tables_that_require_grad_fall_back():
     model = transformer()
     arguments = inputs(model)
     cos, sin = arguments["image_rotary_emb"]
@@ -349,7 +349,7 @@ def test_a_gradient_of_the_tables_is_left_to_the_model():
 # --- in and out ------------------------------------------------------------------------------
 
 
-def test_unpatched_is_as_never_patched():
+def test_unpatch_restores_everything():
     pipe = pipeline()
     wanted = generate(pipe)
     with assert_untouched(pipe.vae), assert_untouched(pipe.transformer):
@@ -362,7 +362,7 @@ def test_unpatched_is_as_never_patched():
     assert "not patched" in str(ck.explain(pipe))
 
 
-def test_patching_twice_is_patching_once():
+def test_patch_is_idempotent():
     model = transformer()
     first = ck.patch(model)
     with torch.no_grad():
@@ -374,7 +374,7 @@ def test_patching_twice_is_patching_once():
     assert not [k for m in model.modules() for k in vars(m) if "cogvx" in k or k == "forward"]
 
 
-def test_other_options_replace_those_before():
+def test_other_options_replace_the_patch():
     model = transformer()
     ck.patch(model)
     report = ck.patch(model, ["rope"], "fast")
@@ -383,7 +383,7 @@ def test_other_options_replace_those_before():
     assert "forward" not in vars(block) and "forward" in vars(block.attn1)
 
 
-def test_patched_restores_what_was_before_whatever_happens():
+def test_patched_restores_after_errors():
     model = transformer()
     ck.patch(model, ["adaln"])
     with pytest.raises(KeyboardInterrupt), ck.patched(model, ["rope"], mode="fast") as report:
@@ -399,7 +399,7 @@ def test_patched_restores_what_was_before_whatever_happens():
     assert not ck.explain(model).rows
 
 
-def test_the_state_dict_and_what_is_printed_stay(tmp_path):
+def test_state_dict_and_repr_stay(tmp_path):
     pipe = pipeline()
     keys, text = list(pipe.vae.state_dict()), repr(pipe.vae)
     with ck.patched(pipe):
@@ -409,7 +409,7 @@ def test_the_state_dict_and_what_is_printed_stay(tmp_path):
     assert all(map(torch.equal, again.state_dict().values(), pipe.vae.state_dict().values()))
 
 
-def test_a_copy_is_patched_and_counts_for_itself():
+def test_a_copy_has_its_own_counts():
     model = transformer()
     ck.patch(model)
     other = copy.deepcopy(model)
@@ -423,7 +423,7 @@ def test_a_copy_is_patched_and_counts_for_itself():
     assert block.forward.__self__ is block
 
 
-def test_a_pickle_is_of_the_model_alone():
+def test_pickle_has_no_patch():
     model = transformer()
     with torch.no_grad():
         wanted = model(**inputs(model)).sample
@@ -436,7 +436,7 @@ def test_a_pickle_is_of_the_model_alone():
     assert ck.patch(other)["rope"].sites == 2
 
 
-def test_nothing_stays_behind():
+def test_no_leaked_objects():
     model = transformer()
     ck.patch(model)
     seen = weakref.ref(vars(model)["_cogvx_patch"])
@@ -450,7 +450,7 @@ def test_nothing_stays_behind():
 
 
 @pytest.mark.parametrize("mode", ["exact", "fast"])
-def test_a_patched_model_that_is_dropped_is_freed(mode):
+def test_a_dropped_patched_model_is_freed(mode):
     pipe = pipeline()
     report = ck.patch(pipe, mode=mode)
     generate(pipe)

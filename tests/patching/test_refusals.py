@@ -1,4 +1,4 @@
-"""What `patch` refuses, by name and before anything is changed; and what it says it can do."""
+"""Objects and options that `patch` refuses before anything is changed; supported ones."""
 
 import copy
 import types
@@ -16,16 +16,16 @@ from tests.patching.small import assert_untouched, latents, pipeline, transforme
 T5 = T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
 
 
-def test_what_is_not_known_is_refused_by_name():
-    for thing, said in ((nn.Linear(2, 2), "Linear"), (object(), "object"), (None, "NoneType")):
-        with pytest.raises(ck.UnsupportedModelError, match=f"{said}.*AutoencoderKLCogVideoX"):
+def test_unknown_objects_are_refused():
+    for thing, message in ((nn.Linear(2, 2), "Linear"), (object(), "object"), (None, "NoneType")):
+        with pytest.raises(ck.UnsupportedModelError, match=f"{message}.*AutoencoderKLCogVideoX"):
             ck.patch(thing)
         with pytest.raises(ck.UnsupportedModelError):
             ck.unpatch(thing)
 
 
 @pytest.mark.parametrize(
-    ("thing", "said"),
+    ("thing", "message"),
     [
         (nn.Linear(2, 2), "Linear is not supported"),
         (T5EncoderModel(T5), "T5EncoderModel is not supported"),
@@ -37,18 +37,18 @@ def test_what_is_not_known_is_refused_by_name():
     ],
     ids=["linear", "transformers", "str", "None", "class", "empty", "mock"],
 )
-def test_an_object_that_is_not_supported_is_left_as_it_is_and_the_report_says_so(thing, said):
-    with pytest.raises(ck.UnsupportedModelError, match=f"^patch: obj: {said}.*strict=False"):
+def test_unsupported_objects_are_reported(thing, message):
+    with pytest.raises(ck.UnsupportedModelError, match=f"^patch: obj: {message}.*strict=False"):
         ck.patch(thing)
     with ck.patched(thing, ["rope"], strict=False) as report:
-        assert report.skipped == {"obj": said} and report.rows == [] and report.mode is None
-        assert f"not patched\n  left as it is: obj: {said}" in str(report)
+        assert report.skipped == {"obj": message} and report.rows == [] and report.mode is None
+        assert f"not patched\n  left as it is: obj: {message}" in str(report)
         assert str(ck.explain(thing)) == str(report)
     with pytest.raises(ValueError, match="only must name some of adaln, cache, .* got rop"):
         ck.patch(thing, ["rop"], strict=False)
 
 
-def test_an_unknown_part_of_a_pipeline_is_refused_or_left_and_named():
+def test_an_unknown_component_is_refused_or_reported():
     pipe = pipeline()
     pipe.register_modules(vae=AutoencoderKL(block_out_channels=(8,), norm_num_groups=2))
     with pytest.raises(ck.UnsupportedModelError, match="vae: AutoencoderKL is not supported"):
@@ -60,7 +60,7 @@ def test_an_unknown_part_of_a_pipeline_is_refused_or_left_and_named():
     assert {row.component for row in report.rows} == {"transformer"}
 
 
-def test_a_forward_of_another_shape_is_refused_and_nothing_is_changed(monkeypatch):
+def test_another_forward_signature_is_refused(monkeypatch):
     model = transformer()
     kind = type(model.transformer_blocks[0])
     stock = kind.forward
@@ -83,7 +83,7 @@ def test_a_forward_of_another_shape_is_refused_and_nothing_is_changed(monkeypatc
 
 
 @pytest.mark.parametrize("bound", [False, True])
-def test_a_forward_that_somebody_replaced_is_refused(bound):
+def test_a_replaced_forward_is_refused(bound):
     model = transformer()
     block = model.transformer_blocks[0]
 
@@ -99,7 +99,7 @@ def test_a_forward_that_somebody_replaced_is_refused(bound):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"only": ["rop"]}, "only must name some of adaln, rope, transformer; got rop"),
         ({"only": "rope"}, r'only must be a list of names, such as \["rope"\]; got "rope"'),
@@ -109,20 +109,20 @@ def test_a_forward_that_somebody_replaced_is_refused(bound):
         ({"backend": "cuda"}, "backend must be one of"),
     ],
 )
-def test_wrong_options_say_what_was_wanted(options, said):
+def test_wrong_options_are_refused(options, message):
     model = transformer()
-    with assert_untouched(model), pytest.raises(ValueError, match=said):
+    with assert_untouched(model), pytest.raises(ValueError, match=message):
         ck.patch(model, **options)
 
 
-def test_what_is_supported_is_listed():
+def test_supported():
     table = ck.supported()
     assert {"AutoencoderKLCogVideoX", "CogVideoXTransformer3DModel"} <= {r.model for r in table}
     assert {row.op for row in table if row.bits} >= {"cache", "resample", "conv"}
     assert len(str(table).splitlines()) == len(table)
 
 
-def test_frames_of_a_cache_are_taken_once():
+def test_cached_frames_are_taken_once():
     """Whoever calls the decoder himself cannot read frames that a later chunk has replaced."""
     model = vae()
     ck.patch(model)

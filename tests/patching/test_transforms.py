@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:In CPU autocast"),
     # Torch's own, where forward-mode derivatives decompose an operation.
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
-    # Torch batches the upsampling of Wan's decoder one by one, and says so.
+    # Torch batches the upsampling of Wan's decoder one by one, with a warning.
     pytest.mark.filterwarnings("ignore:There is a performance drop"),
 ]
 
@@ -55,7 +55,7 @@ IN_PLACE = ["HunyuanVideo", "HunyuanVideo I2V", "FramePack"]
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 @pytest.mark.parametrize("transform", [jvp, vmap, grad, dual, functionalize, subclass])
 @pytest.mark.parametrize("name", EVERY)
-def test_a_transform_of_a_patched_model_is_that_of_the_model(name, transform, mode):
+def test_transforms_of_a_patched_model(name, transform, mode):
     model, x, f = EVERY[name]()
     if transform is functionalize and name in IN_PLACE:
         with pytest.raises(RuntimeError, match="mutating a non-functional tensor"):
@@ -72,7 +72,7 @@ def test_a_transform_of_a_patched_model_is_that_of_the_model(name, transform, mo
 
 
 @pytest.mark.parametrize("transform", [jvp, vmap])
-def test_a_transform_of_one_weight_is_that_of_the_model(transform):
+def test_transforms_of_one_weight(transform):
     """Of a norm in the second block: all before it is computed with plain tensors."""
     model = transformer()
     arguments, weight = inputs(model, batch=1), model.transformer_blocks[1].norm1.norm.weight
@@ -87,7 +87,7 @@ def test_a_transform_of_one_weight_is_that_of_the_model(transform):
         assert torch.equal(transform(f, weight.detach()), wanted)
 
 
-def test_plain_calls_after_a_transform_run_the_ops():
+def test_calls_after_a_transform_run_the_ops():
     model, x, f = EVERY["CogVideoX 5B"]()
     report = ck.patch(model)
     with sdpa_kernel(SDPBackend.MATH):

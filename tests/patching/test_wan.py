@@ -50,50 +50,50 @@ RESIDUAL = pytest.mark.parametrize("residual", [False, True], ids=["2.1", "2.2"]
 @PER_TOKEN
 @pytest.mark.parametrize("only", [None, ["rope"], ["adaln"]], ids=["all", "rope", "adaln"])
 @torch.no_grad()
-def test_the_transformer_errs_no_more_than_its_own_way(dtype, kept, per_token, only):
+def test_transformer_error(dtype, kept, per_token, only):
     model = transformer(dtype, kept=kept)
     inputs = tokens(dtype, per_token=per_token)
     theirs = run(model, inputs)
     with wide():
-        truth = run(copy.deepcopy(model).double(), in_fp64(inputs))
+        fp64 = run(copy.deepcopy(model).double(), in_fp64(inputs))
     report = patch(model, only)
-    assert_errs_no_more(run(model, inputs), theirs, truth)
+    assert_errs_no_more(run(model, inputs), theirs, fp64)
     assert_all_hit(report, *(only or ("adaln", "rope")))
 
 
 @MODELS
 @PER_TOKEN
-def test_gradients_of_the_transformer_err_no_more_than_its_own(dtype, kept, per_token):
+def test_transformer_gradient_error(dtype, kept, per_token):
     model = transformer(dtype, kept=kept)
     inputs = tokens(dtype, per_token=per_token)
     theirs = gradients(model, inputs)
     with wide():
-        truth = gradients(copy.deepcopy(model).double(), in_fp64(inputs))
+        fp64 = gradients(copy.deepcopy(model).double(), in_fp64(inputs))
     report = patch(model)
     ours = gradients(model, inputs)
-    assert ours.keys() == theirs.keys() == truth.keys()
+    assert ours.keys() == theirs.keys() == fp64.keys()
     for name, grad in ours.items():
         assert (grad is None) == (theirs[name] is None), name
         if grad is not None:
             assert grad.dtype == theirs[name].dtype
-            assert_errs_no_more(grad, theirs[name], truth[name])
+            assert_errs_no_more(grad, theirs[name], fp64[name])
     assert_all_hit(report, "adaln", "rope")
 
 
 @PER_TOKEN
-def test_kernels_in_the_transformer_err_no_more_than_its_own_way(per_token):
+def test_transformer_error_on_kernels(per_token):
     model, inputs = transformer(), tokens(per_token=per_token)
     theirs = gradients_and_sample(model, inputs)
     with wide():
-        truth = gradients_and_sample(copy.deepcopy(model).double(), in_fp64(inputs))
+        fp64 = gradients_and_sample(copy.deepcopy(model).double(), in_fp64(inputs))
     patch(model, backend="kernel")
     ours = gradients_and_sample(model, inputs)
-    assert_errs_no_more(ours["sample"], theirs["sample"], truth["sample"])
-    assert_all_err_no_more(ours, theirs, truth)
+    assert_errs_no_more(ours["sample"], theirs["sample"], fp64["sample"])
+    assert_all_err_no_more(ours, theirs, fp64)
 
 
 @torch.no_grad()
-def test_rotation_alone_changes_no_bit_in_plain_torch():
+def test_rope_alone_is_bitwise_equal_in_plain_torch():
     model, inputs = transformer(), tokens()
     theirs = run(model, inputs)
     patch(model, ["rope"], backend="reference")
@@ -101,7 +101,7 @@ def test_rotation_alone_changes_no_bit_in_plain_torch():
 
 
 @torch.no_grad()
-def test_calls_are_two_norms_and_one_rotation_for_each_block():
+def test_calls_of_each_block():
     model = transformer()
     report = patch(model)
     for _ in range(3):
@@ -112,7 +112,7 @@ def test_calls_are_two_norms_and_one_rotation_for_each_block():
 
 @PER_TOKEN
 @torch.no_grad()
-def test_unpatched_transformer_is_the_one_that_it_was(per_token):
+def test_unpatch_transformer(per_token):
     model, inputs = transformer(), tokens(per_token=per_token)
     before, attributes, keys = run(model, inputs), set(vars(model)), list(model.state_dict())
     with patched(model):
@@ -123,7 +123,7 @@ def test_unpatched_transformer_is_the_one_that_it_was(per_token):
 
 
 @torch.no_grad()
-def test_a_copy_of_a_patched_transformer_is_patched_with_tables_of_its_own():
+def test_a_copy_has_its_own_tables():
     model, inputs = transformer(), tokens()
     patch(model)
     first = run(model, inputs)
@@ -145,7 +145,7 @@ def test_tables_follow_the_size_of_the_video():
 
 
 @torch.no_grad()
-def test_tables_are_made_once_for_all_blocks(monkeypatch):
+def test_tables_are_converted_once_for_all_blocks(monkeypatch):
     from cogvx_kernels.patching import wan_transformer
 
     made = []
@@ -163,29 +163,29 @@ def test_tables_are_made_once_for_all_blocks(monkeypatch):
     ids=["no_norm2", "image"],
 )
 @torch.no_grad()
-def test_other_shapes_of_the_transformer_err_no_more_than_their_own_way(config):
+def test_error_of_other_transformer_configs(config):
     model, inputs = transformer(**config), tokens()
     if "image_dim" in config:
         inputs["encoder_hidden_states"] = torch.randn(2, 512, 12)
         inputs["encoder_hidden_states_image"] = torch.randn(2, 3, 8)
     theirs = run(model, inputs)
     with wide():
-        truth = run(copy.deepcopy(model).double(), in_fp64(inputs))
+        fp64 = run(copy.deepcopy(model).double(), in_fp64(inputs))
     report = patch(model)
-    assert_errs_no_more(run(model, inputs), theirs, truth)
+    assert_errs_no_more(run(model, inputs), theirs, fp64)
     assert_all_hit(report, "adaln", "rope")
 
 
 @torch.no_grad()
-def test_the_transformer_with_control_errs_no_more_than_its_own_way():
+def test_error_of_the_control_transformer():
     model, inputs = vace(), tokens()
     inputs["control_hidden_states"] = torch.randn(2, 6, 2, 6, 4)
     inputs["control_hidden_states_scale"] = torch.ones(1)
     theirs = run(model, inputs)
     with wide():
-        truth = run(copy.deepcopy(model).double(), in_fp64(inputs))
+        fp64 = run(copy.deepcopy(model).double(), in_fp64(inputs))
     report = patch(model)
-    assert_errs_no_more(run(model, inputs), theirs, truth)
+    assert_errs_no_more(run(model, inputs), theirs, fp64)
     assert_all_hit(report, "adaln", "rope")
     assert (report["adaln"].sites, report["rope"].sites) == (2 * LAYERS, LAYERS + 1)
 
@@ -204,7 +204,7 @@ def test_patched_transformer_compiles_as_one_graph(per_token, backend):
 
 
 @torch.no_grad()
-def test_checkpointing_recomputes_the_same_gradients():
+def test_checkpointed_gradients():
     model, inputs = transformer(), tokens()
     patch(model)
     with torch.enable_grad():
@@ -285,7 +285,7 @@ def test_gradients_of_the_vae_are_the_same_bits(residual, dtype):
 
 @RESIDUAL
 @torch.no_grad()
-def test_unpatched_vae_is_the_one_that_it_was(residual):
+def test_unpatch_vae(residual):
     model = vae(residual=residual)
     before, keys = there_and_back(model, torch.float32), list(model.state_dict())
     attributes = set(vars(model))
@@ -309,7 +309,7 @@ def test_every_convolution_of_the_vae_is_a_site():
 @pytest.mark.parametrize("padding", [(1, 1, 1), (1, 0, 0), (0, 0, 0)])
 @BACKENDS
 @torch.no_grad()
-def test_frames_before_a_chunk_are_read_and_not_written(before, padding, backend):
+def test_cached_frames_are_not_written(before, padding, backend):
     kernel = tuple(2 * p + 1 for p in padding)
     ours, theirs, report = conv(kernel, padding=padding, backend=backend)
     x = torch.randn(2, 3, 4, 5, 6)
@@ -321,7 +321,7 @@ def test_frames_before_a_chunk_are_read_and_not_written(before, padding, backend
 
 
 @torch.no_grad()
-def test_a_pixel_that_is_shown_four_times_keeps_its_bits():
+def test_upsampled_pixels_keep_their_bits():
     model = vae(torch.bfloat16)
     report = patch(model, ["resample"])
     upsample = next(m for m in model.modules() if isinstance(m, WanUpsample))
@@ -333,7 +333,7 @@ def test_a_pixel_that_is_shown_four_times_keeps_its_bits():
 
 
 @torch.no_grad()
-def test_a_compiled_convolution_keeps_its_bits():
+def test_a_compiled_convolution_is_bitwise_equal():
     ours, theirs, _ = conv(3, padding=1)
     x, past = torch.randn(1, 3, 4, 5, 6), torch.randn(1, 3, 2, 5, 6)
     torch._dynamo.reset()

@@ -1,6 +1,6 @@
-"""diffusers' Wan 2.1 and 2.2, small and random, what they give, and how that is judged.
+"""diffusers' Wan 2.1 and 2.2, small and random, and comparisons of their outputs.
 
-Truth is a copy of the model in fp64, where a cast to fp32 that the model makes is one to fp64.
+The fp64 reference is a copy of the model in which casts to fp32 are casts to fp64.
 """
 
 from contextlib import contextmanager
@@ -130,24 +130,24 @@ def gradients_and_sample(model, inputs):
     return {"sample": sample, **{k: x for k, x in found.items() if x is not None}}
 
 
-def distance(x, truth):
-    return (x.double() - truth).norm().item()
+def distance(x, fp64):
+    return (x.double() - fp64).norm().item()
 
 
-def assert_errs_no_more(ours, theirs, truth):
-    """Than twice the model's own way, and a unit in the last place of the tensor's size."""
-    tiny = torch.finfo(ours.dtype).eps * truth.norm().item()
-    assert distance(ours, truth) <= 2 * distance(theirs, truth) + tiny
+def assert_errs_no_more(ours, theirs, fp64):
+    """Than twice the model's own forward, and a unit in the last place of the tensor's size."""
+    tiny = torch.finfo(ours.dtype).eps * fp64.norm().item()
+    assert distance(ours, fp64) <= 2 * distance(theirs, fp64) + tiny
 
 
-def assert_all_err_no_more(ours, theirs, truth):
+def assert_all_err_no_more(ours, theirs, fp64):
     """Likewise, of all tensors by name together, each in units in its own last place: how much one
     alone errs is chance, above all of a sum whose terms cancel."""
-    assert ours.keys() == theirs.keys() <= truth.keys()
+    assert ours.keys() == theirs.keys() <= fp64.keys()
 
     def units(found):
         far = [
-            distance(x, truth[name]) / (torch.finfo(x.dtype).eps * truth[name].norm().item())
+            distance(x, fp64[name]) / (torch.finfo(x.dtype).eps * fp64[name].norm().item())
             for name, x in found.items()
         ]
         return torch.tensor(far).norm().item()

@@ -63,7 +63,7 @@ def test_decode_and_encode(name, latents):
 
 
 @pytest.mark.parametrize("name", ["released", rest("factorized")])
-def test_a_stream_on_kernels_is_the_whole_bit_for_bit(name):
+def test_stream_on_kernels_equals_decode_bitwise(name):
     vae = make(name)
     z, video = inputs(vae, 5)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_a_stream_on_kernels_is_the_whole_bit_for_bit(name):
 
 
 @pytest.mark.parametrize("name", [rest("released"), "factorized"])
-def test_every_parameter_has_the_gradient_it_has_on_the_references(name):
+def test_gradients_on_kernels_equal_reference(name):
     vae = make(name)
     other = on_reference(vae)
     _, video = inputs(vae, 3)
@@ -86,7 +86,7 @@ def test_every_parameter_has_the_gradient_it_has_on_the_references(name):
         assert (ours.grad - expected.grad).abs().max() <= 1e-4 * scale, key
 
 
-def test_a_clip_may_go_on_under_another_kind_of_no_gradient():
+def test_a_clip_continues_in_another_grad_mode():
     """A state that was begun in inference mode, where tensors cannot be written to outside."""
     vae = on_reference(make("released"))
     z, _ = inputs(vae, 4)

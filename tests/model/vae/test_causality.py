@@ -1,4 +1,4 @@
-"""Strictly causal: what comes later changes nothing before, not by a bit (factorised family)."""
+"""The factorised VAE is strictly causal: later frames change nothing before, not by a bit."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def grad(request):
 
 
 @pytest.mark.parametrize("changed", range(13))
-def test_a_later_frame_does_not_reach_an_earlier_latent(vae, changed):
+def test_encode_is_causal(vae, changed):
     video = torch.randn(1, 13, 3, 16, 16)
     other = video.clone()
     other[:, changed] += 1
@@ -42,7 +42,7 @@ def test_a_later_frame_does_not_reach_an_earlier_latent(vae, changed):
 
 
 @pytest.mark.parametrize("changed", range(4))
-def test_a_later_latent_does_not_reach_an_earlier_frame(vae, changed):
+def test_decode_is_causal(vae, changed):
     z = torch.randn(1, 4, 4, 2, 2)
     other = z.clone()
     other[:, changed] += 1
@@ -61,7 +61,7 @@ def test_a_longer_clip_begins_with_the_shorter_one(vae, latents):
     assert torch.equal(vae.encode(video[:, :count]).moments, vae.encode(video).moments[:, :latents])
 
 
-def test_chunks_are_no_part_of_what_is_computed(vae):
+def test_result_does_not_depend_on_chunks(vae):
     """One chunk, or any plan: the same up to rounding; the released VAE would be off by far."""
     z = torch.randn(1, 5, 4, 2, 2)
     torch.testing.assert_close(vae.decoder(z), vae.decode(z), rtol=1e-4, atol=1e-5)
@@ -69,13 +69,13 @@ def test_chunks_are_no_part_of_what_is_computed(vae):
     torch.testing.assert_close(vae.encoder(video), vae.encode(video).moments, rtol=1e-4, atol=1e-5)
 
 
-def test_the_first_frame_is_a_latent_of_its_own(vae):
+def test_first_frame_has_its_own_latent(vae):
     """An image is a clip of one frame, and the first frame of a clip is encoded as an image."""
     video = torch.randn(1, 9, 3, 16, 16)
     assert torch.equal(vae.encode(video[:, :1]).mean, vae.encode(video).mean[:, :1])
 
 
-def test_keys_name_the_two_convolutions(vae):
+def test_state_dict_keys_of_factorized_convolutions(vae):
     keys = vae.state_dict()
     assert keys["encoder.conv_in.spatial.weight"].shape == (8, 3, 3, 3)
     assert keys["encoder.conv_in.temporal.weight"].shape == (8, 8, 3)

@@ -1,4 +1,4 @@
-"""What the VAE costs beside diffusers': launches, bytes moved, bytes alive, layouts, caches."""
+"""Costs of the VAE beside diffusers': launches, bytes moved, bytes alive, layouts, caches."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ class Ops(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("latents", "chunk"), ((3, "first"), (2, "later")))
-def test_a_chunk_is_at_most_four_tenths_of_diffusers_launches(latents, chunk):
+def test_launches_of_a_chunk(latents, chunk):
     """The decoder of the released depth; the first chunk of a clip, and one with a cache."""
     config = SMALL
     vae = CausalVAE(config, backend="kernel")
@@ -78,7 +78,7 @@ def test_a_chunk_is_at_most_four_tenths_of_diffusers_launches(latents, chunk):
 
 class Passes(Moved):
     """Bytes through memory of all but convolutions. A norm that makes its own statistics reads its
-    input once more than its arguments say."""
+    input once more than its arguments show."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = name_of(func)
@@ -90,13 +90,13 @@ class Passes(Moved):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def test_the_bytes_of_a_resnet_from_its_shapes():
+def test_bytes_moved_by_a_resnet_block():
     """A block of the last level, eight frames of 480x720 in bf16, with a block before and one
     behind it: 9.5 V, where V is one such tensor.
 
     Two norms' applications (read, write): 4 V; the second's statistics: 1 V; the sum with the
     statistics of the next norm: 3 V; and for each convolution two frames out of the cache, to the
-    head of its input, and two into the cache: 1.5 V. The 7 V of the fact sheet (section 7.2) have
+    head of its input, and two into the cache: 1.5 V. The 7 V of docs/model.md, section 7.2, have
     the sum in the convolution (1 V), statistics in both norms, and count no frame of a cache.
     """
     with torch.device("meta"):
@@ -154,17 +154,17 @@ def order(x, other):
     return sorted(steps, key=lambda d: -x.stride(d))
 
 
-@pytest.mark.parametrize("way", ("encoder", "decoder"))
+@pytest.mark.parametrize("half", ("encoder", "decoder"))
 @pytest.mark.parametrize("backend", ("kernel", "auto"))
-def test_no_layout_is_ever_turned_round(way, backend):
+def test_layout_is_never_converted(half, backend):
     """But for a video's three channels as it comes in."""
     vae = CausalVAE(SMALL, backend=backend)
-    first, later = (3, 2) if way == "decoder" else (9, 8)
-    sides = (4, 2, 2) if way == "decoder" else (3, 16, 16)
+    first, later = (3, 2) if half == "decoder" else (9, 8)
+    sides = (4, 2, 2) if half == "decoder" else (3, 16, 16)
     cache = FrameCache()
     for count in (first, later):
         with programs_left_out(), Layouts(large=9 * 16 * 16 * 4) as seen:
-            getattr(vae, way)(torch.randn(1, count, *sides), cache)
+            getattr(vae, half)(torch.randn(1, count, *sides), cache)
         assert seen.convolutions > 20
         assert not seen.wrong, seen.wrong
 
@@ -188,19 +188,19 @@ def peaks(config, latents, height, width, dtype, device, chunks=None):
     return found
 
 
-def test_a_decode_on_a_cpu_keeps_half_the_bytes_alive():
+def test_peak_memory_of_decode_on_cpu():
     ours, other = peaks(SMALL, 5, 64, 96, torch.float32, "cpu")
     assert ours <= 0.55 * other, ours / other
 
 
-def test_a_decode_of_the_released_size_keeps_half_the_bytes_alive():
+def test_peak_memory_of_decode_at_released_size():
     """49 frames of 480x720 in bf16, from the shapes of both decoders."""
     ours, other = peaks(RELEASED, 13, 480, 720, torch.bfloat16, "meta")
     assert ours <= 0.45 * other, ours / other
 
 
 @pytest.mark.parametrize(("height", "width", "most"), ((480, 720, 2679), (768, 1360, 8097)))
-def test_the_cache_is_two_frames_of_each_convolution_in_time(height, width, most):
+def test_cache_size(height, width, most):
     """bf16: as the formula has it, and no more than the least that there can be."""
     vae = CausalVAE(RELEASED).bfloat16().to("meta")
     state = DecodeState()
@@ -225,7 +225,7 @@ def test_the_cache_is_two_frames_of_each_convolution_in_time(height, width, most
 
 @pytest.mark.parametrize("batch", (1, 4, 12))
 @pytest.mark.parametrize(("height", "width"), ((480, 720), (768, 1360), (1088, 1920), (1536, 2720)))
-def test_any_size_decodes_and_encodes_from_the_first_frame_on(batch, height, width):
+def test_any_size_decodes_and_encodes(batch, height, width):
     """Where diffusers' convolution cuts a chunk into pieces shorter than its kernel."""
     with torch.device("meta"):
         vae = CausalVAE(RELEASED).bfloat16()

@@ -1,4 +1,4 @@
-"""The released family is diffusers' AutoencoderKLCogVideoX: keys, values, chunk plans, tiles."""
+"""The released VAE equals diffusers' AutoencoderKLCogVideoX: keys, values, chunk plans, tiles."""
 
 import copy
 
@@ -87,7 +87,7 @@ def test_encode_equals_diffusers_for_every_valid_number_of_frames(tiny, count):
 
 
 @pytest.mark.parametrize("options", ({"algo": "conv2d"}, {"fold": False}), ids=str)
-def test_every_way_of_convolving_equals_diffusers(options):
+def test_every_convolution_algorithm_equals_diffusers(options):
     theirs, ours = pair("widths")
     ours.set_convolutions(**options)
     z = torch.randn(2, 3, 4, 3, 2)
@@ -117,13 +117,13 @@ def test_with_gradients_values_equal_diffusers_too(tiny):
 
 
 @pytest.mark.parametrize("latents", (3, 4))
-def test_in_bfloat16_errs_at_most_twice_as_much_as_diffusers(latents):
+def test_bfloat16_error_is_at_most_twice_diffusers(latents):
     theirs, ours = pair("widths")
     z = torch.randn(1, latents, 4, 3, 4).bfloat16()
     video = torch.randn(1, frames.video_frames(latents), 3, 24, 32).bfloat16()
     theirs, ours = theirs.bfloat16(), ours.bfloat16()
     exact = copy.deepcopy(ours).double()
-    for mine, yard, truth in (
+    for mine, other, fp64 in (
         (ours.decode(z), their_decode(theirs, z), exact.decode(z.double())),
         (
             ours.encode(video).moments,
@@ -132,9 +132,9 @@ def test_in_bfloat16_errs_at_most_twice_as_much_as_diffusers(latents):
         ),
     ):
         assert mine.dtype is torch.bfloat16
-        mine, yard = mine.double() - truth, yard.double() - truth
-        assert mine.abs().max() <= 2 * yard.abs().max()
-        assert mine.square().mean() <= 4 * yard.square().mean()
+        mine, other = mine.double() - fp64, other.double() - fp64
+        assert mine.abs().max() <= 2 * other.abs().max()
+        assert mine.square().mean() <= 4 * other.square().mean()
 
 
 @pytest.mark.parametrize("height, width", ((248, 400), (96, 368), (424, 104), (208, 360)))
@@ -160,7 +160,7 @@ def test_small_tiles_equal_diffusers_over_several_chunks(tiny):
     assert apart(ours.encode(video, tiling=tiling).moments, their_encode(theirs, video)) < RELATIVE
 
 
-def test_slices_of_a_batch_are_the_clips_alone(tiny):
+def test_slicing_equals_single_clips(tiny):
     ours = tiny[1]
     z, video = torch.randn(3, 3, 4, 2, 3), torch.randn(3, 9, 3, 16, 24)
     alone = torch.cat([ours.decode(clip) for clip in z.split(1)])
@@ -171,7 +171,7 @@ def test_slices_of_a_batch_are_the_clips_alone(tiny):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_samples_of_a_seed_are_those_of_diffusers(dtype):
+def test_samples_of_a_seed_equal_diffusers(dtype):
     theirs, ours = pair()
     theirs, ours = theirs.to(dtype), ours.to(dtype)
     video = torch.randn(2, 9, 3, 16, 24).to(dtype)
@@ -190,12 +190,12 @@ def test_samples_of_a_seed_are_those_of_diffusers(dtype):
     assert torch.equal(drawn, same.sample().transpose(1, 2))
 
 
-def test_log_variance_stays_within_its_bounds():
+def test_log_variance_is_clamped():
     moments = torch.tensor([0.0, 0.0, 100.0, -100.0]).reshape(1, 1, 4, 1, 1)
     assert DiagonalGaussian(moments).logvar.flatten().tolist() == [20.0, -30.0]
 
 
-def test_kl_is_that_of_torch_and_one_number_for_each_clip():
+def test_kl_equals_torch_for_each_clip():
     posterior = DiagonalGaussian(torch.randn(3, 2, 8, 4, 5))
     normal = torch.distributions.Normal(posterior.mean, posterior.std)
     kl = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0))
@@ -204,7 +204,7 @@ def test_kl_is_that_of_torch_and_one_number_for_each_clip():
 
 
 def test_the_released_vae_has_its_keys_shapes_and_parameters():
-    """Fact sheet, section 4.11."""
+    """docs/model.md, section 4.11."""
     with torch.device("meta"):
         theirs = AutoencoderKLCogVideoX(
             down_block_types=("CogVideoXDownBlock3D",) * 4,

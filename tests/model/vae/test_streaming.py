@@ -1,4 +1,4 @@
-"""A stream is the whole, bit for bit, in memory that does not grow; states are values."""
+"""Streams equal whole clips bit for bit, in constant memory; states are values."""
 
 import contextlib
 import copy
@@ -67,7 +67,7 @@ def joined(chunks):
 
 
 def both(vae, latents):
-    """(whole, stream, input) of each way through the VAE."""
+    """(whole, stream, input) of encoding and of decoding."""
     side = 2 * vae.config.spatial_compression_ratio
     z = torch.randn(1, latents, 4, 2, 2)
     video = torch.randn(1, frames.video_frames(latents, vae.config), 3, side, side)
@@ -85,13 +85,13 @@ def cuts(length, rng):
 
 @pytest.mark.parametrize("name", VAES)
 @pytest.mark.parametrize("latents", (1, 2, 3, 6, 7))
-def test_a_stream_of_a_tensor_is_the_whole_bit_for_bit(name, latents):
+def test_stream_of_a_tensor_equals_whole_bitwise(name, latents):
     for whole, stream, x in both(VAES[name], latents):
         assert torch.equal(joined(stream(x)), whole)
 
 
 @pytest.mark.parametrize("name", VAES)
-def test_pieces_of_any_length_give_the_same_bits(name):
+def test_stream_of_any_pieces_equals_whole_bitwise(name):
     rng = torch.Generator().manual_seed(1)
     for whole, stream, x in both(VAES[name], 7):
         known = {"total": x.shape[1]} if name == "released" else {}
@@ -100,7 +100,7 @@ def test_pieces_of_any_length_give_the_same_bits(name):
 
 
 @pytest.mark.parametrize("latents", (1, 2, 3, 6, 7))
-def test_the_released_chunks_need_no_total(latents):
+def test_released_chunks_need_no_total(latents):
     z = torch.randn(1, latents, 4, 2, 2)
     pieces = z.split(frames.decode_plan(latents), dim=1)
     assert torch.equal(joined(released.stream_decode(iter(pieces))), released.decode(z))
@@ -112,7 +112,7 @@ def test_the_released_chunks_need_no_total(latents):
 @pytest.mark.parametrize(
     "pieces", ((4,), (2, 1), (2, 3), (3, 1), (1, 2), (1, 1), (2, 2, 1), (3, 2, 4))
 )
-def test_other_latents_than_the_released_chunks_are_refused_by_name(pieces):
+def test_latents_that_are_no_chunks_are_refused_without_total(pieces):
     state = DecodeState()
     z = [torch.randn(1, n, 4, 2, 2) for n in pieces]
     for n, piece in enumerate(z[:-1], 1):
@@ -126,19 +126,19 @@ def test_other_latents_than_the_released_chunks_are_refused_by_name(pieces):
 
 
 @pytest.mark.parametrize("pieces", ((2,), (7,), (10,), (8, 9), (9, 1), (1, 8), (8, 4)))
-def test_other_frames_than_the_released_chunks_are_refused_by_name(pieces):
+def test_frames_that_are_no_chunks_are_refused_without_total(pieces):
     video = (torch.randn(1, n, 3, 8, 8) for n in pieces)
     with pytest.raises(ValueError, match=r"stream_encode: video must come in the chunks .*total="):
         list(released.stream_encode(video))
 
 
-def test_the_factorised_vae_refuses_a_clip_that_ends_within_a_latent():
+def test_factorised_clip_that_ends_within_a_latent_is_refused():
     pieces = torch.randn(1, 7, 3, 8, 8).split(1, dim=1)
     with pytest.raises(ValueError, match=r"must have 1 \+ 4k frames, nearest 5 or 9; got 7"):
         list(factorized.stream_encode(iter(pieces)))
 
 
-def test_a_total_is_kept_to():
+def test_frames_that_contradict_total_are_refused():
     z = torch.randn(1, 5, 4, 2, 2)
     with pytest.raises(ValueError, match="must end after total = 4 frames; got 5"):
         released.stream_decode(z, total=4)
@@ -151,7 +151,7 @@ def test_a_total_is_kept_to():
 
 
 @pytest.mark.parametrize("name", VAES)
-def test_two_streams_of_one_vae_do_not_touch_each_other(name):
+def test_interleaved_streams_are_independent(name):
     vae = VAES[name]
     a, b = torch.randn(1, 7, 4, 2, 2), torch.randn(1, 6, 4, 3, 2)
     streams = {"a": vae.stream_decode(a, DecodeState()), "b": vae.stream_decode(b, DecodeState())}
@@ -162,7 +162,7 @@ def test_two_streams_of_one_vae_do_not_touch_each_other(name):
     assert torch.equal(joined(out["b"]), vae.decode(b))
 
 
-def test_two_threads_of_one_vae_do_not_touch_each_other():
+def test_threads_are_independent():
     clips = [torch.randn(1, 6, 4, 2, 2) for _ in range(2)]
     alone = [released.decode(z) for z in clips]
     out = [None, None]
@@ -181,7 +181,7 @@ def test_two_threads_of_one_vae_do_not_touch_each_other():
 
 
 @pytest.mark.parametrize("name", VAES)
-def test_an_abandoned_clip_leaves_nothing_for_the_next(name):
+def test_an_abandoned_clip_does_not_affect_the_next(name):
     vae = VAES[name]
     a, b = torch.randn(1, 7, 4, 2, 2), torch.randn(1, 7, 4, 2, 2)
     expected = copy.deepcopy(vae).decode(b)
@@ -191,7 +191,7 @@ def test_an_abandoned_clip_leaves_nothing_for_the_next(name):
 
 
 @pytest.mark.parametrize("name", VAES)
-def test_a_state_goes_on_where_it_was_left(name):
+def test_a_state_continues_its_clip(name):
     for whole, stream, x in both(VAES[name], 7):
         state = EncodeState() if x.shape[2] == 3 else DecodeState()
         plan = frames.encode_plan if x.shape[2] == 3 else frames.decode_plan
@@ -207,7 +207,7 @@ def test_a_state_goes_on_where_it_was_left(name):
         assert torch.equal(joined(stream(x, state)), whole)
 
 
-def test_a_clone_goes_its_own_way_and_fits_a_copy_of_the_vae():
+def test_a_cloned_state_is_independent():
     z = torch.randn(1, 6, 4, 2, 2)
     other = torch.cat([z[:, :4], torch.randn(1, 2, 4, 2, 2)], dim=1)
     state = DecodeState()
@@ -226,7 +226,7 @@ def test_a_clone_goes_its_own_way_and_fits_a_copy_of_the_vae():
     assert torch.equal(joined(begun + c), released.decode(z))
 
 
-def test_a_moved_state_serves_the_vae_that_is_there():
+def test_a_state_moves_to_another_device():
     state = DecodeState()
     list(released.stream_decode(torch.randn(1, 2, 4, 2, 2), state, last=False))
     there = state.to("meta")
@@ -236,7 +236,7 @@ def test_a_moved_state_serves_the_vae_that_is_there():
     assert joined(vae.stream_decode(z, there)).shape == (1, 8, 3, 16, 16)
 
 
-def test_every_convolution_in_time_remembers_two_frames_and_nothing_else_does():
+def test_only_temporal_convolutions_have_a_cache():
     for coder, x in (
         (released.encoder, torch.randn(1, 8, 3, 16, 16)),
         (released.decoder, torch.randn(1, 2, 4, 2, 2)),
@@ -253,7 +253,7 @@ def test_every_convolution_in_time_remembers_two_frames_and_nothing_else_does():
 
 
 @pytest.mark.parametrize("coder", (Encoder, Decoder))
-def test_an_encoder_and_a_decoder_take_chunks_and_a_cache_themselves(coder):
+def test_coders_can_be_called_with_a_cache(coder):
     vae = released
     whole, _, x = both(vae, 5)[coder is Encoder]
     plan = frames.encode_plan if coder is Encoder else frames.decode_plan
@@ -282,11 +282,11 @@ class Convolutions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("way", ("encoder", "decoder"))
-def test_an_exception_in_any_convolution_leaves_a_state_that_says_so(way):
+@pytest.mark.parametrize("half", ("encoder", "decoder"))
+def test_an_exception_in_a_chunk_breaks_the_state(half):
     vae = make(SMALL)
-    whole, stream, x = both(vae, 4)[way == "encoder"]
-    kind = EncodeState if way == "encoder" else DecodeState
+    whole, stream, x = both(vae, 4)[half == "encoder"]
+    kind = EncodeState if half == "encoder" else DecodeState
     with Convolutions() as second:
         running = stream(x, kind())
         next(running)
@@ -306,11 +306,11 @@ def test_an_exception_in_any_convolution_leaves_a_state_that_says_so(way):
         assert torch.equal(joined(stream(x, state)), whole)
 
 
-@pytest.mark.parametrize("way", ("encoder", "decoder"))
-def test_after_an_exception_anywhere_the_next_clip_is_untouched_and_nothing_is_held(way):
+@pytest.mark.parametrize("half", ("encoder", "decoder"))
+def test_an_exception_does_not_affect_the_next_clip(half):
     vae = make(SMALL)
-    whole, stream, x = both(vae, 2)[way == "encoder"]
-    run = vae.encode if way == "encoder" else vae.decode
+    whole, stream, x = both(vae, 2)[half == "encoder"]
+    run = vae.encode if half == "encoder" else vae.decode
     with Convolutions() as all_of_them:
         run(x)
     for stop in range(all_of_them.count):
@@ -322,14 +322,14 @@ def test_after_an_exception_anywhere_the_next_clip_is_untouched_and_nothing_is_h
 
 
 @pytest.mark.parametrize("name", VAES)
-@pytest.mark.parametrize("way", ("encode", "decode"))
-def test_memory_does_not_grow_with_the_clip(name, way):
+@pytest.mark.parametrize("half", ("encode", "decode"))
+def test_memory_does_not_grow_with_the_clip(name, half):
     vae = VAES[name]
 
     def peak(latents):
         count = frames.video_frames(latents, vae.config)
         with LiveBytes() as live:
-            if way == "decode":
+            if half == "decode":
                 pieces = (torch.randn(1, 1, 4, 2, 2) for _ in range(latents))
                 for _ in vae.stream_decode(pieces, total=latents):
                     pass
@@ -343,7 +343,7 @@ def test_memory_does_not_grow_with_the_clip(name, way):
     assert abs(long / short - 1) < 0.01
 
 
-def test_a_reader_may_reuse_its_buffer():
+def test_a_source_may_reuse_its_buffer():
     video = torch.randn(1, 9, 3, 16, 16)
 
     def reader():
@@ -370,7 +370,7 @@ def test_gradients_flow_through_the_cache(name):
 
 
 @pytest.mark.parametrize("name", VAES)
-def test_checkpointing_changes_neither_values_nor_gradients(name):
+def test_checkpointing_keeps_values_and_gradients(name):
     results = []
     video = torch.randn(1, 17, 3, 16, 16)
     for on in (False, True):

@@ -30,7 +30,7 @@ def meta():
 
 
 @pytest.mark.parametrize("seed", range(120))
-def test_any_tiles_give_the_right_size_or_a_value_error(meta, seed):
+def test_any_tiling_gives_the_right_size_or_a_value_error(meta, seed):
     rng = random.Random(seed)
     height, width = (4 * rng.randint(1, 8) for _ in "hw")
     multiple = rng.choice((4, 4, 4, 1))
@@ -51,14 +51,14 @@ def test_any_tiles_give_the_right_size_or_a_value_error(meta, seed):
 
 @pytest.mark.parametrize("overlap", (0.0, 1 / 6, 0.2, 0.5, 0.8))
 @pytest.mark.parametrize("size", (1, 2, 5, 6, 11))
-def test_blended_tiles_of_one_function_are_that_function(overlap, size):
+def test_blended_tiles_of_a_pointwise_function_equal_it(overlap, size):
     """Where tiles agree, blending changes nothing and every place comes from its own place."""
     x = torch.randn(1, 2, 3, 8 * size, 8 * (size + 1), dtype=torch.float64)
     tiling = Tiling(40, 24, overlap, overlap)
     torch.testing.assert_close(tiled(lambda tile: tile.clone(), x, tiling, 8, (8, 8)), x)
 
 
-def test_no_overlap_is_honoured():
+def test_zero_overlap():
     """Tiles side by side, each decoded alone."""
     torch.manual_seed(0)
     vae = CausalVAE(CONFIG)
@@ -90,12 +90,12 @@ def test_frames_no_larger_than_a_tile_are_not_cut():
         ({"overlap_height": "a sixth"}, TypeError),
     ),
 )
-def test_impossible_tiles_are_refused_by_name(options, error):
+def test_invalid_tiling_is_refused(options, error):
     with pytest.raises(error, match=f"Tiling: {next(iter(options))} must be "):
         Tiling(**options)
 
 
-def test_progress_counts_every_chunk_of_every_tile_of_every_clip():
+def test_progress_counts_chunks_of_all_tiles_and_clips():
     vae = CausalVAE(CONFIG)
     seen = []
     z = torch.randn(2, 5, 2, 4, 4)

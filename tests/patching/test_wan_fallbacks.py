@@ -1,4 +1,4 @@
-"""What of Wan is called as a module, and what goes the model's own way and says so."""
+"""Wan modules that are called as modules, and calls that fall back to the model's own forward."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.patching.wan import LAYERS, assert_all_hit, conv, run, tokens, transf
 
 
 @torch.no_grad()
-def test_fused_projections_are_used_where_they_are():
+def test_fused_projections_are_used():
     model, inputs = transformer(), tokens()
     for part in model.blocks:
         part.attn1.fuse_projections()
@@ -48,7 +48,7 @@ def _half(model):
 
 @pytest.mark.parametrize("change", [_hook, _half], ids=["hook", "another_norm"])
 @torch.no_grad()
-def test_a_norm_that_is_not_plain_sends_the_block_its_own_way(change):
+def test_a_modified_norm_falls_back(change):
     model, inputs = transformer(), tokens()
     change(model)
     theirs = run(model, inputs)
@@ -59,7 +59,7 @@ def test_a_norm_that_is_not_plain_sends_the_block_its_own_way(change):
 
 
 @torch.no_grad()
-def test_one_modulation_for_several_samples_is_left_to_the_model():
+def test_a_shared_modulation_falls_back():
     model = transformer()
     report = patch(model, ["adaln"])
     part, x, text = model.blocks[0], torch.randn(2, 12, 32), torch.randn(2, 5, 32)
@@ -70,7 +70,7 @@ def test_one_modulation_for_several_samples_is_left_to_the_model():
 
 
 @torch.no_grad()
-def test_a_modulation_for_several_tokens_is_refused_as_by_the_model():
+def test_a_wrong_modulation_is_refused_by_the_model():
     model = transformer()
     patch(model, ["adaln"])
     part, x, text = model.blocks[0], torch.randn(2, 12, 32), torch.randn(2, 5, 32)
@@ -79,7 +79,7 @@ def test_a_modulation_for_several_tokens_is_refused_as_by_the_model():
 
 
 @torch.no_grad()
-def test_a_norm_with_hooks_before_the_text_is_called_and_the_rest_is_ours():
+def test_a_hooked_norm_before_cross_attention_is_called():
     model, inputs = transformer(), tokens()
     theirs = run(model, inputs)
     report = patch(model, ["adaln"])
@@ -91,7 +91,7 @@ def test_a_norm_with_hooks_before_the_text_is_called_and_the_rest_is_ours():
 
 
 @torch.no_grad()
-def test_another_processor_is_left_to_itself():
+def test_another_processor_falls_back():
     class Another:
         def __call__(self, attn, hidden_states, *others):
             return hidden_states * 2
@@ -105,7 +105,7 @@ def test_another_processor_is_left_to_itself():
 
 
 @torch.no_grad()
-def test_tables_for_each_sample_are_left_to_the_model():
+def test_tables_per_sample_fall_back():
     model = transformer()
     report = patch(model, ["rope"])
     attn, x = model.blocks[0].attn1, torch.randn(2, 12, 32)
@@ -116,16 +116,16 @@ def test_tables_for_each_sample_are_left_to_the_model():
 
 
 @torch.no_grad()
-def test_the_softmax_is_the_one_that_is_set():
+def test_attention_backend():
     from diffusers.models import attention_dispatch
     from diffusers.models.transformers import transformer_wan
 
     model, inputs = transformer(), tokens()
-    asked = []
+    backends = []
     dispatch = attention_dispatch.dispatch_attention_fn
 
     def watched(*args, backend=None, **kwargs):
-        asked.append(backend)
+        backends.append(backend)
         return dispatch(*args, backend=backend, **kwargs)
 
     model.set_attention_backend("_native_math")
@@ -135,7 +135,7 @@ def test_the_softmax_is_the_one_that_is_set():
             monkeypatch.setattr(module, "dispatch_attention_fn", watched)
         patch(model, ["rope"], backend="reference")
         assert torch.equal(run(model, inputs), theirs)
-    assert len(asked) == 2 * LAYERS and {str(x.value) for x in asked} == {"_native_math"}
+    assert len(backends) == 2 * LAYERS and {str(x.value) for x in backends} == {"_native_math"}
 
 
 # --- the VAE ---------------------------------------------------------------------------------
@@ -151,13 +151,13 @@ def test_the_softmax_is_the_one_that_is_set():
     ids=["uneven", "no_time", "another_dtype"],
 )
 @torch.no_grad()
-def test_another_convolution_goes_its_own_way(options, past):
+def test_another_convolution_falls_back(options, past):
     ours, theirs, report = conv(**options)
     x = torch.randn(1, 3, 4, 5, 6)
     past = None if past is None else torch.randn(1, 3, 2, 5, 6).to(past)
     if past is not None and past.dtype == torch.float64:
         for run_it in (ours, theirs):
-            with pytest.raises(RuntimeError):  # what torch says of two dtypes
+            with pytest.raises(RuntimeError):  # torch refuses two dtypes
                 run_it(x, past)
     else:
         assert torch.equal(ours(x, past), theirs(x, past))
@@ -165,7 +165,7 @@ def test_another_convolution_goes_its_own_way(options, past):
 
 
 @torch.no_grad()
-def test_more_frames_before_a_chunk_than_are_read_go_the_models_own_way():
+def test_too_many_cached_frames_fall_back():
     ours, theirs, report = conv(3, padding=1)
     x, past = torch.randn(1, 3, 4, 5, 6), torch.randn(1, 3, 3, 5, 6)
     assert torch.equal(ours(x, past), theirs(x, past))
@@ -173,7 +173,7 @@ def test_more_frames_before_a_chunk_than_are_read_go_the_models_own_way():
 
 
 @torch.no_grad()
-def test_a_smooth_upsampling_is_left_to_the_model():
+def test_bilinear_upsampling_falls_back():
     model = vae(torch.bfloat16)
     report = patch(model, ["resample"])
     upsample = next(m for m in model.modules() if isinstance(m, WanUpsample))

@@ -1,4 +1,4 @@
-"""What cannot be done is refused before any work, by the name of the argument and of the rule."""
+"""Wrong arguments are refused before any work, by the name of the argument and the rule."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def empty(*shape, **options):
 
 
 @pytest.mark.parametrize("count", [n for n in range(2, 34) if n % 8 > 1])
-def test_frames_that_would_not_come_back_are_refused_with_the_nearest(count):
+def test_invalid_frame_counts_are_refused_with_the_nearest(count):
     below, above = count // 8 * 8 + 1, count // 8 * 8 + 8
     for call in (vae.encode, vae.stream_encode):
         with pytest.raises(ValueError, match=rf"8k \+ 1 frames, nearest {below} or {above}; got"):
@@ -49,13 +49,13 @@ def test_frames_that_would_not_come_back_are_refused_with_the_nearest(count):
 
 
 @pytest.mark.parametrize("count", (2, 3, 4, 6, 8, 16))
-def test_frames_of_the_factorised_vae_are_one_and_fours(count):
+def test_invalid_frame_counts_of_the_factorised_vae_are_refused(count):
     with pytest.raises(ValueError, match=rf"encode: video must have 1 \+ 4k frames.*got {count}"):
         factorized.encode(empty(1, count, 3, 16, 16))
 
 
 @pytest.mark.parametrize(
-    "shape, said",
+    "shape, message",
     (
         ((1, 9, 3, 20, 16), "height that is a multiple of 8, nearest 16 or 24; got 20x16"),
         ((1, 9, 3, 16, 4), "width that is a multiple of 8, nearest 8; got 16x4"),
@@ -66,21 +66,21 @@ def test_frames_of_the_factorised_vae_are_one_and_fours(count):
         ((1, 9, 3, 0, 16), "nothing empty"),
     ),
 )
-def test_a_video_of_another_shape_is_refused(shape, said):
+def test_wrong_video_shape_is_refused(shape, message):
     for call in (vae.encode, vae.stream_encode):
-        with pytest.raises(ValueError, match=f"video must .*{said}"):
+        with pytest.raises(ValueError, match=f"video must .*{message}"):
             call(empty(*shape))
 
 
 @pytest.mark.parametrize("shape", ((1, 4, 3, 2, 2), (4, 3, 2, 2), (1, 0, 4, 2, 2), (1, 3, 4, 2, 0)))
-def test_latents_of_another_shape_are_refused(shape):
+def test_wrong_latents_shape_is_refused(shape):
     for call in (vae.decode, vae.stream_decode):
         with pytest.raises(ValueError, match="latents must be "):
             call(empty(*shape))
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.uint8))
-def test_another_dtype_than_the_weights_is_refused(dtype):
+def test_wrong_dtype_is_refused(dtype):
     for call, shape in ((vae.encode, (1, 9, 3, 16, 16)), (vae.stream_decode, (1, 3, 4, 2, 2))):
         with pytest.raises(TypeError, match=f"must be torch.float32 as the weights; got {dtype}"):
             call(empty(*shape, dtype=dtype))
@@ -91,36 +91,36 @@ def test_under_autocast_integers_are_refused():
         vae.encode(empty(1, 9, 3, 16, 16, dtype=torch.uint8))
 
 
-def test_another_device_than_the_weights_is_refused():
+def test_wrong_device_is_refused():
     with pytest.raises(ValueError, match="latents must be on cpu as the weights; got meta"):
         vae.decode(empty(1, 3, 4, 2, 2, device="meta"))
 
 
 @pytest.mark.parametrize("value", (None, [[1.0]], 3))
-def test_what_is_no_tensor_is_refused(value):
+def test_non_tensor_is_refused(value):
     with pytest.raises(TypeError, match="video must be a tensor .*got "):
         vae.encode(value)
 
 
-def test_what_is_neither_tensor_nor_pieces_is_refused():
+def test_neither_tensor_nor_pieces_is_refused():
     with pytest.raises(TypeError, match="a tensor or an iterable of tensors; got int"):
         vae.stream_decode(3)
     with pytest.raises(TypeError, match="latents must be a tensor .*got str"):
         next(vae.stream_decode(["a"], total=1))
 
 
-def test_encoder_and_decoder_are_not_exchanged():
-    for call, module, said in (
+def test_swapped_encoder_and_decoder_are_refused():
+    for call, module, message in (
         (encode, vae.decoder, "encode: encoder must be an Encoder; got Decoder"),
         (stream_encode, vae, "stream_encode: encoder must be an Encoder; got CausalVAE"),
         (decode, vae.encoder, "decode: decoder must be a Decoder; got Encoder"),
         (stream_decode, None, "stream_decode: decoder must be a Decoder; got NoneType"),
     ):
-        with pytest.raises(TypeError, match=said):
+        with pytest.raises(TypeError, match=message):
             call(module, empty(1, 9, 3, 16, 16))
 
 
-def test_states_are_not_exchanged():
+def test_swapped_states_are_refused():
     with pytest.raises(TypeError, match="state must be a DecodeState; got EncodeState"):
         vae.stream_decode(empty(1, 3, 4, 2, 2), EncodeState())
     with pytest.raises(TypeError, match="state must be a EncodeState; got DecodeState"):
@@ -128,12 +128,12 @@ def test_states_are_not_exchanged():
 
 
 @pytest.mark.parametrize("total, error", ((True, TypeError), (9.0, TypeError), (0, ValueError)))
-def test_a_total_is_a_number_of_frames(total, error):
+def test_invalid_total_is_refused(total, error):
     with pytest.raises(error, match="total must "):
         vae.stream_decode(iter([]), total=total)
 
 
-def test_a_piece_of_another_size_is_refused_and_the_state_is_as_it_was():
+def test_a_refused_piece_leaves_the_state_unchanged():
     state = DecodeState()
     list(vae.stream_decode(empty(1, 1, 4, 2, 2), state, total=4, last=False))
     before = (state.nbytes, state.waiting)
