@@ -82,18 +82,21 @@ class CausalVAE(nn.Module):
         slicing: bool = False,
         progress: Progress | None = None,
     ) -> DiagonalGaussian:
-        """The distribution of a clip's raw latents, which `config.scaling_factor` has not scaled.
+        """The distribution of a clip's raw latents, not multiplied by `config.scaling_factor`.
 
         Args:
-            video: (batch, frames, in_channels, height, width) in [-1, 1], of the weights' dtype and
-                device; frames by the rule of `cogvx.frames`, sides multiples of 8.
-            tiling: cut frames that are larger than a tile.
+            video: (batch, frames, in_channels, height, width) in [-1, 1], dtype and device of the
+                weights; frames by the rule of `cogvx.frames`, sides multiples of 8.
+            tiling: cut frames that are larger than a tile; None never does.
             slicing: take the clips of the batch one by one.
-            progress: called with (chunks done, chunks in all).
+            progress: called with (chunks done, chunks in all): at the start and after each chunk.
 
         Returns:
-            Its `mode()`, and its `sample()`, are (batch, latent frames, latent_channels,
+            A distribution whose `mode()` and `sample()` are (batch, latent frames, latent_channels,
             height / 8, width / 8).
+
+        Raises:
+            TypeError, ValueError: an argument is not as above; nothing has been computed.
         """
         return encode(self.encoder, video, tiling=tiling, slicing=slicing, progress=progress)
 
@@ -109,8 +112,8 @@ class CausalVAE(nn.Module):
 
         Args:
             latents: (batch, latent frames, latent_channels, height, width), divided by
-                `config.scaling_factor`, of the weights' dtype and device.
-            tiling, slicing, progress: as in `encode`; tiles are measured in pixels.
+                `config.scaling_factor`, dtype and device of the weights; any number of frames.
+            tiling, slicing, progress: as in `encode`; tiles are measured in pixels here too.
 
         Returns:
             (batch, frames, out_channels, 8 · height, 8 · width), values in about [-1, 1].
@@ -125,17 +128,28 @@ class CausalVAE(nn.Module):
         total: int | None = None,
         last: bool = True,
     ) -> Iterator[DiagonalGaussian]:
-        """The chunks of `encode`, one by one, in constant memory; see `cogvx.vae.stream_encode`.
+        """`encode` as a stream: the distribution of each chunk, in order, as soon as possible.
+
+        Memory does not grow with the clip, and the results are bit for bit those of `encode`.
 
         Args:
-            video: (batch, frames, in_channels, height, width), or pieces of it in order.
+            video: (batch, frames, in_channels, height, width), or pieces of it in order, of any
+                number of frames each.
             state: position in the clip, continued and updated; None begins a clip.
-            total: frames of the whole clip, where it comes in pieces.
-            last: True if the clip ends with this video.
+            total: frames of the whole clip. A clip given as one tensor needs none, nor does the
+                factorised VAE. The released VAE puts the remainder into the *first* chunk, so
+                without it the pieces must be that VAE's own chunks: 1, 8 or 9 frames, then 8 each.
+            last: True if the clip ends with this video; if not, frames whose chunk is not full yet
+                wait in the state.
 
         Yields:
             The distribution of each chunk's latents, (batch, latent frames, latent_channels,
             height / 8, width / 8).
+
+        Raises:
+            TypeError, ValueError: an argument, or a piece when it comes, is not as above. The state
+                is as it was before that piece.
+            RuntimeError: the state's clip has ended, or was lost to an exception in a chunk.
         """
         return stream_encode(self.encoder, video, state, total=total, last=last)
 
@@ -147,11 +161,12 @@ class CausalVAE(nn.Module):
         total: int | None = None,
         last: bool = True,
     ) -> Iterator[Tensor]:
-        """The chunks of `decode`, one by one, in constant memory; see `cogvx.vae.stream_decode`.
+        """`decode` as a stream: the video of each chunk, in order, as soon as possible.
 
         Args:
             latents: (batch, latent frames, latent_channels, height, width), or pieces of it.
-            state, total, last: as in `stream_encode`, counted in latent frames.
+            state, total, last: as in `stream_encode`, counted in latent frames: the released VAE's
+                own chunks are 1, 2 or 3 frames, then 2 each.
 
         Yields:
             The video of each chunk, (batch, frames, out_channels, 8 · height, 8 · width).

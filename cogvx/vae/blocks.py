@@ -5,8 +5,8 @@ Every layer is called as `layer(flow, modulations, cache)` and returns a `Flow`;
 input.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,8 @@ from .norm import Flow, Modulation, SpatialNorm
 from .options import channels_last
 from .resample import Downsample3D, Upsample3D
 
-
-class MakeNorm(Protocol):
-    """Constructor of a norm of so many channels."""
-
-    def __call__(self, channels: int) -> AnyNorm: ...
-
-
-class MakeConv(Protocol):
-    """Constructor of a causal convolution; `name` is the key of its cache."""
-
-    def __call__(self, in_channels: int, out_channels: int, *, name: str) -> CausalConv: ...
+MakeNorm = Callable[..., AnyNorm]  # of channels
+MakeConv = Callable[..., CausalConv]  # of in_channels, out_channels and name
 
 
 class ResnetBlock3D(nn.Module):

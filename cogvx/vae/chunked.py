@@ -27,19 +27,8 @@ def encode(
     slicing: bool = False,
     progress: Progress | None = None,
 ) -> DiagonalGaussian:
-    """The distribution of a clip's latents, raw: not yet multiplied by the scaling factor.
-
-    Args:
-        video: (batch, frames, in_channels, height, width), values in [-1, 1], dtype and device of
-            the weights; frames by the rule of `cogvx.frames`, sides multiples of 8.
-        tiling: cut frames that are larger than a tile; None never does.
-        slicing: take the clips of the batch one by one.
-        progress: called with (chunks done, chunks in all): at the beginning, and after each chunk.
-
-    Raises:
-        TypeError, ValueError: an argument is not as above; nothing has been computed.
-    """
-    spec = _encoder_spec(encoder, "encode")
+    """The distribution of a clip's raw latents; see `CausalVAE.encode`."""
+    spec = _spec(encoder, Encoder, "encode")
     return DiagonalGaussian(_run_clip(encoder, spec, video, tiling, slicing, progress))
 
 
@@ -51,20 +40,8 @@ def decode(
     slicing: bool = False,
     progress: Progress | None = None,
 ) -> Tensor:
-    """The video of raw latents: already divided by the scaling factor.
-
-    Args:
-        latents: (batch, latent frames, latent_channels, height, width), dtype and device of the
-            weights; any number of frames.
-        tiling, slicing, progress: as in `encode`; tiles are measured in pixels here too.
-
-    Returns:
-        (batch, frames, out_channels, 8 · height, 8 · width), values in about [-1, 1].
-
-    Raises:
-        TypeError, ValueError: an argument is not as above; nothing has been computed.
-    """
-    spec = _decoder_spec(decoder, "decode")
+    """The video of raw latents; see `CausalVAE.decode`."""
+    spec = _spec(decoder, Decoder, "decode")
     return _run_clip(decoder, spec, latents, tiling, slicing, progress)
 
 
@@ -76,25 +53,8 @@ def stream_encode(
     total: int | None = None,
     last: bool = True,
 ) -> Iterator[DiagonalGaussian]:
-    """`encode` as a stream: the distributions of the chunks, in order, each as soon as it can be.
-
-    Memory does not grow with the clip, and the results are bit for bit those of `encode`.
-
-    Args:
-        video: a clip as in `encode`, or pieces of it in order, of any number of frames each.
-        state: position in the clip, continued and updated; None begins a clip.
-        total: frames of the whole clip. A clip given as one tensor needs none, nor does the
-            factorised VAE. The released VAE puts the remainder into the *first* chunk, so without
-            it the pieces must be that VAE's own chunks: 1, 8 or 9 frames, then 8 each.
-        last: True if the clip ends with this video; if not, frames whose chunk is not full yet wait
-            in the state.
-
-    Raises:
-        TypeError, ValueError: an argument, or a piece when it comes, is not as above. The state is
-            as it was before that piece.
-        RuntimeError: the state's clip has ended, or was lost to an exception in a chunk.
-    """
-    spec = _encoder_spec(encoder, "stream_encode")
+    """`encode` as a stream; see `CausalVAE.stream_encode`."""
+    spec = _spec(encoder, Encoder, "stream_encode")
     return map(DiagonalGaussian, _stream(encoder, spec, video, state, total, last))
 
 
@@ -106,43 +66,26 @@ def stream_decode(
     total: int | None = None,
     last: bool = True,
 ) -> Iterator[Tensor]:
-    """`decode` as a stream: the video of the chunks, in order, each as soon as it can be.
-
-    As `stream_encode`, counted in latent frames: the released VAE's own chunks are 1, 2 or 3
-    frames, then 2 each.
-    """
-    spec = _decoder_spec(decoder, "stream_decode")
+    """`decode` as a stream; see `CausalVAE.stream_decode`."""
+    spec = _spec(decoder, Decoder, "stream_decode")
     return _stream(decoder, spec, latents, state, total, last)
 
 
-def _encoder_spec(encoder: Encoder, where: str) -> CoderSpec:
-    if not isinstance(encoder, Encoder):
-        raise TypeError(f"{where}: encoder must be an Encoder; got {type(encoder).__name__}")
-    config, weight = encoder.config, encoder.conv_out.weight
+def _spec(coder: Coder, kind: type[Coder], where: str) -> CoderSpec:
+    decodes = kind is Decoder
+    if not isinstance(coder, kind):
+        wanted = "decoder must be a Decoder" if decodes else "encoder must be an Encoder"
+        raise TypeError(f"{where}: {wanted}; got {type(coder).__name__}")
+    config, weight = coder.config, coder.conv_out.weight
     return CoderSpec(
         where,
-        "video",
-        type(encoder).__name__,
-        frames.encoder_chunking(config),
-        config.in_channels,
-        weight.dtype,
-        weight.device,
-        multiple=config.spatial_compression_ratio,
-    )
-
-
-def _decoder_spec(decoder: Decoder, where: str) -> CoderSpec:
-    if not isinstance(decoder, Decoder):
-        raise TypeError(f"{where}: decoder must be a Decoder; got {type(decoder).__name__}")
-    config, weight = decoder.config, decoder.conv_out.weight
-    return CoderSpec(
-        where,
-        "latents",
-        type(decoder).__name__,
-        frames.decoder_chunking(config),
-        config.latent_channels,
-        weight.dtype,
-        weight.device,
+        name="latents" if decodes else "video",
+        coder=kind.__name__,
+        chunking=(frames.decoder_chunking if decodes else frames.encoder_chunking)(config),
+        channels=config.latent_channels if decodes else config.in_channels,
+        dtype=weight.dtype,
+        device=weight.device,
+        multiple=1 if decodes else config.spatial_compression_ratio,
     )
 
 

@@ -60,13 +60,13 @@ def stream_decode(
     hook = getattr(vae, "_hf_hook", None)
     spec = CoderSpec(
         "stream_decode",
-        "latents",
-        MODEL,
-        Chunking(vae.num_latent_frames_batch_size),
-        vae.config.latent_channels,
-        vae.dtype,
+        name="latents",
+        coder=MODEL,
+        chunking=Chunking(vae.num_latent_frames_batch_size),
+        channels=vae.config.latent_channels,
+        dtype=vae.dtype,
         # A hook moves the weights when the VAE is called.
-        vae.decoder.conv_in.conv.weight.device if hook is None else None,
+        device=vae.decoder.conv_in.conv.weight.device if hook is None else None,
     )
     state = spec.open(state)
     if vae.use_tiling:

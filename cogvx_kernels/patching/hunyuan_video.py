@@ -6,7 +6,8 @@ the models that an image conditions, the tokens of the first frame have a modula
 they are what the ops call text. Source: diffusers, transformer_hunyuan_video.py.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from .registry import Family, ModulePatch
 from .rotary import CosSin, pair_tables
 
 PROCESSOR = "HunyuanVideoAttnProcessor2_0"
+First = tuple[Tensor | None, int | None]  # embedding of the first tokens, and their number
 
 # Index of the first row of an adaptive norm: shift, scale, gate, and again for the MLP.
 ATTENTION, MLP = 0, 3
@@ -59,15 +61,9 @@ def double_block(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Forward of HunyuanVideoTransformerBlock."""
-    streams = hidden_states, encoder_hidden_states
-    reason = _unlike_double(self, streams, temb, "AdaLayerNormZero")
-    if reason:
-        self._cogvx.miss("adaln", reason)
-        return forward_swap.own(self)(
-            self, *streams, temb, attention_mask, freqs_cis, *args, **kwargs
-        )
-    modulation = Modulation(_rows(self.norm1, temb, hidden_states))
-    return _double(self, *streams, temb, modulation, attention_mask, freqs_cis)
+    given = hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis
+    own = partial(forward_swap.own(self), self, *given, *args, **kwargs)
+    return _double(self, own, "AdaLayerNormZero", *given)
 
 
 def token_replace_double_block(
@@ -81,36 +77,32 @@ def token_replace_double_block(
     num_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Forward of HunyuanVideoTokenReplaceTransformerBlock."""
-    streams = hidden_states, encoder_hidden_states
-    of_first = token_replace_emb, num_tokens
-    reason = _unlike_first(hidden_states, *of_first) or _unlike_double(
-        self, streams, temb, "HunyuanVideoTokenReplaceAdaLayerNormZero"
-    )
-    if reason:
-        self._cogvx.miss("adaln", reason)
-        return forward_swap.own(self)(self, *streams, temb, attention_mask, freqs_cis, *of_first)
-    assert token_replace_emb is not None and num_tokens is not None
-    modulation = Modulation(
-        _rows(self.norm1, temb, hidden_states),
-        _rows(self.norm1, token_replace_emb, hidden_states),
-        num_tokens,
-    )
-    return _double(self, *streams, temb, modulation, attention_mask, freqs_cis)
+    first = token_replace_emb, num_tokens
+    given = hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis
+    own = partial(forward_swap.own(self), self, *given, *first)
+    return _double(self, own, "HunyuanVideoTokenReplaceAdaLayerNormZero", *given, first)
 
 
 def _double(
     block: Any,
+    own: Callable[[], tuple[Tensor, Tensor]],
+    norm: str,
     video: Tensor,
     text: Tensor,
     temb: Tensor,
-    of_video: Modulation,
     attention_mask: Tensor | None,
     rotary: CosSin | None,
+    first: First | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The norms, gates and sums of a stream in three passes over it."""
+    """The norms, gates and sums of a stream in three passes over it. own: the model's forward."""
     site = block._cogvx
+    reason = _unlike_first(video, first) or _unlike_double(block, (video, text), temb, norm)
+    if reason:
+        site.miss("adaln", reason)
+        return own()
     call = Calls(site.patch)
-    of_text = Modulation(_rows(block.norm1_context, temb, text))
+    of_video = _modulation(block.norm1, temb, video, first)
+    of_text = _modulation(block.norm1_context, temb, text)
     y, y_text = block.attn(
         hidden_states=_normed(block.norm1.norm, call, video, of_video),
         encoder_hidden_states=_normed(block.norm1_context.norm, call, text, of_text),
@@ -137,15 +129,9 @@ def single_block(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Forward of HunyuanVideoSingleTransformerBlock."""
-    streams = hidden_states, encoder_hidden_states
-    reason = _unlike_single(self, streams, temb, "AdaLayerNormZeroSingle")
-    if reason:
-        self._cogvx.miss("adaln", reason)
-        return forward_swap.own(self)(
-            self, *streams, temb, attention_mask, image_rotary_emb, *args, **kwargs
-        )
-    modulation = Modulation(_rows(self.norm, temb, hidden_states))
-    return _single(self, *streams, modulation, attention_mask, image_rotary_emb)
+    given = hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb
+    own = partial(forward_swap.own(self), self, *given, *args, **kwargs)
+    return _single(self, own, "AdaLayerNormZeroSingle", *given)
 
 
 def token_replace_single_block(
@@ -159,36 +145,31 @@ def token_replace_single_block(
     num_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Forward of HunyuanVideoTokenReplaceSingleTransformerBlock."""
-    streams = hidden_states, encoder_hidden_states
-    of_first = token_replace_emb, num_tokens
-    reason = _unlike_first(hidden_states, *of_first) or _unlike_single(
-        self, streams, temb, "HunyuanVideoTokenReplaceAdaLayerNormZeroSingle"
-    )
-    if reason:
-        self._cogvx.miss("adaln", reason)
-        return forward_swap.own(self)(
-            self, *streams, temb, attention_mask, image_rotary_emb, *of_first
-        )
-    assert token_replace_emb is not None and num_tokens is not None
-    modulation = Modulation(
-        _rows(self.norm, temb, hidden_states),
-        _rows(self.norm, token_replace_emb, hidden_states),
-        num_tokens,
-    )
-    return _single(self, *streams, modulation, attention_mask, image_rotary_emb)
+    first = token_replace_emb, num_tokens
+    given = hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb
+    own = partial(forward_swap.own(self), self, *given, *first)
+    return _single(self, own, "HunyuanVideoTokenReplaceAdaLayerNormZeroSingle", *given, first)
 
 
 def _single(
     block: Any,
+    own: Callable[[], tuple[Tensor, Tensor]],
+    norm: str,
     video: Tensor,
     text: Tensor,
-    modulation: Modulation,
+    temb: Tensor,
     attention_mask: Tensor | None,
     rotary: CosSin | None,
+    first: First | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Norm, gate and sum in two passes over video and text."""
+    """Norm, gate and sum in two passes over video and text. own: the model's forward."""
     site = block._cogvx
+    reason = _unlike_first(video, first) or _unlike_single(block, (video, text), temb, norm)
+    if reason:
+        site.miss("adaln", reason)
+        return own()
     call = Calls(site.patch)
+    modulation = _modulation(block.norm, temb, video, first)
     lengths = [video.shape[1], text.shape[1]]
     x = joint(video, text)
     h = _normed(block.norm.norm, call, x, modulation)
@@ -205,6 +186,14 @@ def _single(
     site.hit("adaln", call.reason)
     video, text = x.split(lengths, dim=1)
     return video, text
+
+
+def _modulation(norm: Any, emb: Tensor, x: Tensor, first: First | None = None) -> Modulation:
+    if first is None:
+        return Modulation(_rows(norm, emb, x))
+    first_emb, first_len = first
+    assert first_emb is not None and first_len is not None
+    return Modulation(_rows(norm, emb, x), _rows(norm, first_emb, x), first_len)
 
 
 def _rows(norm: Any, emb: Tensor, x: Tensor) -> tuple[Tensor, ...]:
@@ -253,7 +242,10 @@ def _unlike_single(
     return unknown_norm(block.norm, norm, "LayerNorm") or unfit(temb, *streams)
 
 
-def _unlike_first(video: Tensor, emb: Tensor | None, first_len: int | None) -> str | None:
+def _unlike_first(video: Tensor, first: First | None) -> str | None:
+    if first is None:
+        return None
+    emb, first_len = first
     if emb is None or first_len is None:
         return "it was called without token_replace_emb and num_tokens"
     if not 0 <= first_len <= video.shape[1]:
