@@ -74,7 +74,7 @@ def conv3d(
 
     Pieces have the bits of one call wherever torch takes the same algorithm for both, on a CPU for
     samples and frames in fp32 and bf16, but for pieces so small, while gradients are recorded, that
-    batch * in * frames * height is at most 20480; else they too are within the rule.
+    batch * in * frames * height is at most 20480; else they too are within the bound.
 
     Raises TypeError or ValueError, naming the argument, for all that is not as above.
     """

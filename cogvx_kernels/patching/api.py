@@ -135,7 +135,7 @@ class Support:
     bits: bool  # the same ones in mode "exact" in fp32
 
     def __str__(self) -> str:
-        same = "the same bits" if self.bits else "within the rule"
+        same = "the same bits" if self.bits else "within tolerance"
         return f"{self.model:<30} {self.op:<10} {same:<16} {self.does}"
 
 

@@ -164,7 +164,7 @@ def upsample(self: Any, inputs: Tensor) -> Tensor:
 
 
 def downsample(self: Any, x: Tensor) -> Tensor:
-    """Forward of CogVideoXDownsample3D: means of pairs of frames where they lie."""
+    """Forward of CogVideoXDownsample3D: pairs of frames averaged in place."""
     reason = transform_reason(x=x)
     if reason:
         self._cogvx.miss("resample", reason)
@@ -273,8 +273,8 @@ FAMILY = Family(
     models=("AutoencoderKLCogVideoX",),
     ops={
         "cache": "two frames for each causal convolution, replaced in place, and nothing else kept",
-        "norm": "norm, modulation, SiLU and cached frames in one pass; modulated at latent size",
-        "resample": "frames that are shown twice convolved once; pairs averaged where they lie",
+        "norm": "norm, modulation at latent size, SiLU and cached frames in one pass",
+        "resample": "repeated frames convolved once; pairs averaged in place",
         "conv": "3-D convolutions of any size, avoiding bad versions of cuDNN",
     },
     exact=("cache", "resample", "conv"),

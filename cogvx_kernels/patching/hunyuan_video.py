@@ -1,9 +1,9 @@
 """Adapter for diffusers' HunyuanVideo transformers: both kinds of blocks, and their attention.
 
 Here video comes before text. In a double-stream block they are two tensors, and each op is called
-for one of them; a single-stream block works on both at once, where its arguments already lie. In
-the models that an image conditions, the tokens of the first frame have a modulation of their own:
-they are what the ops call text. Source: diffusers, transformer_hunyuan_video.py.
+for one of them; a single-stream block works on both at once, in place of its arguments. In models
+conditioned by an image, the tokens of the first frame have a modulation of their own: for the ops
+they are the text. Source: diffusers, transformer_hunyuan_video.py.
 """
 
 from collections.abc import Callable, Collection

@@ -1,4 +1,4 @@
-"""The frame rule, against the counts that diffusers was seen to give (fact sheet, section 4.7)."""
+"""The frame rule, against the counts of diffusers (`docs/model.md`, section 4.7)."""
 
 import pytest
 
@@ -66,13 +66,15 @@ def test_the_nearest_valid_counts_are_the_nearest(config):
 
 
 def test_errors_name_the_rule_and_the_nearest():
-    said = r"encode: video must have 1, 8k or 8k \+ 1 frames, nearest 49 or 56; got 52"
-    with pytest.raises(ValueError, match=said):
+    message = r"encode: video must have 1, 8k or 8k \+ 1 frames, nearest 49 or 56; got 52"
+    with pytest.raises(ValueError, match=message):
         frames.check("encode", "video", 52)
     with pytest.raises(ValueError, match=r"1 \+ 4k frames, nearest 13 or 17; got 16"):
         frames.check("encode", "video", 16, FACTORIZED)
-    said = "decode: video must have a width that is a multiple of 16, nearest 80 or 96; got 64x90"
-    with pytest.raises(ValueError, match=said):
+    message = (
+        "decode: video must have a width that is a multiple of 16, nearest 80 or 96; got 64x90"
+    )
+    with pytest.raises(ValueError, match=message):
         frames.check_size("decode", "video", 64, 90, 16)
     with pytest.raises(ValueError, match="nearest 16; got 0x90"):
         frames.check_size("decode", "video", 0, 90, 16)

@@ -1,4 +1,4 @@
-"""`patch` under `torch.autocast`: the dtype of the model, and an error within the rule."""
+"""`patch` under `torch.autocast`: the dtype of the model, and an error within tolerance."""
 
 import pytest
 import torch
