@@ -23,6 +23,7 @@ from cogvx.checkpoint.folder import transformer_values, vae_values
 from cogvx.config import PRESETS, TransformerConfig, VAEConfig
 from cogvx.transformer import ExpertTransformer
 from cogvx.vae import CausalVAE
+from cogvx.vae.options import channels_last
 from cogvx_kernels import patch
 from cogvx_kernels._backend import INTERPRETED
 
@@ -348,16 +349,6 @@ class _Block:
 # --- variants of diffusers' modules ----------------------------------------------------------
 
 
-def channels_last(module: Any) -> Any:
-    """The same module, its convolutions' weights with channels last."""
-    for child in module.modules():
-        if isinstance(child, (nn.Conv2d, nn.Conv3d)):
-            three = isinstance(child, nn.Conv3d)
-            near = torch.channels_last_3d if three else torch.channels_last
-            child.weight.data = child.weight.data.contiguous(memory_format=near)
-    return module
-
-
 def half_compiled(vae: Any, half: str) -> Any:
     """diffusers' VAE with its encoder or decoder compiled, chunk by chunk, on the same weights."""
     other = copy.copy(vae)
@@ -444,7 +435,7 @@ def _with_weights_of(theirs: nn.Module, make: Callable[[], Any]) -> Any:
         ours = make()
     ours.load_state_dict(theirs.state_dict(), assign=True)
     if isinstance(ours, CausalVAE):
-        ours.lay_channels_last()
+        channels_last(ours)
     return ours.requires_grad_(False).eval()
 
 
