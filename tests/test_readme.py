@@ -177,3 +177,13 @@ def test_modules_that_pages_run_exist(page):
     for module in re.findall(r"python -m ((?:benchmarks|examples|tests)[\w.]*)", TEXT[page]):
         path = ROOT.joinpath(*module.rstrip(".").split("."))
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+
+
+def test_files_of_a_package_are_in_it():
+    sections = re.split(r"^##+ ", TEXT["docs/architecture.md"], flags=re.MULTILINE)
+    for section in sections:
+        heading, _, text = section.partition("\n")
+        folders = [ROOT / name for name in heading.split(", ") if name.startswith("cogvx")]
+        for name in re.findall(r"`([\w/]+\.py)`", text) if folders else ():
+            places = [*folders, ROOT / "cogvx", ROOT]
+            assert any((folder / name).exists() for folder in places), f"{heading}: {name}"
