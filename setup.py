@@ -1,7 +1,7 @@
 """Builds cogvx_kernels._C from csrc/: C++ always, CUDA when nvcc is there. The rest is pyproject.
 
 COGVX_CUDA=1 insists on the CUDA half, COGVX_CUDA=0 forbids it; TORCH_CUDA_ARCH_LIST chooses its
-architectures. Nothing is downloaded, no GPU is asked. Without a compiler there is simply no _C, and
+architectures. Nothing is downloaded, no GPU is needed. Without a compiler there is simply no _C, and
 none from an isolated build (`pip install .`), where there is no torch to build against.
 """
 
@@ -47,8 +47,8 @@ def find_cuda() -> tuple[str, str]:
     if nvcc is None:
         looked = ", ".join(places) or "CUDA_HOME, CUDA_PATH (not set)"
         return "", f"no nvcc in {looked} or on PATH; install the CUDA toolkit or set CUDA_HOME"
-    said = subprocess.run([nvcc, "--dryrun", "_.cu"], capture_output=True, text=True).stderr
-    return (said, "") if "_HERE_=" in said else ("", f"{nvcc} does not work: {said.strip()}")
+    output = subprocess.run([nvcc, "--dryrun", "_.cu"], capture_output=True, text=True).stderr
+    return (output, "") if "_HERE_=" in output else ("", f"{nvcc} does not work: {output.strip()}")
 
 
 def extension(cuda: str):
@@ -89,7 +89,7 @@ class Build(cpp_extension.BuildExtension if torch else build_ext):
         self.build_temp = f"build/torch-{torch.__version__}"  # lasts, so ninja finds its objects
         try:
             return super().build_extensions()
-        except Exception as error:  # every compiler fails in its own way
+        except Exception as error:  # each compiler fails differently
             if ASKED == "1":
                 raise
             print(f"cogvx: could not compile {', '.join(ext.sources)}: {error}")
