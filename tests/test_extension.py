@@ -95,7 +95,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def assert_appends(append, cache: Tensor, frames: Tensor) -> None:
-    """The whole law: the result, the next cache, and nothing else touched."""
+    """The result and the next cache equal the reference, and nothing else is written."""
     kept = cache.shape[2]
     wanted = torch.cat([bits(cache), bits(frames)], dim=2)
     frames_before = bits(frames)
