@@ -1,7 +1,7 @@
 """Builds cogvx_kernels._C from csrc/: C++ always, CUDA when nvcc is there. The rest is pyproject.
 
 COGVX_CUDA=1 insists on the CUDA half, COGVX_CUDA=0 forbids it; TORCH_CUDA_ARCH_LIST chooses its
-architectures. Nothing is downloaded and no GPU needed. Without a compiler there is simply no _C, and
+architectures. Nothing is downloaded and no GPU needed. Without a compiler there is no _C, and
 none from an isolated build (`pip install .`), where there is no torch to build against.
 """
 
