@@ -12,17 +12,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 # Columns of every row, after the row's own.
-CONDITIONS = (
-    "commit",
-    "date",
-    "torch",
-    "triton",
-    "cuda",
-    "driver",
-    "device_name",
-    "sm_clock_mhz",
-    "copy_gb_per_s",
-    "command",
+CONDITIONS = tuple(
+    "commit date torch triton cuda driver device_name sm_clock_mhz copy_gb_per_s command".split()
 )
 
 

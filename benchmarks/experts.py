@@ -1,11 +1,10 @@
-"""`python -m benchmarks.experts`: do the experts of text and video earn their keep?
+"""`python -m benchmarks.experts`: quality of experts for text and video, at equal training.
 
 The transformer of a finished training, or of the packaged model, is trained from nothing with the
 same VAE, steps, clips and seeds: with one feed-forward for both modalities (shared), with one for
-each (modality), and with several for video and a router (routed). Each has losses and scores of
-every seed, and their mean and spread; `held_out` is the loss over clips that no training had, with
-the same noise and times for everybody.
-What a step costs is not said here: it is `python -m benchmarks --op expert_ffn` that times.
+each (modality), and with several for video and a router (routed). Printed are losses and scores of
+every seed, their mean and spread; `held_out` is the loss over clips of the test split, with the
+same noise and times for all. For the time of a step: `python -m benchmarks --op expert_ffn`.
 """
 
 import argparse
@@ -43,26 +42,20 @@ AT_ONCE = 20  # held-out clips
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.experts", description=__doc__)
-    parser.add_argument(
-        "--run",
-        type=located,
-        default="tiny",
-        help="of procedural clips; by default tiny",
-    )
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="by default the recipe's")
-    parser.add_argument("--clips", type=int, help="by default the recipe's, and the run's latents")
-    parser.add_argument("--precision", choices=PRECISIONS, help="by default the recipe's")
-    parser.add_argument("--prompts", type=int, default=100)
-    parser.add_argument("--held-out", type=int, default=400, help="clips; default 400")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("out"))
+    add = parser.add_argument
+    add("--run", type=located, default="tiny", help="of procedural clips; by default tiny")
+    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    add("--seeds", type=int, default=3)
+    add("--steps", type=int, help="by default the recipe's")
+    add("--clips", type=int, help="by default the recipe's, and the run's latents")
+    add("--precision", choices=PRECISIONS, help="by default the recipe's")
+    add("--prompts", type=int, default=100)
+    add("--held-out", type=int, default=400, help="clips; default 400")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", type=Path, default=Path("out"))
     options = parser.parse_args(arguments)
-    found = conditions(
-        torch.device(options.device), " ".join(["benchmarks.experts", *sys.argv[1:]])
-    )
-    rows = []
+    command = " ".join(["benchmarks.experts", *sys.argv[1:]])
+    found, rows = conditions(torch.device(options.device), command), []
     for kind in options.kinds:
         for seed in range(options.seeds):
             rows.append(one(options, kind, seed))
@@ -78,9 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def one(options: argparse.Namespace, kind: str, seed: int) -> dict[str, Any]:
-    """A training of that kind, goes on where it was stopped; its row."""
+    """The row of a training of that kind, which continues where it was stopped."""
     folder = options.out / f"experts-{kind}-{seed}"
-    recipe = changed(options, kind, seed)
+    recipe = override_recipe(options, kind, seed)
     if not folder.exists():
         part = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
@@ -90,7 +83,7 @@ def one(options: argparse.Namespace, kind: str, seed: int) -> dict[str, Any]:
         (part / "recipe.json").write_text(json.dumps(recipe.to_dict()))
         part.rename(folder)
     training = recipe.transformer_training
-    assert training is not None  # or `changed` would have said so
+    assert training is not None  # or override_recipe had raised
     points = train(recipe, folder, stages=["transformer"], device=options.device)["transformer"]
     pipe = CogVideoX.from_pretrained(folder, torch.float32, options.device)
     scores, _ = score_model(pipe, options.prompts)
@@ -129,7 +122,7 @@ def held_out(pipe: CogVideoX, recipe: Recipe, count: int) -> float:
 
 
 def latents(options: argparse.Namespace) -> Path:
-    """Those of the run; or, if it has none of so many clips, what all trainings here share."""
+    """Latents of the run; or, if it has none of so many clips, a folder for all trainings."""
     known: Path = options.run / "latents"
     if options.clips is None and known.is_dir():
         return known
@@ -138,7 +131,7 @@ def latents(options: argparse.Namespace) -> Path:
     return shared
 
 
-def changed(options: argparse.Namespace, kind: str, seed: int) -> Recipe:
+def override_recipe(options: argparse.Namespace, kind: str, seed: int) -> Recipe:
     """The recipe of a run, of another kind and seed."""
     path = options.run / "recipe.json"
     if path.exists():
@@ -148,10 +141,9 @@ def changed(options: argparse.Namespace, kind: str, seed: int) -> Recipe:
     training = recipe.transformer_training
     if recipe.transformer is None or training is None:
         raise ValueError(f"{options.run}: must be a training with a transformer of its own")
-    if options.steps is not None:
-        training = dataclasses.replace(training, steps=options.steps)
-    if options.precision is not None:
-        training = dataclasses.replace(training, precision=options.precision)
+    given = {name: getattr(options, name) for name in ("steps", "precision")}
+    given = {name: value for name, value in given.items() if value is not None}
+    training = dataclasses.replace(training, **given)
     data = recipe.data
     if options.clips is not None:
         data = dataclasses.replace(data, clips=options.clips)
@@ -168,12 +160,12 @@ def line(name: str, row: dict[str, Any]) -> str:
 
 def summary(kind: str, rows: list[dict[str, Any]]) -> str:
     """Mean and standard deviation over the seeds."""
-    told = []
+    parts = []
     for number in NUMBERS:
         values = [row[number] for row in rows]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        told.append(f"{number} {statistics.mean(values):.4f} ± {spread:.4f}")
-    return f"{kind:12} {len(rows)} seeds  {'  '.join(told)}"
+        parts.append(f"{number} {statistics.mean(values):.4f} ± {spread:.4f}")
+    return f"{kind:12} {len(rows)} seeds  {'  '.join(parts)}"
 
 
 if __name__ == "__main__":

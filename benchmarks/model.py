@@ -39,12 +39,8 @@ REFERENCE = "cogvx-reference"
 ENTRIES = (
     NEAR, COMPILED, COMPILED_NEAR, CUDNN, PATCHED, PATCHED_FAST, OURS, AHEAD, REFERENCE
 )  # fmt: skip
-CUDNN_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+BACKENDS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+CUDNN_FIRST = [getattr(SDPBackend, name) for name in BACKENDS]
 # What the outputs may differ by, relative to the largest: in fp32 what contract and tests demand;
 # in bf16 each is a sum of thousands of roundings of 2^-8, and the tests hold both to fp64.
 AGREEMENT = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-2}
@@ -83,29 +79,16 @@ class Size:
 
 
 # A tenth of the released widths and a clip with every kind of chunk: what a CPU does in a second.
-SMALL_SIZE = Size(
-    17,
-    64,
-    96,
-    VAEConfig(block_out_channels=(32, 64, 64, 128), norm_num_groups=8),
-    TransformerConfig(
-        num_attention_heads=4,
-        num_layers=2,
-        text_embed_dim=128,
-        use_rotary_positional_embeddings=True,
-    ),
+_HEADS = TransformerConfig(
+    num_attention_heads=4, num_layers=2, text_embed_dim=128, use_rotary_positional_embeddings=True
 )
-TINY = dataclasses.replace(  # for tests of this program itself
-    SMALL_SIZE,
-    frames=9,
-    height=32,
-    width=48,
-    vae=VAEConfig(block_out_channels=(8, 16, 16, 16), norm_num_groups=4),
-    transformer=dataclasses.replace(
-        SMALL_SIZE.transformer, num_attention_heads=1, max_text_seq_length=16
-    ),
-)
-SIZES = {"small": SMALL_SIZE, "tiny": TINY} | {
+_HEAD = dataclasses.replace(_HEADS, num_attention_heads=1, max_text_seq_length=16)
+_VAE = VAEConfig(block_out_channels=(32, 64, 64, 128), norm_num_groups=8)
+_TINY_VAE = VAEConfig(block_out_channels=(8, 16, 16, 16), norm_num_groups=4)
+SIZES = {
+    "small": Size(17, 64, 96, _VAE, _HEADS),
+    "tiny": Size(9, 32, 48, _TINY_VAE, _HEAD),  # for tests of this program itself
+} | {
     f"{name}-{p.height}x{p.width}-{p.frames}f": Size(
         p.frames, p.height, p.width, p.vae, p.transformer
     )
@@ -177,40 +160,21 @@ def make_case(
     )  # fmt: skip
 
 
-def _vae_decode(size: Size, options: Options) -> Iterator[Case]:
-    latents = _noise((1, *size.latents), options)
+def _vae(half: str, size: Size, options: Options) -> Iterator[Case]:
+    """Either half of the VAE, on (batch, frames, channels, height, width)."""
+    encode = half == "encoder"
+    shape = (size.frames, 3, size.height, size.width) if encode else size.latents
+    x, name = _noise((1, *shape), options), "mean" if encode else "video"
 
     def theirs(vae: Any, x: Tensor) -> Results:
-        return {"video": vae.decode(x).sample.transpose(1, 2)}
+        out = vae.encode(x).latent_dist.mean if encode else vae.decode(x).sample
+        return {name: out.transpose(1, 2)}
 
     def ours(vae: CausalVAE) -> Results:
-        return {"video": vae.decode(latents)}
+        return {name: vae.encode(x).mean if encode else vae.decode(x)}
 
-    yield _vae_case("decoder", theirs, ours, latents, size, options)
-
-
-def _vae_encode(size: Size, options: Options) -> Iterator[Case]:
-    video = _noise((1, size.frames, 3, size.height, size.width), options)
-
-    def theirs(vae: Any, x: Tensor) -> Results:
-        return {"mean": vae.encode(x).latent_dist.mean.transpose(1, 2)}
-
-    def ours(vae: CausalVAE) -> Results:
-        return {"mean": vae.encode(video).mean}
-
-    yield _vae_case("encoder", theirs, ours, video, size, options)
-
-
-def _vae_case(
-    half: str,
-    theirs: Callable[[Any, Tensor], Results],
-    ours: Callable[[CausalVAE], Results],
-    x: Tensor,
-    size: Size,
-    options: Options,
-) -> Case:
-    """Either half of the VAE; x: (batch, frames, channels, height, width)."""
-    their_vae, our_vae = _vaes(size, options)
+    their_vae = _randomly("AutoencoderKLCogVideoX", vae_values(size.vae), options)
+    our_vae = _with_weights_of(their_vae, lambda: CausalVAE(size.vae))
     flat = x.transpose(1, 2).contiguous()  # as diffusers has it
     near = channels_last(copy.deepcopy(their_vae))
     near_flat = flat.contiguous(memory_format=torch.channels_last_3d)
@@ -228,7 +192,7 @@ def _vae_case(
         OURS: partial(ours, our_vae),
         REFERENCE: partial(ours, reference),
     }
-    return make_case(f"vae-{half[:-1]}", entries, options, left_out=left_out)
+    yield make_case(f"vae-{half[:-1]}", entries, options, left_out=left_out)
 
 
 def _transformer(size: Size, options: Options) -> Iterator[Case]:
@@ -409,11 +373,6 @@ def _rotary(theirs: Any, size: Size, frames: int, device: torch.device) -> Any:
     return maker._prepare_rotary_positional_embeddings(size.height, size.width, frames, device)
 
 
-def _vaes(size: Size, options: Options) -> tuple[Any, CausalVAE]:
-    theirs = _randomly("AutoencoderKLCogVideoX", vae_values(size.vae), options)
-    return theirs, _with_weights_of(theirs, lambda: CausalVAE(size.vae))
-
-
 def _transformers(config: TransformerConfig, options: Options) -> tuple[Any, ExpertTransformer]:
     theirs = _randomly("CogVideoXTransformer3DModel", transformer_values(config), options)
     return theirs, _with_weights_of(theirs, lambda: ExpertTransformer(config))
@@ -462,8 +421,8 @@ def _cases(make: Callable[[Size, Options], Iterator[Case]], options: Options) ->
 
 
 PARTS = {
-    "vae-decode": _vae_decode,
-    "vae-encode": _vae_encode,
+    "vae-decode": partial(_vae, "decoder"),
+    "vae-encode": partial(_vae, "encoder"),
     "transformer": _transformer,
     "block": _block,
 }

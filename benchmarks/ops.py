@@ -2,7 +2,7 @@
 
 import importlib.util
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from cogvx_kernels.frame_cache import frame_cache_append
 from cogvx_kernels.testing import OPS, SIZES, Comparison, OpInfo, as_tuple
 
 from . import inputs, peers  # noqa: F401
-from .oracle import GradOutputs, Oracle, results_of
+from .oracle import Oracle, results_of
 from .registry import (
     PASSES,
     Arguments,
@@ -58,20 +58,16 @@ def _compile(info: OpInfo, arguments: Arguments) -> Function:
     return compile_(info.reference)
 
 
-@provider(
-    "compile-max-autotune",
-    "torch.compile of the reference, fullgraph, max-autotune-no-cudagraphs",
-    optional=True,
-)
+AUTOTUNE = "max-autotune-no-cudagraphs"
+
+
+@provider("compile-max-autotune", f"the same in mode {AUTOTUNE}", optional=True)
 def _max_autotune(info: OpInfo, arguments: Arguments) -> Function:
-    return compile_(info.reference, "max-autotune-no-cudagraphs")
+    return compile_(info.reference, AUTOTUNE)
 
 
-def _triton(info: OpInfo) -> bool:
-    return info.launch is not None
-
-
-KERNEL = {"ours": True, "on_cpu": False, "applies": _triton}
+KERNEL = {"ours": True, "on_cpu": False, "applies": lambda info: info.launch is not None}
+ONCE = {"passes": ("forward",), "overwrites": True}
 
 
 @provider("cogvx", "the kernel, into new tensors", **KERNEL)
@@ -79,10 +75,11 @@ def _kernel(info: OpInfo, arguments: Arguments, **options: object) -> Function:
     x = next(x for x in arguments.values() if isinstance(x, Tensor))
     if not x.is_cuda and not INTERPRETED:
         raise Unavailable("kernels do not run on a CPU, except in Triton's interpreter")
-    if not x.is_cuda and info.videos and x.numel() > INTERPRETER_ELEMENTS:
-        raise Unavailable(f"over {INTERPRETER_ELEMENTS} elements are too many for the interpreter")
-    if not x.is_cuda and not info.videos and x.shape[0] * x.shape[1] > INTERPRETER_TOKENS:
-        raise Unavailable(f"over {INTERPRETER_TOKENS} tokens are too many for the interpreter")
+    size = x.numel() if info.videos else x.shape[0] * x.shape[1]
+    most = INTERPRETER_ELEMENTS if info.videos else INTERPRETER_TOKENS
+    if not x.is_cuda and size > most:
+        what = "elements" if info.videos else "tokens"
+        raise Unavailable(f"over {most} {what} are too many for the interpreter")
     if reason := triton_reason("x", x):
         raise Unavailable(reason)
     if INTERPRETED:
@@ -92,13 +89,7 @@ def _kernel(info: OpInfo, arguments: Arguments, **options: object) -> Function:
     return partial(info.op, backend="kernel", **options)
 
 
-@provider(
-    "cogvx-inplace",
-    "the kernel, over its arguments",
-    passes=("forward",),
-    overwrites=True,
-    **KERNEL,
-)
+@provider("cogvx-inplace", "the kernel, over its arguments", **KERNEL, **ONCE)
 def _inplace(info: OpInfo, arguments: Arguments) -> Function:
     if "inplace" not in inspect.signature(info.op).parameters:
         raise Unavailable(f"{info.name} has no inplace")
@@ -124,14 +115,7 @@ def _extension(info: OpInfo, arguments: Arguments) -> Function:
     return partial(info.op, backend="kernel")
 
 
-@provider(
-    "cogvx-append",
-    "the extension, over the cache",
-    "frame_cache_join",
-    ours=True,
-    passes=("forward",),
-    overwrites=True,
-)
+@provider("cogvx-append", "the extension, over the cache", "frame_cache_join", ours=True, **ONCE)
 def _append(info: OpInfo, arguments: Arguments) -> Function:
     """The op in place, which gives the cache back as the next one."""
     _extension(info, arguments)
@@ -146,12 +130,10 @@ def _append(info: OpInfo, arguments: Arguments) -> Function:
     return frame_cache_join
 
 
-@provider(
-    "cogvx-auto", 'backend="auto", which on a CPU is the reference', ours=True, applies=_triton
-)
+@provider("cogvx-auto", 'backend="auto", which on a CPU is the reference', ours=True)
 def _auto(info: OpInfo, arguments: Arguments) -> Function:
     x = next(x for x in arguments.values() if isinstance(x, Tensor))
-    if x.is_cuda or INTERPRETED:
+    if x.is_cuda or INTERPRETED or info.launch is None:
         raise Unavailable("auto is the kernel here")
     return partial(info.op, backend="auto")
 
@@ -218,11 +200,7 @@ def make_case(
 
 
 def _functions(
-    info: OpInfo,
-    convention: str,
-    arguments: Mapping[str, Any],
-    options: Options,
-    left_out: dict[str, str],
+    info: OpInfo, convention: str, arguments: Arguments, options: Options, left_out: dict[str, str]
 ) -> list[tuple[Provider, Function]]:
     made = []
     for by in providers_of(info):
@@ -243,11 +221,13 @@ def _functions(
 
 
 def as_check(found: Comparison, oracle: Oracle, ours: bool) -> Check:
-    dtype = oracle.baseline.get(found.name, oracle.baseline["out0"]).dtype
-    largest = found.ulp / torch.finfo(dtype).eps
-    ok = found.ok if ours else close_enough(found, oracle)
-    error = found.error / largest if largest else found.error
-    return Check(ok, error, str(found), found.multiple)
+    largest = found.ulp / torch.finfo(_dtype(found, oracle)).eps
+    ok = found.ok or (not ours and close_enough(found, oracle))
+    return Check(ok, found.error / (largest or 1.0), str(found), found.multiple)
+
+
+def _dtype(found: Comparison, oracle: Oracle) -> torch.dtype:
+    return oracle.baseline[found.name.partition(",")[0]].dtype
 
 
 def close_enough(found: Comparison, oracle: Oracle) -> bool:
@@ -255,15 +235,12 @@ def close_enough(found: Comparison, oracle: Oracle) -> bool:
 
     In fp32 a norm of a video is no better than its sums of squares, which some add up as they are.
     """
-    if found.ok:
-        return True
-    name = found.name.partition(",")[0]
-    dtype = oracle.baseline[name].dtype
+    dtype, name = _dtype(found, oracle), found.name.partition(",")[0]
     if name in oracle.summed or (oracle.info.videos and dtype is torch.float32):
         largest = found.ulp / torch.finfo(dtype).eps
         if found.error <= OTHERS_SUMS_MAY_LOSE[dtype] * largest:
             return True
-    return found.multiple <= OTHERS_MAY_ERR
+    return found.ok or found.multiple <= OTHERS_MAY_ERR
 
 
 # --- calls to time ---------------------------------------------------------------------------
@@ -303,17 +280,19 @@ def _backward(info: OpInfo, function: Function, arguments: dict[str, Any], seed:
     }
     made = as_tuple(function(**{**arguments, **leaves}))
     outputs = tuple(x for x in made if x.requires_grad)
-    send: GradOutputs = inputs.grad_outputs_like(outputs, seed)
-    return partial(torch.autograd.grad, outputs, tuple(leaves.values()), send, retain_graph=True)
+    back = inputs.grad_outputs_like(outputs, seed)
+    return partial(torch.autograd.grad, outputs, tuple(leaves.values()), back, retain_graph=True)
+
+
+def _register(info: OpInfo) -> None:
+    def entries() -> list[str]:
+        return [by.name for by in providers_of(info)]
+
+    def conventions() -> list[str]:
+        return list(inputs.conventions(info, SIZES["tiny"]))
+
+    register(Benchmark(info.name, partial(cases, info), entries, conventions, tuple(SIZES)))
 
 
 for _info in OPS.values():
-    register(
-        Benchmark(
-            _info.name,
-            partial(cases, _info),
-            lambda info=_info: [by.name for by in providers_of(info)],
-            lambda info=_info: list(inputs.conventions(info, SIZES["tiny"])),
-            tuple(SIZES),
-        )
-    )
+    _register(_info)

@@ -177,9 +177,8 @@ def add_to_csv(path: Path, rows: Sequence[Row], conditions: Conditions) -> None:
 
 # --- the plot --------------------------------------------------------------------------------
 
-OURS, THEIRS, EAGER, INK, FAINT = "#0f766e", "#94a3b8", "#cbd5e1", "#1e293b", "#64748b"
-PLAIN = ("eager", "cogvx-auto", "cogvx-reference")  # the reference itself
-SMALL_NOISE = 5  # percent; more is written beside the bar
+OURS, THEIRS, PLAIN = "#0f766e", "#94a3b8", "#cbd5e1"
+REFERENCES = ("eager", "cogvx-auto", "cogvx-reference")
 
 
 def plot(path: Path, rows: Sequence[Row], conditions: Conditions) -> str | None:
@@ -190,44 +189,39 @@ def plot(path: Path, rows: Sequence[Row], conditions: Conditions) -> str | None:
     """
     timed = [row for row in rows if row.ratio is not None]
     if not timed:
-        return "no picture: nothing was timed"
+        return "no plot: nothing was timed"
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        return "no picture: matplotlib is not installed (pip install matplotlib)"
-    panels: dict[tuple[str, str], list[Row]] = {}
+        return "no plot: matplotlib is not installed (pip install matplotlib)"
+    panels: dict[str, list[Row]] = {}
     for row in timed:
-        panels.setdefault((row.convention, row.which), []).append(row)
+        panels.setdefault(f"{row.which}, {row.convention}", []).append(row)
     bounded = all(_percent(row) is not None and row.median_ms for row in timed)
-    heights = [len(panel) + 0.9 for panel in panels.values()]
-    tall = 1.75 + 0.36 * sum(heights)
-    figure = Figure(figsize=(9, tall), dpi=150, facecolor="white")
-    FigureCanvasAgg(figure)
+    heights = [len(panel) + 1 for panel in panels.values()]
+    figure = Figure((9, 1.5 + 0.36 * sum(heights)), dpi=150, layout="constrained")
     axes = figure.subplots(
         len(panels), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights}
     )[:, 0]
-    figure.subplots_adjust(
-        left=0.25, right=0.96, top=1 - 0.95 / tall, bottom=0.85 / tall, hspace=0.35
-    )
-    widest = max(_length(row, bounded) for row in timed)
-    for ax, ((convention, which), panel) in zip(axes, panels.items(), strict=True):
-        _panel(ax, panel, bounded)
-        title = which if convention == "model" else f"{which}, {convention}"
-        ax.set_title(title, loc="left", fontsize=10, color=INK)
-        ax.set_xlim(0, max(105.0, widest) * 1.38 if bounded else widest * 1.25)
+    for ax, (title, panel) in zip(axes, panels.items(), strict=True):
+        panel.sort(key=lambda row: (_percent(row) if bounded else row.ratio) or 0.0)
+        ours = [row.provider.startswith("cogvx") for row in panel]
+        plain = [row.provider in REFERENCES for row in panel]
+        bars = ax.barh(
+            [row.provider for row in panel],
+            [(_percent(row) if bounded else row.ratio) or 0.0 for row in panel],
+            color=[PLAIN if p else OURS if o else THEIRS for o, p in zip(ours, plain, strict=True)],
+        )
+        ax.bar_label(bars, [_label(row, bounded) for row in panel], padding=5, fontsize=8.5)
+        ax.axvline(100 if bounded else 1, color="#64748b", linewidth=0.8, linestyle="--", zorder=0)
+        ax.set_title(title, loc="left", fontsize=10)
+        ax.margins(x=0.4)
+        ax.spines[["top", "right", "left"]].set_visible(False)
     units = "percent of a copy's rate, or of a matrix product's where products are what bounds"
-    units = units if bounded else "times as fast as the baseline, in the same run"
-    axes[-1].set_xlabel(units, fontsize=9, color=FAINT)
-    first = timed[0]
-    name, where = f"{first.benchmark}  at  {first.size}", conditions["device_name"]
-    figure.text(0.02, 1 - 0.35 / tall, name, fontsize=14, weight="bold", color=INK, va="center")
-    where = f"{first.dtype} on {where}"
-    if first.device == "cpu":
-        where += "; ratios alone, and no kernel is timed on a CPU"
-    figure.text(0.02, 1 - 0.62 / tall, where, fontsize=9.5, color=FAINT, va="center")
-    small = textwrap.fill(small_print(conditions), 150)
-    figure.text(0.02, 0.12 / tall, small, fontsize=6.5, color=FAINT, va="bottom")
+    axes[-1].set_xlabel(units if bounded else "times as fast as the baseline, in the same run")
+    first, where = timed[0], conditions["device_name"]
+    figure.suptitle(f"{first.benchmark} at {first.size}, {first.dtype}, {where}", x=0.02, ha="left")
+    figure.supxlabel(textwrap.fill(small_print(conditions), 150), fontsize=6.5, x=0.02, ha="left")
     figure.savefig(path)
     return None
 
@@ -237,35 +231,7 @@ def _percent(row: Row) -> float | None:
     return row.percent_of_copy if row.tflop_per_s is None else row.percent_of_matmul
 
 
-def _length(row: Row, bounded: bool) -> float:
-    return float((_percent(row) if bounded else row.ratio) or 0.0)
-
-
 def _label(row: Row, bounded: bool) -> str:
-    ratio = f"{row.ratio:.2f}x"
-    if (row.noise_percent or 0) >= SMALL_NOISE:
-        ratio += f"   (noise {row.noise_percent:.0f}%)"
-    return f"{_percent(row):.0f}%   {row.median_ms:.3g} ms   {ratio}" if bounded else ratio
-
-
-def _panel(ax: Any, rows: Sequence[Row], bounded: bool) -> None:
-    rows = sorted(rows, key=lambda row: _length(row, bounded))
-    for place, row in enumerate(rows):
-        ours = row.provider.startswith("cogvx") and row.provider not in PLAIN
-        length = _length(row, bounded)
-        fill = OURS if ours else EAGER if row.provider in PLAIN else THEIRS
-        ax.barh(place, length, height=0.68, color=fill)
-        ax.annotate(
-            _label(row, bounded), (length, place), (5, 0), textcoords="offset points",
-            va="center", fontsize=8.5, color=OURS if ours else INK,
-            weight="bold" if ours else "normal",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-        )  # fmt: skip
-    ax.axvline(100 if bounded else 1, color=FAINT, linewidth=0.8, linestyle=(0, (3, 3)), zorder=0)
-    ax.set_yticks(range(len(rows)), [row.provider for row in rows], fontsize=9, color=INK)
-    ax.set_ylim(-0.6, len(rows) - 0.4)
-    ax.tick_params(axis="y", length=0)
-    ax.tick_params(axis="x", length=0, labelsize=8, colors=FAINT)
-    for side in ("top", "right", "left"):
-        ax.spines[side].set_visible(False)
-    ax.spines["bottom"].set_color(EAGER)
+    noise = f" (noise {row.noise_percent:.0f}%)" if (row.noise_percent or 0) >= 5 else ""
+    times = f"{_percent(row):.0f}%  {row.median_ms:.3g} ms  " if bounded else ""
+    return f"{times}{row.ratio:.2f}x{noise}"

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from cogvx.memory import LiveBytes
+from cogvx_kernels._opinfo import Cost
 
 from .registry import Benchmark, Case, Check, Entry, Options
 from .report import Row
@@ -97,41 +98,24 @@ def time_all(
     case: Case, which: str, entries: list[tuple[Entry, list[Check]]], options: Options
 ) -> list[Row]:
     """A row for each entry, after `budget` seconds of timing, a part of them in each repeat."""
-    device = options.device
+    device, dtype = options.device, str(options.dtype).removeprefix("torch.")
     nsets = sets_to_rotate(case.nbytes, device) if case.nbytes else 1
     cached = 0 < case.nbytes * nsets < CACHES_TO_ROTATE * cache_bytes(device)
-    rows = {
-        entry.name: Row(
-            benchmark=case.benchmark,
-            size=options.size,
-            convention=case.convention,
-            which=which,
-            provider=entry.name,
-            dtype=str(options.dtype).removeprefix("torch."),
-            device=device.type,
-            relative_error=max((x.error for x in checks), default=0.0),
-            note=entry.note,
-        )
-        for entry, checks in entries
-    }
-    alone = [entry for entry, _ in entries]
-    times, trouble = _run_repeats(case, which, alone, nsets, options, rows)
+    about = case.benchmark, options.size, case.convention, which
+    rows = {entry.name: Row(*about, entry.name, dtype, device.type) for entry, _ in entries}
+    times, trouble = _run_repeats(case, which, [e for e, _ in entries], nsets, options, rows)
+    baseline = times.get(case.entries[0].name, [])
     for entry, checks in entries:
         row, mine = rows[entry.name], times[entry.name]
+        row.relative_error = max((x.error for x in checks), default=0.0)
         multiple = max((x.multiple for x in checks), default=0.0)
-        notes = [
-            entry.note,
-            trouble.get(entry.name, ""),
-            f"error {multiple:.1f}x the reference's" if multiple > 1.05 else "",
-        ]
+        notes = [entry.note, trouble.get(entry.name)]
+        notes += [f"error {multiple:.1f}x the reference's" if multiple > 1.05 else None]
         if mine:
-            total = _sum(mine)
-            notes += [
-                "bound by launches" if total.host_bound else "",
-                "inputs fit in the cache" if cached else "",
-            ]
-            baseline = times.get(case.entries[0].name, [])
-            _fill(row, case, entry, mine, baseline, cached, options)
+            cost = entry.cost or case.costs.get(which)
+            total = _fill(row, mine, baseline, cost, cached, options)
+            notes += ["bound by launches" if total.host_bound else None]
+            notes += ["inputs fit in the cache" if cached else None]
         row.note = "; ".join(filter(None, notes))
     return list(rows.values())
 
@@ -169,16 +153,14 @@ def _run_repeats(
 
 def _fill(
     row: Row,
-    case: Case,
-    entry: Entry,
     mine: list[Times],
     baseline: list[Times],
+    cost: Cost | None,
     cached: bool,
     options: Options,
-) -> None:
-    total = _sum(mine)
-    cost = entry.cost or case.costs.get(row.which)
-    rate_budget = min(0.5, options.budget / 2)
+) -> Times:
+    """Fill in the numbers of a row; returns all of its times."""
+    total, rate_budget = _sum(mine), min(0.5, options.budget / 2)
     # On a CPU the ratios of one run mean something, and its milliseconds do not.
     if options.device.type != "cpu":
         row.add_times(total, cost)
@@ -192,6 +174,7 @@ def _fill(
     if row.tflop_per_s is not None:
         ceiling = matmul_rate(options.device, options.dtype, rate_budget)
         row.percent_of_matmul = 100 * 1e12 * row.tflop_per_s / ceiling
+    return total
 
 
 def _ratio(baseline: list[Times], mine: list[Times]) -> float | None:

@@ -14,7 +14,7 @@ import importlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -72,22 +72,13 @@ _OF_ADALN = Sweep(
     {"TOKENS": (2, 4, 8, 16, 32, 40), **_ADALN},
     {"BACKWARD_TOKENS": (8, 16, 32, 40, 64), **_ADALN},
 )
-_FFN = {
-    "BLOCK_ROWS": (64, 128, 256),
-    "BLOCK_COLS": (64, 128, 256),
-    "BLOCK_INNER": (64, 128),
-    "WARPS": (4, 8),
-    "STAGES": (3, 4),
-}
+_COLS = (64, 128, 256)
+_FFN = {"BLOCK_ROWS": _COLS, "BLOCK_COLS": _COLS, "BLOCK_INNER": (64, 128), "WARPS": (4, 8)}
+_FFN |= {"STAGES": (3, 4)}
 
 _NORM = {"TILE": (1024, 2048, 4096), "LANES": (32, 64, 128), "PROGRAMS": (264, 528, 1056, 2112)}
-_TEMPORAL = {
-    "BLOCK_ROWS": (64, 128, 256),
-    "BLOCK_COLS": (64, 128),
-    "BLOCK_INNER": (32, 64),
-    "WARPS": (4, 8),
-    "STAGES": (2, 3, 4),
-}
+_TEMPORAL = {"BLOCK_ROWS": _COLS, "BLOCK_COLS": (64, 128), "BLOCK_INNER": (32, 64)}
+_TEMPORAL |= {"WARPS": (4, 8), "STAGES": (2, 3, 4)}
 
 
 def _fits_hopper(choice: Choice) -> bool:
@@ -178,12 +169,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _cases(op: str, options: Options) -> Iterator[Case]:
-    """A case for each pass, whose entries are the choices, the one in the module first."""
+    """A case for each pass."""
     for which in options.passes:
         yield _case(op, which, options)
 
 
 def _case(op: str, which: str, options: Options) -> Case:
+    """The case whose entries are the choices, the present one first."""
     info, sweep = OPS[op], SWEEPS[op]
     module = importlib.import_module(sweep.module)
     (convention,) = options.conventions
@@ -194,7 +186,7 @@ def _case(op: str, which: str, options: Options) -> Case:
     name = "cogvx-inplace" if inplace else sweep.provider
     provider = next(p for p in PROVIDERS if p.name == name)
     function = provider.make(info, new(0))
-    one_pass = Options(options.dtype, options.device, options.size, (which,))
+    one_pass = replace(options, passes=(which,))
     case = ops.make_case(info, convention, new, [(provider, function)], one_pass, {})
     (kernel,) = case.entries
     fitting = [choice for choice in choices(getattr(sweep, which)) if sweep.fits(choice)]
