@@ -87,23 +87,17 @@ def publish(
 
 
 def _options(arguments: argparse.Namespace, benchmark: Benchmark, device: torch.device) -> Options:
-    on_cpu = device.type == "cpu"
-    size = arguments.size
-    if size is None:
-        size = next(s for s in ("small", "tiny") if s in benchmark.sizes) if on_cpu else MODEL_SIZE
-    budget = arguments.budget or benchmark.budget
+    on_cpu, given = device.type == "cpu", vars(arguments)
+    small = "small" if "small" in benchmark.sizes else "tiny"
     return Options(
         dtype=getattr(torch, arguments.dtype or ("float32" if on_cpu else "bfloat16")),
         device=device,
-        size=size,
+        size=arguments.size or (small if on_cpu else MODEL_SIZE),
         passes=PASSES if arguments.which == "both" else (arguments.which,),
         providers=tuple(arguments.providers or ()),
         conventions=tuple(arguments.conventions or ()),
-        max_autotune=arguments.max_autotune,
-        budget=budget / 5 if arguments.quick else budget,
-        repeats=arguments.repeats,
-        layers=arguments.layers,
-        frames=arguments.frames,
+        budget=(arguments.budget or benchmark.budget) / (5 if arguments.quick else 1),
+        **{name: given[name] for name in ("max_autotune", "repeats", "layers", "frames")},
     )
 
 
@@ -152,19 +146,14 @@ def make_parser(group: str) -> argparse.ArgumentParser:
 def _list() -> str:
     """Benchmarks with their calls, sizes, providers."""
     lines = ["benchmarks, and their calls"]
-    for name, benchmark in BENCHMARKS.items():
-        lines.append(f"  {name:<23}{'; '.join(benchmark.conventions())}")
+    lines += [f"  {name:<23}{'; '.join(b.conventions())}" for name, b in BENCHMARKS.items()]
     lines.append("sizes of ops")
     for name, s in ops.SIZES.items():
-        lines.append(
-            f"  {name:<23}{s.batch} x ({s.text_len} + {s.video_len}) tokens, "
-            f"{s.nheads} heads of {s.headdim}"
-        )
+        tokens = f"{s.batch} x ({s.text_len} + {s.video_len}) tokens"
+        lines.append(f"  {name:<23}{tokens}, {s.nheads} heads of {s.headdim}")
     lines.append("providers of ops")
-    for p in PROVIDERS:
-        lines.append(f"  {p.name:<23}{p.note}{' (only by name)' if p.optional else ''}")
-    lines += ["entries of parts of the model", f"  {', '.join(model.ENTRIES)}"]
-    return "\n".join(lines)
+    lines += [f"  {p.name:<23}{p.note}{' (only by name)' * p.optional}" for p in PROVIDERS]
+    return "\n".join([*lines, "entries of parts of the model", f"  {', '.join(model.ENTRIES)}"])
 
 
 if __name__ == "__main__":

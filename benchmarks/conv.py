@@ -219,17 +219,16 @@ def _video(x: Tensor) -> Tensor:
     return x.unsqueeze(0).transpose(1, 2)
 
 
+def _entries() -> list[str]:
+    return [name for doubled in (False, True) for name, *_ in _names(doubled)]
+
+
 register(
     Benchmark(
-        "conv",
-        cases,
-        lambda: [name for doubled in (False, True) for name, *_ in _names(doubled)],
-        lambda: list(BY_NAME),
-        ("tiny", MODEL_SIZE),
-        budget=0.2,
-        group="conv",
+        "conv", cases, _entries, lambda: list(BY_NAME), ("tiny", MODEL_SIZE),
+        budget=0.2, group="conv",
     )
-)
+)  # fmt: skip
 
 if __name__ == "__main__":
     from .__main__ import main

@@ -212,14 +212,14 @@ def compile_(function: Function, mode: str | None = None) -> Function:
     return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
 
-def find(library: str, *places: tuple[str, str]) -> Any:
-    """The first attribute found among (module, name); a library moves its own about.
+def find(library: str, name: str, *modules: str) -> Any:
+    """The attribute of the first module that has it; libraries move theirs about.
 
     Raises Unavailable with the last import's error. Whatever an import raises counts: some look for
     a GPU, a driver or a compiler.
     """
     reason = "no place to look"
-    for module, name in places:
+    for module in modules:
         try:
             return getattr(importlib.import_module(module), name)
         except Exception as error:

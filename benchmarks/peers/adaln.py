@@ -115,15 +115,11 @@ def _liger(info: OpInfo, arguments: Arguments) -> Function:
     x = arguments["x"]
     if not x.is_cuda:
         raise Unavailable("Liger's kernels do not run on a CPU")
-    norm = find("liger-kernel", ("liger_kernel.transformers.functional", "liger_layer_norm"))
+    norm = find("liger-kernel", "liger_layer_norm", "liger_kernel.transformers.functional")
     ones, zeros = torch.ones_like(x[0, 0]), torch.zeros_like(x[0, 0])
 
     def of_liger(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        weight, bias = (
-            ones if weight is None else weight,
-            zeros if bias is None else bias,
-        )
-        return norm(x, weight, bias, eps)
+        return norm(x, ones if weight is None else weight, zeros if bias is None else bias, eps)
 
     return _steps(of_liger, compile_(modulate))[info.name]
 
@@ -143,11 +139,8 @@ def _sglang(info: OpInfo, arguments: Arguments) -> Function:
     if not x.is_cuda:
         raise Unavailable("sglang's kernels do not run on a CPU")
     name = "fuse_layernorm_scale_shift_gate_select01_kernel"
-    kernel = find(
-        "sglang",
-        ("sglang.kernels.ops.diffusion.modulate.scale_shift_triton", name),
-        ("sglang.jit_kernel.diffusion.triton.scale_shift", name),
-    )
+    new, old = "kernels.ops.diffusion.modulate.scale_shift_triton", "jit_kernel.diffusion.triton"
+    kernel = find("sglang", name, f"sglang.{new}", f"sglang.{old}.scale_shift")
     batch, seqlen, _ = x.shape
     is_text = torch.arange(seqlen, device=x.device) < arguments["text_len"]
     index = is_text.int().expand(batch, seqlen).contiguous()

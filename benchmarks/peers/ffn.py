@@ -10,8 +10,6 @@ from cogvx_kernels.testing import OpInfo
 
 from ..registry import Arguments, Function, Unavailable, compile_, provider
 
-Runs = list[tuple[int, Tensor]]
-
 
 def _only_tanh_gelu(arguments: Arguments) -> None:
     if arguments.get("activation", "gelu_tanh") != "gelu_tanh":
@@ -27,16 +25,17 @@ def _bias(biases: Tensor | None, expert: int) -> Tensor | None:
 # --- expert by expert ------------------------------------------------------------------------
 
 
-@provider(
-    "split-cat",
-    "linear, GELU, linear for each expert, between split and cat; routed: gather, index_add",
-    "expert_ffn",
-)
+STEPS = "linear, GELU, linear for each expert, between split and cat; routed: gather, index_add"
+CUBLASLT = "bias and tanh-GELU in cuBLASLt's epilogue, and addmm, for each expert and sample"
+GROUPED = "sort, gather, torch._grouped_mm, bias and GELU, again, ungather, combine"
+
+
+@provider("split-cat", STEPS, "expert_ffn")
 def split_cat(info: OpInfo, arguments: Arguments) -> Function:
     """Linear, GELU, linear in the dtype of x, as diffusers' FeedForward; of each expert in turn.
 
-    Text and video are split and put together again; routed tokens are looked for, which waits for
-    the device, gathered, and added where they belong.
+    Text and video are split and concatenated; routed tokens are found, which waits for the device,
+    gathered, and added.
     """
     _only_tanh_gelu(arguments)
 
@@ -72,12 +71,7 @@ def _compiled_split_cat(info: OpInfo, arguments: Arguments) -> Function:
     return compile_(split_cat(info, arguments))
 
 
-@provider(
-    "cublaslt-gelu",
-    "bias and tanh-GELU in cuBLASLt's epilogue, and addmm, for each expert and sample",
-    "expert_ffn",
-    passes=("forward",),
-)
+@provider("cublaslt-gelu", CUBLASLT, "expert_ffn", passes=("forward",))
 def cublaslt_gelu(info: OpInfo, arguments: Arguments) -> Function:
     """Two calls for each expert and run of tokens: bias and GELU in cuBLASLt's epilogue, and addmm.
 
@@ -105,7 +99,7 @@ def cublaslt_gelu(info: OpInfo, arguments: Arguments) -> Function:
     return expert_ffn
 
 
-def _runs(x: Tensor, up: Tensor, text_len: int) -> Runs:
+def _runs(x: Tensor, up: Tensor, text_len: int) -> list[tuple[int, Tensor]]:
     """(expert, its rows), all of them views."""
     if len(up) == 1:
         return [(0, x.view(-1, x.shape[2]))]
@@ -115,12 +109,7 @@ def _runs(x: Tensor, up: Tensor, text_len: int) -> Runs:
 # --- all experts at once ---------------------------------------------------------------------
 
 
-@provider(
-    "grouped-mm",
-    "sort, gather, torch._grouped_mm, bias and GELU, again, ungather, combine",
-    "expert_ffn",
-    compiled="compile-grouped-mm",
-)
+@provider("grouped-mm", GROUPED, "expert_ffn", compiled="compile-grouped-mm")
 def grouped_mm(info: OpInfo, arguments: Arguments) -> Function:
     """Sort, gather, torch._grouped_mm twice with bias and GELU between, ungather, combine."""
     _only_tanh_gelu(arguments)

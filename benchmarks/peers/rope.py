@@ -18,7 +18,7 @@ def _tables(arguments: Arguments) -> tuple[Any, tuple[Tensor, ...]]:
     """diffusers' function and its tables, full width."""
     if not arguments.get("interleaved") or arguments.get("norm", "layer") != "layer":
         raise Unavailable("diffusers' CogVideoX has LayerNorm and interleaved pairs")
-    apply_rotary_emb = find("diffusers", ("diffusers.models.embeddings", "apply_rotary_emb"))
+    apply_rotary_emb = find("diffusers", "apply_rotary_emb", "diffusers.models.embeddings")
     return apply_rotary_emb, tuple(
         arguments[name].repeat_interleave(2, -1) for name in ("cos", "sin")
     )
@@ -72,17 +72,14 @@ def _diffusers_qk_norm_rope3d(info: OpInfo, arguments: Arguments) -> Function:
 @provider(
     "liger",
     "liger-kernel's rotary: in place; no text, no norm, half-split pairs, full-width tables",
-    "rope3d",
-    conventions=(HALF_SPLIT,),
-    passes=("forward",),
-    overwrites=True,
-)
+    "rope3d", conventions=(HALF_SPLIT,), passes=("forward",), overwrites=True,
+)  # fmt: skip
 def _liger_rope3d(info: OpInfo, arguments: Arguments) -> Function:
     """Liger turns q and k at once, in place; the two halves of the batch stand for them here."""
     x = arguments["x"]
     if not x.is_cuda:
         raise Unavailable("Liger's kernels do not run on a CPU")
-    turn = find("liger-kernel", ("liger_kernel.transformers.rope", "liger_rotary_pos_emb"))
+    turn = find("liger-kernel", "liger_rotary_pos_emb", "liger_kernel.transformers.rope")
     if x.shape[0] % 2 or not x.is_contiguous():
         raise Unavailable("Liger's kernel is in place for a contiguous x and an even batch alone")
     cos, sin = (torch.cat([arguments[name]] * 2, -1)[None] for name in ("cos", "sin"))

@@ -18,7 +18,7 @@ NORM = "spatial_norm_silu"
 
 
 def _whole_chunk(arguments: Arguments) -> None:
-    """Others normalise a chunk as it is, and put what comes out nowhere in particular."""
+    """Other libraries normalise a chunk as it is, into a new tensor."""
     if arguments.get("per_frame"):
         raise Unavailable("its statistics are of all frames")
     for name in ("moments", "cache"):
@@ -39,17 +39,15 @@ def nearest(latents: Tensor, size: torch.Size, leads: bool) -> Tensor:
     return torch.cat([F.interpolate(x, size=to) for x, to in zip(parts, sizes, strict=True)], 2)
 
 
-@provider(
-    "diffusers-eager",
-    "GroupNorm, nearest maps of the latents, multiply, add, SiLU; rounds after each",
-    NORM,
-    compiled="compile-diffusers",
-)
+STEPS = "GroupNorm, nearest maps of the latents, multiply, add, SiLU; rounds after each"
+
+
+@provider("diffusers-eager", STEPS, NORM, compiled="compile-diffusers")
 def _diffusers(info: OpInfo, arguments: Arguments) -> Function:
     """GroupNorm, the latents' maps at full size, multiply, add, SiLU: CogVideoXSpatialNorm3D.
 
-    diffusers makes the maps by two convolutions of full size, where these are only read; that the
-    rest is the same is tested. Without maps it is GroupNorm and SiLU.
+    diffusers makes the maps by two convolutions of full size, where these are only read. Without
+    maps it is GroupNorm and SiLU.
     """
     _whole_chunk(arguments)
 
@@ -75,7 +73,7 @@ def _diffusers(info: OpInfo, arguments: Arguments) -> Function:
     compiled="compile-torch-steps",
 )  # fmt: skip
 def cat_conv3d(info: OpInfo, arguments: Arguments) -> Function:
-    """torch.cat of what lies before, and F.conv3d, on a GPU cuDNN's; in the layout that comes."""
+    """torch.cat of the past, and F.conv3d, in the layout of x."""
     if arguments["x"].dim() != 5:
         raise Unavailable("it is for frames with pixels")
 
@@ -147,7 +145,7 @@ def _of(norm: Norm) -> Function:
 def _liger(info: OpInfo, arguments: Arguments) -> Function:
     """Liger's GroupNorm kernel, which takes contiguous tensors, and torch's SiLU."""
     _plain(arguments, "Liger")
-    norm = find("liger-kernel", ("liger_kernel.transformers.functional", "liger_group_norm"))
+    norm = find("liger-kernel", "liger_group_norm", "liger_kernel.transformers.functional")
     return _of(lambda x, w, b, groups, eps: F.silu(norm(x, w, b, x.shape[1], groups, eps)))
 
 
@@ -159,16 +157,11 @@ def _sglang(info: OpInfo, arguments: Arguments) -> Function:
         if x.shape[0] != 1:
             raise Unavailable("its kernel for channels-last is of images")
         module = "sglang.kernels.ops.diffusion.norm.group_norm_silu_twopass_triton"
-        image = find("sglang", (module, "group_norm_silu_4d"))
+        image = find("sglang", "group_norm_silu_4d", module)
         return _of(lambda x, *rest: image(x.flatten(2, 3), *rest).view_as(x))
     name = "triton_group_norm_silu"
-    return _of(
-        find(
-            "sglang",
-            ("sglang.kernels.ops.diffusion.norm.group_norm_silu_triton", name),
-            ("sglang.jit_kernel.diffusion.triton.group_norm_silu", name),
-        )
-    )
+    new = "sglang.kernels.ops.diffusion.norm.group_norm_silu_triton"
+    return _of(find("sglang", name, new, "sglang.jit_kernel.diffusion.triton.group_norm_silu"))
 
 
 @provider("vllm-omni", "vLLM-Omni's GroupNorm with SiLU", NORM, passes=("forward",))
@@ -176,7 +169,7 @@ def _vllm_omni(info: OpInfo, arguments: Arguments) -> Function:
     """vLLM-Omni's GroupNorm with SiLU, which takes contiguous tensors."""
     _plain(arguments, "vLLM-Omni")
     name, common = "fused_group_norm_silu", "vllm_omni.model_executor.models.common.ops"
-    return _of(find("vllm-omni", (common, name), (f"{common}.{name}", name)))
+    return _of(find("vllm-omni", name, common, f"{common}.{name}"))
 
 
 @provider(
@@ -193,11 +186,8 @@ def _sglang_cache(info: OpInfo, arguments: Arguments) -> Function:
     if not (frames.is_contiguous() and cache.is_contiguous()):
         raise Unavailable("its kernel is for contiguous tensors")
     name = "fused_causal_conv3d_cat_pad"
-    kernel = find(
-        "sglang",
-        ("sglang.kernels.ops.diffusion.triton.causal_conv3d_pad", name),
-        ("sglang.jit_kernel.diffusion.triton.causal_conv3d_pad", name),
-    )
+    new = "sglang.kernels.ops.diffusion.triton.causal_conv3d_pad"
+    kernel = find("sglang", name, new, "sglang.jit_kernel.diffusion.triton.causal_conv3d_pad")
 
     def frame_cache_join(cache: Tensor, frames: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
         kept = cache.shape[2]

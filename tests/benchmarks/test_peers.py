@@ -146,7 +146,7 @@ def test_names_of_providers_are_unique():
 
 def test_missing_library_is_unavailable():
     with pytest.raises(Unavailable, match="nobody does not import .ModuleNotFoundError"):
-        find("nobody", ("nobody_has_this_package", "name"))
+        find("nobody", "name", "nobody_has_this_package")
 
 
 @pytest.mark.filterwarnings("default")  # of a compiler, on its own code
