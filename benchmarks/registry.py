@@ -7,6 +7,7 @@ itself with `provider`. `run` does the rest: it compares, then times.
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +82,7 @@ class Entry:
     untimed  why it is compared and not timed
     cost     of this entry, where it is not the case's
     forward  of a training step: its forward, whose saved tensors are counted
+    around   a context for its check and its timing
     """
 
     name: str
@@ -92,6 +94,7 @@ class Entry:
     untimed: str = ""
     cost: Cost | None = None
     forward: Call | None = None
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 @dataclass
@@ -114,6 +117,7 @@ class Case:
     costs: Mapping[str, Cost] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     memory: bool = False
+    fastest_first: bool = False
     weights: Sequence[Tensor] = ()
 
 

@@ -67,14 +67,13 @@ def compare(case: Case, outcome: Outcome) -> list[tuple[Entry, Checks]]:
     """The entries whose results are right, in every pass."""
     right, wrong = [], []
     for entry in case.entries:
-        checks: Checks = {}
         check, entry.check = entry.check, None  # with it goes what the reference computed
         where = "" if case.convention == "model" else f" ({case.convention})"
         try:
-            for which in entry.passes:
-                checks[which] = list(check(which))
+            with entry.around():
+                checks = {which: list(check(which)) for which in entry.passes}
         except torch.OutOfMemoryError:
-            outcome.left_out[entry.name + where] = f"out of memory in {which}"
+            outcome.left_out[entry.name + where] = "out of memory"
             continue
         except Exception as error:
             if entry.ours or entry is case.entries[0]:
@@ -117,6 +116,8 @@ def time_all(
             notes += ["bound by launches" if total.host_bound else None]
             notes += ["inputs fit in the cache" if cached else None]
         row.note = "; ".join(filter(None, notes))
+    if case.fastest_first:
+        return sorted(rows.values(), key=lambda row: row.median_ms or 0.0)
     return list(rows.values())
 
 
@@ -138,12 +139,13 @@ def _run_repeats(
         if entry.name in trouble and not (first and case.memory):
             continue
         try:
-            calls = entry.calls(which, nsets)
-            if first:
-                _count_memory(rows[entry.name], case, entry, calls[0], options.device)
-            if entry.name not in trouble:
-                budget = options.budget / options.repeats
-                times[entry.name].append(measure(calls, options.device, budget))
+            with entry.around():
+                calls = entry.calls(which, nsets)
+                if first:
+                    _count_memory(rows[entry.name], case, entry, calls[0], options.device)
+                if entry.name not in trouble:
+                    budget = options.budget / options.repeats
+                    times[entry.name].append(measure(calls, options.device, budget))
         except torch.OutOfMemoryError:
             trouble[entry.name] = "out of memory"
             times[entry.name].clear()

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -38,10 +37,8 @@ from .registry import (
     Check,
     Entry,
     Options,
-    Unavailable,
 )
 from .run import Wrong, run
-from .timing import Call
 
 Choice = Mapping[str, int]
 GROUPED, DENSE = "cogvx-grouped", "cogvx-dense"
@@ -192,35 +189,21 @@ def _case(op: str, which: str, options: Options) -> Case:
     fitting = [choice for choice in choices(getattr(sweep, which)) if sweep.fits(choice)]
     now = {name: getattr(module, name) for name in getattr(sweep, which)}
     fitting.sort(key=lambda choice: choice != now)
-    case.benchmark = f"tune-{op}"
-    case.entries = [_entry(kernel, module, choice, choice == now) for choice in fitting]
-    return case
+    case.benchmark, case.fastest_first = f"tune-{op}", True
 
-
-def _entry(kernel: Entry, module: ModuleType, choice: Choice, now: bool) -> Entry:
-    """The kernel's entry with a choice."""
-    check, calls = kernel.check, kernel.calls
-
-    def check_choice(which: str) -> Sequence[Check]:
+    def check(which: str) -> Sequence[Check]:
         try:
-            with chosen(module, choice):
-                return check(which)
-        except Unavailable:
-            raise
+            return kernel.check(which)
         except Exception as error:  # a choice may not compile, or need too much
             return [Check(False, 0.0, f"{type(error).__name__}: {error}".splitlines()[0])]
 
-    def call_choice(call: Call) -> Any:
-        with chosen(module, choice):
-            return call()
+    def entry(choice: Choice) -> Entry:
+        name = ", ".join(f"{key} {value}" for key, value in choice.items())
+        note, around = "as it is now" if choice == now else "", partial(chosen, module, choice)
+        return replace(kernel, name=name, check=check, note=note, ours=False, around=around)
 
-    def calls_choice(which: str, count: int) -> list[Call]:
-        with chosen(module, choice):
-            return [partial(call_choice, call) for call in calls(which, count)]
-
-    name = ", ".join(f"{key} {value}" for key, value in choice.items())
-    note = "as it is now" if now else ""
-    return Entry(name, check_choice, calls_choice, kernel.passes, note, untimed=kernel.untimed)
+    case.entries = [entry(choice) for choice in fitting]
+    return case
 
 
 # --- grouped or dense ------------------------------------------------------------------------
