@@ -1,4 +1,4 @@
-"""Where a model is: inside this package, each in a folder with its card; on disk; on the hub."""
+"""Locations of models: in this package, on disk, or on the Hugging Face hub."""
 
 import os
 from collections.abc import Sequence
@@ -23,10 +23,9 @@ def located(
 ) -> Path:
     """Find the folder of a model by its name; download it if the name is one of the hub.
 
-    name              "tiny", which is in this package; else a file or folder that exists, which
-                      never touches the network ("./tiny" is a folder of yours); else a str
-                      owner/name, a model of the Hugging Face hub, such as "THUDM/CogVideoX-5b".
-                      Any other path is returned as it is, for its reader to refuse
+    name              "tiny", the packaged model; else an existing file or folder, without network
+                      ("./tiny" is a folder); else a str owner/name of the Hugging Face hub, such
+                      as "THUDM/CogVideoX-5b". Any other path is returned unchanged
     parts             of a model on the hub, the component folders to download: some of "scheduler",
                       "text_encoder", "tokenizer", "transformer", "vae"; all by default
     revision          branch, tag or commit on the hub

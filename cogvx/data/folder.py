@@ -1,9 +1,9 @@
-"""A folder of clips with captions.
+"""Data set of a folder of videos with captions.
 
-Clips are the files of the folder and of the folders in it, links included, whose suffix is one that
-`cogvx.video.open_video` reads; their names may have any characters. Pictures are clips of one
-frame. Captions are either in `metadata.jsonl`, a line {"file_name": …, "text": …} for each clip, or
-in a text file for each, of its name: `cat.mp4` and `cat.txt`.
+Clips are all files in the folder and its subfolders, links included, with a suffix that
+`cogvx.video.open_video` reads. Images are clips of one frame. Captions are either in
+`metadata.jsonl`, a line {"file_name": …, "text": …} per clip, or in text files: `cat.txt` for
+`cat.mp4`.
 """
 
 import os
@@ -35,17 +35,17 @@ class Clip:
 
 
 class FolderClips(Dataset[Clip]):
-    """The clips of a folder, all of one size, in the order of their names.
+    """Clips of a folder, all of one size, sorted by name.
 
     Args:
         folder: see the module.
-        frames, height, width: of every clip: cut and scaled as `cogvx.video.open_video` does.
-            Pictures are clips if `frames` is 1.
-        vae: whose rule the frames are held to.
+        frames, height, width: size of clips, cut and scaled by `cogvx.video.open_video`. Images
+            are clips if `frames` is 1.
+        vae: config of the VAE, which restricts `frames`.
 
-    `left_out` has the names of the files that are neither clips nor captions; a warning lists them.
-    Raises ValueError, with the names, for clips without captions and captions without clips, and if
-    there are none; VideoError, when it is read, for a clip that is shorter.
+    `left_out` lists the files that are neither clips nor captions, of which a warning is given.
+    Raises ValueError, with the names, for clips without captions, captions without clips, and an
+    empty folder; VideoError, on reading, for a clip that is too short.
     """
 
     def __init__(
@@ -81,25 +81,26 @@ class FolderClips(Dataset[Clip]):
 
 
 def read_captions(folder: PathLike, *, pictures: bool = False) -> dict[str, str]:
-    """The caption of each clip of a folder, by its path in it; with `pictures`, of these too."""
+    """Captions by the clip's path in a folder; pictures: images are clips too."""
     return _read(Path(folder), pictures)[0]
 
 
 def _read(folder: Path, pictures: bool) -> tuple[dict[str, str], list[str]]:
-    """Captions by name, and the names of what is neither clip nor caption."""
+    """Captions by clip, and the names of other files."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: must be a folder of clips with captions; it is none")
     names = sorted(_names(folder))
     suffixes = [suffix for suffix in SUFFIXES if pictures or suffix not in PICTURE_SUFFIXES]
     clips = {name for name in names if _suffix(name) in suffixes}
     if METADATA in names:
-        captions, used = _of_metadata(folder / METADATA, clips), {METADATA}
+        captions, used = _from_metadata(folder / METADATA, clips), {METADATA}
     else:
-        captions, used = _of_files(folder, clips, names)
+        captions, used = _from_files(folder, clips, names)
     left_out = [name for name in names if name not in clips | used]
-    silent, gone = sorted(clips - captions.keys()), sorted(captions.keys() - clips)
-    if silent or gone or not clips:
-        lines = [f"{name}: no caption" for name in silent] + [f"{name}: no video" for name in gone]
+    no_caption, no_video = sorted(clips - captions.keys()), sorted(captions.keys() - clips)
+    if no_caption or no_video or not clips:
+        lines = [f"{name}: no caption" for name in no_caption]
+        lines += [f"{name}: no video" for name in no_video]
         lines += [f"{name}: neither video nor caption" for name in left_out]
         raise ValueError(
             f"{folder}: must hold videos ({' '.join(suffixes)}), each with a caption in {METADATA} "
@@ -109,8 +110,10 @@ def _read(folder: Path, pictures: bool) -> tuple[dict[str, str], list[str]]:
 
 
 def _names(folder: Path) -> Iterator[str]:
-    """Paths of the files below a folder, with / between their parts: hidden ones only if they may
-    be clips; and linked folders, which are not entered, with / at the end."""
+    """Yield POSIX paths of files in a folder and its subfolders.
+
+    Hidden files only if they may be clips. Linked folders, which are not entered, end with /.
+    """
     for root, folders, files in os.walk(folder):
         inside = Path(root).relative_to(folder)
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -119,22 +122,22 @@ def _names(folder: Path) -> Iterator[str]:
                 yield f"{(inside / name).as_posix()}/"
         for name in files:
             clip = Path(name).suffix.lower() in SUFFIXES and not name.startswith("._")
-            if clip or not name.startswith("."):  # ._ begins what macOS writes beside a file
+            if clip or not name.startswith("."):  # ._name is metadata of macOS
                 yield (inside / name).as_posix()
 
 
 def _suffix(name: str) -> str:
-    """Of a file that is not hidden, in lower case."""
+    """Lower-case suffix; "" for hidden files and folders."""
     hidden = name.endswith("/") or Path(name).name.startswith(".")
     return "" if hidden else Path(name).suffix.lower()
 
 
 def _composed(name: str) -> str:
-    """A name in one of the two ways in which Unicode spells é; file systems differ."""
+    """Normalise a name to NFC, because file systems differ."""
     return unicodedata.normalize("NFC", name)
 
 
-def _of_metadata(path: Path, clips: set[str]) -> dict[str, str]:
+def _from_metadata(path: Path, clips: set[str]) -> dict[str, str]:
     captions: dict[str, str] = {}
     spelled = {_composed(clip): clip for clip in clips}
     for number, line in enumerate(_text(path, METADATA_BYTES).split("\n"), 1):
@@ -163,8 +166,8 @@ def _of_metadata(path: Path, clips: set[str]) -> dict[str, str]:
     return captions
 
 
-def _of_files(folder: Path, clips: set[str], names: list[str]) -> tuple[dict[str, str], set[str]]:
-    """Captions by clip, and the text files that they are in."""
+def _from_files(folder: Path, clips: set[str], names: list[str]) -> tuple[dict[str, str], set[str]]:
+    """Captions by clip, and the names of their files."""
     texts = {_stem(name): name for name in names if _suffix(name) == ".txt"}
     found = {clip: texts.get(_stem(clip)) for clip in clips}
     files = {clip: text for clip, text in found.items() if text is not None}

@@ -1,9 +1,9 @@
-"""Clips as a VAE has them, in files: encoded once, before a transformer is trained on them.
+"""Data set of encoded clips: latents, and embeddings of captions, for training a transformer.
 
-A folder of `latents-00000.safetensors`, …, each with a few hundred clips: for each the moments that
-the encoder gave, (frames, 2 · channels, height, width) in float16, and where a text encoder was
-given the embeddings of its caption, and of the empty one. The metadata has the captions, and a
-record of the VAE: latents of another are refused.
+Files `latents-00000.safetensors`, …, hold up to 500 clips each: the encoder's moments (frames,
+2 · channels, height, width) in float16 and, with a text encoder, embeddings of the captions and of
+the empty one. The metadata holds the captions and a record of the VAE; latents of another VAE are
+refused.
 """
 
 import json
@@ -25,12 +25,12 @@ from .folder import Clip
 
 PathLike = str | os.PathLike[str]
 FORMAT = "cogvx latents of clips 1"
-IN_A_FILE = 500
-AT_ONCE = 8
+CLIPS_PER_FILE = 500
+BATCH = 8
 
 
 class LatentClip(NamedTuple):
-    """moments: (frames, 2 · channels, height, width) float16; text: (text_len, dim), if encoded."""
+    """Moments (frames, 2 · channels, height, width) in float16, and text (text_len, dim)."""
 
     moments: Tensor
     caption: str
@@ -50,24 +50,24 @@ def encode_clips(
     processes: int = 1,
     wait: Callable[[], None] | None = None,
 ) -> "LatentClips":
-    """Encodes the clips that the folder does not have yet, and opens it.
+    """Encode the clips that the folder lacks, and open it.
 
     clips         of one size
-    text_encoder  also keeps embeddings of the captions, for one too large to be there in training
-    progress      called with how many clips are done, and how many there are
-    process       number of this one of `processes`, which share the files of a folder
-    wait          called when this one is done, and returns when all are
+    text_encoder  also store embeddings of the captions, if it is too large for training
+    progress      called with the number of clips done and of all
+    process       index of this one of `processes`, which share the files
+    wait          barrier of all processes
 
-    It may be stopped and called again. Raises CheckpointError if the folder has latents of another
+    It can be interrupted and repeated. Raises CheckpointError if the folder has latents of another
     VAE, or of another number of clips.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     total = len(clips)  # type: ignore[arg-type]
     record = {**record_of_model("vae", vae), "clips": total}
-    for first in range(process * IN_A_FILE, total, processes * IN_A_FILE):
-        path = folder / f"latents-{first // IN_A_FILE:05}.safetensors"
-        last = min(first + IN_A_FILE, total)
+    for first in range(process * CLIPS_PER_FILE, total, processes * CLIPS_PER_FILE):
+        path = folder / f"latents-{first // CLIPS_PER_FILE:05}.safetensors"
+        last = min(first + CLIPS_PER_FILE, total)
         if path.exists():
             with TensorFile(path) as file:
                 _metadata(file, record)
@@ -77,31 +77,27 @@ def encode_clips(
         if text_encoder is not None:
             tensors["empty.text"] = text_encoder.encode([""], text_length)[0].half()
         part = Subset(clips, range(first, last))
-        for batch in DataLoader(part, AT_ONCE, collate_fn=list, num_workers=workers):
+        for batch in DataLoader(part, BATCH, collate_fn=list, num_workers=workers):
             moments = _encoded(vae, [clip.video for clip in batch])
-            said = [clip.caption for clip in batch]
+            texts = [clip.caption for clip in batch]
             for number, one in enumerate(moments, first + len(captions)):
                 tensors[f"{number}.moments"] = one
             if text_encoder is not None:
-                texts = text_encoder.encode(said, text_length).half()
-                for number, one in enumerate(texts, first + len(captions)):
+                embeddings = text_encoder.encode(texts, text_length).half()
+                for number, one in enumerate(embeddings, first + len(captions)):
                     tensors[f"{number}.text"] = one
-            captions += said
+            captions += texts
             if progress is not None:
                 progress(first + len(captions), total)
-        spelled = {"captions": json.dumps(captions), "record": json.dumps(record)}
-        write_tensors(path, tensors, {"format": FORMAT, "first": str(first), **spelled})
+        metadata = {"captions": json.dumps(captions), "record": json.dumps(record)}
+        write_tensors(path, tensors, {"format": FORMAT, "first": str(first), **metadata})
     if wait is not None:
         wait()
     return LatentClips(folder, vae)
 
 
 class LatentClips(Dataset[LatentClip]):
-    """The clips of a folder that `encode_clips` wrote.
-
-    folder  all of it: a number that is missing is an error
-    vae     that the latents must be of
-    """
+    """Clips of a folder that `encode_clips` wrote, all of them, by the same VAE."""
 
     def __init__(self, folder: PathLike, vae: CausalVAE) -> None:
         self.folder = Path(folder)
@@ -114,7 +110,7 @@ class LatentClips(Dataset[LatentClip]):
             )
         self.files = [TensorFile(path) for path in paths]
         self.captions: list[str] = []
-        self.places: list[TensorFile] = []
+        self.file_of: list[TensorFile] = []
         wanted = 0
         for file in self.files:
             values = _metadata(file, record)
@@ -125,7 +121,7 @@ class LatentClips(Dataset[LatentClip]):
                     f"{file.metadata['first']}: a file before it is missing"
                 )
             self.captions += captions
-            self.places += [file] * len(captions)
+            self.file_of += [file] * len(captions)
             wanted = values["clips"]
         if len(self.captions) != wanted:
             raise CheckpointError(
@@ -139,7 +135,7 @@ class LatentClips(Dataset[LatentClip]):
         return len(self.captions)
 
     def __getitem__(self, index: int) -> LatentClip:
-        file = self.places[index]
+        file = self.file_of[index]
         text = file.read(f"{index}.text") if self.empty is not None else None
         return LatentClip(file.read(f"{index}.moments"), self.captions[index], text)
 
@@ -151,7 +147,7 @@ def _encoded(vae: CausalVAE, videos: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _metadata(file: TensorFile, record: dict[str, Any]) -> dict[str, Any]:
-    """The record of a file, if it is the wanted one."""
+    """Read the record of a file, and check it."""
     if file.metadata.get("format") != FORMAT:
         raise CheckpointError(f"{file.path}: must be latents of clips, as cogvx encode writes them")
     values = parse_json(file.metadata["record"].encode(), f"{file.path}: its record")

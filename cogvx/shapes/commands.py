@@ -36,7 +36,7 @@ SUFFIXES = {
     ".png": "its frames side by side, numbered, under the sentence",
 }
 SEEDS = 1 << 63
-NAME_LENGTH = 100
+NAME_LENGTH = 100  # of a file
 T = TypeVar("T")
 
 

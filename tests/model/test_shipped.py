@@ -1,4 +1,4 @@
-"""What is inside the package: found by its name, and as good as its card says."""
+"""The packaged model: its name, recipes, card and scores."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def pipe(auto_is_what_a_cpu_has) -> CogVideoX:
     return shipped()
 
 
-def test_names_are_those_of_the_package_and_paths_are_yours(tmp_path, monkeypatch):
+def test_bare_names_are_packaged_models_and_paths_are_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("tiny").mkdir()
     assert SHIPPED == ("tiny",) and TINY.is_absolute() and (TINY / "recipe.toml").is_file()
@@ -42,7 +42,7 @@ def test_names_are_those_of_the_package_and_paths_are_yours(tmp_path, monkeypatc
             load_vae(path)
 
 
-def test_it_is_small_and_what_its_recipe_says(pipe):
+def test_tiny_is_small_and_follows_its_recipe(pipe):
     recipe = Recipe.read("tiny")
     learned = {"scaling_factor": pipe.vae.config.scaling_factor}
     assert pipe.vae.config.to_dict() == {**recipe.vae.to_dict(), **learned}
@@ -52,7 +52,7 @@ def test_it_is_small_and_what_its_recipe_says(pipe):
     assert sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file()) < 12e6
 
 
-def test_one_command_makes_it_again():
+def test_make_tiny_trains_it_again():
     """`make tiny` takes the recipes of the package; the second begins with what the first makes."""
     makefile = (Path(__file__).parents[2] / "Makefile").read_text()
     commands = re.findall(r"^\tcogvx (train .*)$", makefile, re.MULTILINE)
@@ -63,7 +63,7 @@ def test_one_command_makes_it_again():
     assert REFINED.data == dataclasses.replace(clips, clips=REFINED.data.clips)
 
 
-def test_its_card_says_what_the_files_are(pipe):
+def test_card_agrees_with_the_files(pipe):
     recipe = Recipe.read("tiny")
     for stage in (recipe.vae_training, recipe.transformer_training, REFINED.transformer_training):
         assert re.search(rf"\| steps \|.* {stage.steps:,}[ ,]", CARD)
@@ -75,21 +75,21 @@ def test_its_card_says_what_the_files_are(pipe):
     assert f"{SCORES['psnr_db']:.2f} dB" in CARD
 
 
-def test_its_scores_do_not_fall():
+def test_recorded_scores():
     assert SCORES["prompts"] == 200 and SCORES["psnr_db"] >= 30
     assert all(SCORES[name] >= 0.95 for name in NAMES) and SCORES["control"]["all"] <= 0.02
 
 
-def test_held_out_clips_come_back():
+def test_vae_reconstructs_held_out_clips():
     assert score_vae(load_vae("tiny").float(), 10) >= 30
 
 
-def test_clips_show_what_their_sentences_say(pipe):
+def test_clips_show_their_prompts(pipe):
     scores, control = score_model(pipe, 20)
     assert min(scores.color, scores.shape, scores.motion, scores.count) >= 0.85
     assert control.all <= 0.2
 
 
-def test_an_unknown_word_is_told_with_those_it_knows(pipe):
+def test_unknown_words_are_refused(pipe):
     with pytest.raises(ValueError, match=r"got 'hexagon'. It knows: .*circle"):
         pipe.generate("a red hexagon moves right")

@@ -1,4 +1,4 @@
-"""Folders of videos with captions, and the latents that are made of them."""
+"""Folders of videos with captions, and their latents."""
 
 import json
 import unicodedata
@@ -53,7 +53,7 @@ class Letters:
         )
 
 
-def test_videos_with_their_captions(videos):
+def test_clips_have_their_captions(videos):
     clips = FolderClips(videos, 9, 32, 32)
     assert [clips[i].caption for i in range(len(clips))] == list(CAPTIONS.values())
     drawn = ProceduralClips(frames=9, height=32, width=32)
@@ -62,7 +62,7 @@ def test_videos_with_their_captions(videos):
     assert FolderClips(videos, *SIZE)[0].video.shape == (5, 3, 16, 16)
 
 
-def test_captions_in_one_file(videos):
+def test_captions_in_metadata(videos):
     for text in videos.glob("*.txt"):
         text.unlink()
     lines = [json.dumps({"file_name": n, "text": t}) for n, t in CAPTIONS.items()]
@@ -71,7 +71,7 @@ def test_captions_in_one_file(videos):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda folder: (folder / "b.txt").unlink(), r"b\.mp4: no caption"),
         (lambda folder: [p.unlink() for p in folder.glob("*")], "got 0 videos"),
@@ -113,9 +113,9 @@ def test_captions_in_one_file(videos):
         "other files", "no video",
     ],
 )  # fmt: skip
-def test_folders_that_are_refused(videos, change, said):
+def test_bad_folders_are_refused(videos, change, message):
     change(videos)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         read_captions(videos)
 
 
@@ -156,7 +156,7 @@ def test_names_may_have_any_characters(videos, tmp_path, metadata):
     assert clips[clips.names.index("my clip (1).mp4")].video.shape == (5, 3, 16, 16)
 
 
-def test_every_suffix_that_is_read_alone_is_read_in_a_folder(tmp_path):
+def test_all_suffixes_of_open_video_are_clips(tmp_path):
     for number, suffix in enumerate(SUFFIXES):
         (tmp_path / f"{number}{suffix}").touch()
         (tmp_path / f"{number}.txt").touch()
@@ -167,7 +167,7 @@ def test_every_suffix_that_is_read_alone_is_read_in_a_folder(tmp_path):
     assert len(clips) == len(SUFFIXES) - len(PICTURE_SUFFIXES)
 
 
-def test_what_is_left_out_is_named(videos, tmp_path):
+def test_other_files_are_listed(videos, tmp_path):
     for name in ("notes.pdf", "d.txt", "raw.h264", ".hidden.mp4", "._a.mp4", ".DS_Store"):
         (videos / name).touch()
     (videos / "more").symlink_to(tmp_path)
@@ -177,7 +177,7 @@ def test_what_is_left_out_is_named(videos, tmp_path):
     assert all(name in str(caught[0].message) for name in clips.left_out)
 
 
-def test_pictures_are_clips_of_one_frame(tmp_path):
+def test_images_are_clips_of_one_frame(tmp_path):
     write_contact_sheet(tmp_path / "a.png", torch.zeros(1, 1, 3, 16, 16))
     (tmp_path / "a.txt").write_text("gray")
     assert FolderClips(tmp_path, 1, 16, 16)[0].video.shape == (1, 3, 16, 16)
@@ -185,7 +185,7 @@ def test_pictures_are_clips_of_one_frame(tmp_path):
         FolderClips(tmp_path, 5, 16, 16)
 
 
-def test_a_video_that_is_too_short(videos):
+def test_short_videos_are_refused(videos):
     with pytest.raises(VideoError, match=r"a\.mp4"):
         FolderClips(videos, 49, 16, 16)[0]
 
@@ -193,13 +193,13 @@ def test_a_video_that_is_too_short(videos):
 @pytest.mark.parametrize("texts", [None, Letters()], ids=["no text", "text"])
 def test_latents_are_those_of_the_vae(videos, vae, tmp_path, monkeypatch, texts):
     """Two files of them, so that the numbers go on from one to the next."""
-    monkeypatch.setattr(latents_module, "IN_A_FILE", 2)
-    clips, told = FolderClips(videos, *SIZE), []
+    monkeypatch.setattr(latents_module, "CLIPS_PER_FILE", 2)
+    clips, progress = FolderClips(videos, *SIZE), []
     made = encode_clips(
         clips, vae, tmp_path / "latents", text_encoder=texts, text_length=4,
-        progress=lambda *now: told.append(now),
+        progress=lambda *now: progress.append(now),
     )  # fmt: skip
-    assert told == [(2, 3), (3, 3)] and len(made) == 3
+    assert progress == [(2, 3), (3, 3)] and len(made) == 3
     assert sorted(p.name for p in (tmp_path / "latents").iterdir()) == [
         "latents-00000.safetensors",
         "latents-00001.safetensors",
@@ -216,8 +216,8 @@ def test_latents_are_those_of_the_vae(videos, vae, tmp_path, monkeypatch, texts)
     assert (made.empty is None) == (texts is None)
 
 
-def test_encoding_goes_on_where_it_stopped(videos, vae, tmp_path, monkeypatch):
-    monkeypatch.setattr(latents_module, "IN_A_FILE", 1)
+def test_interrupted_encoding_is_resumed(videos, vae, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents_module, "CLIPS_PER_FILE", 1)
     clips = FolderClips(videos, *SIZE)
 
     def stop(done, total):
@@ -228,9 +228,11 @@ def test_encoding_goes_on_where_it_stopped(videos, vae, tmp_path, monkeypatch):
         encode_clips(clips, vae, tmp_path / "latents", progress=stop)
     with pytest.raises(CheckpointError, match="must hold 3 clips; got 1: go on"):
         LatentClips(tmp_path / "latents", vae)
-    told = []
-    made = encode_clips(clips, vae, tmp_path / "latents", progress=lambda *now: told.append(now))
-    assert told == [(2, 3), (3, 3)] and [made[i].caption for i in range(3)] == made.captions
+    progress = []
+    made = encode_clips(
+        clips, vae, tmp_path / "latents", progress=lambda *now: progress.append(now)
+    )
+    assert progress == [(2, 3), (3, 3)] and [made[i].caption for i in range(3)] == made.captions
     (tmp_path / "latents" / "latents-00001.safetensors").unlink()
     with pytest.raises(CheckpointError, match="a file before it is missing"):
         LatentClips(tmp_path / "latents", vae)
@@ -238,7 +240,7 @@ def test_encoding_goes_on_where_it_stopped(videos, vae, tmp_path, monkeypatch):
 
 def test_processes_share_the_files(videos, vae, tmp_path, monkeypatch):
     """Each writes some, and all are there in the end, the same as one alone writes."""
-    monkeypatch.setattr(latents_module, "IN_A_FILE", 1)
+    monkeypatch.setattr(latents_module, "CLIPS_PER_FILE", 1)
     clips, shared, written = FolderClips(videos, *SIZE), tmp_path / "shared", []
 
     def count():

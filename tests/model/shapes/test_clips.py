@@ -1,4 +1,4 @@
-"""Clips of shapes: the same for ever, as they are told, and read back as they were drawn."""
+"""Procedural clips: drawing, recognition, captions and the data set."""
 
 import itertools
 import random
@@ -22,7 +22,7 @@ def clips(split="test", count=CLIPS, **options):
     return [ProceduralClips(split, **options)[i] for i in range(count)]
 
 
-def test_what_is_drawn_is_read():
+def test_drawn_clips_are_recognised():
     for clip in clips():
         assert score(clip.video, clip.scene).all, clip.caption
         seen = read(clip.video)
@@ -31,15 +31,15 @@ def test_what_is_drawn_is_read():
 
 
 @pytest.mark.parametrize("size", [(9, 64, 96), (33, 96, 64), rest((17, 128, 128))], ids=str)
-def test_of_any_size(size):
+def test_clips_of_any_size_are_recognised(size):
     frames, height, width = size
     for clip in clips(count=40, frames=frames, height=height, width=width):
         assert clip.video.shape == (frames, 3, height, width)
         assert score(clip.video, clip.scene).all, clip.caption
 
 
-def test_read_through_noise_and_blur():
-    """As a model's clips are not quite clean."""
+def test_recognition_with_noise_and_blur():
+    """Generated clips are not quite clean."""
     generator = torch.Generator().manual_seed(0)
     right = []
     for clip in clips():
@@ -49,8 +49,8 @@ def test_read_through_noise_and_blur():
     assert sum(right) >= 0.98 * len(right)
 
 
-def test_another_clip_is_not_right():
-    """Beside the sentence of another clip hardly anything holds: the scores can fail."""
+def test_scores_of_another_clip_are_low():
+    """Compared with the caption of another clip, hardly anything is right."""
     all_of_them = clips()
     others = [score(a.video, b.scene) for a, b in itertools.pairwise(all_of_them)]
     assert sum(s.all for s in others) <= 0.05 * len(others)
@@ -62,7 +62,7 @@ def test_another_clip_is_not_right():
 @pytest.mark.parametrize(
     ("name", "other"), [("color", "blue"), ("shape", "square"), ("motion", "left"), ("count", None)]
 )
-def test_each_score_sees_its_own_mistake(name, other):
+def test_each_score_finds_its_own_mistake(name, other):
     thing = Thing("red", "circle", "", "right")
     scene = Scene((thing, Thing("green", "cross")))
     words = {"color": thing.color, "shape": thing.shape, "size": "", "direction": thing.direction}
@@ -78,9 +78,9 @@ def test_each_score_sees_its_own_mistake(name, other):
 
 
 @pytest.mark.parametrize("sizes", [*itertools.combinations_with_replacement(SIZES, 2)], ids=str)
-def test_things_of_all_sizes_and_ways_have_room_and_stay_in_the_picture(sizes):
-    for seed, ways in enumerate(itertools.product(DIRECTIONS, DIRECTIONS)):
-        red, blue = zip(sizes, ways, strict=True)
+def test_things_stay_apart_and_in_the_picture(sizes):
+    for seed, (left, right) in enumerate(itertools.product(DIRECTIONS, DIRECTIONS)):
+        red, blue = zip(sizes, (left, right), strict=True)
         scene = Scene((Thing("red", "square", *red), Thing("blue", "cross", *blue)))
         placed = place(scene, torch.Generator().manual_seed(seed))
         for one in placed:
@@ -90,11 +90,11 @@ def test_things_of_all_sizes_and_ways_have_room_and_stay_in_the_picture(sizes):
             for at in (one.x, one.x + dx * TRAVEL):
                 assert (at < 0.5) == (one is placed[0])
         seen = read(draw(placed, "black", 17, 64, 64)).things
-        assert {(t.color, t.direction) for t in seen} == {("red", ways[0]), ("blue", ways[1])}
+        assert {(t.color, t.direction) for t in seen} == {("red", left), ("blue", right)}
 
 
-def test_things_begin_in_cells_and_go_a_pixel_a_frame():
-    """All frames of a moving thing are the first one, shifted: so that latents are, too."""
+def test_things_start_in_cells_and_move_a_pixel_per_frame():
+    """All frames are the first one, shifted, and so are their latents."""
     scene = Scene((Thing("red", "triangle", "small", "left"),), "white")
     for seed in range(20):
         (placed,) = place(scene, torch.Generator().manual_seed(seed))
@@ -108,27 +108,29 @@ def test_things_begin_in_cells_and_go_a_pixel_a_frame():
 # --- sentences -------------------------------------------------------------------------------
 
 
-def test_every_sentence_is_understood():
+def test_parse_is_the_inverse_of_describe():
     numbers = random.Random(1)
     pairs = [Scene((numbers.choice(EVERY_THING), numbers.choice(EVERY_THING))) for _ in range(500)]
     alike = [random_scene(numbers) for _ in range(500)]
     for scene in [*(Scene((t,), g) for t in EVERY_THING for g in GROUNDS), *pairs, *alike]:
-        said = describe(scene)
-        assert parse(said) == scene, said
-        assert set(said.replace(",", " ,").split()) <= set(vocabulary()), said
+        caption = describe(scene)
+        assert parse(caption) == scene, caption
+        assert set(caption.replace(",", " ,").split()) <= set(vocabulary()), caption
     assert parse("  A red circle  moves right. ") == Scene((Thing("red", "circle", "", "right"),))
     assert parse("two small blue squares on white, one moving up") == Scene(
         (Thing("blue", "square", "small", "up"), Thing("blue", "square", "small")), "white"
     )
 
 
-@pytest.mark.parametrize("said", ["", "a red dog moves right", "red circle", "a circle moves up"])
-def test_what_is_not_understood_is_answered_with_the_words_that_are(said):
+@pytest.mark.parametrize(
+    "caption", ["", "a red dog moves right", "red circle", "a circle moves up"]
+)
+def test_parse_lists_the_words_of_the_grammar(caption):
     with pytest.raises(ValueError, match=r"parse: caption must.*red, green.*circle, squ"):
-        parse(said)
+        parse(caption)
 
 
-def test_words_that_are_not_known_are_named():
+def test_unknown_values_are_refused():
     with pytest.raises(ValueError, match="color must be one of red, .*; got 'pink'"):
         Thing("pink", "circle")
     with pytest.raises(ValueError, match="ground must be one of black, gray, white; got 'sea'"):
@@ -140,7 +142,7 @@ def test_words_that_are_not_known_are_named():
 # --- the set ---------------------------------------------------------------------------------
 
 
-def test_a_clip_is_the_same_one_for_ever():
+def test_clips_are_reproducible():
     one, again, other = (ProceduralClips(seed=s)[7] for s in (5, 5, 6))
     assert torch.equal(one.video, again.video) and one.caption == again.caption
     assert not torch.equal(one.video, other.video)
@@ -153,7 +155,7 @@ def test_a_clip_is_the_same_one_for_ever():
     assert clip.min() >= -1 and clip.max() <= 1 and clip.dtype == torch.float32
 
 
-def test_no_sentence_is_in_both_splits():
+def test_splits_share_no_caption():
     train = {clip.caption for clip in clips("train")}
     test = {clip.caption for clip in clips("test")}
     assert not train & test
@@ -161,7 +163,7 @@ def test_no_sentence_is_in_both_splits():
     assert len(train) > 0.8 * CLIPS
 
 
-def test_there_are_as_many_as_were_asked_for():
+def test_length_and_split_are_checked():
     few = ProceduralClips(length=3)
     assert len(few) == len(list(few)) == 3
     with pytest.raises(IndexError, match=r"index must be in \[0, 3\); got 3"):

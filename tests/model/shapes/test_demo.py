@@ -1,4 +1,4 @@
-"""`cogvx demo`: what it refuses, what it writes, what it says."""
+"""`cogvx demo`: refused arguments, files and output."""
 
 import errno
 import json
@@ -27,7 +27,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Clips of nothing, at once; the seeds that were asked for."""
+    """Replace generation by zeros; returns the list of seeds."""
     seeds = []
 
     def generate(self, prompt, *, seed, **options):
@@ -42,15 +42,15 @@ def quick(monkeypatch):
 def run(capsys, *words):
     """(exit status, stdout, stderr)."""
     status = cli.main(["demo", *map(str, words)])
-    said = capsys.readouterr()
-    return status, said.out, said.err
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
 
 
 def names(folder):
     return sorted(path.name for path in Path(folder).iterdir())
 
 
-def test_it_ends_with_what_was_made_and_where(capsys, here, quick):
+def test_output_lists_the_files(capsys, here, quick):
     status, out, err = run(capsys)
     assert (status, err) == (0, "") and quick == [0, 1, 2]
     assert len(names("out")) == 9 and len(out.splitlines()) < 15
@@ -62,7 +62,7 @@ def test_it_ends_with_what_was_made_and_where(capsys, here, quick):
     assert (info.frames, info.height, info.width, info.fps) == (5, 64, 64, 8)
 
 
-def test_other_seeds_have_other_files_and_none_is_lost(capsys, here, quick):
+def test_files_are_named_by_seed_and_not_overwritten(capsys, here, quick):
     assert run(capsys, "--prompt", CIRCLE)[0] == 0
     assert run(capsys, "--prompt", CIRCLE, "--seed", 7)[0] == 0
     assert names("out") == sorted([*FILES, *(name.replace("seed0", "seed7") for name in FILES)])
@@ -84,7 +84,7 @@ def test_other_seeds_have_other_files_and_none_is_lost(capsys, here, quick):
         (["--model", "nowhere"], "nowhere"),
     ],
 )
-def test_what_cannot_be_is_refused_before_any_weight_is_read(
+def test_bad_arguments_are_refused_before_weights_are_read(
     capsys, here, quick, words, message, monkeypatch
 ):
     def fail(*rest, **more):
@@ -97,7 +97,7 @@ def test_what_cannot_be_is_refused_before_any_weight_is_read(
     assert names(".") == ["short.mp4"]
 
 
-def test_a_full_disk_leaves_no_part_of_a_sentence(capsys, here, quick, monkeypatch):
+def test_full_disk_leaves_no_file(capsys, here, quick, monkeypatch):
     def full(*rest, **more):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -106,7 +106,7 @@ def test_a_full_disk_leaves_no_part_of_a_sentence(capsys, here, quick, monkeypat
     assert names("out") == []
 
 
-def test_a_real_clip_with_what_to_expect_of_it(capsys, here, quick):
+def test_clip_is_reconstructed(capsys, here, quick):
     write_video("Müll & mehr.mp4", torch.zeros(1, 17, 3, 64, 64), 8)
     words = ["--prompt", CIRCLE, "--clip", "Müll & mehr.mp4"]
     status, out, _ = run(capsys, *words)
@@ -121,7 +121,7 @@ def test_a_real_clip_with_what_to_expect_of_it(capsys, here, quick):
     )
 
 
-def test_reconstruct_counts_nothing_while_it_is_timed(capsys, here, monkeypatch):
+def test_reconstruct_counts_no_bytes_while_timed(capsys, here, monkeypatch):
     def write(*rest):
         assert _get_current_dispatch_mode() is None
         return write_video(*rest)
@@ -132,8 +132,8 @@ def test_reconstruct_counts_nothing_while_it_is_timed(capsys, here, monkeypatch)
     assert cli.main(words) == 0
 
 
-def test_the_clips_show_what_their_sentences_say(auto_is_what_a_cpu_has):
-    """Sizes too, which are to be seen side by side."""
+def test_clips_of_tiny_show_their_prompts(auto_is_what_a_cpu_has):
+    """Sizes too."""
     pipe = CogVideoX.from_pretrained("tiny")
     sizes = set()
     for seed, prompt in enumerate(commands.PROMPTS):

@@ -1,4 +1,4 @@
-"""Words as a text encoder: what a vector says, what is refused, and a folder and back."""
+"""WordTextEncoder: vectors, refused arguments, saving and loading."""
 
 import json
 
@@ -17,7 +17,7 @@ def words():
     return WordTextEncoder(WORDS, places=6)
 
 
-def test_one_vector_says_word_and_place(words):
+def test_vectors_mark_word_and_position(words):
     states = words.encode(["A red\ncircle, a.", ""], 6)
     assert states.shape == (2, 6, words.dim) == (2, 6, 1 + 4 + 6)
     marked = [state.nonzero().flatten().tolist() for state in states[0]]
@@ -27,7 +27,7 @@ def test_one_vector_says_word_and_place(words):
     assert states.unique().tolist() == [0, 1]
 
 
-def test_a_window_marks_neighbours_from_the_nearest_outwards():
+def test_window_marks_neighbours_outwards():
     words = WordTextEncoder(WORDS, places=5, window=2)
     states = words.encode(["a red circle,", "a"], 5)
     assert states.shape == (2, 5, words.dim) == (2, 5, 5 + 5 + 4 * 5)
@@ -42,12 +42,12 @@ def test_a_window_marks_neighbours_from_the_nearest_outwards():
     assert around.argmax(3)[1].tolist() == [[0] * 4, [1, 0, 0, 0], [0, 0, 1, 0], [0] * 4, [0] * 4]
 
 
-def test_a_shorter_length_is_the_beginning(words):
+def test_shorter_max_length_is_a_prefix(words):
     assert torch.equal(words.encode(["a red"], 3), words.encode(["a red"], 6)[:, :3])
 
 
 @pytest.mark.parametrize(
-    ("prompt", "length", "said"),
+    ("prompt", "length", "message"),
     [
         (
             "a green circle",
@@ -62,31 +62,31 @@ def test_a_shorter_length_is_the_beginning(words):
         ("a", 0, "max_length must be"),
     ],
 )
-def test_prompts_that_cannot_be(words, prompt, length, said):
-    with pytest.raises(ValueError, match=said):
+def test_bad_prompts_are_refused(words, prompt, length, message):
+    with pytest.raises(ValueError, match=message):
         words.encode([prompt], length)
 
 
 @pytest.mark.parametrize("bad", [[], ["a", "a"], ["A"], ["two words"], [""], [3]])
-def test_words_that_are_none(bad):
+def test_bad_words_are_refused(bad):
     with pytest.raises(ValueError, match="words must be"):
         WordTextEncoder(bad, 4)
 
 
 @pytest.mark.parametrize("places", [0, -1, 513, 2.0, "4"])
-def test_places_that_cannot_be(places):
+def test_bad_places_are_refused(places):
     with pytest.raises(ValueError, match="places must be"):
         WordTextEncoder(WORDS, places)
 
 
 @pytest.mark.parametrize("window", [-1, 9, 1.0, "2"])
-def test_windows_that_cannot_be(window):
+def test_bad_windows_are_refused(window):
     with pytest.raises(ValueError, match="window must be"):
         WordTextEncoder(WORDS, 4, window)
 
 
 @pytest.mark.parametrize("window", [0, 3])
-def test_to_a_folder_and_back(window, tmp_path):
+def test_save_and_load(window, tmp_path):
     words = WordTextEncoder(WORDS, 6, window)
     assert not has_word_encoder(tmp_path)
     words.save_pretrained(tmp_path)
@@ -104,14 +104,14 @@ def test_to_a_folder_and_back(window, tmp_path):
         {"_class_name": "WordTextEncoder", "words": "a", "places": 4},
     ],
 )
-def test_other_folders_are_refused(values, tmp_path):
+def test_other_text_encoders_are_refused(values, tmp_path):
     (tmp_path / "text_encoder").mkdir()
     (tmp_path / "text_encoder" / "config.json").write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"config\.json"):
         WordTextEncoder.from_pretrained(tmp_path)
 
 
-def test_every_caption_of_the_clips_has_its_words():
+def test_vocabulary_covers_all_captions():
     words = WordTextEncoder(vocabulary(), 16)
     clips = ProceduralClips(length=300)
     captions = [clips[index].caption for index in range(300)]
