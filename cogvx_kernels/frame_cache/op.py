@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _autocast, _backend, _checks
+from .._custom_op import custom_op
 from .._launch import dense
 from .reference import frame_cache_join_reference
 
@@ -19,23 +20,20 @@ HAS_EXTENSION = importlib.util.find_spec("cogvx_kernels._C") is not None
 # The in-place ops are the extension's own: schemas in csrc/ops.cpp, fakes in kernel.py.
 
 
-@torch.library.custom_op(
-    "cogvx::frame_cache_join",
-    mutates_args=(),
-    schema="(Tensor? cache, Tensor frames, SymInt kept, str? start, bool channels_last)"
-    " -> (Tensor, Tensor)",
-)
-def _frame_cache_join(*arguments):
+@custom_op("frame_cache_join")
+def _frame_cache_join(
+    cache: Tensor | None, frames: Tensor, kept: int, start: str | None, channels_last: bool
+) -> tuple[Tensor, Tensor]:
     from . import kernel
 
-    return kernel.join(*arguments)
+    return kernel.join(cache, frames, kept, start, channels_last)
 
 
 @_frame_cache_join.register_fake
-def _(*arguments):
+def _frame_cache_join_fake(cache, frames, kept, start, channels_last):
     from . import kernel
 
-    return kernel.join_fake(*arguments)
+    return kernel.join_fake(cache, frames, kept, start, channels_last)
 
 
 def _frame_cache_join_setup(ctx, inputs, output):

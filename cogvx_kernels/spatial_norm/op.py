@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _backend, _checks
+from .._custom_op import custom_op
 from .cpu import residual_moments_cpu, spatial_norm_silu_cpu
 from .reference import residual_moments_reference, spatial_norm_silu_reference
 from .validation import (
@@ -28,34 +29,37 @@ from .validation import (
 # No number in the schemas below depends on the number of frames, so that one compiled graph serves
 # chunks of any length.
 
-AFFINE = "Tensor? weight, Tensor? bias, Tensor? y, Tensor? b, Tensor? offset"
-NORM = "int num_groups, float eps, bool per_frame, bool leads, bool silu"
-
 
 # --- cogvx::spatial_norm_silu ----------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "cogvx::spatial_norm_silu",
-    mutates_args=(),
-    schema=f"(Tensor x, {AFFINE}, Tensor? moments, {NORM}) -> (Tensor, Tensor)",
-)
-def _spatial_norm_silu(x, weight, bias, y, b, offset, moments, num_groups, eps, per_frame, *rest):
+@custom_op("spatial_norm_silu", constants=("num_groups",))
+def _spatial_norm_silu(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor | None, b: Tensor | None,
+    offset: Tensor | None, moments: Tensor | None,
+    num_groups: int, eps: float, per_frame: bool, leads: bool, silu: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The result, and the statistics for the backward, empty if they were given."""
     from . import kernel
 
-    out, made = _made(x, weight, bias, y, b, offset, moments, num_groups, eps, per_frame, *rest)
+    out, computed = _outputs(x, moments, num_groups, per_frame)
     if moments is None:
-        kernel.moments_fwd(made, None, x, None, offset, num_groups, per_frame)
+        kernel.moments_fwd(computed, None, x, None, offset, num_groups, per_frame)
     kernel.spatial_norm_fwd(
-        out, None, x, made if moments is None else moments.contiguous(), weight, bias, y, b, offset,
-        num_groups, eps, per_frame, *rest,
+        out, None, x, computed if moments is None else moments.contiguous(),
+        weight, bias, y, b, offset, num_groups, eps, per_frame, leads, silu,
     )  # fmt: skip
-    return out, made
+    return out, computed
 
 
 @_spatial_norm_silu.register_fake
-def _made(x, weight, bias, y, b, offset, moments, num_groups, eps, per_frame, *_):
+def _spatial_norm_silu_fake(
+    x, weight, bias, y, b, offset, moments, num_groups, eps, per_frame, leads, silu
+):
+    return _outputs(x, moments, num_groups, per_frame)
+
+
+def _outputs(x, moments, num_groups, per_frame):
     if moments is not None:
         return new_video(x), moments.new_empty((0,))
     return new_video(x), new_moments(x, num_groups, per_frame)
@@ -89,32 +93,37 @@ _spatial_norm_silu.register_autograd(
 )
 
 
-@torch.library.custom_op(
-    "cogvx::spatial_norm_silu_backward",
-    mutates_args=(),
-    schema=f"(Tensor dout, Tensor x, {AFFINE}, Tensor moments, bool given, bool to_x, {NORM})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+@custom_op("spatial_norm_silu_backward", constants=("num_groups",))
 def _spatial_norm_silu_grads(
-    dout, x, weight, bias, y, b, offset, moments, given, to_x, *settings
-):  # fmt: skip
+    dout: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor | None,
+    b: Tensor | None, offset: Tensor | None, moments: Tensor, given: bool, to_x: bool,
+    num_groups: int, eps: float, per_frame: bool, leads: bool, silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight, bias, y, b, offset and moments; empty if not wanted."""
     from . import kernel
 
-    grads = _grads(dout, x, weight, bias, y, b, offset, moments, given, to_x, *settings)
+    grads = _empty_grads(x, weight, bias, y, b, offset, moments, given, to_x)
     dx, dweight, dbias, dy, db, doffset, dmoments = grads
-    into = dx if to_x else None, None if y is None else dy, None if b is None else db
     sums = kernel.spatial_norm_bwd(
-        into, dout, x, moments.contiguous(), given, weight, bias, y, b, offset, *settings
-    )
-    for grad, of in zip((dweight, dbias, doffset, dmoments), sums, strict=True):
+        (dx if to_x else None, None if y is None else dy, None if b is None else db),
+        dout, x, moments.contiguous(), given, weight, bias, y, b, offset,
+        num_groups, eps, per_frame, leads, silu,
+    )  # fmt: skip
+    for grad, total in zip((dweight, dbias, doffset, dmoments), sums, strict=True):
         if grad.numel():
-            grad.copy_(of)
+            grad.copy_(total)
     return grads
 
 
 @_spatial_norm_silu_grads.register_fake
-def _grads(dout, x, weight, bias, y, b, offset, moments, given, to_x, *_):
+def _spatial_norm_silu_grads_fake(
+    dout, x, weight, bias, y, b, offset, moments, given, to_x, num_groups, eps, per_frame, leads,
+    silu,
+):  # fmt: skip
+    return _empty_grads(x, weight, bias, y, b, offset, moments, given, to_x)
+
+
+def _empty_grads(x, weight, bias, y, b, offset, moments, given, to_x):
     return (
         new_video(x) if to_x else x.new_empty((0,)),
         empty_grad(weight, x),
@@ -129,14 +138,12 @@ def _grads(dout, x, weight, bias, y, b, offset, moments, given, to_x, *_):
 # --- cogvx::spatial_norm_silu_, after cached frames ------------------------------------------
 
 
-@torch.library.custom_op(
-    "cogvx::spatial_norm_silu_",
-    mutates_args=("cache",),
-    schema=f"(Tensor(a!) cache, Tensor x, {AFFINE}, Tensor? moments, {NORM}, str start) -> Tensor",
-)
+@custom_op("spatial_norm_silu_", mutates_args=("cache",), constants=("num_groups",))
 def _spatial_norm_silu_cached(
-    cache, x, weight, bias, y, b, offset, moments, num_groups, eps, per_frame, leads, silu, start
-):  # fmt: skip
+    cache: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor | None,
+    b: Tensor | None, offset: Tensor | None, moments: Tensor | None,
+    num_groups: int, eps: float, per_frame: bool, leads: bool, silu: bool, start: str,
+) -> Tensor:  # fmt: skip
     """`start` is "" if the clip continues."""
     from . import kernel
 
@@ -164,29 +171,26 @@ def _spatial_norm_silu_cached(
 
 
 @_spatial_norm_silu_cached.register_fake
-def _(cache, x, *_):
+def _spatial_norm_silu_cached_fake(cache, x, *_):
     return new_video(x, cache.shape[2] + x.shape[2])
 
 
 # --- cogvx::residual_moments -----------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "cogvx::residual_moments",
-    mutates_args=(),
-    schema="(Tensor x, Tensor h, Tensor? offset, int num_groups, bool per_frame)"
-    " -> (Tensor, Tensor)",
-)
-def _residual_moments(x, h, offset, num_groups, per_frame):
+@custom_op("residual_moments", constants=("num_groups",))
+def _residual_moments(
+    x: Tensor, h: Tensor, offset: Tensor | None, num_groups: int, per_frame: bool
+) -> tuple[Tensor, Tensor]:
     from . import kernel
 
-    total, moments = _sum_and_moments(x, h, offset, num_groups, per_frame)
+    total, moments = new_video(x), new_moments(x, num_groups, per_frame)
     kernel.moments_fwd(moments, total, x, h, offset, num_groups, per_frame)
     return total, moments
 
 
 @_residual_moments.register_fake
-def _sum_and_moments(x, h, offset, num_groups, per_frame):
+def _residual_moments_fake(x, h, offset, num_groups, per_frame):
     return new_video(x), new_moments(x, num_groups, per_frame)
 
 

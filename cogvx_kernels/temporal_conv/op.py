@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _backend, _checks
+from .._custom_op import custom_op
 from .reference import temporal_conv_reference
 
 VIDEO = ("batch", "in_channels", "frames", "height", "width")
@@ -26,13 +27,11 @@ def empty_video(x: Tensor, channels: int, frames: int) -> Tensor:
     )
 
 
-@torch.library.custom_op(
-    "cogvx::temporal_conv",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, int stride, str start,"
-    " bool silu) -> Tensor",
-)
-def _temporal_conv(x, weight, bias, cache, stride, start, silu):
+@custom_op("temporal_conv", constants=("stride",))
+def _temporal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor | None,
+    stride: int, start: str, silu: bool,
+) -> Tensor:  # fmt: skip
     from . import kernel
 
     out = _empty_out(x, weight, stride)
@@ -41,7 +40,7 @@ def _temporal_conv(x, weight, bias, cache, stride, start, silu):
 
 
 @_temporal_conv.register_fake
-def _(x, weight, bias, cache, stride, start, silu):
+def _temporal_conv_fake(x, weight, bias, cache, stride, start, silu):
     return _empty_out(x, weight, stride)
 
 
@@ -66,13 +65,11 @@ def _backward(ctx, dout):
 _temporal_conv.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op(
-    "cogvx::temporal_conv_backward",
-    mutates_args=(),
-    schema="(Tensor dout, Tensor x, Tensor weight, Tensor? bias, Tensor? cache, int stride,"
-    " str start, bool silu, bool frames, bool weights) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _temporal_conv_grads(dout, x, weight, bias, cache, stride, start, silu, frames, weights):
+@custom_op("temporal_conv_backward", constants=("stride",))
+def _temporal_conv_grads(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor | None,
+    stride: int, start: str, silu: bool, frames: bool, weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight, bias and cache; empty if not wanted."""
     from . import kernel
 
@@ -82,7 +79,7 @@ def _temporal_conv_grads(dout, x, weight, bias, cache, stride, start, silu, fram
 
 
 @_temporal_conv_grads.register_fake
-def _(dout, x, weight, bias, cache, stride, start, silu, frames, weights):
+def _temporal_conv_grads_fake(dout, x, weight, bias, cache, stride, start, silu, frames, weights):
     return _empty_grads(x, weight, bias, cache, frames, weights)
 
 
