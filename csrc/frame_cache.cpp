@@ -301,7 +301,7 @@ void frame_cache_exchange(const Tensor& cache, const Tensor& joined, const Start
   check(op, cache, "joined", joined);
   check_written(op, "joined", joined);
   const int64_t chunk_len = joined.size(kFrame) - cache.size(kFrame);
-  STD_TORCH_CHECK(chunk_len >= 0, op, ": joined must have room for the ", cache.size(kFrame),
+  STD_TORCH_CHECK(chunk_len >= 0, op, ": joined must have at least the ", cache.size(kFrame),
                   " frames of cache; got shape ", to_string(joined.sizes()));
   const Past past = past_of(op, start, cache.size(kFrame), chunk_len);
   STD_TORCH_CHECK(!may_overlap(cache, joined), op,

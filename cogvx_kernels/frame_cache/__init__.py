@@ -1,4 +1,4 @@
-"""What a causal convolution remembers between chunks: its input's last frames, put before the next.
+"""Frame cache of a causal convolution: the last input frames of a chunk, put before the next.
 
 The kernels are C++ and CUDA, in `csrc/`.
 """

@@ -1,8 +1,7 @@
-"""The way: torch ops of the C++ and CUDA extension. Importing this file loads it.
+"""Ops of the C++ and CUDA extension: fakes, and the functional form of the in-place append.
 
-Their schemas and kernels are in `csrc/`; here is what a compiler that traces them is told, and the
-functional form, made of an in-place one. Each moves a frame once, to joined and to the next cache
-in the same pass, whatever the layouts.
+Importing this file loads the extension; schemas and kernels are in `csrc/`. Each op reads a frame
+once and writes it to joined and to the next cache in the same pass, for any layouts.
 """
 
 import torch
@@ -34,38 +33,38 @@ def exchange(cache: Tensor, joined: Tensor, start: str | None) -> None:
 
 
 def _written(*tensors: Tensor) -> None:
-    """Tell autograd: an op on the stable ABI does not. What is compiled sees to it by itself."""
+    """Increase version counters: ops on the stable ABI do not, compiled code does so itself."""
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(tensors)
 
 
 def join(
-    cache: Tensor | None, frames: Tensor, kept: int, start: str | None, channels_last: bool
+    cache: Tensor | None, frames: Tensor, cache_len: int, start: str | None, channels_last: bool
 ) -> tuple[Tensor, Tensor]:
-    """An append to a copy of the cache."""
-    following = _new_cache(cache, frames, kept, channels_last)
+    """Append to a copy of the cache."""
+    next_cache = _new_cache(cache, frames, cache_len, channels_last)
     if start is None:
-        following.copy_(cache)
-    return ops.frame_cache_append(following, frames, start, 0, channels_last), following
+        next_cache.copy_(cache)
+    return ops.frame_cache_append(next_cache, frames, start, 0, channels_last), next_cache
 
 
-def _new_cache(cache: Tensor | None, frames: Tensor, kept: int, channels_last: bool) -> Tensor:
+def _new_cache(cache: Tensor | None, frames: Tensor, cache_len: int, channels_last: bool) -> Tensor:
     batch, channels, _, height, width = frames.shape
     return torch.empty(
-        (batch, channels, kept if cache is None else cache.shape[2], height, width),
+        (batch, channels, cache_len if cache is None else cache.shape[2], height, width),
         dtype=frames.dtype,
         device=frames.device,
         memory_format=torch.channels_last_3d if channels_last else torch.contiguous_format,
     )
 
 
-# --- what a compiler is told -----------------------------------------------------------------
+# --- fakes -----------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("cogvx::frame_cache_append")
 def _append_fake(cache, frames, start=None, padding=0, channels_last=False):
-    batch, channels, arriving, height, width = frames.shape
-    total, height, width = cache.shape[2] + arriving, height + 2 * padding, width + 2 * padding
+    batch, channels, chunk_len, height, width = frames.shape
+    total, height, width = cache.shape[2] + chunk_len, height + 2 * padding, width + 2 * padding
     if channels_last:
         joined = frames.new_empty((batch, total, height, width, channels))
         return joined.permute(0, 4, 1, 2, 3)
@@ -83,7 +82,7 @@ def _exchange_fake(cache, joined, start=None):
 
 
 def join_fake(
-    cache: Tensor | None, frames: Tensor, kept: int, start: str | None, channels_last: bool
+    cache: Tensor | None, frames: Tensor, cache_len: int, start: str | None, channels_last: bool
 ) -> tuple[Tensor, Tensor]:
-    following = _new_cache(cache, frames, kept, channels_last)
-    return _append_fake(following, frames, start, 0, channels_last), following
+    next_cache = _new_cache(cache, frames, cache_len, channels_last)
+    return _append_fake(next_cache, frames, start, 0, channels_last), next_cache

@@ -1,4 +1,4 @@
-"""Module for the frames before a causal convolution."""
+"""Module that puts cached frames before the input of a causal convolution."""
 
 from torch import Tensor, nn
 
@@ -6,10 +6,10 @@ from .op import frame_cache_join
 
 
 class FrameCacheJoin(nn.Module):
-    """`frame_cache_join` as a module: pads a chunk in time with what came before it.
+    """`frame_cache_join` as a module: pads a chunk in time with the frames before it.
 
-    No parameters and no state: the cache is handed in and comes back, so that two clips are two
-    caches. A convolution of `kernel` frames keeps `kernel` - 1.
+    No parameters and no state: the cache is an argument and a result. A convolution of `kernel`
+    frames needs kept = `kernel` - 1.
     """
 
     def __init__(self, kept: int = 2, start: str = "replicate", backend: str = "auto") -> None:
@@ -19,11 +19,11 @@ class FrameCacheJoin(nn.Module):
         self.backend = backend
 
     def forward(self, x: Tensor, cache: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Put the frames before a chunk in front of it.
+        """Concatenate the cached frames and a chunk.
 
         Args:
             x: (batch, channels, frames, height, width).
-            cache: (batch, channels, kept, height, width), only read; None where a clip begins.
+            cache: (batch, channels, kept, height, width), not written; None where a clip begins.
 
         Returns:
             (the convolution's input, the next cache), new: (batch, channels, kept + frames, height,

@@ -17,7 +17,7 @@ FORMATS = (None, torch.contiguous_format, torch.channels_last_3d)
 HAS_EXTENSION = importlib.util.find_spec("cogvx_kernels._C") is not None
 
 # --- cogvx::frame_cache_join -----------------------------------------------------------------
-# The in-place ops are the extension's own: schemas in csrc/ops.cpp, fakes in kernel.py.
+# The in-place ops are registered by the extension: schemas in csrc/ops.cpp, fakes in kernel.py.
 
 
 @custom_op("frame_cache_join")
@@ -38,15 +38,15 @@ def _frame_cache_join_fake(cache, frames, kept, start, channels_last):
 
 def _frame_cache_join_setup(ctx, inputs, output):
     _, _, _, ctx.start, _ = inputs
-    ctx.kept = output[1].shape[2]
+    ctx.cache_len = output[1].shape[2]
 
 
-def _frame_cache_join_backward(ctx, djoined, dfollowing):
-    """What went both ways gets both gradients; a first frame that was replicated, its copies'."""
-    kept, arriving = ctx.kept, djoined.shape[2] - ctx.kept
-    djoined = torch.cat([djoined[:, :, :arriving], djoined[:, :, arriving:] + dfollowing], 2)
-    dcache, dframes = djoined.split((kept, arriving), 2)
-    if ctx.start == "replicate" and kept:
+def _frame_cache_join_backward(ctx, djoined, dnext):
+    """Frames in both outputs sum both gradients; a replicated frame also sums its copies'."""
+    cache_len, chunk_len = ctx.cache_len, djoined.shape[2] - ctx.cache_len
+    djoined = torch.cat([djoined[:, :, :chunk_len], djoined[:, :, chunk_len:] + dnext], 2)
+    dcache, dframes = djoined.split((cache_len, chunk_len), 2)
+    if ctx.start == "replicate" and cache_len:
         first = dframes[:, :, :1] + dcache.sum(2, keepdim=True)
         dframes = torch.cat([first, dframes[:, :, 1:]], 2)
     return None if ctx.start else dcache, dframes, None, None, None
@@ -70,22 +70,22 @@ def _check_video(op: str, name: str, value: Tensor, frames: str) -> None:
         )
 
 
-def _check_start(op: str, name: str, start: str | None, kept: int, arriving: int) -> None:
+def _check_start(op: str, name: str, start: str | None, cache_len: int, chunk_len: int) -> None:
     if start not in STARTS:
         raise ValueError(
             f'{op}: start must be None, "replicate" or "zeros"; got {_checks.describe(start)}'
         )
-    if start == "replicate" and kept and not arriving:
+    if start == "replicate" and cache_len and not chunk_len:
         raise ValueError(
             f'{op}: {name} must have a first frame to replicate, for start="replicate"; got none'
         )
 
 
 def _check_pair(op: str, cache: Tensor, name: str, other: Tensor, start: str | None) -> None:
-    """`other`, called `name`, goes with the cache."""
+    """Check a cache and `other`, named `name` in messages."""
     _check_video(op, "cache", cache, "kept")
     _check_video(op, name, other, "frames")
-    kept, frames = cache.shape[2], other.shape[2]
+    cache_len, frames = cache.shape[2], other.shape[2]
     if other.dtype != cache.dtype:
         raise TypeError(
             f"{op}: {name} must have the dtype of cache, {_checks.dtype_name(cache.dtype)}; "
@@ -97,7 +97,7 @@ def _check_pair(op: str, cache: Tensor, name: str, other: Tensor, start: str | N
         "(batch, channels, frames, height, width)",
         lambda: f" for cache of shape {tuple(cache.shape)}",
     )  # fmt: skip
-    _check_start(op, name, start, kept, frames - (kept if name == "joined" else 0))
+    _check_start(op, name, start, cache_len, frames - (cache_len if name == "joined" else 0))
 
 
 def _check_inplace(op: str, written: tuple[str, ...], **tensors: Tensor) -> None:
@@ -120,17 +120,17 @@ def _check_inplace(op: str, written: tuple[str, ...], **tensors: Tensor) -> None
 
 
 def _has_channels_last(x: Tensor) -> bool:
-    """Whether the channels of a video are neighbours; of a single pixel nobody can tell: no."""
+    """True if the channels of a video have stride 1; False for a single pixel."""
     several = x.shape[2] > 1 or x.shape[3] > 1 or x.shape[4] > 1
     return x.shape[1] > 1 and several and x.stride(1) == 1
 
 
-def _reason(name: str, x: Tensor) -> str | None:
-    """Why the extension cannot take `x`, or None."""
+def _unsupported(name: str, x: Tensor) -> str | None:
+    """The reason why the extension cannot take `x`, or None."""
     if not HAS_EXTENSION:
         return (
             "cogvx_kernels._C is not built (pip install -v --no-build-isolation -e . in the "
-            "repository builds it, or says why it cannot)"
+            "repository builds it, or reports why it cannot)"
         )
     from . import kernel
 
@@ -153,7 +153,7 @@ def _differ(cache: Tensor | None, other: Tensor) -> bool:
     )
 
 
-# --- the public functions --------------------------------------------------------------------
+# --- public functions ------------------------------------------------------------------------
 
 
 def frame_cache_append(
@@ -165,25 +165,25 @@ def frame_cache_append(
     memory_format: torch.memory_format | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """What a causal convolution reads: the cached frames, then the chunk, zeros around in space.
+    """Concatenate cached frames and a chunk, zero-padded in space; update the cache.
 
-    The cache is updated in the same pass: it ends up with the last `kept` frames, unpadded.
+    One pass: the cache ends up with the last `kept` frames, without padding.
 
     Args:
         cache: (batch, channels, kept, height, width), any dtype and strides, oldest frame first;
-            overwritten. Laid out as `frames`, it is fastest.
-        frames: (batch, channels, frames, height, width), fewer than `kept` or none included.
-        start: None: the clip goes on. "replicate" or "zeros": it begins with this chunk, and before
-            it lie copies of its first frame, or zeros; what the cache holds is not read.
+            overwritten. Fastest in the layout of `frames`.
+        frames: (batch, channels, frames, height, width), also fewer than `kept`, or none.
+        start: None: the clip continues. "replicate" or "zeros": it begins with this chunk, padded
+            with copies of its first frame or zeros; the cache is not read.
         padding: rows and columns of zeros on each side.
-        memory_format: of what is returned, torch.contiguous_format or torch.channels_last_3d;
-            None for that of `frames`.
+        memory_format: of the result, torch.contiguous_format or torch.channels_last_3d; None for
+            that of `frames`.
         backend: "auto", "kernel" or "reference".
 
     Returns:
-        joined: (batch, channels, kept + frames, height + 2·padding, width + 2·padding), new, dense
-        and bit for bit what came. Under autocast cache and frames may differ in dtype: joined has
-        the one to which they promote, as torch.cat has, and the cache keeps its own.
+        joined: (batch, channels, kept + frames, height + 2·padding, width + 2·padding), new and
+        dense, with the bits of the inputs. Under autocast cache and frames may differ in dtype:
+        joined has the one to which they promote, as torch.cat, and the cache keeps its own.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -211,13 +211,13 @@ def frame_cache_append(
     channels_last = memory_format is torch.channels_last_3d
     if memory_format is None:
         channels_last = _has_channels_last(frames)
-    reason = _reason("frames", frames) or _backend.transform_reason(frames=frames, cache=cache)
+    reason = _unsupported("frames", frames) or _backend.transform_reason(frames=frames, cache=cache)
     if _backend.choose(backend, op, reason, frames):
         from . import kernel
 
         return kernel.append(cache, frames, start, padding, channels_last)
-    joined, following = frame_cache_join_reference(cache, frames, start=start)
-    cache.copy_(following)
+    joined, next_cache = frame_cache_join_reference(cache, frames, start=start)
+    cache.copy_(next_cache)
     joined = F.pad(joined, (padding,) * 4)
     return dense(joined, channels_last)
 
@@ -225,7 +225,7 @@ def frame_cache_append(
 def frame_cache_push(
     cache: Tensor, frames: Tensor, *, start: str | None = None, backend: str = "auto"
 ) -> None:
-    """`frame_cache_append` without what is returned: it moves `kept` frames, however many come.
+    """`frame_cache_append` without a result: update the cache only.
 
     Arguments and errors are those of `frame_cache_append`.
     """
@@ -234,7 +234,7 @@ def frame_cache_push(
         (frames,) = _autocast.cast(cache.dtype, frames)
     _check_pair(op, cache, "frames", frames, start)
     _check_inplace(op, ("cache",), cache=cache, frames=frames)
-    reason = _reason("frames", frames) or _backend.transform_reason(frames=frames, cache=cache)
+    reason = _unsupported("frames", frames) or _backend.transform_reason(frames=frames, cache=cache)
     if _backend.choose(backend, op, reason, frames):
         from . import kernel
 
@@ -246,15 +246,15 @@ def frame_cache_push(
 def frame_cache_exchange(
     cache: Tensor, joined: Tensor, *, start: str | None = None, backend: str = "auto"
 ) -> None:
-    """`frame_cache_append` for a chunk that its producer wrote where it is to be read.
+    """`frame_cache_append` for a chunk that already is in `joined`, after `kept` free frames.
 
-    The last frames of `joined` are the chunk; the cached ones go in front of it, and its last
-    `kept` into the cache, in one pass and both in place. The chunk itself is not moved.
+    Cached frames are written before the chunk, and its last `kept` to the cache, in one pass, both
+    in place. The chunk itself is not moved.
 
     Args:
         cache: as in `frame_cache_append`.
         joined: (batch, channels, kept + frames, height, width), any strides, for example the
-            middle of a padded buffer; its first `kept` frames are overwritten.
+            interior of a padded buffer; its first `kept` frames are overwritten.
         start, backend: as in `frame_cache_append`. Under autocast cache and joined may differ in
             dtype, and each keeps its own.
 
@@ -271,20 +271,21 @@ def frame_cache_exchange(
         return
     _check_pair(op, cache, "joined", joined, start)
     _check_inplace(op, ("cache", "joined"), cache=cache, joined=joined)
-    kept = cache.shape[2]
-    if joined.shape[2] < kept:
+    cache_len = cache.shape[2]
+    if joined.shape[2] < cache_len:
         raise ValueError(
-            f"{op}: joined must have room for the {kept} frames of cache; got {tuple(joined.shape)}"
+            f"{op}: joined must have at least the {cache_len} frames of cache; "
+            f"got {tuple(joined.shape)}"
         )
-    reason = _reason("joined", joined) or _backend.transform_reason(joined=joined, cache=cache)
+    reason = _unsupported("joined", joined) or _backend.transform_reason(joined=joined, cache=cache)
     if _backend.choose(backend, op, reason, joined):
         from . import kernel
 
         kernel.exchange(cache, joined, start)
         return
-    whole, following = frame_cache_join_reference(cache, joined[:, :, kept:], start=start)
-    cache.copy_(following)
-    joined[:, :, :kept].copy_(whole[:, :, :kept])
+    result, next_cache = frame_cache_join_reference(cache, joined[:, :, cache_len:], start=start)
+    cache.copy_(next_cache)
+    joined[:, :, :cache_len].copy_(result[:, :, :cache_len])
 
 
 def frame_cache_join(
@@ -295,20 +296,19 @@ def frame_cache_join(
     start: str | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The functional form: nothing is overwritten, and gradients go through.
+    """Functional `frame_cache_append`: not in place, with gradients.
 
     Args:
-        cache: as in `frame_cache_append`, read only; or None, and then `start` must say what lies
-            before the chunk.
+        cache: as in `frame_cache_append`, not written; or None, with `start`.
         frames: as in `frame_cache_append`.
-        kept: frames that a cache has, where there is none yet; else its own number counts.
+        kept: frames of the next cache if cache is None, else ignored.
         start, backend: as in `frame_cache_append`.
 
     Returns:
         (joined, next): (batch, channels, kept + frames, height, width) and the next cache, both
-        new, in the memory format of `frames`. Gradients for cache and frames, any number of times;
-        nothing is kept for the backward. Under autocast cache and frames may differ in dtype, and
-        both results have the one to which they promote, as torch.cat has.
+        new, in the memory format of `frames`. Gradients for cache and frames, of any order; nothing
+        is saved for the backward. Under autocast cache and frames may differ in dtype, and both
+        results have the one to which they promote, as torch.cat.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -327,7 +327,7 @@ def frame_cache_join(
         _check_start(op, "frames", start, kept, frames.shape[2])
         if start is None:
             raise ValueError(f"{op}: start must be given where cache is None; got None")
-    reason = _reason("frames", frames) or _backend.transform_reason(frames=frames, cache=cache)
+    reason = _unsupported("frames", frames) or _backend.transform_reason(frames=frames, cache=cache)
     if _backend.choose(backend, op, reason, frames):
         return _frame_cache_join(cache, frames, kept, start, _has_channels_last(frames))
     return frame_cache_join_reference(cache, frames, kept=kept, start=start)

@@ -1,6 +1,6 @@
-"""The promise of `frame_cache_join`: samples, sizes, costs. The in-place ops have their own tests.
+"""Test samples and cost model of `frame_cache_join`; the in-place ops have tests of their own.
 
-Nothing is computed, so the contract's bounds all mean the same here: the same bits.
+Elements are only copied, so every tolerance means equal bits.
 """
 
 import math
@@ -26,7 +26,7 @@ def _sample(
     layout: str = "contiguous",
     cache_layout: str | None = None,
 ) -> Sample:
-    """A clip that goes on, or with `start` one that begins, and has no cache."""
+    """A clip that continues, or one that begins, with `start` and without a cache."""
     cache = TensorSpec((batch, channels, kept, *pixels), layout=cache_layout or layout)
     return Sample(
         reason,
@@ -40,18 +40,18 @@ def _sample(
 
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("a clip that goes on", {"batch": 2}),
-    ("a clip that begins with copies", {"batch": 2, "start": "replicate"}),
-    ("a clip that begins with zeros", {"start": "zeros"}),
+    ("continued clip", {"batch": 2}),
+    ("new clip, replicated", {"batch": 2, "start": "replicate"}),
+    ("new clip, zeros", {"start": "zeros"}),
     ("one frame, shorter than the cache", {"frames": 1}),
-    ("as many frames as are kept", {"frames": 2}),
+    ("as many frames as the cache", {"frames": 2}),
     ("a long cache, a short chunk", {"kept": 5, "frames": 2}),
-    ("one frame, copied for a long cache", {"kept": 4, "frames": 1, "start": "replicate"}),
-    ("one frame after zeros", {"kept": 4, "frames": 1, "start": "zeros"}),
+    ("one frame, long cache, replicated", {"kept": 4, "frames": 1, "start": "replicate"}),
+    ("one frame, long cache, zeros", {"kept": 4, "frames": 1, "start": "zeros"}),
     ("no frames", {"frames": 0}),
-    ("no frames after zeros", {"frames": 0, "start": "zeros"}),
-    ("nothing kept", {"kept": 0}),
-    ("nothing kept, and copied", {"kept": 0, "start": "replicate"}),
+    ("no frames, zeros", {"frames": 0, "start": "zeros"}),
+    ("empty cache", {"kept": 0}),
+    ("empty cache, replicated", {"kept": 0, "start": "replicate"}),
     ("no batch", {"batch": 0}),
     ("no channels", {"channels": 0}),
     ("no rows", {"pixels": (0, 14)}),
@@ -60,16 +60,16 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("odd sizes", {"batch": 2, "channels": 3, "pixels": (5, 7)}),
     ("channels last", {"batch": 2, "layout": "channels_last"}),
     ("channels last, odd", {"channels": 5, "pixels": (3, 7), "layout": "channels_last"}),
-    ("channels last, begins", {"layout": "channels_last", "start": "replicate"}),
+    ("channels last, new clip", {"layout": "channels_last", "start": "replicate"}),
     ("a cache of another layout", {"layout": "channels_last", "cache_layout": "contiguous"}),
-    ("a cache that is channels last alone", {"batch": 2, "cache_layout": "channels_last"}),
-    ("behind two frames of a buffer", {"batch": 2, "layout": "behind"}),
-    ("inside a wider buffer", {"batch": 2, "layout": "inset"}),
+    ("only the cache channels last", {"batch": 2, "cache_layout": "channels_last"}),
+    ("frames of a longer buffer", {"batch": 2, "layout": "behind"}),
+    ("pixels of a wider buffer", {"batch": 2, "layout": "inset"}),
     ("every other column", {"layout": "strided"}),
-    ("off by a few elements", {"layout": "offset"}),
+    ("odd storage offset", {"layout": "offset"}),
     ("frames before channels", {"batch": 2, "layout": "transposed"}),
-    ("one sample for all", {"batch": 2, "layout": "expanded"}),
-    ("more channels than a square", {"channels": 67, "pixels": (3, 66), "layout": "inset"}),
+    ("expanded batch", {"batch": 2, "layout": "expanded"}),
+    ("more channels than a tile", {"channels": 67, "pixels": (3, 66), "layout": "inset"}),
 )
 
 
@@ -88,7 +88,7 @@ def _random(rng: random.Random) -> dict[str, Any]:
 
 
 def _at_size(size: Size, level: int = 1, **options: Any) -> Sample:
-    """The last block of a decoder, or one `level` times as wide, of 1 / `level` the sides."""
+    """The last block of a decoder, with `level` times the channels and 1 / `level` the sides."""
     height, width = size.pixels
     pixels = height // level, width // level
     channels = size.channels * level
@@ -97,15 +97,15 @@ def _at_size(size: Size, level: int = 1, **options: Any) -> Sample:
 
 
 def _cost(arguments: Mapping[str, Any]) -> tuple[Cost, Cost]:
-    """What came is read once; joined and the next cache are written. Backward: read, and written.
+    """Inputs are read once, joined and the next cache written; the reverse for the backward.
 
-    The gradients of what begins a clip and of what ends one are sums of two.
+    In the backward the gradients of the first and last frames are sums of two.
     """
     cache, frames, kept = (arguments[name] for name in ("cache", "frames", "kept"))
     frame = _bytes(frames) // max(1, frames.shape[2])
-    came = _bytes(frames) + (0 if cache is None else _bytes(cache))
-    joined, following = _bytes(frames) + kept * frame, kept * frame
-    return Cost(came + joined + following, 0), Cost(joined + following + came, _elements(frames))
+    inputs = _bytes(frames) + (0 if cache is None else _bytes(cache))
+    outputs = _bytes(frames) + 2 * kept * frame  # joined and the next cache
+    return Cost(inputs + outputs, 0), Cost(outputs + inputs, _elements(frames))
 
 
 def _elements(x: Any) -> int:

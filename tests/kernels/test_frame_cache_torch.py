@@ -300,7 +300,7 @@ def test_wrong_arguments_of_the_functional_form_are_named():
     for kept, error in ((-1, ValueError), (10**6, ValueError), (1.0, TypeError), (True, TypeError)):
         with pytest.raises(error, match="^frame_cache_join: kept must be .*; got"):
             frame_cache_join(None, X, kept=kept, start="zeros")
-    with pytest.raises(ValueError, match="joined must have room for the 3 frames of cache; got"):
+    with pytest.raises(ValueError, match="joined must have at least the 3 frames of cache; got"):
         frame_cache_exchange(torch.zeros(2, 3, 3, 4, 5), X)
 
 
@@ -331,4 +331,4 @@ def test_an_extension_without_cuda_says_so():
 
     for has_cuda, words in ((False, "built without CUDA"), (True, "None")):
         with mock.patch.object(kernel, "HAS_CUDA", has_cuda):
-            assert words in str(op._reason("frames", OnCuda()))
+            assert words in str(op._unsupported("frames", OnCuda()))
