@@ -1,8 +1,7 @@
-"""cogvx_kernels._C: how it was built, and its ops as torch has them, bit for bit against torch.cat.
+"""cogvx_kernels._C: its build, and its ops as in torch.ops.cogvx, bit for bit against torch.cat.
 
-What Python makes of them is in tests/kernels/test_frame_cache.py.
-Skipped as a whole only where the extension was not built (no C++ compiler). One that is there and
-does not load is a failure.
+The Python functions are tested in tests/kernels/test_frame_cache.py. Skipped only if the extension
+was not built (no C++ compiler); one that is built and does not load is a failure.
 """
 
 import ctypes
@@ -20,7 +19,7 @@ from torch import Tensor
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("cogvx_kernels._C") is None,
-    reason="cogvx_kernels._C is not built: pip install -v --no-build-isolation -e . says why",
+    reason="cogvx_kernels._C is not built: pip install -v --no-build-isolation -e . prints why",
 )
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -46,14 +45,14 @@ DTYPES = [
     torch.complex64,
     torch.complex128,
 ]
-# (batch, channels, kept, frames, height, width), each with what it is for
+# purpose: (batch, channels, kept, frames, height, width)
 SHAPES = {
     "one element": (1, 1, 1, 1, 1, 1),
     "first chunk": (1, 8, 2, 9, 6, 10),
     "chunk of the length of the cache": (2, 3, 2, 2, 5, 7),
     "chunk shorter than the cache": (2, 3, 2, 1, 5, 7),
     "chunk much shorter than the cache": (1, 2, 7, 3, 3, 5),
-    "more frames than are carried at once": (1, 2, 5, 13, 3, 5),
+    "more frames than are copied at once": (1, 2, 5, 13, 3, 5),
     "no frames": (2, 3, 2, 0, 5, 7),
     "no cache": (2, 3, 0, 4, 5, 7),
     "no cache, no frames": (2, 3, 0, 0, 5, 7),
@@ -72,7 +71,7 @@ def extension():
 
 @pytest.fixture
 def append(extension, request):
-    """The op; a test on CUDA is skipped where there is none, in the machine or in the build."""
+    """The op; a test on CUDA is skipped without a device or a CUDA build."""
     if request.node.get_closest_marker("gpu"):
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
@@ -107,10 +106,10 @@ def assert_appends(append, cache: Tensor, frames: Tensor) -> None:
     assert torch.equal(bits(frames), frames_before)
 
 
-# ---- how it was built ----------------------------------------------------------------------------
+# ---- build ---------------------------------------------------------------------------------------
 
 
-def test_build_info_says_how_it_was_built(extension):
+def test_build_info(extension):
     info = extension.build_info()
     assert set(info) == {"torch", "stable_abi", "compiler", "cuda", "cuda_version", "cuda_archs"}
     assert re.fullmatch(r"2\.\d+\.\d+.*", info["torch"])
@@ -125,7 +124,7 @@ def test_build_info_says_how_it_was_built(extension):
 
 
 def test_loads_on_a_torch_without_cuda(extension):
-    """Whatever the object leaves to others, torch's CPU library has; CUDA it brings along."""
+    """All undefined symbols are in torch's CPU library; CUDA is linked statically."""
     if shutil.which("nm") is None:
         pytest.skip("needs nm")
     info = extension.build_info()
@@ -142,7 +141,7 @@ def test_loads_on_a_torch_without_cuda(extension):
     assert {name for name in wanted if not hasattr(cpu, name)} == set()
 
 
-def test_cuda_code_is_there_for_each_architecture_and_spills_nothing(extension):
+def test_cuda_code_for_each_architecture_without_spills(extension):
     info = extension.build_info()
     if not info["cuda"]:
         pytest.skip("cogvx_kernels._C was built without CUDA")
@@ -193,7 +192,7 @@ def test_equals_cat_for_every_dtype(append, dtype, width, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_chunks_equal_the_whole(append, device):
-    """A clip cut anyhow, appended chunk by chunk: each joined result is a window of the clip."""
+    """A clip appended in chunks: each joined result is a window of the clip."""
     clip = random_bits((1, 4, 15, 6, 8), torch.float16, device)
     cache = clip[:, :, :2].clone()
     begin = 2
@@ -205,7 +204,7 @@ def test_chunks_equal_the_whole(append, device):
 
 
 def layouts(frames: Tensor) -> dict[str, Tensor]:
-    """The shape of `frames` in other memory; the values too, where the layout has room for them."""
+    """`frames` in other memory; expanded layouts repeat some of its values."""
     batch, channels, arriving, height, width = frames.shape
     padded = torch.zeros(batch, channels, arriving, height, width + 3).to(frames)
     padded[..., 2:-1] = frames
@@ -237,7 +236,7 @@ def test_frames_of_any_strides(append, layout, dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_cache_of_any_strides_and_nothing_beside_it(append, device):
+def test_only_a_strided_cache_is_written(append, device):
     frames = random_bits((2, 4, 3, 6, 8), torch.float16, device)
     held = torch.full((2, 4, 5, 6, 12), 7.0, dtype=torch.float16, device=device)
     cache = held[:, :, 1:3, :, 2:10]
@@ -250,14 +249,14 @@ def test_a_cache_of_any_strides_and_nothing_beside_it(append, device):
 
 
 def test_offsets_are_int64(append):
-    """Frames 2^31 elements apart, in memory that is reserved and hardly touched."""
+    """Frames 2^31 elements apart, in memory that is reserved but mostly not used."""
     held = torch.empty(2**31 + 64, dtype=torch.int8)
     frames = held.as_strided((1, 1, 2, 4, 8), (1, 1, 2**31, 8, 1))
     frames.copy_(random_bits((1, 1, 2, 4, 8), torch.int8, "cpu"))
     assert_appends(append, torch.zeros(1, 1, 2, 4, 8, dtype=torch.int8), frames)
 
 
-def test_a_conjugate_view_is_read_as_what_it_means(append):
+def test_a_conjugate_view_is_resolved(append):
     cache = torch.randn(1, 2, 2, 3, 4, dtype=torch.complex64)
     frames = torch.randn(1, 2, 3, 3, 4, dtype=torch.complex64).conj()
     assert_appends(append, cache, frames.resolve_conj())
@@ -318,7 +317,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_a_refusal_names_the_argument_what_was_wanted_and_what_came(append, case):
+def test_errors_name_argument_wanted_and_got(append, case):
     change, words = REFUSALS[case]
     cache, frames = torch.randn(2, 3, 2, 4, 5), torch.randn(2, 3, 1, 4, 5)
     cache_before = cache.clone()
@@ -338,7 +337,7 @@ def test_refuses_two_devices(append, cache_on, frames_on):
         append(cache, frames)
 
 
-def test_the_other_ops_refuse_by_name_too(append):
+def test_errors_of_the_other_ops_name_the_op(append):
     ops = torch.ops.cogvx
     cache, frames = torch.randn(2, 3, 2, 4, 5), torch.randn(2, 3, 1, 4, 5)
     cache_before = cache.clone()
@@ -358,8 +357,8 @@ def test_the_other_ops_refuse_by_name_too(append):
     assert torch.equal(cache, cache_before)
 
 
-def test_schemas_tell_the_truth(append):
-    """opcheck watches the ops run: what is written to is named, and no view is returned."""
+def test_schemas_declare_mutations(append):
+    """opcheck: mutated arguments are declared, and no view is returned."""
     ops = torch.ops.cogvx
     cache = torch.randn(1, 2, 2, 3, 4)
     for frames in (torch.randn(1, 2, 3, 3, 4), torch.randn(1, 2, 3, 3, 4).mT.contiguous().mT):

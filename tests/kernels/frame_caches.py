@@ -1,4 +1,4 @@
-"""Frame caches as the tests want them: random bits in memory of every layout, and what is due."""
+"""Test inputs for the frame cache: random bits in memory of every layout; expected results."""
 
 import math
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def same(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def wanted(cache: Tensor, frames: Tensor, start: str | None) -> tuple[Tensor, Tensor]:
-    """Joined, and the next cache: the law in other words than the reference's."""
+    """Joined and the next cache, independently of the reference."""
     kept = cache.shape[2]
     past = cache
     if start == "replicate":
@@ -44,7 +44,7 @@ def wanted(cache: Tensor, frames: Tensor, start: str | None) -> tuple[Tensor, Te
 
 
 def padded(x: Tensor, padding: int) -> Tensor:
-    """Zeros around: of the bytes, for a pad knows few dtypes."""
+    """Zero-pad the bytes, because F.pad supports few dtypes."""
     cols = padding * x.dtype.itemsize
     return F.pad(bits(x), (cols, cols, padding, padding)).view(x.dtype)
 
@@ -63,7 +63,7 @@ def _permuted(x: Tensor, *dims: int) -> Tensor:
 
 
 def _inset(x: Tensor, last: bool = False) -> Tensor:
-    """In a buffer with a border of a pixel; its channels or its cols are neighbours."""
+    """In a buffer with a border of one pixel; channels or columns have stride 1."""
     batch, channels, frames, height, width = x.shape
     if last:
         buffer = x.new_ones((batch, frames, height + 2, width + 2, channels)).permute(0, 4, 1, 2, 3)
@@ -79,14 +79,14 @@ def _behind(x: Tensor) -> Tensor:
 
 
 def _apart(x: Tensor) -> Tensor:
-    """Dense frames, an element between each and the next: what starts aligned does not go on so."""
+    """Dense frames with a gap of one element, so that only the first is aligned."""
     batch, channels, frames, height, width = x.shape
     buffer = x.new_ones((frames, batch * channels * height * width + 1))
     shape = batch, channels, height, width
     return buffer[:, :-1].unflatten(1, shape).permute(1, 2, 0, 3, 4).copy_(x)
 
 
-# The same values, lying otherwise.
+# The same values in other memory.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
     "channels last": lambda x: _permuted(x, 0, 2, 3, 4, 1),
@@ -110,32 +110,34 @@ def check(
     padding: int = 0,
     memory_format: torch.memory_format | None = None,
 ) -> None:
-    """All four ops on these tensors; `cache` itself is overwritten, again and again."""
+    """Check all four ops on these tensors; `cache` is overwritten."""
     options: Any = {"start": start, "backend": backend}
     kept = cache.shape[2]
     before = bits(frames)
-    said = (cache.shape, cache.stride(), frames.shape, frames.stride(), start, padding)
+    case = (cache.shape, cache.stride(), frames.shape, frames.stride(), start, padding)
 
     held = bits(cache)
-    due = wanted(cache, frames, start)
+    expected = wanted(cache, frames, start)
     ours = frame_cache_join(cache, frames, kept=kept, **options)
-    assert all(map(same, ours, due)), f"join: {said}"
-    assert torch.equal(bits(cache), held), f"join wrote to the cache: {said}"
+    assert all(map(same, ours, expected)), f"join: {case}"
+    assert torch.equal(bits(cache), held), f"join wrote to the cache: {case}"
 
     joined = frame_cache_append(
         cache, frames, padding=padding, memory_format=memory_format, **options
     )
-    assert same(joined, padded(due[0], padding)) and same(cache, due[1]), f"append: {said}"
+    assert same(joined, padded(expected[0], padding)) and same(cache, expected[1]), (
+        f"append: {case}"
+    )
     if memory_format is not None and joined.numel():
-        assert joined.is_contiguous(memory_format=memory_format), said
+        assert joined.is_contiguous(memory_format=memory_format), case
 
-    due = wanted(cache, frames, start)
+    expected = wanted(cache, frames, start)
     frame_cache_push(cache, frames, **options)
-    assert same(cache, due[1]), f"push: {said}"
+    assert same(cache, expected[1]), f"push: {case}"
 
-    due = wanted(cache, frames, start)
-    buffer = due[0].clone(memory_format=memory_format or torch.contiguous_format)
+    expected = wanted(cache, frames, start)
+    buffer = expected[0].clone(memory_format=memory_format or torch.contiguous_format)
     buffer[:, :, :kept] = 1
     frame_cache_exchange(cache, buffer, **options)
-    assert same(buffer, due[0]) and same(cache, due[1]), f"exchange: {said}"
-    assert torch.equal(bits(frames), before), f"the chunk was written to: {said}"
+    assert same(buffer, expected[0]) and same(cache, expected[1]), f"exchange: {case}"
+    assert torch.equal(bits(frames), before), f"the chunk was written to: {case}"

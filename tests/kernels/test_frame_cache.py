@@ -1,6 +1,6 @@
-"""The frame cache: cached frames, the chunk, the next cache; bit for bit what torch.cat gives.
+"""Values and memory accesses of the frame cache ops, bit for bit against torch.cat.
 
-What is said of an op is said of both its ways; the extension's is skipped where it is not built.
+Both backends are tested; the extension is skipped if it is not built.
 """
 
 import itertools
@@ -40,13 +40,13 @@ from .frame_caches import (
 )
 
 DTYPES = (torch.bool, torch.int8, torch.bfloat16, torch.float32, torch.float64, torch.complex128)
-on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="plays with the CPU's pages")
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="protects CPU pages")
 
 # --- values ----------------------------------------------------------------------------------
 
 
-def test_the_law_by_hand():
-    """One pixel: what came before, what comes out, what is remembered."""
+def test_by_hand():
+    """One pixel: cache, chunk, joined, next cache."""
 
     def clip(*frames: float) -> Tensor:
         return torch.tensor(frames).float().view(1, 1, -1, 1, 1)
@@ -71,7 +71,7 @@ def test_the_law_by_hand():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("cache_layout", LAYOUTS)
 def test_every_pair_of_layouts(cache_layout, layout, backend, device):
-    """Units of 16 bytes and of one element, squares of vectors and what is left of them."""
+    """Units of 16 bytes and of one element, squares of vectors and the remainder."""
     dtypes = torch.int8, torch.bfloat16, torch.float32, torch.float64
     for (channels, height, width), dtype in (
         *itertools.product(((16, 3, 8), (5, 2, 7)), dtypes[1:3]),
@@ -88,7 +88,7 @@ def test_every_pair_of_layouts(cache_layout, layout, backend, device):
 @pytest.mark.parametrize("start", STARTS, ids=str)
 @pytest.mark.parametrize("kept", [0, 1, 2, 5])
 def test_every_length_start_and_padding(kept, start, backend, device):
-    """Chunks shorter than the cache, as long, longer, empty; more than are carried at once."""
+    """Chunks shorter than the cache, as long, longer, empty; more frames than copied at once."""
     for layout, arriving in itertools.product(("contiguous", "channels last"), (0, 1, 2, 3, 11)):
         if start == "replicate" and not arriving:
             continue
@@ -101,7 +101,7 @@ def test_every_length_start_and_padding(kept, start, backend, device):
 @native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_and_size(dtype, device):
-    """Any bits; one column and none, with a border where there is room for one."""
+    """Any bits; one column and none, with and without a border."""
     shapes = (1, 1, 1, 1), (2, 8, 2, 16), (2, 0, 3, 3), (0, 2, 3, 3), (1, 3, 0, 4), (3, 5, 1, 9)
     for shape, start, padding in itertools.product(shapes, STARTS, (0, 1)):
         for layout in ("contiguous", "channels last"):
@@ -112,7 +112,7 @@ def test_every_dtype_and_size(dtype, device):
 
 @BACKENDS
 def test_a_clip_that_begins_reads_no_cache(backend, device):
-    """Whatever is in it: memory that nobody has written."""
+    """Its content may be uninitialized memory."""
     frames = video((1, 4, 3, 5, 6), torch.float32, device)
     for start in ("replicate", "zeros"):
         results = []
@@ -125,7 +125,7 @@ def test_a_clip_that_begins_reads_no_cache(backend, device):
 
 @BACKENDS
 def test_the_memory_format_is_that_of_the_frames(backend, device):
-    """Of the channels, if they are neighbours; a tensor of one pixel is contiguous."""
+    """Channels-last if channels have stride 1; a tensor of one pixel is contiguous."""
     frames = video((2, 8, 3, 4, 5), torch.float32, device)
     for layout in LAYOUTS:
         x = LAYOUTS[layout](frames)
@@ -138,7 +138,7 @@ def test_the_memory_format_is_that_of_the_frames(backend, device):
 
 @BACKENDS
 def test_chunks_equal_the_whole(backend, device):
-    """A clip cut anyhow: every joined tensor is a window of the clip, whichever op made it."""
+    """For any cuts and ops, every joined tensor is a window of the clip."""
     clip = video((2, 4, 17, 3, 5), torch.float16, device)
     window = torch.cat([clip[:, :, :1]] * 2 + [clip], 2)
     held = {name: torch.empty(2, 4, 2, 3, 5, dtype=torch.float16, device=device) for name in "abc"}
@@ -166,10 +166,10 @@ def test_random_cases(device, seed, fuzz):
     def laid_out(shape: tuple[int, ...], dtype: torch.dtype, number: int) -> Tensor:
         order = chance.choice((chance.sample(range(5), 5), [0, 1, 2, 3, 4], [0, 2, 3, 4, 1]))
         steps = [chance.choice((1, 1, 1, 2)) for _ in range(5)]
-        room = [shape[dim] * steps[dim] for dim in order]
+        extent = [shape[dim] * steps[dim] for dim in order]
         offset = chance.choice((0, 0, 1, 3))
-        flat = video((math.prod(room) + offset,), dtype, device, number)
-        held = flat[offset:].view(room).permute([order.index(dim) for dim in range(5)])
+        flat = video((math.prod(extent) + offset,), dtype, device, number)
+        held = flat[offset:].view(extent).permute([order.index(dim) for dim in range(5)])
         return held[tuple(slice(None, None, step) for step in steps)]
 
     for case in range(max(20, fuzz // 8)):
@@ -187,8 +187,8 @@ def test_random_cases(device, seed, fuzz):
 
 
 @native
-def test_nothing_outside_is_touched(device):
-    """What is read and written in place lies between forbidden pages."""
+def test_no_access_out_of_bounds(device):
+    """Tensors between protected pages."""
 
     def case(name: str) -> None:
         layout, side, start = name.split(", ")
@@ -223,7 +223,7 @@ def test_nothing_outside_is_touched(device):
 
 @native
 @pytest.mark.parametrize("layout", ["channels last", "inset", "behind"])
-def test_what_lies_around_a_view_stays(layout, device):
+def test_memory_around_a_view_is_not_written(layout, device):
     held = torch.full((2, 12, 6, 7, 12), 7.0, device=device)
     if layout == "channels last":
         held = held.contiguous(memory_format=torch.channels_last_3d)
@@ -243,7 +243,7 @@ def test_what_lies_around_a_view_stays(layout, device):
 @BACKENDS
 @pytest.mark.parametrize("place", range(5))
 def test_frames_may_be_a_view_of_the_cache_s_storage(place, backend, device):
-    """Before, across or behind it: what is read is what was there before."""
+    """Before, across or after the cache: frames are read before they are overwritten."""
     for function in (frame_cache_append, frame_cache_push):
         for start in STARTS:
             held = video((2, 3, 8, 4, 5), torch.float32, device)
@@ -257,7 +257,7 @@ def test_frames_may_be_a_view_of_the_cache_s_storage(place, backend, device):
 
 @BACKENDS
 def test_frames_across_the_cache_s_columns(backend, device):
-    """Shifted by a pixel: every element written is one that another thread reads."""
+    """Shifted by a pixel: each thread writes elements that others read."""
     held = video((1, 2, 2, 64, 66), torch.float32, device)
     cache, frames = held[..., :-1], held[..., 1:]
     joined, following = wanted(cache, frames, None)
@@ -266,7 +266,7 @@ def test_frames_across_the_cache_s_columns(backend, device):
 
 
 @native
-def test_two_that_are_written_to_may_not_overlap(device):
+def test_cache_and_joined_may_not_overlap(device):
     held = video((1, 2, 6, 4, 5), torch.float32, device)
     before = held.clone()
     with pytest.raises(RuntimeError, match="cache and joined .* must lie apart in memory; got"):
@@ -276,8 +276,8 @@ def test_two_that_are_written_to_may_not_overlap(device):
 
 @native
 @on_cpu
-def test_no_frame_is_touched_that_need_not_be():
-    """A push reads `kept` frames, an exchange leaves the chunk alone: the rest is forbidden."""
+def test_only_needed_frames_are_read():
+    """A push reads `kept` frames, an exchange not the chunk: other pages are protected."""
 
     def case(name: str) -> None:
         pages = map_pages(16 * PAGE)

@@ -1,6 +1,6 @@
-"""What torch is told of the frame cache: versions, fakes, graphs, gradients; and what is refused.
+"""The frame cache ops in torch: version counters, fakes, compile, gradients, argument checks.
 
-The ops' values are in test_frame_cache.py.
+Their values are tested in test_frame_cache.py.
 """
 
 import itertools
@@ -26,12 +26,12 @@ from cogvx_kernels.frame_cache import op
 
 from .frame_caches import BACKENDS, FORMATS, LAYOUTS, STARTS, native, same, video, wanted
 
-# --- what torch is told ----------------------------------------------------------------------
+# --- autograd, fakes, compile ----------------------------------------------------------------
 
 
 @BACKENDS
 def test_autograd_sees_what_was_written(backend, device):
-    """Each op moves the version of what it wrote to, and of nothing else, its views included."""
+    """Each op increases the version of tensors that it writes, views included, and of no others."""
     for function, written in (
         (frame_cache_append, "cache"),
         (frame_cache_push, "cache"),
@@ -48,7 +48,7 @@ def test_autograd_sees_what_was_written(backend, device):
 
 
 @native
-def test_a_cache_that_a_backward_needs_is_not_overwritten_in_silence(device):
+def test_overwriting_a_cache_that_a_backward_needs_raises(device):
     cache = torch.randn(1, 2, 2, 3, 4, device=device)
     weight = torch.randn(1, 2, 2, 3, 4, device=device, requires_grad=True)
     loss = (cache * weight).sum()
@@ -60,7 +60,7 @@ def test_a_cache_that_a_backward_needs_is_not_overwritten_in_silence(device):
 @native
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "inset"])
 def test_opcheck(layout, device):
-    """Schemas that tell the truth, fakes with the strides of the real, ahead-of-time tracing."""
+    """Schemas declare mutations, fakes have the real strides, ahead-of-time tracing works."""
     frame_cache_push(*torch.zeros(2, 1, 1, 1, 1, 1), backend="kernel")  # loads the extension
     ops = torch.ops.cogvx
     cache, joined = (LAYOUTS[layout](torch.randn(2, 8, n, 3, 4, device=device)) for n in (2, 5))
@@ -75,7 +75,7 @@ def test_opcheck(layout, device):
 
 
 @native
-def test_fakes_lie_as_the_real(device):
+def test_fakes_have_the_strides_of_real_results(device):
     """Shape, strides and dtype; and nothing runs."""
     for layout, memory_format, padding in itertools.product(LAYOUTS, (None, *FORMATS), (0, 2)):
         for shape in ((2, 8, 3, 4, 5), (1, 1, 1, 1, 1), (2, 3, 0, 4, 5), (2, 3, 1, 1, 1)):
@@ -88,11 +88,11 @@ def test_fakes_lie_as_the_real(device):
             options: Any = {"padding": padding, "memory_format": memory_format, "backend": "kernel"}
             with FakeTensorMode() as mode:
                 fakes = mode.from_tensor(cache), mode.from_tensor(frames)
-                told = [frame_cache_append(*fakes, **options)]
-                told += frame_cache_join(*fakes, backend="kernel")
+                fake = [frame_cache_append(*fakes, **options)]
+                fake += frame_cache_join(*fakes, backend="kernel")
             real = [*frame_cache_join(cache, frames, backend="kernel")]
             real.insert(0, frame_cache_append(cache, frames, **options))
-            for a, b in zip(told, real, strict=True):
+            for a, b in zip(fake, real, strict=True):
                 assert a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
                 assert a.stride() == b.stride(), (layout, shape, memory_format)
 
@@ -122,7 +122,7 @@ def test_compiles_in_one_graph(layout, device):
         ours, theirs = caches.clone(), caches.clone()
         compiled = torch.compile(every_op, fullgraph=True)
         version = ours._version
-        for _ in range(2):  # what was compiled runs again
+        for _ in range(2):  # the second runs compiled code
             for a, b in zip(
                 compiled(ours, frames, start), every_op(theirs, frames, start), strict=True
             ):
@@ -149,7 +149,7 @@ def test_compiles_once_for_many_lengths(device):
 
 
 @native
-def test_compiles_where_nothing_has_run_before():
+def test_compiles_in_a_fresh_process():
     """In a fresh process the extension is loaded while the compiler traces."""
     program = """
 import sys, torch
@@ -218,7 +218,7 @@ def test_finite_differences_twice(start, device):
 
 
 @BACKENDS
-def test_in_place_ops_refuse_to_cut_a_gradient(backend, device):
+def test_in_place_ops_refuse_gradients(backend, device):
     for function, names in (
         (frame_cache_append, ("cache", "frames")),
         (frame_cache_push, ("cache", "frames")),
@@ -235,7 +235,7 @@ def test_in_place_ops_refuse_to_cut_a_gradient(backend, device):
                 function(*x.values(), backend=backend)
 
 
-# --- what is refused -------------------------------------------------------------------------
+# --- argument checks -------------------------------------------------------------------------
 
 X = torch.zeros(2, 3, 2, 4, 5)
 WRONG: tuple[tuple[str, type[Exception], str, dict[str, Any]], ...] = (
@@ -272,7 +272,7 @@ WRONG_APPEND: tuple[tuple[str, type[Exception], str, dict[str, Any]], ...] = (
 
 @pytest.mark.parametrize("function", [frame_cache_append, frame_cache_push, frame_cache_exchange])
 def test_wrong_arguments_are_named(function):
-    """Before anything is written: op, argument, what was wanted, what came."""
+    """Before any write: op, argument, wanted and given value."""
     exchange = function is frame_cache_exchange
     second = "joined" if exchange else "frames"
     wrong = WRONG + (WRONG_APPEND if function is frame_cache_append else ())
@@ -304,10 +304,10 @@ def test_wrong_arguments_of_the_functional_form_are_named():
         frame_cache_exchange(torch.zeros(2, 3, 3, 4, 5), X)
 
 
-# --- where the extension is not --------------------------------------------------------------
+# --- without the extension -------------------------------------------------------------------
 
 
-def test_without_the_extension_the_reference_runs_and_says_why(device):
+def test_without_the_extension_the_reference_runs_with_a_reason(device):
     cache, frames = torch.zeros(1, 2, 2, 3, 3), torch.ones(1, 2, 3, 3, 3)
     with mock.patch.object(op, "HAS_EXTENSION", False):
         joined = frame_cache_append(cache, frames)
@@ -323,7 +323,7 @@ def test_without_the_extension_the_reference_runs_and_says_why(device):
 
 
 @native
-def test_an_extension_without_cuda_says_so():
+def test_an_extension_without_cuda_has_a_reason():
     from cogvx_kernels.frame_cache import kernel
 
     class OnCuda:

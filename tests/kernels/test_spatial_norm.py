@@ -1,4 +1,4 @@
-"""Laws of `spatial_norm_silu` and `residual_moments`, whichever way they go."""
+"""Properties of `spatial_norm_silu` and `residual_moments`, on every path."""
 
 import contextlib
 import importlib
@@ -18,12 +18,12 @@ from cogvx_kernels.testing import as_tuple, check_close, materialize, to_double
 
 LAST = torch.channels_last_3d
 NEEDS_TRITON = pytest.mark.skipif(not _backend.HAS_TRITON, reason="Triton is not installed")
-# The law, the kernels, and the law in parts as a CPU takes it where no gradient is wanted.
-EVERY_WAY = pytest.mark.parametrize(
-    "way", ["reference", pytest.param("kernel", marks=NEEDS_TRITON), "parts"]
+# The reference, the kernels, and the in-place path of the CPU, which has no gradients.
+EVERY_PATH = pytest.mark.parametrize(
+    "path", ["reference", pytest.param("kernel", marks=NEEDS_TRITON), "cpu"]
 )
 EVERY_FORM = pytest.mark.parametrize("form", [torch.contiguous_format, LAST], ids=["rows", "last"])
-DOOR = importlib.import_module("cogvx_kernels.spatial_norm.op")
+OP = importlib.import_module("cogvx_kernels.spatial_norm.op")
 GROUPS = 4
 
 
@@ -37,40 +37,40 @@ def video(*shape, seed=0, form=LAST, dtype=torch.float32):
 
 
 @contextlib.contextmanager
-def by(way):
-    """What backend to ask for, so that it goes this way."""
-    if way == "reference":
-        with mock.patch.object(DOOR, "_use_cpu_path", return_value=False):
+def backend_of(path):
+    """The backend argument that takes this path."""
+    if path == "reference":
+        with mock.patch.object(OP, "_use_cpu_path", return_value=False):
             yield "reference"
-    elif way == "parts":
+    elif path == "cpu":
         with torch.no_grad():
             yield "reference"
     else:
-        yield way
+        yield path
 
 
-def go(way, op, *arguments, **options):
-    """A call of a public function by a way."""
-    with by(way) as backend:
+def call(path, op, *arguments, **options):
+    """Call a public function on a path."""
+    with backend_of(path) as backend:
         return op(*arguments, **options, backend=backend)
 
 
-def norm(way, *arguments, **options):
-    return go(way, ck.spatial_norm_silu, *arguments, **{"num_groups": GROUPS, **options})
+def norm(path, *arguments, **options):
+    return call(path, ck.spatial_norm_silu, *arguments, **{"num_groups": GROUPS, **options})
 
 
-def assert_judged(name, ours, theirs, truth):
-    verdict = check_close(name, ours, theirs, truth)
-    assert verdict.ok, str(verdict)
+def assert_close(name, ours, theirs, fp64):
+    comparison = check_close(name, ours, theirs, fp64)
+    assert comparison.ok, str(comparison)
 
 
-# --- what it is ------------------------------------------------------------------------------
+# --- values ----------------------------------------------------------------------------------
 
 
-@EVERY_WAY
+@EVERY_PATH
 @EVERY_FORM
 @pytest.mark.parametrize("frames", [1, 2, 4, 5, 9])
-def test_equals_the_norm_of_diffusers(way, form, frames):
+def test_equals_the_norm_of_diffusers(path, form, frames):
     """With its weights, its keys and its rule for odd numbers of frames; then SiLU."""
     vae = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_cogvideox")
     torch.manual_seed(1)
@@ -82,29 +82,29 @@ def test_equals_the_norm_of_diffusers(way, form, frames):
     x = video(2, 8, frames, 6, 16, form=form)
     zq = video(2, 6, -(-frames // 2) if frames % 2 else frames // 2, 3, 8, seed=2)
     with torch.no_grad():
-        yardstick = F.silu(theirs(x, zq)[0])
-        truth = F.silu(theirs.double()(x.double(), zq.double())[0])
-        with by(way) as ours.backend:
+        baseline = F.silu(theirs(x, zq)[0])
+        fp64 = F.silu(theirs.double()(x.double(), zq.double())[0])
+        with backend_of(path) as ours.backend:
             out = ours(x, zq)
     assert out.is_contiguous(memory_format=form)
-    assert_judged(f"{frames} frames", out, yardstick, truth)
+    assert_close(f"{frames} frames", out, baseline, fp64)
 
 
-@EVERY_WAY
+@EVERY_PATH
 @EVERY_FORM
 @pytest.mark.parametrize("silu", [True, False])
-def test_without_latents_it_is_a_group_norm(way, form, silu):
+def test_without_latents_it_is_a_group_norm(path, form, silu):
     x, weight, bias = video(2, 12, 3, 5, 7, form=form), video(12, seed=1), video(12, seed=2)
-    out = norm(way, x, weight, bias, eps=1e-5, silu=silu)
+    out = norm(path, x, weight, bias, eps=1e-5, silu=silu)
     after = F.silu if silu else lambda z: z
-    yardstick, truth = (
+    baseline, fp64 = (
         after(F.group_norm(a, GROUPS, b, c, 1e-5))
         for a, b, c in ((x, weight, bias), (x.double(), weight.double(), bias.double()))
     )
-    assert_judged("group norm", out, yardstick, truth)
+    assert_close("group norm", out, baseline, fp64)
 
 
-def test_the_module_has_the_keys_of_what_it_stands_for():
+def test_the_module_has_the_keys_of_diffusers():
     plain, modulated = ck.SpatialNormSiLU(4, 8), ck.SpatialNormSiLU(4, 8, zq_channels=3)
     assert set(plain.state_dict()) == set(nn.GroupNorm(4, 8).state_dict())
     names = ("norm_layer", "conv_y.conv", "conv_b.conv")
@@ -127,143 +127,145 @@ GOLDEN = (
 
 
 @pytest.mark.parametrize(("frames", "latents", "leads", "expected"), GOLDEN)
-@EVERY_WAY
-def test_a_pixel_reads_the_nearest_latent(way, frames, latents, leads, expected):
+@EVERY_PATH
+def test_a_pixel_reads_the_nearest_latent(path, frames, latents, leads, expected):
     """A weight of zero leaves b alone: numbers of latent frames, rows and columns."""
     assert latent_of_frame(frames, latents, leads) == expected
     x, zero = video(1, 2, frames, 6, 12), torch.zeros(2, device=device())
     t, h, w = torch.meshgrid(*map(torch.arange, (latents, 2, 4)), indexing="ij")
     b = (100 * t + 10 * h + w).expand(1, 2, latents, 2, 4).float().to(device())
-    out = norm(way, x, zero, zero, None, b, num_groups=1, leads=leads, silu=False)
+    out = norm(path, x, zero, zero, None, b, num_groups=1, leads=leads, silu=False)
     rows, cols = torch.arange(6) // 3, torch.arange(12) // 3
     wanted = 100 * torch.tensor(expected)[:, None, None] + 10 * rows[:, None] + cols
     assert torch.equal(out.cpu(), wanted.expand(1, 2, -1, -1, -1).float())
 
 
-@EVERY_WAY
+@EVERY_PATH
 @EVERY_FORM
-def test_modulation_at_the_size_of_latents_is_that_of_every_pixel(way, form):
-    """Bit for bit: a convolution of one pixel commutes with nearest-neighbour upsampling."""
+def test_modulation_at_latent_resolution_equals_that_of_every_pixel(path, form):
+    """Bit for bit: a 1x1 convolution commutes with nearest-neighbour upsampling."""
     x, zq = video(1, 8, 4, 6, 16, form=form), video(1, 3, 2, 2, 4, seed=1)
     weights = [video(8, 3, 1, 1, 1, seed=seed, form=torch.contiguous_format) for seed in (2, 3)]
     large = F.interpolate(zq, size=(4, 6, 16))
     small_maps, large_maps = ([F.conv3d(z, w) for w in weights] for z in (zq, large))
     for small, wide in zip(small_maps, large_maps, strict=True):
         assert torch.equal(F.interpolate(small, size=(4, 6, 16)), wide)
-    assert torch.equal(norm(way, x, None, None, *small_maps), norm(way, x, None, None, *large_maps))
+    assert torch.equal(
+        norm(path, x, None, None, *small_maps), norm(path, x, None, None, *large_maps)
+    )
 
 
 # --- statistics ------------------------------------------------------------------------------
 
 
-@EVERY_WAY
+@EVERY_PATH
 @pytest.mark.parametrize("per_frame", [True, False])
-def test_what_a_frame_knows_of_the_others(way, per_frame):
+def test_statistics_per_frame_depend_on_that_frame_only(path, per_frame):
     x = video(1, 8, 4, 3, 8)
     other = x.clone()
     other[:, :, 2] += 1 + torch.rand_like(other[:, :, 2])
-    before, after = (norm(way, z, None, None, per_frame=per_frame) for z in (x, other))
+    before, after = (norm(path, z, None, None, per_frame=per_frame) for z in (x, other))
     kept = [torch.equal(before[:, :, f], after[:, :, f]) for f in range(4)]
     assert kept == ([True, True, False, True] if per_frame else [False] * 4)
 
 
-@EVERY_WAY
+@EVERY_PATH
 @EVERY_FORM
 @pytest.mark.parametrize("per_frame", [True, False])
-def test_a_large_mean_loses_nothing(way, form, per_frame):
-    """A mean of 10,000 and a deviation of 0.01: squares of the values would have no digit left."""
+def test_a_large_mean_costs_no_digits(path, form, per_frame):
+    """A mean of 10,000 and a deviation of 0.01: sums of squares would lose all digits."""
     x = 1e4 + 0.01 * video(2, 8, 2, 40, 48, form=form)
     h = torch.zeros_like(x)
     wanted = {"num_groups": GROUPS, "per_frame": per_frame}
-    truth = ck.residual_moments_reference(x.double(), h.double(), **wanted)[1]
+    fp64 = ck.residual_moments_reference(x.double(), h.double(), **wanted)[1]
     theirs = ck.residual_moments_reference(x, h, **wanted)[1]
-    ours = go(way, ck.residual_moments, x, h, **wanted)[1]
+    ours = call(path, ck.residual_moments, x, h, **wanted)[1]
     for i, name in enumerate(("mean", "variance")):
-        assert_judged(name, ours[..., i], theirs[..., i], truth[..., i])
-    assert_judged(
+        assert_close(name, ours[..., i], theirs[..., i], fp64[..., i])
+    assert_close(
         "norm",
-        norm(way, x, None, None, per_frame=per_frame),
+        norm(path, x, None, None, per_frame=per_frame),
         ck.spatial_norm_silu_reference(x, None, None, **wanted),
         ck.spatial_norm_silu_reference(x.double(), None, None, **wanted),
     )
 
 
-@EVERY_WAY
+@EVERY_PATH
 @pytest.mark.parametrize("value", [0.0, 3.7, -1e4])
-def test_a_constant_is_normalised_to_nothing(way, value):
-    out = norm(way, torch.full((1, 8, 2, 9, 16), value), None, None, silu=False)
-    assert out.abs().max() < 2.0  # what its mean was rounded by, over sqrt(eps)
+def test_a_constant_is_normalized_to_zero(path, value):
+    out = norm(path, torch.full((1, 8, 2, 9, 16), value), None, None, silu=False)
+    assert out.abs().max() < 2.0  # rounding of the mean, over sqrt(eps)
     assert value or not out.any()
 
 
-@EVERY_WAY
+@EVERY_PATH
 @EVERY_FORM
 @pytest.mark.parametrize("per_frame", [True, False])
-def test_statistics_from_before_are_those_it_would_make(way, form, per_frame):
-    """Bit for bit, of the sum of a residual as of any video."""
+def test_given_statistics_equal_computed_ones(path, form, per_frame):
+    """Bit for bit, for a residual sum as for any video."""
     x, h = (video(2, 8, 3, 20, 24, seed=s, form=form, dtype=torch.bfloat16) for s in (0, 1))
     offset, weight = video(8, seed=2), video(8, seed=3)
     options = {"num_groups": GROUPS, "per_frame": per_frame}
-    total, moments = go(way, ck.residual_moments, x, h, offset, **options)
+    total, moments = call(path, ck.residual_moments, x, h, offset, **options)
     wanted = (x.float() + h.float() + offset[:, None, None, None]).bfloat16()
     assert torch.equal(total, wanted) and total.is_contiguous(memory_format=form)
     assert moments.shape == (2, 3 if per_frame else 1, GROUPS, 2)
-    made, given = (
-        norm(way, total, weight, None, per_frame=per_frame, moments=m) for m in (None, moments)
+    computed, given = (
+        norm(path, total, weight, None, per_frame=per_frame, moments=m) for m in (None, moments)
     )
-    assert torch.equal(made, given)
+    assert torch.equal(computed, given)
 
 
-@EVERY_WAY
+@EVERY_PATH
 @EVERY_FORM
-def test_an_offset_is_a_bias_added_first(way, form):
+def test_an_offset_is_a_bias_added_first(path, form):
     x, offset = video(2, 8, 3, 5, 8, form=form), video(8, seed=1)
     y = video(2, 8, 1, 5, 2, seed=2)
-    apart = norm(way, x + offset[:, None, None, None], None, None, y)
-    out = norm(way, x, None, None, y, None, offset)
-    if way == "parts":  # torch sums a view of a frame in another order than a frame
-        torch.testing.assert_close(out, apart, rtol=1e-6, atol=2e-6)
+    expected = norm(path, x + offset[:, None, None, None], None, None, y)
+    out = norm(path, x, None, None, y, None, offset)
+    if path == "cpu":  # torch sums a view of a frame in another order than a frame
+        torch.testing.assert_close(out, expected, rtol=1e-6, atol=2e-6)
     else:
-        assert torch.equal(out, apart)
+        assert torch.equal(out, expected)
 
 
-def test_gradients_through_statistics_from_before(device):
-    """A residual and the norm of it, in two calls, have the gradients of the norm of a sum."""
+def test_gradients_through_given_statistics(device):
+    """residual_moments and its norm, in two calls, have the gradients of the norm of a sum."""
     x, h = (video(2, 8, 3, 4, 8, seed=s) for s in (0, 1))
     offset, weight = video(8, seed=2), video(8, seed=3)
     dout = video(2, 8, 3, 4, 8, seed=4)
-    way = "kernel" if _backend.HAS_TRITON else "reference"
+    path = "kernel" if _backend.HAS_TRITON else "reference"
 
     def gradients(function, *leaves):
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
         return torch.autograd.grad(function(*leaves), leaves, dout.to(leaves[0].dtype))
 
     def in_two(x, h, offset, weight):
-        total, moments = ck.residual_moments(x, h, offset, num_groups=GROUPS, backend=way)
-        return norm(way, total, weight, None, moments=moments)
+        total, moments = ck.residual_moments(x, h, offset, num_groups=GROUPS, backend=path)
+        return norm(path, total, weight, None, moments=moments)
 
     def at_once(x, h, offset, weight):
         return norm("reference", x + h + offset[:, None, None, None], weight, None)
 
     leaves = (x, h, offset, weight)
-    truth = gradients(at_once, *(leaf.double() for leaf in leaves))
+    fp64 = gradients(at_once, *(leaf.double() for leaf in leaves))
     names = ("x", "h", "offset", "weight")
-    results = gradients(in_two, *leaves), gradients(at_once, *leaves), truth
+    results = gradients(in_two, *leaves), gradients(at_once, *leaves), fp64
     for name, ours, theirs, true in zip(names, *results, strict=True):
-        verdict = check_close(name, ours, theirs, true, summed=True)
-        assert verdict.ok, str(verdict)
+        comparison = check_close(name, ours, theirs, true, summed=True)
+        assert comparison.ok, str(comparison)
 
 
-# --- behind cached frames --------------------------------------------------------------------
+# --- with a cache ----------------------------------------------------------------------------
 
 
-@EVERY_WAY
+@EVERY_PATH
 @EVERY_FORM
 @pytest.mark.parametrize("kept", [0, 2, 4])
 @pytest.mark.parametrize("start", [None, "replicate", "zeros"])
-def test_the_buffer_is_what_was_cached_and_then_the_result(way, form, kept, start):
-    """Chunk after chunk, longer and shorter than the cache: as joining them would give, bit for
-    bit. A clip that begins does not look at the cache, here full of NaN."""
+def test_the_result_follows_the_cached_frames(path, form, kept, start):
+    """Chunks longer and shorter than the cache: the bits of torch.cat. A clip that begins does not
+    read the cache, here full of NaN."""
     weight, y = video(6, seed=8), video(2, 6, 2, 2, 2, seed=9)
     cache = video(2, 6, kept, 4, 6, seed=7, form=LAST)
     past = cache.clone()
@@ -273,9 +275,9 @@ def test_the_buffer_is_what_was_cached_and_then_the_result(way, form, kept, star
         x = video(2, 6, frames, 4, 6, seed=chunk, form=form)
         options = {"num_groups": 3, "leads": frames == 3}
         with torch.no_grad():
-            out = norm(way, x, weight, None, y, **options)
+            out = norm(path, x, weight, None, y, **options)
             begins = None if chunk else start
-            joined = norm(way, x, weight, None, y, **options, cache=cache, start=begins)
+            joined = norm(path, x, weight, None, y, **options, cache=cache, start=begins)
         if begins is not None:
             past = out[:, :, :1].expand_as(past) if begins == "replicate" else 0 * past
         wanted = torch.cat([past, out], 2)
@@ -287,10 +289,10 @@ def test_the_buffer_is_what_was_cached_and_then_the_result(way, form, kept, star
 @NEEDS_TRITON
 @pytest.mark.parametrize("frames", [1, 3])
 @pytest.mark.parametrize("start", [None, "replicate", "zeros"])
-def test_a_cache_is_overwritten_in_place_and_nothing_else_is(frames, start):
-    """A cache that is a view of something larger, in fenced memory, programs in random order."""
+def test_only_the_cache_is_overwritten(frames, start):
+    """A cache that is a view of a larger tensor, in fenced memory, programs in random order."""
     if not _backend.INTERPRETED:
-        pytest.skip("looks into the interpreter")
+        pytest.skip("needs the interpreter")
     fence, observe = (
         getattr(importlib.import_module(f"tests.harness.{module}"), name)
         for module, name in (("fence", "Fence"), ("observe", "observe"))
@@ -310,11 +312,11 @@ def test_a_cache_is_overwritten_in_place_and_nothing_else_is(frames, start):
         assert torch.equal(home, before)
     if frames > 2:
         assert [launch.kernel for launch in seen.launches][-1] == "_apply_kernel"
-        assert len(seen.launches) == 3  # statistics, merged, applied: nothing moves on its own
+        assert len(seen.launches) == 3  # statistics, merge, apply: no separate copies
 
 
 @NEEDS_TRITON
-def test_torch_knows_that_the_cache_is_written(device):
+def test_the_cache_is_declared_as_mutated(device):
     cache, x, y = video(1, 4, 2, 2, 4), video(1, 4, 3, 2, 4, seed=1), video(1, 4, 1, 1, 2, seed=2)
     version = cache._version
     with torch.no_grad():
@@ -345,44 +347,44 @@ def test_compiles_in_one_graph_with_a_cache(device):
         assert torch.equal(ours, theirs)
 
 
-# --- in parts, on a CPU ----------------------------------------------------------------------
+# --- CPU path --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("info", [SPATIAL_NORM_SILU, RESIDUAL_MOMENTS], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_in_parts_it_is_the_law(info, dtype):
-    """Within the rule on every sample, and laid out as the kernels would."""
+def test_the_cpu_path_is_within_tolerance(info, dtype):
+    """On every sample, and in the memory format of the kernels."""
     for sample in info.samples:
         arguments = materialize(sample, dtype)
         with torch.no_grad():
-            ours = as_tuple(go("parts", info.op, **arguments))
-            by_law = as_tuple(go("reference", info.op, **arguments))
-            truth = as_tuple(info.reference(**to_double(arguments)))
-        for i, (out, law, true) in enumerate(zip(ours, by_law, truth, strict=True)):
+            ours = as_tuple(call("cpu", info.op, **arguments))
+            by_reference = as_tuple(call("reference", info.op, **arguments))
+            fp64 = as_tuple(info.reference(**to_double(arguments)))
+        for i, (out, expected, true) in enumerate(zip(ours, by_reference, fp64, strict=True)):
             forms = (torch.contiguous_format, LAST) if out.dim() == 5 else ()
             for form in forms:
-                same = [z.is_contiguous(memory_format=form) for z in (out, law)]
+                same = [z.is_contiguous(memory_format=form) for z in (out, expected)]
                 assert same[0] == same[1], sample.reason
             between = info.rounds_between
-            verdict = check_close(
-                f"{sample.reason}: out{i}", out, law, true, rounds_between=between
+            comparison = check_close(
+                f"{sample.reason}: out{i}", out, expected, true, rounds_between=between
             )
-            assert verdict.ok, str(verdict)
+            assert comparison.ok, str(comparison)
 
 
-def test_in_parts_nothing_is_as_large_as_the_video_but_the_result():
-    """A frame at a time: the law makes several videos in fp32."""
+def test_the_cpu_path_allocates_one_video():
+    """A frame at a time; the reference allocates several videos in fp32."""
     x, y = video(1, 8, 16, 16, 32), video(1, 8, 2, 4, 8, seed=1)
     allocated = []
     with torch.profiler.profile(profile_memory=True) as profile:
-        norm("parts", x, None, None, y, y)
+        norm("cpu", x, None, None, y, y)
     allocated = [e.cpu_memory_usage for e in profile.events() if e.cpu_memory_usage > 0]
     size = x.numel() * 4
     assert sum(a >= size for a in allocated) <= 2  # the result, seen by its op and by its caller
     assert all(a <= size / 4 for a in allocated if a < size)
 
 
-# --- what may go in --------------------------------------------------------------------------
+# --- argument checks -------------------------------------------------------------------------
 
 WRONG = (
     ("x must have 5 dimensions", {"x": torch.randn(2, 8, 3, 4)}),
@@ -431,7 +433,7 @@ def test_a_wrong_residual_is_named():
 
 
 @pytest.mark.parametrize("name", ["x", "weight", "y", "offset", "cache"])
-def test_a_cache_refuses_to_cut_a_gradient(name):
+def test_a_cache_refuses_gradients(name):
     tensors = {
         "x": video(1, 8, 3, 4, 8), "weight": video(8), "bias": None, "y": video(1, 8, 1, 2, 4),
         "b": None, "offset": video(8), "cache": video(1, 8, 2, 4, 8),

@@ -1,4 +1,4 @@
-"""How much `spatial_norm_silu` asks for, and in how many programs: counted in the interpreter."""
+"""Bytes and programs of `spatial_norm_silu`, counted in the interpreter."""
 
 import dataclasses
 import importlib
@@ -23,10 +23,10 @@ pytestmark = pytest.mark.budget
 
 
 @pytest.mark.parametrize("info", [SPATIAL_NORM_SILU, RESIDUAL_MOMENTS], ids=str)
-def test_bytes_asked_for_are_near_the_least_possible(info, monkeypatch):
-    """Each pass at most 1.05 times what it must read and write, at 128 channels in bf16.
+def test_bytes_are_near_the_minimum(info, monkeypatch):
+    """Each pass moves at most 1.05 times the minimum, at 128 channels in bf16.
 
-    Counted on a small part of the last block's video, in strips as long as the whole one's.
+    Counted on a small part of the last block's video, in strips of the same length.
     """
     kernel = importlib.import_module("cogvx_kernels.spatial_norm.kernel")
     device_utils = importlib.import_module("cogvx_kernels.spatial_norm.device_utils")
@@ -37,7 +37,7 @@ def test_bytes_asked_for_are_near_the_least_possible(info, monkeypatch):
     with observe() as seen:
         info.launch(kernel, arguments)
     assert not seen.faults(), seen.faults()
-    asked = [(launch.kernel, launch.bytes_read + launch.bytes_written) for launch in seen.launches]
+    moved = [(launch.kernel, launch.bytes_read + launch.bytes_written) for launch in seen.launches]
     small = sum(
         z.numel() * z.element_size()
         for name, z in arguments.items()
@@ -53,7 +53,7 @@ def test_bytes_asked_for_are_near_the_least_possible(info, monkeypatch):
             "sums_kernel": [2],
         }  # fmt: skip
     for name, least in passes.items():
-        got = [count for kernel_name, count in asked if kernel_name == name]
+        got = [count for kernel_name, count in moved if kernel_name == name]
         assert len(got) == len(least), (name, got)
         for count, times in zip(got, least, strict=True):
             assert count <= 1.05 * (times * once + small), f"{name}: {count / once:.3f}, {times}"

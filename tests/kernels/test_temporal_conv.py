@@ -1,4 +1,4 @@
-"""What only `temporal_conv` can promise: causality, chunks, and the convolutions it replaces."""
+"""Properties of `temporal_conv`: causality, chunks, equality with torch's convolutions."""
 
 import importlib
 import itertools
@@ -44,15 +44,15 @@ def past_of(x, taps, start):
     return first if start == "replicate" else torch.zeros_like(first)
 
 
-# --- the convolutions it replaces ------------------------------------------------------------
+# --- equality with torch ---------------------------------------------------------------------
 
 
 @STARTS
 @STRIDES
 @KINDS
 @KERNELS
-def test_it_is_a_convolution_over_padded_frames(device, taps, depthwise, stride, start):
-    """nn.Conv3d and its gradients: in fp32 as near to the truth as the rule wants."""
+def test_equals_a_convolution_over_padded_frames(device, taps, depthwise, stride, start):
+    """F.conv3d and its gradients, in fp32 within tolerance."""
     x, weight, bias = made(device, taps, depthwise)
     groups = x.shape[1] if depthwise else 1
 
@@ -65,15 +65,15 @@ def test_it_is_a_convolution_over_padded_frames(device, taps, depthwise, stride,
 
     arguments = x, weight, bias
     dout = grad_outputs_like((padded(*arguments),), 0)[0]
-    truth, yardstick, result = (
+    fp64, baseline, result = (
         results(function, [x.to(dtype) for x in arguments], dout.to(dtype))
         for function, dtype in (
             (padded, torch.float64), (padded, torch.float32), (ours, torch.float32)
         )
     )  # fmt: skip
-    for name, *triple in zip(("out", "dx", "dweight", "dbias"), result, yardstick, truth, strict=1):
-        verdict = check_close(name, *triple, summed=True)
-        assert verdict.ok, verdict
+    for name, *triple in zip(("out", "dx", "dweight", "dbias"), result, baseline, fp64, strict=1):
+        comparison = check_close(name, *triple, summed=True)
+        assert comparison.ok, comparison
 
 
 def results(function, arguments, dout):
@@ -86,8 +86,8 @@ def results(function, arguments, dout):
 @STRIDES
 @KINDS
 @KERNELS
-def test_the_law_is_a_convolution_over_padded_frames(taps, depthwise, stride, start):
-    """The reference against nn.Conv3d, on small integers in fp64: exactly."""
+def test_the_reference_is_a_convolution_over_padded_frames(taps, depthwise, stride, start):
+    """Equal to F.conv3d on small integers in fp64."""
     x, weight, bias = (integers(t.shape, "cpu").double() for t in made("cpu", taps, depthwise))
     sequence = torch.cat([past_of(x, taps, start), x], 2)
     groups = x.shape[1] if depthwise else 1
@@ -99,8 +99,8 @@ def test_the_law_is_a_convolution_over_padded_frames(taps, depthwise, stride, st
 @BACKENDS
 @pytest.mark.parametrize("depthwise", [False, True], ids=["dense", "depthwise"])
 @pytest.mark.parametrize("dims", [1, 3])
-def test_the_module_takes_the_weights_of_a_convolution(device, dims, depthwise, backend):
-    """Of an nn.Conv1d and of an nn.Conv3d, and gives its own to either; the same initial values."""
+def test_the_module_loads_weights_of_torch_convolutions(device, dims, depthwise, backend):
+    """Of nn.Conv1d and nn.Conv3d, in both directions; the same initial values."""
     groups = 16 if depthwise else 1
     options = {"groups": groups, "device": device}
     torch.manual_seed(3)
@@ -131,7 +131,7 @@ def test_a_weight_of_another_shape_is_not_loaded():
         TemporalConv(4, 4, 3, dims=1).load_state_dict(nn.Conv1d(4, 4, 2).state_dict())
 
 
-def test_the_module_refuses_what_cannot_be():
+def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="TemporalConv: kernel_size must be in"):
         TemporalConv(4, 4, 6)
     with pytest.raises(ValueError, match="TemporalConv: dims must be"):
@@ -168,7 +168,7 @@ def test_by_hand(device, backend):
 
 @BACKENDS
 def test_gradients_by_hand(device, backend):
-    """The first frame gets what the frames before it would, once for each of them."""
+    """The first frame also gets the gradients of its copies before the clip."""
     x = torch.tensor([1.0, 2, 4], device=device).view(1, 1, 3, 1, 1).requires_grad_()
     weight = torch.tensor([1.0, 10, 100], device=device).view(1, 1, 3).requires_grad_()
     bias = torch.zeros(1, device=device, requires_grad=True)
@@ -196,7 +196,7 @@ def test_gradients_by_hand(device, backend):
 @STRIDES
 @KINDS
 def test_the_future_does_not_reach_the_past(device, depthwise, stride, backend):
-    """Another frame f changes the results that see it, bit for bit no other."""
+    """A change of frame f changes the outputs that read it, and no bit of the others."""
     taps = 4
     x, weight, bias = made(device, taps, depthwise)
 
@@ -218,7 +218,7 @@ def test_the_future_does_not_reach_the_past(device, depthwise, stride, backend):
 @KINDS
 @KERNELS
 def test_chunks_give_the_bits_of_the_whole(device, taps, depthwise, stride, start, backend):
-    """At every cut that is legal, with a cache of the kernel - 1 frames before each chunk alone."""
+    """At every valid cut, with a cache of the kernel - 1 frames before each chunk."""
     x, weight, bias = made(device, taps, depthwise, pixels=(1, 3), batch=1)
     silu = "silu" if backend == "kernel" else None  # torch's has other bits at a tensor's end
     options = {"stride": stride, "activation": silu, "backend": backend}
@@ -236,7 +236,7 @@ def test_chunks_give_the_bits_of_the_whole(device, taps, depthwise, stride, star
 @BACKENDS
 @KINDS
 def test_gradients_of_chunks_are_those_of_the_whole(device, depthwise, backend):
-    """Small integers; the gradient of a cache goes back into the chunk that it came from."""
+    """Small integers; the gradient of a cache reaches the chunk that it came from."""
     x, weight = (integers(t.shape, device) for t in made(device, 3, depthwise)[:2])
     x.requires_grad_()
     weight.requires_grad_()
@@ -259,7 +259,7 @@ def test_gradients_of_chunks_are_those_of_the_whole(device, depthwise, backend):
 
 @BACKENDS
 @KINDS
-def test_a_stride_leaves_results_out(device, depthwise, backend):
+def test_stride_2_is_every_other_output(device, depthwise, backend):
     x, weight, bias = made(device, 3, depthwise)
     every = temporal_conv(x, weight, bias, backend=backend)
     assert torch.equal(temporal_conv(x, weight, bias, stride=2, backend=backend), every[:, :, ::2])
@@ -291,8 +291,8 @@ def test_depthwise_is_dense_with_a_diagonal(device):
 
 
 @KINDS
-def test_pixels_and_samples_do_not_know_each_other(device, depthwise):
-    """A pixel's bits are the same in any picture and batch, and in a video without pixels."""
+def test_pixels_and_samples_are_independent(device, depthwise):
+    """A pixel has the same bits in any frame and batch, and without spatial dims."""
     x, weight, bias = made(device, 3, depthwise, pixels=(9, 17))
     if device == "cpu":  # NumPy's product sums the rows of a tile in several orders
         x, weight, bias = (integers(t.shape, device) for t in (x, weight, bias))
@@ -308,8 +308,8 @@ def test_pixels_and_samples_do_not_know_each_other(device, depthwise):
 
 
 @KINDS
-def test_what_is_summed_is_rounded_once(device, depthwise):
-    """Gradients behind a SiLU in fp16: that of the pre-activation is not rounded on the way."""
+def test_gradients_are_rounded_once(device, depthwise):
+    """With SiLU in fp16: the gradient of the pre-activation is not rounded in between."""
     x, weight, bias = (t.half() for t in made(device, 3, depthwise, frames=5))
     dout = torch.randn_like(x)
 
@@ -318,8 +318,8 @@ def test_what_is_summed_is_rounded_once(device, depthwise):
 
     ours = results(conv, (x, weight, bias), dout)
     wide = [t.double() for t in (x, weight, bias)]
-    truth = results(lambda *a: conv(*a, backend="reference"), wide, dout.double())
-    for a, b in zip(ours, truth, strict=True):
+    fp64 = results(lambda *a: conv(*a, backend="reference"), wide, dout.double())
+    for a, b in zip(ours, fp64, strict=True):
         # Half an ulp of fp16, the fp32 of the sums, and fp16's own smallest numbers.
         allowed = b.abs() * 2**-11 * 1.01 + b.abs().max() * 2**-18 + 2**-24
         assert ((a.double() - b).abs() <= allowed).all()
@@ -340,7 +340,7 @@ def test_the_memory_format_stays(device, depthwise, backend):
         assert dx.is_contiguous(memory_format=form)
 
 
-def test_what_lies_well_is_not_copied(device):
+def test_supported_strides_are_not_copied(device):
     """Channels-last, contiguous, frames and rows of larger buffers; others are copied once."""
     x = torch.randn(2, 16, 5, 4, 6, device=device)
     last = x.to(memory_format=torch.channels_last_3d)
@@ -358,8 +358,8 @@ def test_what_lies_well_is_not_copied(device):
 
 
 @KINDS
-def test_a_gradient_that_is_one_number(device, depthwise):
-    """That of a sum has no strides at all, and is not one of evenly spaced pixels."""
+def test_an_expanded_gradient(device, depthwise):
+    """That of a sum has only strides of 0, which are not evenly spaced pixels."""
     for last in (True, False):
         x, weight, _ = (integers(t.shape, device) for t in made(device, 3, depthwise, last=last))
         leaves = (x.requires_grad_(), weight.requires_grad_())
@@ -374,8 +374,8 @@ def test_a_gradient_that_is_one_number(device, depthwise):
 if _backend.INTERPRETED:
     from tests.harness.observe import observe
 
-    def asked_for(x, weight):
-        """Programs, bytes read and written by a forward in bf16, channels-last, of one launch."""
+    def traffic(x, weight):
+        """(programs, bytes read, bytes written) of one forward launch in bf16, channels-last."""
         x = x.bfloat16().to(memory_format=torch.channels_last_3d)
         with observe() as seen:
             temporal_conv(x, weight.bfloat16(), backend="kernel")
@@ -383,34 +383,34 @@ if _backend.INTERPRETED:
         return launch.grid[0], launch.bytes_read, launch.bytes_written
 
     @pytest.mark.parametrize("taps", [1, 2, 3])
-    def test_bytes_where_the_weight_stays(device, taps):
-        """At 128 channels: each frame once for each tap, and the weight once for 32 tiles.
+    def test_bytes_with_a_stationary_weight(device, taps):
+        """At 128 channels: each frame once per tap, and the weight once per 32 tiles.
 
-        32 tiles of 64 pixels are 16 times the bytes of a tap's matrix: beside the frames the weight
-        is a sixteenth. Of the taps' frames one is new; the others are those of the programs at hand
-        and of the tiles just done, and come from the L2 cache.
+        32 tiles of 64 pixels are 16 times the bytes of a tap's matrix: the weight adds a sixteenth.
+        Of the taps' frames one is new; the others were read by concurrent programs and previous
+        tiles, and come from the L2 cache.
         """
         tiles, rest = kernel.STATIONARY_TILES, 3
         pixels = (tiles + rest) * kernel.STATIONARY_ROWS
         x, weight = torch.zeros(1, 128, 1, 1, pixels), torch.zeros(128, 128, taps)
         video, matrices = x.numel() * 2, weight.numel() * 2
         expected = taps * video + 2 * matrices, video
-        assert asked_for(x.to(device), weight.to(device)) == (2, *expected)
+        assert traffic(x.to(device), weight.to(device)) == (2, *expected)
         assert 16 * matrices == taps * video * tiles // (tiles + rest)
 
     @pytest.mark.parametrize("taps", [1, 3, 5])
     def test_bytes_of_dense_tiles(device, taps):
-        """At 256 channels: each frame once for each tap and each 128 of the channels made."""
+        """At 256 channels: each frame once per tap and per 128 output channels."""
         frames, tiles = 3, 2
         x = torch.zeros(1, 256, frames, 1, tiles * kernel.BLOCK_ROWS, device=device)
         weight = torch.zeros(256, 256, taps, device=device)
         video, matrices = x.numel() * 2, weight.numel() * 2
         expected = 2 * taps * video + frames * tiles * matrices, video
-        assert asked_for(x, weight) == (2 * frames * tiles, *expected)
+        assert traffic(x, weight) == (2 * frames * tiles, *expected)
 
     @pytest.mark.parametrize("stride", [1, 2])
     def test_bytes_of_depthwise_columns(device, stride):
-        """Of 8 frames and the two before, 12 are asked for: with stride 2, 10 and a half."""
+        """Of 8 frames and 2 cached, 12 are loaded; with stride 2, 10 and a half."""
         x, weight, _ = made(device, 3, True, frames=8, channels=128, pixels=(1, 64), batch=1)
         cache = x[:, :, :2].contiguous(memory_format=torch.channels_last_3d)
         with observe() as seen:
