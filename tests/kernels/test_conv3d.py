@@ -21,7 +21,7 @@ PADDING = (0, 1, 1)
 
 
 def filled(shape, layout="contiguous", dtype=torch.float32, device="cpu", integers=True):
-    """Random, or of -1, 0 and 1: of so few every sum is exact, in whatever order."""
+    """Random, or of -1, 0 and 1, of which every sum is exact in any order."""
     x = LAYOUTS[layout](shape, lambda shape: torch.empty(shape, dtype=dtype, device=device))
     random_x = torch.randint(-1, 2, shape) if integers else torch.randn(shape)
     return x.copy_(random_x)
@@ -53,7 +53,7 @@ def pieces(monkeypatch):
     return seen
 
 
-# --- both algorithms ----------------------------------------------------------------------------
+# --- both algorithms -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "behind", "inset", "strided"])
@@ -66,27 +66,27 @@ def test_conv2d_sum_equals_conv3d(kernel, dtype, layout, device):
         weight, bias = weights((3, 4, *kernel), DTYPES[dtype], device)
         bias = bias if with_bias else None
         ours = conv3d(x, weight, bias, padding_of(kernel), algo="conv2d")
-        truth = F.conv3d(x.double(), weight.double(), None if bias is None else bias.double(),
+        expected = F.conv3d(x.double(), weight.double(), None if bias is None else bias.double(),
                          padding=padding_of(kernel))  # fmt: skip
-        assert torch.equal(ours.double(), truth) and ours.dtype is DTYPES[dtype]
+        assert torch.equal(ours.double(), expected) and ours.dtype is DTYPES[dtype]
 
 
 @pytest.mark.parametrize("algo", ["conv3d", "conv2d"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_within_the_rule(dtype, algo, device, seed):
+def test_within_tolerance(dtype, algo, device, seed):
     torch.manual_seed(seed)
     x = filled((1, 64, 6, 20, 24), "channels_last", DTYPES[dtype], device, integers=False)
     weight, bias = weights((48, 64, 3, 3, 3), DTYPES[dtype], device, integers=False)
     ours = conv3d(x, weight, bias, algo=algo)
-    truth = F.conv3d(*(t.double() for t in (x, weight, bias)), padding=PADDING)
+    expected = F.conv3d(*(t.double() for t in (x, weight, bias)), padding=PADDING)
     plain = {"conv3d": F.conv3d, "conv2d": conv2d_sum}[algo]
-    yardstick = plain(*(t.float() for t in (x, weight, bias)), padding=PADDING).to(x.dtype)
-    verdict = check_close("out", ours, yardstick, truth, summed=True)
-    assert verdict.ok, verdict
+    baseline = plain(*(t.float() for t in (x, weight, bias)), padding=PADDING).to(x.dtype)
+    comparison = check_close("out", ours, baseline, expected, summed=True)
+    assert comparison.ok, comparison
 
 
 def conv2d_sum(x, weight, bias, padding):
-    """What planes are said to be, frame by frame, in torch's 2-D convolutions."""
+    """The sum of torch's 2-D convolutions, frame by frame."""
     frames = range(x.shape[2] - weight.shape[2] + 1)
     planes = range(weight.shape[2])
     made = [
@@ -99,7 +99,7 @@ def conv2d_sum(x, weight, bias, padding):
 @pytest.mark.parametrize("algo", ["conv3d", "conv2d"])
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("channels", [(16, 8), (3, 16), (16, 3), (2, 2)], ids=str)
-def test_layout_stays(channels, cut, algo, monkeypatch):
+def test_the_memory_format_stays(channels, cut, algo, monkeypatch):
     x, (weight, bias) = (
         filled((2, channels[0], 5, 8, 8)),
         weights((channels[1], channels[0], 3, 3, 3)),
@@ -114,19 +114,19 @@ def test_layout_stays(channels, cut, algo, monkeypatch):
 
 @pytest.mark.parametrize("reason", [None, "it is Monday"])
 def test_auto_avoids_known_issues(reason, monkeypatch, pieces):
-    asked = []
+    calls = []
 
     def known(device, dtype):
-        asked.append((device, dtype))
+        calls.append((device, dtype))
         return reason
 
     monkeypatch.setattr(module, "known_issue", known)
     x, (weight, bias) = filled((1, 4, 5, 6, 6)), weights((4, 4, 3, 3, 3))
     conv3d(x, weight, bias)
-    assert len(pieces) == (reason is None) and asked == [(CPU, torch.float32)]
+    assert len(pieces) == (reason is None) and calls == [(CPU, torch.float32)]
     conv3d(x, weight, bias, algo="conv3d")
     conv3d(x, weight, bias, algo="conv2d")
-    assert len(pieces) == (reason is None) + 1 and len(asked) == 1  # of who says how, nobody asks
+    assert len(pieces) == (reason is None) + 1 and len(calls) == 1  # only for "auto"
 
 
 # --- pieces ----------------------------------------------------------------------------------
@@ -144,14 +144,14 @@ def test_pieces_equal_one_call(algo, monkeypatch, pieces, seed):
                  kernel[1] + draw.randint(0, 9), kernel[2] + draw.randint(0, 9))  # fmt: skip
         x = filled(shape, draw.choice(["contiguous", "channels_last", "inset"]))
         weight, bias = weights((draw.randint(1, 5), shape[1], *kernel))
-        truth = F.conv3d(x, weight, bias, padding=padding)
+        expected = F.conv3d(x, weight, bias, padding=padding)
         pieces.clear()
-        line = 4 * max(shape[1] * shape[4], truth.shape[1] * truth.shape[4])
+        line = 4 * max(shape[1] * shape[4], expected.shape[1] * expected.shape[4])
         limit = draw.randint(1, 2 * line * shape[3] * shape[2])
         monkeypatch.setattr(module, "LIMIT", limit)
         ours = conv3d(x, weight, bias, padding, algo=algo)
         case = f"{shape} {tuple(weight.shape)} {padding} of {limit} bytes"
-        assert torch.equal(ours, truth), case
+        assert torch.equal(ours, expected), case
         for read, made in pieces:
             size = 4 * max(torch.Size(read).numel(), torch.Size(made).numel())
             least = made[2] == 1 and made[3] <= max(1, 2 * padding[1]) and read[0] == 1
@@ -163,7 +163,7 @@ def test_pieces_equal_one_call(algo, monkeypatch, pieces, seed):
     ("frames", "cuts"), [(8, (2, 1, 1)), (4, (2, 3, 1)), (3, (2, 6, 1)), (2, (2, 6, 2))]
 )
 def test_what_is_cut_first(frames, cuts, monkeypatch, pieces):
-    """Samples, then frames, and rows only if a frame with those before it is too much."""
+    """Samples, then frames, and rows only if one output frame needs too much."""
     x, (weight, bias) = filled((2, 8, 8, 30, 20)), weights((8, 8, 3, 3, 3))
     monkeypatch.setattr(module, "LIMIT", frames * x[:1, :, :1].nbytes)
     conv3d(x, weight, bias)
@@ -185,8 +185,8 @@ def test_pieces_have_the_bits_of_the_whole(dtype, layout, monkeypatch, pieces, s
 
 
 @pytest.mark.parametrize("algo", ["conv3d", "conv2d"])
-def test_pieces_go_straight_to_their_place(algo, monkeypatch):
-    """Beside the result there is a piece, and of planes what one is made of."""
+def test_pieces_are_written_to_the_result(algo, monkeypatch):
+    """Peak memory is the result and a piece; with conv2d also the terms of its sum."""
     from cogvx.memory import LiveBytes
 
     x, (weight, bias) = filled((1, 8, 18, 40, 40), "channels_last"), weights((8, 8, 3, 3, 3))
@@ -213,7 +213,7 @@ def test_no_size_fails(pixels, algo):
 
 
 @pytest.mark.parametrize("algo", ["conv3d", "conv2d"])
-def test_of_no_samples(algo):
+def test_no_samples(algo):
     weight, bias = weights((3, 4, 3, 3, 3))
     assert conv3d(torch.empty(0, 4, 5, 6, 6), weight, bias, algo=algo).shape == (0, 3, 3, 6, 6)
 
@@ -231,7 +231,7 @@ def test_gradients(frames, algo, monkeypatch):
     assert torch.autograd.gradcheck(lambda *a: conv3d(*a, algo=algo), (x, weight, bias))
 
 
-def test_a_gradient_for_one_of_them_is_enough(monkeypatch):
+def test_one_input_that_requires_grad(monkeypatch):
     x, (weight, bias) = filled((1, 2, 6, 4, 4)), weights((2, 2, 3, 3, 3))
     monkeypatch.setattr(module, "LIMIT", x[:, :, :4].nbytes)
     for wanted in (x, weight, bias):
@@ -255,7 +255,7 @@ def test_compiles(algo, monkeypatch):
 @pytest.mark.parametrize("algo", ["conv3d", "conv2d"])
 @pytest.mark.parametrize("grad", [False, True])
 def test_under_autocast(grad, algo):
-    """As any convolution there: 16 bits come out, whatever goes in."""
+    """As any convolution: a 16-bit result for any input dtype."""
     x, (weight, bias) = filled((1, 2, 6, 4, 4)), weights((2, 2, 3, 3, 3))
     for given in (weight, weight.bfloat16()):
         with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
@@ -266,7 +266,7 @@ def test_under_autocast(grad, algo):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "behind", "inset", "strided"])
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
-def test_without_a_gradient_it_is_the_same(kernel, layout):
+def test_without_gradients_the_result_is_the_same(kernel, layout):
     """Where oneDNN is called by name: bit for bit on integers, with and without a bias."""
     for batch, with_bias in ((1, True), (2, False)):
         x, (weight, bias) = filled((batch, 4, 6, 5, 7), layout), weights((3, 4, *kernel))
@@ -287,7 +287,7 @@ def test_the_meta_device_keeps_layouts():
     assert out.is_contiguous(memory_format=torch.channels_last_3d)
 
 
-# --- what is known ---------------------------------------------------------------------------
+# --- known issues ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_the_meta_device_keeps_layouts():
         (("2.10.0+cu128", 91002, None), torch.bfloat16, "17 times"),
         (("2.9.1", 91400, None), torch.float16, "17 times"),
         (("2.9.1", 91501, None), torch.bfloat16, None),
-        (("2.9.0+cu130", 92100, None), torch.bfloat16, "17 times"),  # whatever its cuDNN
+        (("2.9.0+cu130", 92100, None), torch.bfloat16, "17 times"),  # with any cuDNN
         (("2.8.0", 91002, None), torch.bfloat16, "wrong"),
         (("2.8.0", 90701, None), torch.bfloat16, None),
         (("2.10.0", 91002, None), torch.float32, None),
@@ -313,7 +313,7 @@ def test_known_issue(versions, dtype, known):
     assert known_issue(CPU, dtype, Versions(*versions)) is None
 
 
-def test_known_issue_is_of_what_is_installed(monkeypatch):
+def test_known_issue_of_the_installed_versions(monkeypatch):
     monkeypatch.setattr(module, "library_versions", lambda: Versions("2.9.1", 91002, None))
     assert "2.9.1" in known_issue(CUDA, torch.bfloat16)
     monkeypatch.undo()
@@ -367,8 +367,8 @@ def test_wrong_calls_are_named(changed, error, named):
 @pytest.mark.parametrize("algo", ["auto", "conv2d"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(128, 12, 480, 720), (256, 11, 96, 170)], ids=str)
-def test_in_16_bits_as_in_32(shape, layout, algo):
-    """Right, and without a memory of its own, on the shapes that were wrong and large elsewhere."""
+def test_16_bits_agree_with_32(shape, layout, algo):
+    """Correct, without extra memory, on shapes with known wrong results or workspaces elsewhere."""
     torch.manual_seed(0)
     channels = shape[0]
     x = filled((1, *shape), layout, torch.bfloat16, "cuda", integers=False)
@@ -381,10 +381,10 @@ def test_in_16_bits_as_in_32(shape, layout, algo):
     if algo == "auto" and known_issue(CUDA, x.dtype) is None:
         assert peak <= 1.5 * (x.nbytes + out.nbytes)
     with torch.backends.cudnn.flags(allow_tf32=False):
-        truth = F.conv3d(x.float(), weight.float(), bias.float(), padding=PADDING)
-    verdict = check_close(
-        "out", *(t[..., ::5, ::7] for t in (out, truth.bfloat16(), truth)), summed=True
+        expected = F.conv3d(x.float(), weight.float(), bias.float(), padding=PADDING)
+    comparison = check_close(
+        "out", *(t[..., ::5, ::7] for t in (out, expected.bfloat16(), expected)), summed=True
     )
-    assert verdict.ok, verdict
-    largest = float((out.float() - truth).abs().max())
-    assert largest <= 2 * torch.finfo(x.dtype).eps * float(truth.abs().max())
+    assert comparison.ok, comparison
+    largest = float((out.float() - expected).abs().max())
+    assert largest <= 2 * torch.finfo(x.dtype).eps * float(expected.abs().max())
