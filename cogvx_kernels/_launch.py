@@ -64,3 +64,16 @@ def dense(x: Tensor, channels_last: bool) -> Tensor:
     # A tensor without elements is contiguous with any strides.
     rows = rows.contiguous() if x.numel() else rows.clone(memory_format=torch.contiguous_format)
     return rows.movedim(-1, 1)
+
+
+def empty_video(x: Tensor, channels: int | None = None, frames: int | None = None) -> Tensor:
+    """An empty (batch, channels, frames, height, width), by default of x's shape.
+
+    Channels-last if x is, else contiguous.
+    """
+    shape = list(x.shape)
+    shape[1] = shape[1] if channels is None else channels
+    shape[2] = shape[2] if frames is None else frames
+    last = x.shape[1] > 1 and x.stride(1) == 1
+    form = torch.channels_last_3d if last else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)

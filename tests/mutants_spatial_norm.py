@@ -1,8 +1,8 @@
 """Seeded bugs of `spatial_norm`: (name, file, old, new, tests), as `tests.mutants.Mutant`."""
 
-KERNEL, STATISTICS, GRADIENTS, DEVICE, CPU, OP = (
+KERNEL, STATISTICS, GRADIENTS, DEVICE, CPU, OP, VALIDATION = (
     f"cogvx_kernels/spatial_norm/{name}.py"
-    for name in ("kernel", "statistics", "gradients", "device_utils", "cpu", "op")
+    for name in ("kernel", "statistics", "gradients", "device_utils", "cpu", "op", "validation")
 )
 
 PROPERTIES, SAMPLES = "test_spatial_norm", "test_samples and spatial_norm_silu"
@@ -79,9 +79,8 @@ SPATIAL_NORM_MUTANTS = tuple(
         (DEVICE, "strides assumed multiples of 16",
          "    return math.gcd(16, *strides)", "    return 16",
          SAMPLES),
-        (OP, "the oldest cached frame lost in a short chunk",
-         "            joined[:, :, :cache_len] = cache\n",
-         "            joined[:, :, :cache_len] = cache[:, :, -1:]\n", PROPERTIES),
+        (VALIDATION, "the oldest cached frame lost in a short chunk",
+         ".get(start or \"\", cache)", ".get(start or \"\", cache[:, :, -1:])", PROPERTIES),
         (OP, "the gradient of the variance without its two",
          "expand(2 * dvar)", "expand(dvar)", PROPERTIES),
         (CPU, "CPU: a scale reused for a frame of other latents",

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._launch import empty_video
 from .reference import latent_of_frame
-from .validation import new_video
+from .validation import update_cache
 
 PIECE = 1 << 18  # elements: a megabyte in fp32
 
@@ -37,7 +38,7 @@ def spatial_norm_silu_cpu(
 ) -> Tensor:
     """`spatial_norm_silu_reference`."""
     frames, cache_len = x.shape[2], 0 if cache is None else cache.shape[2]
-    joined = new_video(x, cache_len + frames)
+    joined = empty_video(x, frames=cache_len + frames)
     if x.numel():
         if moments is None:
             moments = _moments(x, pre_bias, num_groups, per_frame)
@@ -54,10 +55,7 @@ def spatial_norm_silu_cpu(
             assert maps is not None
             _apply(joined[:, :, cache_len + frame], x[:, :, frame], pre_bias, maps, silu)
     if cache is not None and cache_len:
-        first = joined[:, :, cache_len : cache_len + 1]
-        past = {"replicate": first, "zeros": None}.get(start or "", cache)
-        joined[:, :, :cache_len] = 0 if past is None else past
-        cache.copy_(joined[:, :, frames:])
+        update_cache(joined, cache, start)
     return joined
 
 
@@ -65,7 +63,7 @@ def residual_moments_cpu(
     x: Tensor, h: Tensor, pre_bias: Tensor | None, num_groups: int, per_frame: bool
 ) -> tuple[Tensor, Tensor]:
     """`residual_moments_reference`."""
-    total, wide = new_video(x), torch.promote_types(x.dtype, torch.float32)
+    total, wide = empty_video(x), torch.promote_types(x.dtype, torch.float32)
     for frame in range(x.shape[2]):
         into, left, right = (z[:, :, frame] for z in (total, x, h))
         for piece in _pieces(into):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _autocast, _backend, _checks
 from .._custom_op import custom_op
+from .._launch import empty_video
 from .cpu import residual_moments_cpu, spatial_norm_silu_cpu
 from .reference import residual_moments_reference, spatial_norm_silu_reference
 from .validation import (
@@ -19,10 +20,10 @@ from .validation import (
     empty_grad,
     match_memory_format,
     new_moments,
-    new_video,
     refuse_grad,
     statistics_dtype,
     unsupported_reason,
+    update_cache,
     wants_grad,
 )
 
@@ -61,8 +62,8 @@ def _spatial_norm_silu_fake(
 
 def _outputs(x, moments, num_groups, per_frame):
     if moments is not None:
-        return new_video(x), moments.new_empty((0,))
-    return new_video(x), new_moments(x, num_groups, per_frame)
+        return empty_video(x), moments.new_empty((0,))
+    return empty_video(x), new_moments(x, num_groups, per_frame)
 
 
 def _spatial_norm_silu_setup(ctx, inputs, output):
@@ -125,11 +126,11 @@ def _spatial_norm_silu_grads_fake(
 
 def _empty_grads(x, weight, bias, y, b, offset, moments, given, to_x):
     return (
-        new_video(x) if to_x else x.new_empty((0,)),
+        empty_video(x) if to_x else x.new_empty((0,)),
         empty_grad(weight, x),
         empty_grad(bias, x),
-        x.new_empty((0,)) if y is None else new_video(y),
-        x.new_empty((0,)) if b is None else new_video(b),
+        x.new_empty((0,)) if y is None else empty_video(y),
+        x.new_empty((0,)) if b is None else empty_video(b),
         empty_grad(offset, x),
         empty_grad(moments if given else None, moments),
     )
@@ -148,7 +149,7 @@ def _spatial_norm_silu_cached(
     from . import kernel
 
     cache_len, frames = cache.shape[2], x.shape[2]
-    joined = new_video(x, cache_len + frames)
+    joined = empty_video(x, frames=cache_len + frames)
     if moments is None:
         moments = new_moments(x, num_groups, per_frame)
         kernel.moments_fwd(moments, None, x, None, offset, num_groups, per_frame)
@@ -158,21 +159,15 @@ def _spatial_norm_silu_cached(
     if frames >= cache_len:
         kernel.spatial_norm_fwd(joined, cache, *arguments, start)
     else:
-        # Some cached frames stay cached, so the result is written first, then both are copied.
+        # Some cached frames stay cached: they are copied after the result is written.
         kernel.spatial_norm_fwd(joined[:, :, cache_len:], None, *arguments)
-        if start == "replicate":
-            joined[:, :, :cache_len] = joined[:, :, cache_len : cache_len + 1]
-        elif start == "zeros":
-            joined[:, :, :cache_len] = 0
-        else:
-            joined[:, :, :cache_len] = cache
-        cache.copy_(joined[:, :, frames:])
+        update_cache(joined, cache, start)
     return joined
 
 
 @_spatial_norm_silu_cached.register_fake
 def _spatial_norm_silu_cached_fake(cache, x, *_):
-    return new_video(x, cache.shape[2] + x.shape[2])
+    return empty_video(x, frames=cache.shape[2] + x.shape[2])
 
 
 # --- cogvx::residual_moments -----------------------------------------------------------------
@@ -184,14 +179,14 @@ def _residual_moments(
 ) -> tuple[Tensor, Tensor]:
     from . import kernel
 
-    total, moments = new_video(x), new_moments(x, num_groups, per_frame)
+    total, moments = empty_video(x), new_moments(x, num_groups, per_frame)
     kernel.moments_fwd(moments, total, x, h, offset, num_groups, per_frame)
     return total, moments
 
 
 @_residual_moments.register_fake
 def _residual_moments_fake(x, h, offset, num_groups, per_frame):
-    return new_video(x), new_moments(x, num_groups, per_frame)
+    return empty_video(x), new_moments(x, num_groups, per_frame)
 
 
 def _residual_moments_setup(ctx, inputs, output):

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from .._launch import empty_video
 from .._opinfo import Budget, Cost, OpInfo, Sample, Size, TensorSpec
 from .op import residual_moments, spatial_norm_silu
 from .reference import residual_moments_reference, spatial_norm_silu_reference
-from .validation import new_moments, new_video
+from .validation import new_moments
 
 LAYOUTS = (
     "contiguous", "channels_last", "behind", "inset", "transposed", "offset", "strided", "expanded",
@@ -199,12 +200,12 @@ def _launch(kernel: Any, a: Mapping[str, Any]) -> None:
         kernel.moments_fwd(moments, None, x, None, offset, a["num_groups"], a["per_frame"])
     tensors = tuple(a[name] for name in ("weight", "bias", "y", "b", "offset"))
     settings = (a["num_groups"], 1e-6, a["per_frame"], a["leads"], a["silu"])
-    kernel.spatial_norm_fwd(new_video(x), None, x, moments, *tensors, *settings)
+    kernel.spatial_norm_fwd(empty_video(x), None, x, moments, *tensors, *settings)
     if x.shape[2] > 1:
         for start in ("", "replicate"):
-            joined, cache = new_video(x, x.shape[2] + 2), new_video(x, 2)
+            joined, cache = empty_video(x, frames=x.shape[2] + 2), empty_video(x, frames=2)
             kernel.spatial_norm_fwd(joined, cache, x, moments, *tensors, *settings, start)
-    grads = new_video(x), *(None if z is None else new_video(z) for z in (a["y"], a["b"]))
+    grads = empty_video(x), *(None if z is None else empty_video(z) for z in (a["y"], a["b"]))
     given = a["moments"] is not None
     kernel.spatial_norm_bwd(grads, x, x, moments, given, *tensors, *settings)
 
@@ -346,7 +347,7 @@ def _residual_cost(a: Mapping[str, Any]) -> tuple[Cost, Cost]:
 def _launch_residual(kernel: Any, a: Mapping[str, Any]) -> None:
     x, settings = a["x"], (a["num_groups"], a["per_frame"])
     moments = new_moments(x, *settings)
-    kernel.moments_fwd(moments, new_video(x), x, a["h"], a["offset"], *settings)
+    kernel.moments_fwd(moments, empty_video(x), x, a["h"], a["offset"], *settings)
 
 
 RESIDUAL_MOMENTS = OpInfo(

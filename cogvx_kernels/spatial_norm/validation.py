@@ -15,15 +15,6 @@ MAX_CHANNELS = 16384
 # --- results ---------------------------------------------------------------------------------
 
 
-def new_video(x: Tensor, frames: int | None = None) -> Tensor:
-    """An empty result: the shape of x, or `frames` of it; channels-last if x is."""
-    batch, channels, own, height, width = x.shape
-    shape = (batch, channels, own if frames is None else frames, height, width)
-    last = channels > 1 and x.stride(1) == 1
-    form = torch.channels_last_3d if last else torch.contiguous_format
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
-
-
 def new_moments(x: Tensor, num_groups: int, per_frame: bool) -> Tensor:
     shape = (x.shape[0], x.shape[2] if per_frame else 1, num_groups, 2)
     return torch.empty(shape, dtype=statistics_dtype(x), device=x.device)
@@ -41,6 +32,15 @@ def empty_grad(x: Tensor | None, of: Tensor) -> Tensor:
 def match_memory_format(x: Tensor, out: Tensor) -> Tensor:
     """Convert a reference result to the memory format of the kernel's."""
     return dense(out, x.shape[1] > 1 and x.stride(1) == 1)
+
+
+def update_cache(joined: Tensor, cache: Tensor, start: str | None) -> None:
+    """Put the past frames at the head of `joined`, then its last frames into the cache."""
+    cache_len = cache.shape[2]
+    first = joined[:, :, cache_len : cache_len + 1]
+    past = {"replicate": first, "zeros": None}.get(start or "", cache)
+    joined[:, :, :cache_len] = 0 if past is None else past
+    cache.copy_(joined[:, :, joined.shape[2] - cache_len :])
 
 
 # --- checks ----------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """Public API: argument checks, backend dispatch, custom-op registration, autograd."""
 
-import torch
 from torch import Tensor
 
 from .. import _autocast, _backend, _checks
 from .._custom_op import custom_op
+from .._launch import empty_video
 from .reference import temporal_conv_reference
 
 VIDEO = ("batch", "in_channels", "frames", "height", "width")
@@ -15,18 +15,6 @@ MOST_TAPS = 5
 # --- cogvx::temporal_conv --------------------------------------------------------------------
 
 
-def empty_video(x: Tensor, channels: int, frames: int) -> Tensor:
-    """An empty video with the batch and pixels of x, channels-last if x is."""
-    last = x.shape[1] > 1 and x.stride(1) == 1
-    shape = (x.shape[0], channels, frames, *x.shape[3:])
-    return torch.empty(
-        shape,
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last_3d if last else torch.contiguous_format,
-    )
-
-
 @custom_op("temporal_conv", constants=("stride",))
 def _temporal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor | None,
@@ -34,17 +22,13 @@ def _temporal_conv(
 ) -> Tensor:  # fmt: skip
     from . import kernel
 
-    out = _empty_out(x, weight, stride)
+    out = empty_video(x, weight.shape[0], (x.shape[2] - 1) // stride + 1)
     kernel.temporal_conv_fwd(out, x, weight, bias, cache, stride, start, silu)
     return out
 
 
 @_temporal_conv.register_fake
 def _temporal_conv_fake(x, weight, bias, cache, stride, start, silu):
-    return _empty_out(x, weight, stride)
-
-
-def _empty_out(x, weight, stride):
     return empty_video(x, weight.shape[0], (x.shape[2] - 1) // stride + 1)
 
 
@@ -91,9 +75,9 @@ def _empty_grads(x, weight, bias, cache, frames, weights):
         wanted = weights and parameter is not None
         return parameter.new_empty(parameter.shape) if wanted else nothing()
 
-    dx = empty_video(x, x.shape[1], x.shape[2]) if frames else nothing()
+    dx = empty_video(x) if frames else nothing()
     past = frames and cache is not None
-    dcache = empty_video(x, x.shape[1], cache.shape[2]) if past else nothing()
+    dcache = empty_video(x, frames=cache.shape[2]) if past else nothing()
     return dx, like(weight), like(bias), dcache
 
 

@@ -5,8 +5,9 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+from .._launch import empty_video
 from .._opinfo import Budget, Cost, OpInfo, Sample, Size, TensorSpec
-from .op import as_pixels, empty_video, temporal_conv
+from .op import as_pixels, temporal_conv
 from .reference import temporal_conv_reference
 
 LAYOUTS = (
@@ -170,10 +171,10 @@ def _launch(kernel: Any, a: Mapping[str, Any]) -> None:
     kernel.temporal_conv_fwd(out, x, weight, bias, cache, stride, start, silu)
     nothing = x.new_empty((0,))
     grads = (
-        empty_video(x, x.shape[1], x.shape[2]),
+        empty_video(x),
         weight.new_empty(weight.shape),
         nothing if bias is None else bias.new_empty(bias.shape),
-        nothing if cache is None else empty_video(x, x.shape[1], cache.shape[2]),
+        nothing if cache is None else empty_video(x, frames=cache.shape[2]),
     )
     kernel.temporal_conv_bwd(grads, out, x, weight, bias, cache, stride, start, silu)
 
