@@ -16,16 +16,10 @@ LAYOUTS = ("contiguous", "channels_last", "behind", "inset", "transposed", "offs
 
 
 def _sample(
-    reason: str,
-    batch: int = 1,
-    channels: int = 8,
-    kept: int = 2,
-    frames: int = 3,
-    pixels: tuple[int, int] = (2, 14),
-    start: str | None = None,
-    layout: str = "contiguous",
+    reason: str, batch: int = 1, channels: int = 8, kept: int = 2, frames: int = 3,
+    pixels: tuple[int, int] = (2, 14), start: str | None = None, layout: str = "contiguous",
     cache_layout: str | None = None,
-) -> Sample:
+) -> Sample:  # fmt: skip
     """A clip that continues, or one that begins, with `start` and without a cache."""
     cache = TensorSpec((batch, channels, kept, *pixels), layout=cache_layout or layout)
     return Sample(

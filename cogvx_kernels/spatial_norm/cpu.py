@@ -21,21 +21,10 @@ Maps = tuple[Tensor, Tensor, Tensor]
 
 
 def spatial_norm_silu_cpu(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor | None,
-    b: Tensor | None,
-    pre_bias: Tensor | None,
-    moments: Tensor | None,
-    num_groups: int,
-    eps: float,
-    per_frame: bool,
-    leads: bool,
-    silu: bool,
-    cache: Tensor | None,
-    start: str | None,
-) -> Tensor:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor | None, b: Tensor | None,
+    pre_bias: Tensor | None, moments: Tensor | None, num_groups: int, eps: float, per_frame: bool,
+    leads: bool, silu: bool, cache: Tensor | None, start: str | None,
+) -> Tensor:  # fmt: skip
     """`spatial_norm_silu_reference`."""
     frames, cache_len = x.shape[2], 0 if cache is None else cache.shape[2]
     joined = empty_video(x, frames=cache_len + frames)
@@ -122,10 +111,9 @@ def _maps(
         scale, shift = scale * y, shift * y
     if b is not None:
         shift = shift + b
-    if y is not None or b is not None:
-        like = y if y is not None else b
-        assert like is not None
-        scale, shift = (_upsampled(z.expand(like.shape), x) for z in (scale, shift))
+    modulation = y if y is not None else b
+    if modulation is not None:
+        scale, shift = (_upsampled(z.expand(modulation.shape), x) for z in (scale, shift))
     return mean, scale, shift
 
 

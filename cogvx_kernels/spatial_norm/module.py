@@ -80,23 +80,12 @@ class SpatialNormSiLU(nn.Module):
             y, b = (_modulation(point["conv"], zq, x) for point in (self.conv_y, self.conv_b))
         else:
             weight, bias = self.weight, self.bias
+        leads = x.shape[2] % 2 == 1 if leads is None else leads
         return spatial_norm_silu(
-            x,
-            weight,
-            bias,
-            y,
-            b,
-            offset,
-            num_groups=self.num_groups,
-            eps=self.eps,
-            per_frame=self.per_frame,
-            leads=x.shape[2] % 2 == 1 if leads is None else leads,
-            silu=self.silu,
-            moments=moments,
-            cache=cache,
-            start=start,
-            backend=self.backend,
-        )
+            x, weight, bias, y, b, offset, num_groups=self.num_groups, eps=self.eps,
+            per_frame=self.per_frame, leads=leads, silu=self.silu, moments=moments, cache=cache,
+            start=start, backend=self.backend,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return (

@@ -18,25 +18,12 @@ LAYOUTS = (
 
 
 def _sample(
-    reason: str,
-    batch: int = 1,
-    channels: int = 8,
-    num_groups: int = 2,
-    frames: int = 2,
-    height: int = 2,
-    width: int = 14,
-    latents: tuple[int, int, int] | None = (1, 1, 7),
-    affine: str = "wb",
-    modulation: str = "yb",
-    offset: bool = False,
-    per_frame: bool = False,
-    leads: bool = False,
-    silu: bool = True,
-    given: bool = False,
-    wide: bool = False,
-    layout: str = "channels_last",
-    latent_layout: str | None = None,
-) -> Sample:
+    reason: str, batch: int = 1, channels: int = 8, num_groups: int = 2, frames: int = 2,
+    height: int = 2, width: int = 14, latents: tuple[int, int, int] | None = (1, 1, 7),
+    affine: str = "wb", modulation: str = "yb", offset: bool = False, per_frame: bool = False,
+    leads: bool = False, silu: bool = True, given: bool = False, wide: bool = False,
+    layout: str = "channels_last", latent_layout: str | None = None,
+) -> Sample:  # fmt: skip
     """A call; `affine` names weight and bias, `modulation` y and b, of the size of `latents`."""
     kind = "wide" if wide else None
     modulation = "" if latents is None else modulation
@@ -69,10 +56,8 @@ def _sample(
 
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
-    (
-        "all arguments",
-        {"batch": 2, "frames": 3, "latents": (2, 1, 7), "offset": True, "layout": "contiguous"},
-    ),
+    ("all arguments",
+     {"batch": 2, "frames": 3, "latents": (2, 1, 7), "offset": True, "layout": "contiguous"}),
     ("channels last", {"batch": 2, "frames": 3, "latents": (2, 1, 7), "offset": True}),
     ("plain", {"batch": 2, "latents": None}),
     ("plain, no SiLU, no weight, no bias", {"latents": None, "silu": False, "affine": ""}),
@@ -104,10 +89,8 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("contiguous", {"layout": "contiguous", "batch": 2, "latents": (2, 2, 7)}),
     ("contiguous, plain", {"layout": "contiguous", "height": 30, "width": 40, "latents": None}),
     ("contiguous, three groups", {"layout": "contiguous", "num_groups": 3, "channels": 27}),
-    (
-        "contiguous, odd width",
-        {"layout": "contiguous", "height": 6, "width": 39, "latents": (1, 3, 13), "offset": True},
-    ),
+    ("contiguous, odd width",
+     {"layout": "contiguous", "height": 6, "width": 39, "latents": (1, 3, 13), "offset": True}),
     ("contiguous latents", {"latent_layout": "contiguous"}),
     ("channels-last latents", {"layout": "contiguous", "latent_layout": "channels_last"}),
     ("frames of a longer buffer", {"layout": "behind", "batch": 2, "frames": 3}),
@@ -117,7 +100,7 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("odd storage offset", {"layout": "offset"}),
     ("every other column", {"layout": "strided", "latents": (1, 1, 2)}),
     ("expanded batch", {"layout": "expanded", "batch": 3}),
-)
+)  # fmt: skip
 
 
 def _random(rng: random.Random) -> dict[str, Any]:
@@ -160,15 +143,10 @@ def _at_size(
     """The size of the decoder's last blocks, times `channels`, at 1 / `smaller` the sides."""
     height, width = (n // smaller for n in size.pixels)
     return _sample(
-        "a model's size",
-        channels=channels * size.channels,
-        num_groups=32,
-        frames=8,
-        height=height,
-        width=width,
+        "a model's size", channels=channels * size.channels, num_groups=32, frames=8,
+        height=height, width=width, layout=layout,
         latents=None if plain else (2, size.pixels[0] // 8, size.pixels[1] // 8),
-        layout=layout,
-    )
+    )  # fmt: skip
 
 
 _CONVENTIONS: Mapping[str, dict[str, Any]] = {
@@ -260,19 +238,10 @@ SPATIAL_NORM_SILU = OpInfo(
 
 
 def _residual(
-    reason: str,
-    batch: int = 1,
-    channels: int = 8,
-    num_groups: int = 2,
-    frames: int = 2,
-    height: int = 2,
-    width: int = 14,
-    offset: bool = True,
-    per_frame: bool = False,
-    wide: bool = False,
-    layout: str = "channels_last",
-    h_layout: str | None = None,
-) -> Sample:
+    reason: str, batch: int = 1, channels: int = 8, num_groups: int = 2, frames: int = 2,
+    height: int = 2, width: int = 14, offset: bool = True, per_frame: bool = False,
+    wide: bool = False, layout: str = "channels_last", h_layout: str | None = None,
+) -> Sample:  # fmt: skip
     shape = (batch, channels, frames, height, width)
     kind = "wide" if wide else None
     # With an offset, or rows of an odd width, the mean is not an integer.

@@ -65,15 +65,9 @@ class TemporalConv(nn.Module):
             (batch, out_channels, (frames - 1) // stride + 1, ...), new, of x's dtype.
         """
         return temporal_conv(
-            x,
-            self.weight,
-            self.bias,
-            cache=cache,
-            stride=self.stride,
-            start=self.start,
-            activation=self.activation,
-            backend=self.backend,
-        )
+            x, self.weight, self.bias, cache=cache, stride=self.stride, start=self.start,
+            activation=self.activation, backend=self.backend,
+        )  # fmt: skip
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Reshape a weight of nn.Conv1d for nn.Conv3d, or vice versa."""

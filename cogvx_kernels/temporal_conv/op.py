@@ -113,15 +113,9 @@ def _check_weight(op: str, x: Tensor, weight: Tensor) -> None:
 
 
 def _check(
-    op: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    cache: Tensor | None,
-    stride: int,
-    start: str | None,
-    activation: str | None,
-) -> None:
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor | None, stride: int,
+    start: str | None, activation: str | None,
+) -> None:  # fmt: skip
     dims = VIDEO[:3] if isinstance(x, Tensor) and x.dim() == 3 else VIDEO
     _checks.tensor(op, "x", x, dims)
     if x.shape[1] == 0 or x.shape[2] == 0:

@@ -16,22 +16,11 @@ LAYOUTS = (
 
 
 def _sample(
-    reason: str,
-    batch: int = 1,
-    channels: int = 16,
-    out: int | None = None,
-    frames: int = 3,
-    pixels: tuple[int, ...] = (2, 5),
-    kernel: int = 3,
-    stride: int = 1,
-    past: str = "cache",
-    depthwise: bool = False,
-    bias: bool = True,
-    activation: str | None = None,
-    layout: str = "channels_last",
-    cache_layout: str | None = None,
-    five: bool = True,
-) -> Sample:
+    reason: str, batch: int = 1, channels: int = 16, out: int | None = None, frames: int = 3,
+    pixels: tuple[int, ...] = (2, 5), kernel: int = 3, stride: int = 1, past: str = "cache",
+    depthwise: bool = False, bias: bool = True, activation: str | None = None,
+    layout: str = "channels_last", cache_layout: str | None = None, five: bool = True,
+) -> Sample:  # fmt: skip
     """A call; `past` is "cache" or a start; no pixels: x has 3 dims; five: the weight has 5."""
     made = channels if out is None else out
     weight = (made, 1 if depthwise else channels, kernel, *((1, 1) if five else ()))
