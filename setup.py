@@ -1,8 +1,8 @@
-"""Builds cogvx_kernels._C from csrc/: C++ always, CUDA when nvcc is there. The rest is pyproject.
+"""Builds cogvx_kernels._C from csrc/: C++ always, CUDA with nvcc. The rest is in pyproject.toml.
 
-COGVX_CUDA=1 insists on the CUDA half, COGVX_CUDA=0 forbids it; TORCH_CUDA_ARCH_LIST chooses its
-architectures. Nothing is downloaded and no GPU needed. Without a compiler there is no _C, and
-none from an isolated build (`pip install .`), where there is no torch to build against.
+COGVX_CUDA=1 requires the CUDA half, COGVX_CUDA=0 disables it; TORCH_CUDA_ARCH_LIST selects its
+architectures. Nothing is downloaded, and no GPU is needed. There is no _C without a compiler, or
+from an isolated build (`pip install .`), which has no torch to build against.
 """
 
 import os
@@ -30,14 +30,14 @@ if torch is not None:
         ) from error
 
 ROOT = Path(__file__).resolve().parent
-ASKED = os.environ.get("COGVX_CUDA", "")
+REQUESTED = os.environ.get("COGVX_CUDA", "")
 TORCH = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2]) if torch else ()
 
 
 def find_cuda() -> tuple[str, str]:
-    """What nvcc says of its folders and "", or "" and why there is no CUDA half."""
-    if ASKED == "0":
-        return "", "COGVX_CUDA=0 forbids it"
+    """(output of nvcc with its folders, ""), or ("", reason why there is no CUDA half)."""
+    if REQUESTED == "0":
+        return "", "COGVX_CUDA=0 disables it"
     if torch is None:
         return "", "no torch to build against; --no-build-isolation takes the one that is installed"
     if torch.version.hip or (torch.version.cuda is None and TORCH < (2, 13)):
@@ -48,17 +48,19 @@ def find_cuda() -> tuple[str, str]:
         looked = ", ".join(places) or "CUDA_HOME, CUDA_PATH (not set)"
         return "", f"no nvcc in {looked} or on PATH; install the CUDA toolkit or set CUDA_HOME"
     output = subprocess.run([nvcc, "--dryrun", "_.cu"], capture_output=True, text=True).stderr
-    return (output, "") if "_HERE_=" in output else ("", f"{nvcc} does not work: {output.strip()}")
+    if "_HERE_=" not in output:
+        return "", f"{nvcc} does not work: {output.strip()}"
+    return output, ""
 
 
 def extension(cuda: str):
-    """_C on torch's stable ABI, aimed at the oldest torch that has what it uses."""
+    """_C on torch's stable ABI, for the oldest torch with the symbols that it uses."""
     sources = ["csrc/ops.cpp", "csrc/frame_cache.cpp", "csrc/frame_cache_cpu.cpp"]
     ext = cpp_extension.CppExtension("cogvx_kernels._C", sources)
     ext.include_dirs.insert(0, pybind11.get_include())
     host = f"-fvisibility=hidden,-ffile-prefix-map={ROOT}/="
     ext.extra_compile_args = {"cxx": ["-O3", "-g0", *host.split(",")]}
-    # 2.10, or 2.13 for CUDA: the first to say which stream is current without libtorch_cuda
+    # 2.10, or 2.13 for CUDA: the first with the current stream outside libtorch_cuda
     target = "0x020D000000000000" if cuda and TORCH >= (2, 13) else "0x020A000000000000"
     ext.define_macros.append(("TORCH_TARGET_VERSION", target))
     if cuda:
@@ -68,14 +70,14 @@ def extension(cuda: str):
         ext.include_dirs += re.findall('"-I([^"]+)"', re.search("INCLUDES=.*", cuda)[0])
         ext.library_dirs += re.findall('"-L([^"]+)"', re.search("LIBRARIES=.*", cuda)[0])
         ext.libraries += ["cudart_static", "dl", "pthread", "rt"]
-        ext.extra_link_args = ["-Wl,--exclude-libs,ALL"]  # torch's libcudart is not to meet ours
+        ext.extra_link_args = ["-Wl,--exclude-libs,ALL"]  # keeps our libcudart apart from torch's
         ext.sources.append("csrc/frame_cache_cuda.cu")
         known = subprocess.check_output([nvcc, "--list-gpu-arch"], text=True)
         archs = [a for a in ("8.0", "9.0", "10.0") if f"compute_{a.replace('.', '')}\n" in known]
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or ";".join(archs) + "+PTX"
         os.environ["TORCH_CUDA_ARCH_LIST"] = archs  # where torch looks, before it would ask a GPU
         ext.extra_compile_args["cxx"].append("-DCOGVX_CUDA_ARCHS=" + re.sub("[; ]+", ",", archs))
-        # ninja does not see what a .cu includes: this define changes when the header does
+        # ninja does not track includes of a .cu: this define changes with the header
         header = f"-DCOGVX_HEADER={os.stat(ROOT / 'csrc/frame_cache.h').st_mtime_ns}"
         ext.extra_compile_args["nvcc"] = ["-O3", "-DUSE_CUDA", header, f"-Xcompiler={host}"]
         if TORCH < (2, 13):
@@ -86,11 +88,11 @@ def extension(cuda: str):
 class Build(cpp_extension.BuildExtension if torch else build_ext):
     def build_extensions(self) -> None:
         [ext] = self.extensions
-        self.build_temp = f"build/torch-{torch.__version__}"  # lasts, so ninja finds its objects
+        self.build_temp = f"build/torch-{torch.__version__}"  # kept between builds, for ninja
         try:
             return super().build_extensions()
-        except Exception as error:  # each compiler fails differently
-            if ASKED == "1":
+        except Exception as error:  # compilers raise many types
+            if REQUESTED == "1":
                 raise
             print(f"cogvx: could not compile {', '.join(ext.sources)}: {error}")
         if "csrc/frame_cache_cuda.cu" in ext.sources:
@@ -101,9 +103,9 @@ class Build(cpp_extension.BuildExtension if torch else build_ext):
         self.extensions = []
 
 
-cuda, why_not = find_cuda()
-if why_not and ASKED == "1":
-    raise SystemExit(f"COGVX_CUDA=1 insists on the CUDA half of cogvx, but {why_not}.")
-what = "the CUDA half of cogvx_kernels._C" if torch else "cogvx_kernels._C"
-print(f"cogvx: {what} is {'left out: ' + why_not if why_not else 'in'}")
+cuda, reason = find_cuda()
+if reason and REQUESTED == "1":
+    raise SystemExit(f"COGVX_CUDA=1 requires the CUDA half of cogvx, but {reason}.")
+part = "the CUDA half of cogvx_kernels._C" if torch else "cogvx_kernels._C"
+print(f"cogvx: {part} is {'left out: ' + reason if reason else 'in'}")
 setup(**({"ext_modules": [extension(cuda)], "cmdclass": {"build_ext": Build}} if torch else {}))
