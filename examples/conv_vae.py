@@ -1,18 +1,18 @@
 """A causal 3-D convolutional video decoder, in plain torch and then on cogvx_kernels.
 
-Such a decoder takes a clip in chunks: before each convolution over time come the last frames of the
-chunk before. Plain torch pays for that at every layer with a norm, an activation, a `torch.cat` and
-a `clone`, each a pass over the chunk and most of them a tensor of its size. Afterwards
+Such a decoder runs on chunks of a clip, and prepends the last frames of the previous chunk before
+each temporal convolution. In plain torch every layer needs a norm, an activation, a `torch.cat` and
+a `clone`, each a pass over the chunk and most of them a tensor of its size. On cogvx_kernels
 
-- norm and SiLU are one call, `spatial_norm_silu(..., cache=)`: the result lies behind the cached
-  frames, where the convolution reads it, and a cache is one buffer, overwritten in place;
-- a convolution without a norm in front has `frame_cache_append`; one along time alone is
-  `temporal_conv`, which reads the cache where it lies, and then `frame_cache_push`;
-- `conv3d` is `F.conv3d`, led around what is known to be wrong or to need too much memory.
+- norm and SiLU are one call, `spatial_norm_silu(..., cache=)`: the result is written behind the
+  cached frames, where the convolution reads it, and the cache is updated in place;
+- a convolution without a norm before it uses `frame_cache_append`; a temporal one is
+  `temporal_conv`, which reads the cache without a copy, and then `frame_cache_push`;
+- `conv3d` is `F.conv3d` with workarounds for known bugs and for excessive memory.
 
-Weights and their names stay, only forwards change. Norms are of each frame, for with those of a
-chunk its length would be part of what is computed. A cache that is overwritten is for inference;
-`frame_cache_join` is the one that gradients go through. Run: python -m examples.conv_vae
+Weights and their names are the same, only `forward` changes. Norms are per frame, or results would
+depend on the length of chunks. A cache updated in place is for inference; `frame_cache_join` is
+differentiable. Run: python -m examples.conv_vae
 """
 
 from copy import deepcopy
@@ -30,13 +30,13 @@ from cogvx_kernels import (
     temporal_conv,
 )
 
-Cache = dict[nn.Module, Tensor]  # of a convolution, the two frames before its next chunk
+Cache = dict[nn.Module, Tensor]  # the last two frames that each convolution has read
 
-# --- before ----------------------------------------------------------------------------------
+# --- plain torch -----------------------------------------------------------------------------
 
 
 class BeforeConv(nn.Conv3d):
-    """Three frames deep and causal; before a clip lie copies of its first frame."""
+    """Causal convolution over three frames; the first frame of a clip is replicated."""
 
     def __init__(self, channels: int, out_channels: int, side: int = 3) -> None:
         super().__init__(channels, out_channels, (3, side, side), padding=(0, side // 2, side // 2))
@@ -51,7 +51,7 @@ class BeforeConv(nn.Conv3d):
 
 
 class BeforeNormConv(nn.Module):
-    """A group norm within each frame, SiLU, and a causal convolution."""
+    """Group norm per frame, SiLU and a causal convolution."""
 
     make_conv = BeforeConv
 
@@ -66,7 +66,7 @@ class BeforeNormConv(nn.Module):
 
 
 class BeforeUpsample(nn.Module):
-    """Two frames in place of one, but for the first; then twice the height and width."""
+    """Double the frames, except the first, then height and width."""
 
     make_time_conv = BeforeConv
 
@@ -85,7 +85,7 @@ class BeforeUpsample(nn.Module):
 
 
 class BeforeDecoder(nn.Module):
-    """Latents (batch, 8, n, height, width) to video (batch, 3, 4n - 3, 4 height, 4 width)."""
+    """Decode latents (batch, 8, n, h, w) to video (batch, 3, 4n - 3, 4h, 4w)."""
 
     make_conv, make_norm_conv, make_upsample = BeforeConv, BeforeNormConv, BeforeUpsample
 
@@ -100,19 +100,19 @@ class BeforeDecoder(nn.Module):
         self.out = self.make_norm_conv(16, 3)
 
     def forward(self, latents: Tensor, cache: Cache) -> Tensor:
-        """One chunk. The cache is empty before the first, and each leaves it for the next."""
+        """Decode one chunk, and update the cache, which is empty before the first."""
         x = self.conv_in(latents, cache)
         x = self.upsample1(x + self.block1(x, cache), cache)
         x = self.upsample2(x + self.block2(x, cache), cache)
         return self.out(x + self.block3(x, cache), cache)
 
 
-# --- after -----------------------------------------------------------------------------------
+# --- on cogvx_kernels ------------------------------------------------------------------------
 
 
 class AfterConv(BeforeConv):
     def slot(self, x: Tensor, cache: Cache) -> tuple[Tensor, str | None]:
-        """The buffer of the frames before x, and what stands for them where the clip begins."""
+        """Buffer of the cached frames, and how to pad where the clip begins."""
         if self in cache:
             return cache[self], None
         frames = x.new_empty((len(x), 2, *x.shape[3:], x.shape[1]))  # channels last in memory
@@ -150,7 +150,7 @@ class AfterUpsample(BeforeUpsample):
     make_time_conv = AfterTimeConv
 
     def in_space(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last_3d)  # while it is small
+        x = x.contiguous(memory_format=torch.channels_last_3d)  # before it is upsampled
         x = F.interpolate(x, scale_factor=(1.0, 2.0, 2.0))
         return conv3d(x, self.conv.weight, self.conv.bias)
 
@@ -159,12 +159,12 @@ class AfterDecoder(BeforeDecoder):
     make_conv, make_norm_conv, make_upsample = AfterConv, AfterNormConv, AfterUpsample
 
 
-# --- both ------------------------------------------------------------------------------------
+# --- comparison ------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def decode(decoder: BeforeDecoder, latents: Tensor, chunks: list[int]) -> tuple[Tensor, int]:
-    """The video of latents taken in chunks of so many frames, and the peak of live bytes."""
+    """Decode latents in chunks of these lengths; returns the video and the peak of live bytes."""
     cache: Cache = {}
     with LiveBytes() as live:
         pieces = [decoder(chunk, cache) for chunk in latents.split(chunks, dim=2)]

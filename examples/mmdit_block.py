@@ -1,19 +1,19 @@
 """A double-stream MMDiT block, in plain torch and then on cogvx_kernels.
 
-Text and video have weights of their own and meet in the attention. Plain torch does all for two
-tensors, with each norm, shift, scale, gate and rotation a pass of its own. Afterwards the block
-works on the joint sequence, text first and then video; `text_len` says where video begins:
+Text and video have separate weights and share the attention. In plain torch every norm, shift,
+scale, gate and rotation is a pass over each of two tensors. On cogvx_kernels the block works on the
+joint sequence of `text_len` text tokens, then video:
 
-- norm, shift and scale are one pass over both, `expert_adaln`; the gate of the attention, its sum
-  and the next norm another, `gated_residual_adaln`; the last gate and sum `gated_residual`;
-- both feed-forwards are one call, `expert_ffn`, with the weights of the linear layers as they are;
-- the norms of q and k and the rotation are one pass over a stream, `qk_norm_rope3d`, which reads q
-  and k where the packed projection left them. Each stream has its call, as it has norms of its own;
-  where both share them, one call with `text_len` serves the joint sequence.
+- norm, shift and scale are one pass, `expert_adaln`; gate, residual and next norm are one,
+  `gated_residual_adaln`; the last gate and residual are `gated_residual`;
+- both feed-forwards are one call, `expert_ffn`, with the weights of the linear layers;
+- QK-norm and rotation are one pass, `qk_norm_rope3d`, over views of the packed projection. Each
+  stream needs a call because it has its own norms; with shared norms one call with `text_len`
+  serves the joint sequence.
 
-Parameters stay where they are: `AfterBlock` is made of the same modules, so that a state dict of
-one loads into the other. Gradients go through every op, and under torch.autocast both blocks have
-the same dtypes. Run: python -m examples.mmdit_block
+`AfterBlock` has the same modules, so that state dicts are interchangeable. Every op is
+differentiable, and under torch.autocast both blocks have the same dtypes.
+Run: python -m examples.mmdit_block
 """
 
 from collections.abc import Sequence
@@ -37,11 +37,11 @@ from cogvx_kernels.modality import join, split
 
 EPS = 1e-6
 
-# --- before ----------------------------------------------------------------------------------
+# --- plain torch -----------------------------------------------------------------------------
 
 
-class Rows(NamedTuple):
-    """Of temb, around the attention or the feed-forward of a stream: (batch, dim) each."""
+class Modulation(NamedTuple):
+    """Modulation of the attention or the feed-forward of a stream, (batch, dim) each."""
 
     shift: Tensor
     scale: Tensor
@@ -49,7 +49,7 @@ class Rows(NamedTuple):
 
 
 class Stream(nn.Module):
-    """What one modality owns."""
+    """Parameters of one modality."""
 
     def __init__(self, dim: int, nheads: int, ffn_dim: int) -> None:
         super().__init__()
@@ -61,13 +61,13 @@ class Stream(nn.Module):
         self.out = nn.Linear(dim, dim)
         self.up = nn.Linear(dim, ffn_dim)
         self.down = nn.Linear(ffn_dim, dim)
-        nn.init.zeros_(self.modulation.weight)  # adaLN-zero: at first the block passes what it gets
+        nn.init.zeros_(self.modulation.weight)  # adaLN-zero: the block starts as the identity
         nn.init.zeros_(self.modulation.bias)
 
-    def rows(self, temb: Tensor) -> tuple[Rows, Rows]:
-        """Of the attention, and of the feed-forward."""
+    def rows(self, temb: Tensor) -> tuple[Modulation, Modulation]:
+        """Modulation of the attention and of the feed-forward."""
         rows = self.modulation(F.silu(temb)).chunk(6, 1)
-        return Rows(*rows[:3]), Rows(*rows[3:])
+        return Modulation(*rows[:3]), Modulation(*rows[3:])
 
     def heads(self, x: Tensor) -> Sequence[Tensor]:
         """q, k and v, (batch, tokens, nheads, headdim) each: views of one projection."""
@@ -79,18 +79,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def modulated(x: Tensor, by: Rows) -> Tensor:
+def modulate(x: Tensor, by: Modulation) -> Tensor:
     return F.layer_norm(x, x.shape[2:], eps=EPS) * (1 + by.scale[:, None]) + by.shift[:, None]
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x[..., ::2], x[..., 1::2]
     cos, sin = cos[:, None], sin[:, None]  # for every head
     return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(3)
 
 
 class BeforeBlock(nn.Module):
-    """Tokens of text and of video (batch, tokens, dim) and temb (batch, dim) to such tokens."""
+    """Block on text and video tokens, (batch, tokens, dim) each, and temb (batch, dim)."""
 
     def __init__(self, dim: int, nheads: int, ffn_dim: int) -> None:
         super().__init__()
@@ -103,27 +103,27 @@ class BeforeBlock(nn.Module):
         text_attn, text_ffn = self.text.rows(temb)
         attn, ffn = self.video.rows(temb)
 
-        q, k, v = self.text.heads(modulated(text, text_attn))
+        q, k, v = self.text.heads(modulate(text, text_attn))
         text_qkv = self.text.norm_q(q), self.text.norm_k(k), v
-        q, k, v = self.video.heads(modulated(video, attn))
-        qkv = turned(self.video.norm_q(q), cos, sin), turned(self.video.norm_k(k), cos, sin), v
+        q, k, v = self.video.heads(modulate(video, attn))
+        qkv = rotate(self.video.norm_q(q), cos, sin), rotate(self.video.norm_k(k), cos, sin), v
         y = attend(*(torch.cat(both, 1) for both in zip(text_qkv, qkv, strict=True)))
         y_text, y = y[:, : text.shape[1]], y[:, text.shape[1] :]
         text = text + text_attn.gate[:, None] * self.text.out(y_text)
         video = video + attn.gate[:, None] * self.video.out(y)
 
-        y_text = F.gelu(self.text.up(modulated(text, text_ffn)), approximate="tanh")
-        y = F.gelu(self.video.up(modulated(video, ffn)), approximate="tanh")
+        y_text = F.gelu(self.text.up(modulate(text, text_ffn)), approximate="tanh")
+        y = F.gelu(self.video.up(modulate(video, ffn)), approximate="tanh")
         text = text + text_ffn.gate[:, None] * self.text.down(y_text)
         video = video + ffn.gate[:, None] * self.video.down(y)
         return text, video
 
 
-# --- after -----------------------------------------------------------------------------------
+# --- on cogvx_kernels ------------------------------------------------------------------------
 
 
-def normed_and_turned(of: Stream, x: Tensor, cos: Tensor, sin: Tensor) -> Sequence[Tensor]:
-    """q, k and v of a stream, whose last tokens turn: as many as the tables have rows."""
+def normed_and_rotated(of: Stream, x: Tensor, cos: Tensor, sin: Tensor) -> Sequence[Tensor]:
+    """q, k and v of a stream, of which the last len(cos) tokens are rotated."""
     q, k, v = of.heads(x)
     q, k = qk_norm_rope3d(
         q, k, q_weight=of.norm_q.weight, k_weight=of.norm_k.weight, cos=cos, sin=sin,
@@ -133,7 +133,7 @@ def normed_and_turned(of: Stream, x: Tensor, cos: Tensor, sin: Tensor) -> Sequen
 
 
 class AfterBlock(nn.Module):
-    """The joint sequence (batch, text_len + video_len, dim) to such a sequence; the same keys."""
+    """Block on the joint sequence (batch, text_len + video_len, dim); the same state dict."""
 
     def __init__(self, dim: int, nheads: int, ffn_dim: int) -> None:
         super().__init__()
@@ -150,8 +150,8 @@ class AfterBlock(nn.Module):
             text_len=text_len, eps=EPS,
         )  # fmt: skip
         h_text, h = split(h, text_len)
-        text_qkv = normed_and_turned(text, h_text, cos[:0], sin[:0])
-        qkv = normed_and_turned(video, h, cos, sin)
+        text_qkv = normed_and_rotated(text, h_text, cos[:0], sin[:0])
+        qkv = normed_and_rotated(video, h, cos, sin)
         y = attend(*(join(*both) for both in zip(text_qkv, qkv, strict=True)))
         y_text, y = split(y, text_len)
 
@@ -167,14 +167,14 @@ class AfterBlock(nn.Module):
         return gated_residual(x, y, ffn.gate, text_ffn.gate, text_len=text_len)
 
 
-# --- both ------------------------------------------------------------------------------------
+# --- comparison ------------------------------------------------------------------------------
 
 
 def results(
     block: BeforeBlock | AfterBlock, text: Tensor, video: Tensor, temb: Tensor,
     cos: Tensor, sin: Tensor, dout: Tensor,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """What comes out, and the gradient of every input and every parameter, by name."""
+    """Output, and the gradients of all inputs and parameters, by name."""
     text, video, temb = (x.clone().requires_grad_() for x in (text, video, temb))
     wanted = {"text": text, "video": video, "temb": temb, **dict(block.named_parameters())}
     if isinstance(block, AfterBlock):
@@ -189,7 +189,7 @@ def main() -> None:
     torch.manual_seed(0)
     before, after = BeforeBlock(96, 4, 384), AfterBlock(96, 4, 384)
     for parameter in before.parameters():
-        nn.init.normal_(parameter, std=0.1)  # a block that does something, as after training
+        nn.init.normal_(parameter, std=0.1)  # not the identity, as after training
     print("the same weights:", after.load_state_dict(before.state_dict()))
     cos, sin = rope3d_tables(slice_positions((3, 4, 6)), split=(8, 8, 8))  # frames, height, width
     text, video, temb = torch.randn(2, 7, 96), torch.randn(2, 72, 96), torch.randn(2, 96)
