@@ -1,5 +1,5 @@
-"""Side by side with what a user would otherwise run: `python -m benchmarks --help`.
+"""Benchmarks beside what a user would otherwise run: `python -m benchmarks --help`.
 
-No speed without a proof in the same run, and no number without its company: where, when, with
-what, and from which commit.
+Every result is compared with its reference before it is timed, in the same run; every row has its
+conditions: commit, date, versions, device.
 """

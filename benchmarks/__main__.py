@@ -67,7 +67,7 @@ def publish(
         print(f"{title}: the reference does not fit, so nothing was timed.\n{error}")
         return True
     found = {**found, "sm_clock_mhz": conditions.clock(options.device)}
-    found["copy_gb_per_s"] = None if on_cpu else copy_rate(options.device, 0.1) / 1e9
+    found["copy_gb_per_s"] = None if on_cpu else copy_rate(options.device) / 1e9
     print(report.table(outcome.rows), end="\n\n")
     for line in outcome.compared:
         print(f"compared first, {line}")

@@ -64,7 +64,7 @@ facts() {
     "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "torch sees no CUDA device")'
 }
 
-# spare NAME LIMIT COMMAND...: the same if there is time for it
+# spare NAME LIMIT COMMAND...: a step if there is time for it
 spare() {
     if (($(left) < $2)); then
         line SKIP "$1" "$(left) s are left; it wants $2"

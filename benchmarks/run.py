@@ -162,7 +162,7 @@ def _fill(
     options: Options,
 ) -> Times:
     """Fill in the numbers of a row; returns all of its times."""
-    total, rate_budget = _sum(mine), min(0.5, options.budget / 2)
+    total = _sum(mine)
     # On a CPU the ratios of one run mean something, and its milliseconds do not.
     if options.device.type != "cpu":
         row.add_times(total, cost)
@@ -171,10 +171,10 @@ def _fill(
         forth, back = _sum(mine[::2]), _sum(mine[1::2])
         row.noise_percent = 100 * abs(forth.median / back.median - 1)
     if cost is not None and not cached:
-        ceiling = copy_rate(options.device, rate_budget)
+        ceiling = copy_rate(options.device)
         row.percent_of_copy = 100 * cost.bytes / total.median / ceiling
     if row.tflop_per_s is not None:
-        ceiling = matmul_rate(options.device, options.dtype, rate_budget)
+        ceiling = matmul_rate(options.device, options.dtype)
         row.percent_of_matmul = 100 * 1e12 * row.tflop_per_s / ceiling
     return total
 

@@ -11,10 +11,11 @@ import torch
 
 Call = Callable[[], Any]
 
-CPU_CACHE = 64 << 20  # no portable way to ask; larger than most last levels
+CPU_CACHE = 64 << 20  # no portable query; larger than most last levels
 # Inputs are rotated until a set has been evicted by the others when its turn comes again.
 CACHES_TO_ROTATE = 4
 MOST_SETS = 8
+RATE_BUDGET = 0.3  # seconds, once in a run
 MATMUL = 8192  # rows and columns: 31 tiles of 128 x 128 for each multiprocessor of an H200
 
 
@@ -94,26 +95,22 @@ def sets_to_rotate(nbytes: int, device: torch.device) -> int:
 
 
 @functools.cache
-def copy_rate(device: torch.device, budget: float) -> float:
-    """Bytes a second, read and written, of a copy much larger than the cache: the ceiling.
-
-    Measured when first asked for, and once in a run.
-    """
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second, read and written, of a copy much larger than the cache: the ceiling."""
     size = 4 * CACHES_TO_ROTATE * cache_bytes(device) if device.type == "cuda" else 4 * CPU_CACHE
     source = torch.empty(size // 4, device=device).normal_()
     target = torch.empty_like(source)
-    return 2 * size / measure([lambda: target.copy_(source)], device, budget).median
+    return 2 * size / measure([lambda: target.copy_(source)], device, RATE_BUDGET).median
 
 
 @functools.cache
-def matmul_rate(device: torch.device, dtype: torch.dtype, budget: float) -> float:
-    """Operations a second of a large square matrix product of random numbers: the other ceiling.
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large square matrix product: the other ceiling.
 
-    Random, because a GPU that multiplies zeros stays cooler and runs faster. Measured when first
-    asked for, and once in a run.
+    Of random numbers, because a GPU that multiplies zeros stays cooler and runs faster.
     """
     size = MATMUL if device.type == "cuda" else 256
     left, right = (torch.empty((size, size), dtype=dtype, device=device).normal_() for _ in "ab")
     product = torch.empty_like(left)
     call = functools.partial(torch.mm, left, right, out=product)
-    return 2 * size**3 / measure([call], device, budget).median
+    return 2 * size**3 / measure([call], device, RATE_BUDGET).median
