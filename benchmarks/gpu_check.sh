@@ -110,7 +110,7 @@ sanitize() {
     fi
     local verify=(-m cogvx_kernels verify --device cuda --quick --again)
     local cache=(-m pytest --all -q -p no:cacheprovider tests/kernels/test_frame_cache.py
-        -k "every_length or every_dtype or lies_around")
+        -k "every_length or every_dtype or around_a_view")
     local tool
     for tool in memcheck racecheck initcheck synccheck; do
         watched "$tool" "$limit" "${verify[@]}" "${TOKENS[@]/#/--op=}"

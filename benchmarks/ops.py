@@ -177,26 +177,15 @@ def make_case(
             return [as_check(x, oracle, by.ours) for x in found]
 
         interpreted = options.device.type == "cpu" and not by.on_cpu
-        return Entry(
-            by.name,
-            check,
-            partial(calls_of, info, function, new),
-            tuple(which for which in options.passes if which in by.passes),
-            by.note,
-            by.ours,
-            "right in Triton's interpreter, which is never timed" if interpreted else "",
-        )
+        untimed = "right in Triton's interpreter, which is never timed" if interpreted else ""
+        passes = tuple(which for which in options.passes if which in by.passes)
+        calls = partial(calls_of, info, function, new)
+        return Entry(by.name, check, calls, passes, by.note, by.ours, untimed)
 
-    return Case(
-        info.name,
-        convention,
-        [entry(*pair) for pair in functions],
-        options.passes,
-        str(oracle),
-        inputs.nbytes(arguments),
-        dict(zip(PASSES, info.cost(arguments), strict=True)),
-        left_out,
-    )
+    entries = [entry(*pair) for pair in functions]
+    costs = dict(zip(PASSES, info.cost(arguments), strict=True))
+    about = options.passes, str(oracle), inputs.nbytes(arguments), costs, left_out
+    return Case(info.name, convention, entries, *about)
 
 
 def _functions(

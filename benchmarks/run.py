@@ -122,13 +122,9 @@ def time_all(
 
 
 def _run_repeats(
-    case: Case,
-    which: str,
-    entries: list[Entry],
-    nsets: int,
-    options: Options,
+    case: Case, which: str, entries: list[Entry], nsets: int, options: Options,
     rows: dict[str, Row],
-) -> tuple[dict[str, list[Times]], dict[str, str]]:
+) -> tuple[dict[str, list[Times]], dict[str, str]]:  # fmt: skip
     """The times of every entry, repeat by repeat, and why some have none. Fills in the memory."""
     times: dict[str, list[Times]] = {entry.name: [] for entry in entries}
     trouble = {entry.name: entry.untimed for entry in entries if entry.untimed}
@@ -154,13 +150,9 @@ def _run_repeats(
 
 
 def _fill(
-    row: Row,
-    mine: list[Times],
-    baseline: list[Times],
-    cost: Cost | None,
-    cached: bool,
+    row: Row, mine: list[Times], baseline: list[Times], cost: Cost | None, cached: bool,
     options: Options,
-) -> Times:
+) -> Times:  # fmt: skip
     """Fill in the numbers of a row; returns all of its times."""
     total = _sum(mine)
     # On a CPU the ratios of one run mean something, and its milliseconds do not.

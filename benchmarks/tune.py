@@ -74,6 +74,8 @@ _FFN = {"BLOCK_ROWS": _COLS, "BLOCK_COLS": _COLS, "BLOCK_INNER": (64, 128), "WAR
 _FFN |= {"STAGES": (3, 4)}
 
 _NORM = {"TILE": (1024, 2048, 4096), "LANES": (32, 64, 128), "PROGRAMS": (264, 528, 1056, 2112)}
+_STRIP = {"STRIP": (256, 512, 1024, 2048)}
+_CONV = "cogvx_kernels.temporal_conv.kernel"
 _TEMPORAL = {"BLOCK_ROWS": _COLS, "BLOCK_COLS": (64, 128), "BLOCK_INNER": (32, 64)}
 _TEMPORAL |= {"WARPS": (4, 8), "STAGES": (2, 3, 4)}
 
@@ -100,14 +102,10 @@ SWEEPS: Mapping[str, Sweep] = {
         "cogvx_kernels.expert_ffn.kernel", _FFN, _FFN, "cogvx-grouped", _fits_hopper
     ),
     "spatial_norm_silu": Sweep("cogvx_kernels.spatial_norm.device_utils", _NORM, _NORM),
-    "residual_moments": Sweep(
-        "cogvx_kernels.spatial_norm.statistics",
-        {"STRIP": (256, 512, 1024, 2048)},
-        {"STRIP": (1024,)},  # it passes a gradient on
+    "residual_moments": Sweep(  # its backward passes a gradient on
+        "cogvx_kernels.spatial_norm.statistics", _STRIP, {"STRIP": (1024,)}
     ),
-    "temporal_conv": Sweep(
-        "cogvx_kernels.temporal_conv.kernel", _TEMPORAL, _TEMPORAL, fits=_fits_hopper
-    ),
+    "temporal_conv": Sweep(_CONV, _TEMPORAL, _TEMPORAL, fits=_fits_hopper),
 }
 
 
@@ -148,27 +146,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"argument --convention: no such call; there are {', '.join(calls)}")
     if arguments.dense and arguments.op != "expert_ffn":
         parser.error("argument --dense: only expert_ffn has two kernels")
-    options = Options(
-        getattr(torch, arguments.dtype),
-        device,
-        arguments.size,
-        PASSES if arguments.which == "both" else (arguments.which,),
-        conventions=(arguments.convention,),
-        budget=0.05 if arguments.quick else 0.15,
-        repeats=1,
-    )
+    passes = PASSES if arguments.which == "both" else (arguments.which,)
+    options = Options(getattr(torch, arguments.dtype), device, arguments.size, passes)
+    budget = 0.05 if arguments.quick else 0.15
+    options = replace(options, conventions=(arguments.convention,), budget=budget, repeats=1)
     command = f"benchmarks.tune --op {arguments.op} --size {arguments.size}"
     found = conditions.conditions(device, command + " --dense" * arguments.dense)
     if arguments.dense:
         return compare_gemms(options, found)
-    benchmark = Benchmark(f"tune-{arguments.op}", partial(_cases, arguments.op), list, list, ())
+
+    def cases(options: Options) -> Iterator[Case]:
+        yield from (_case(arguments.op, which, options) for which in options.passes)
+
+    benchmark = Benchmark(f"tune-{arguments.op}", cases, list, list, ())
     return int(publish(benchmark, options, found, arguments.out))
-
-
-def _cases(op: str, options: Options) -> Iterator[Case]:
-    """A case for each pass."""
-    for which in options.passes:
-        yield _case(op, which, options)
 
 
 def _case(op: str, which: str, options: Options) -> Case:

@@ -429,6 +429,16 @@ def test_gpu_check_uses_known_names():
         assert {*(arguments.conventions or ())} <= {*names, *map(str, range(len(names)))}
 
 
+def test_gpu_check_names_tests_that_exist():
+    script = SCRIPT.read_text()
+    files = re.findall(r"tests/\S+\.py", script)
+    assert len(files) == 4 and all((ROOT / file).is_file() for file in files)
+    (words,) = re.findall(r'-k "(.*)"', script)
+    functions = re.findall(r"^def (test_\w+)", (ROOT / files[0]).read_text(), re.MULTILINE)
+    for word in words.split(" or "):
+        assert any(word in function for function in functions), word
+
+
 # --- experts -----------------------------------------------------------------------------------
 
 
