@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..checkpoint import load_scheduler, load_transformer, load_vae, save_vae
 from ..config import SchedulerConfig, check_choice
@@ -30,6 +29,7 @@ from .recipe import Recipe
 from .sampler import mix_seed
 
 PathLike = str | os.PathLike[str]
+Clips = ProceduralClips | FolderClips
 STAGES = ("vae", "transformer")
 VAE_CLIPS = 10**6  # procedural clips of an epoch of the VAE
 SHEET_CLIPS = 4
@@ -89,9 +89,8 @@ def train_vae(
     vae = new_vae(recipe)
     vae.gradient_checkpointing = options.gradient_checkpointing
     clips = make_clips(recipe, vae)
-    samples = clips
-    if is_procedural(recipe):
-        samples = ProceduralClips("test", SHEET_CLIPS, *clip_size(recipe))
+    test = ProceduralClips("test", SHEET_CLIPS, *clip_size(recipe))
+    samples = test if is_procedural(recipe) else clips
 
     def prepare(batch: list[Clip], step: int) -> tuple[Tensor]:
         count = options.frames_at(step)
@@ -101,7 +100,7 @@ def train_vae(
         return (recolor(video, options.recolored),)
 
     def sample() -> None:
-        video = torch.stack([samples[i].video for i in range(min(SHEET_CLIPS, _len(samples)))])
+        video = torch.stack([samples[i].video for i in range(min(SHEET_CLIPS, len(samples)))])
         decoded = vae.decode(vae.encode(video.to(accelerator.device)).mode()).cpu()
         pairs = torch.stack([video, decoded], 1).flatten(0, 1)
         write_sheet(stage.folder / "samples.png", _sheet_frames(pairs))
@@ -213,7 +212,7 @@ def clip_size(recipe: Recipe) -> tuple[int, int, int]:
     return recipe.data.frames, recipe.data.height, recipe.data.width
 
 
-def make_clips(recipe: Recipe, vae: CausalVAE, count: int = VAE_CLIPS) -> Dataset[Clip]:
+def make_clips(recipe: Recipe, vae: CausalVAE, count: int = VAE_CLIPS) -> Clips:
     """Data set of videos; count: of procedural clips."""
     if recipe.data.folder is None:
         return ProceduralClips("train", count, *clip_size(recipe), seed=recipe.seed)
@@ -303,22 +302,18 @@ def _embed(
     return torch.stack(texts), latents.empty[None]
 
 
-def _set_scaling_factor(vae: CausalVAE, clips: Dataset[Clip]) -> CausalVAE:
+def _set_scaling_factor(vae: CausalVAE, clips: Clips) -> CausalVAE:
     """Measure the deviation of the latents, and set `scaling_factor` of the config."""
     squares = []
     weight = next(vae.parameters())
     with torch.no_grad():
-        for i in range(min(SCALING_CLIPS, _len(clips))):
+        for i in range(min(SCALING_CLIPS, len(clips))):
             squares.append(vae.encode(clips[i].video[None].to(weight)).mean.square().mean())
     factor = float(torch.stack(squares).mean().rsqrt())
     config = dataclasses.replace(vae.config, scaling_factor=round(factor, 6))
     for part in (vae, vae.encoder, vae.decoder):
         part.config = config
     return vae
-
-
-def _len(data: Dataset[Any]) -> int:
-    return len(data)  # type: ignore[arg-type]  # Dataset has no __len__ in torch's types
 
 
 def _sheet_frames(videos: Tensor) -> Tensor:

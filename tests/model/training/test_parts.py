@@ -203,7 +203,7 @@ def test_initialised_vae_keeps_the_variance():
     clips = torch.stack([ProceduralClips("train", 8, 5, 32, 32)[i].video for i in range(8)])
 
     def varied(vae):
-        """How much what is decoded differs from clip to clip, of what the clips do."""
+        """Deviation over reconstructions, relative to that over clips."""
         with torch.no_grad():
             again = vae.decode(vae.encode(clips).mode())
         return float(again.std(0).mean() / clips.std(0).mean())
