@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cogvx_kernels import conv3d
 from cogvx_kernels._opinfo import Cost
-from cogvx_kernels.resample import phase_weights, pixel_phases
+from cogvx_kernels.resample import fold_frames, phase_weights, pixel_phases, unfold_frames
 
 from .ops import without_grad
 from .registry import MODEL_SIZE, Benchmark, Case, Check, Entry, Options, register
@@ -147,7 +147,7 @@ def _case(shape: Shape, name: str, options: Options) -> Case:
     names = [x for x in _names(shape.doubled) if not options.providers or x[0] in options.providers]
     return Case(
         "conv",
-        f"{name}, of which an eighth" if options.size == "tiny" else name,
+        f"{name}, at an eighth" if options.size == "tiny" else name,
         [entry(*of) for of in names],
         ("forward",),
         "every element with the same convolution in fp32, or of fp32 in fp64",
@@ -182,41 +182,34 @@ def _function(
     apart = kernels.unflatten(0, (2, 2, -1))  # (row, column, out, in, 2, 2)
 
     def nearest(x: Tensor) -> Tensor:
-        wide = F.interpolate(_pictures(x, near), scale_factor=2.0)
-        return _video(F.conv2d(wide, weight, bias, padding=1))
+        wide = F.interpolate(fold_frames(x).contiguous(memory_format=near), scale_factor=2.0)
+        return unfold_frames(F.conv2d(wide, weight, bias, padding=1), 1)
 
     def at_once(x: Tensor) -> Tensor:
-        small = pixel_phases(F.conv2d(_pictures(x, near), kernels, padding=1))
+        small = pixel_phases(
+            F.conv2d(fold_frames(x).contiguous(memory_format=near), kernels, padding=1)
+        )
         count, channels, height, _, width, _ = small.shape  # (.., row, .., column)
         add = small.new_zeros(()) if bias is None else bias.view(-1, 1, 1, 1, 1)
         out = _empty((count, channels, 2 * height, 2 * width), small, near)
         torch.add(small, add, out=out.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)))
-        return _video(out)
+        return unfold_frames(out, 1)
 
     def each(x: Tensor) -> Tensor:
-        small = _pictures(x, near)
+        small = fold_frames(x).contiguous(memory_format=near)
         count, _, height, width = small.shape
         out = _empty((count, len(weight), 2 * height, 2 * width), small, near)
         for row, column in itertools.product((0, 1), repeat=2):
             kernel = apart[row, column].contiguous(memory_format=near)
             phase = F.conv2d(small, kernel, bias, padding=1)
             out[..., row::2, column::2] = phase[..., row : row + height, column : column + width]
-        return _video(out)
+        return unfold_frames(out, 1)
 
     return {"nearest": nearest, "phases": at_once, "folded": each}[algorithm]
 
 
-def _pictures(x: Tensor, near: torch.memory_format) -> Tensor:
-    """The frames of one sample; those of NCDHW are copied, as in diffusers."""
-    return x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=near)
-
-
 def _empty(shape: tuple[int, ...], like: Tensor, near: torch.memory_format) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=near)
-
-
-def _video(x: Tensor) -> Tensor:
-    return x.unsqueeze(0).transpose(1, 2)
 
 
 def _entries() -> list[str]:
