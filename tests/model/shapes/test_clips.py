@@ -1,13 +1,24 @@
 """Procedural clips: drawing, recognition, captions and the data set."""
 
+import importlib
 import itertools
 import random
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from cogvx.shapes import ProceduralClips, Scene, Thing, describe, parse, score, vocabulary
+from cogvx.shapes import (
+    ProceduralClips,
+    Scene,
+    Thing,
+    WordTextEncoder,
+    describe,
+    parse,
+    score,
+    vocabulary,
+)
 from cogvx.shapes.drawing import TRAVEL, draw, place
 from cogvx.shapes.procedural import held_out, random_scene
 from cogvx.shapes.reading import read
@@ -170,3 +181,11 @@ def test_length_and_split_are_checked():
         few[3]
     with pytest.raises(ValueError, match="split must be train or test; got 'dev'"):
         ProceduralClips("dev")
+
+
+def test_former_names_warn():
+    with pytest.warns(DeprecationWarning, match=r"now cogvx\.shapes\.ProceduralClips"):
+        assert importlib.import_module("cogvx.data").ProceduralClips is ProceduralClips
+    sys.modules.pop("cogvx.words", None)
+    with pytest.warns(DeprecationWarning, match=r"now cogvx\.shapes"):
+        assert importlib.import_module("cogvx.words").WordTextEncoder is WordTextEncoder
