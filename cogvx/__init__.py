@@ -1,8 +1,8 @@
-"""CogVideoX in thin torch, on the ops of cogvx_kernels: the released models and the factorised one.
+"""CogVideoX on the ops of cogvx_kernels: the released models and a factorised one.
 
 Videos and latents are (batch, frames, channels, height, width) in every public function, and videos
-are in [-1, 1]. Importing this package imports no torch: each name is loaded from its module when it
-is first used (PEP 562), and transformers, PyAV and Triton when something needs them.
+are in [-1, 1]. Importing this package imports no torch: names are loaded on first use (PEP 562), as
+are transformers, PyAV and Triton.
 """
 
 import importlib
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .vae import EncodeState as EncodeState
     from .vae import Tiling as Tiling
 
-# Where each public name is loaded from. The imports above say the same to type checkers.
+# Module of each public name. The imports above are for type checkers.
 _MODULES = {
     "checkpoint": (
         "CheckpointError",

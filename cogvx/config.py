@@ -1,8 +1,7 @@
-"""What a model is, in numbers: frozen, checked, in and out of a config.json. Imports no torch.
+"""Model configs, checked when created, and the released presets. Imports no torch.
 
-The names are those of diffusers' config.json, so that a published folder and a config say the same
-thing in the same words. What diffusers spells as an option but no CogVideoX varies stands in
-`FIXED`: another value is refused instead of ignored.
+Fields are named as in diffusers' config.json. diffusers' options that no CogVideoX varies are in
+`FIXED`: other values are rejected, not ignored.
 """
 
 import dataclasses
@@ -20,30 +19,30 @@ EXPERT_LIMIT = 256
 
 
 def check_choice(where: str, name: str, value: object, wanted: Sequence[str]) -> None:
-    """Raises ValueError unless `value` is one of the names."""
+    """Raises ValueError unless `value` is one of `wanted`."""
     if value not in wanted:
         names = ", ".join(f'"{w}"' for w in wanted)
         raise ValueError(f"{where}: {name} must be one of {names}; got {value!r}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a message about a name that is not known: the nearest one, if any is near."""
+    """Suggest the nearest known name, for the end of a message; "" if none is near."""
     near = difflib.get_close_matches(word[:60], list(known), 1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def unknown_key(where: str, key: object, known: Iterable[str]) -> ValueError:
-    """The error for a key that a table or config does not have."""
-    names, said = sorted(known), str(key)[:60]
+    """Error for an unknown key of a table or config."""
+    names, name = sorted(known), str(key)[:60]
     return ValueError(
-        f"{where}: unknown key {said!r}{did_you_mean(said, names) or '.'} The keys are "
+        f"{where}: unknown key {name!r}{did_you_mean(name, names) or '.'} The keys are "
         f"{', '.join(names)}"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The base: types and ranges are checked when one is made, however it is made.
+    """Base class: types and ranges are checked when an instance is created.
 
     Raises TypeError for a value of the wrong type and ValueError for one out of range, naming the
     field, what was wanted and what came.
@@ -88,7 +87,7 @@ class Config:
 
     def _integer(self, name: str, value: Any) -> int:
         low, high = self.LIMITS.get(name, (1, COUNT_LIMIT))
-        whole = isinstance(value, float) and value.is_integer()  # JSON may say 4.0
+        whole = isinstance(value, float) and value.is_integer()  # JSON may have 4.0
         if isinstance(value, bool) or not (isinstance(value, int) or whole):
             raise self._wrong(TypeError, name, "an integer", value)
         if not low <= value <= high:
@@ -104,10 +103,10 @@ class Config:
 
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
-        """The config that a config.json spells; keys that are missing take their defaults.
+        """Create a config from the contents of a config.json; missing keys take their defaults.
 
-        Keys that begin with an underscore are notes of whoever wrote the file and are passed over.
-        Raises ValueError for an unknown key and for a value of `FIXED` that is not the fixed one.
+        Keys that begin with an underscore are ignored. Raises ValueError for an unknown key and for
+        another value of a key in `FIXED`.
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"{cls.__name__}: must be a JSON object; got {type(values).__name__}")
@@ -128,7 +127,7 @@ class Config:
         return cls(**taken)
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds: every field, and the fixed values for those who read them."""
+        """Contents of config.json: all fields, and `FIXED`."""
         fields = dataclasses.asdict(self)
         lists = {key: list(v) if isinstance(v, tuple) else v for key, v in fields.items()}
         return {**lists, **self.FIXED}
@@ -136,14 +135,14 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig(Config):
-    """The causal VAE. Sizes in pixels; source: fact sheet sections 1.2 and 4.
+    """Config of the causal VAE. Sizes in pixels. Source: `docs/model.md`, sections 1.2 and 4.
 
-    With `factorized` every causal convolution is a spatial one followed by a temporal one and every
-    norm stays within a frame, so that the VAE is strictly causal; without, it is the released one.
+    With `factorized` every causal convolution is a spatial one followed by a temporal one and norms
+    are per frame, so that the VAE is strictly causal; without, it is the released one.
 
-    The chunk plan is part of the function that the released VAE computes, because its norms take
-    their statistics over a chunk: `num_sample_frames_batch_size` frames are encoded and
-    `num_latent_frames_batch_size` latents decoded at a time (see `cogvx.frames`).
+    Outputs of the released VAE depend on the chunk sizes, because its norms take statistics over a
+    chunk: `num_sample_frames_batch_size` frames are encoded and `num_latent_frames_batch_size`
+    latents decoded at a time (see `cogvx.frames`).
     """
 
     FIXED = {
@@ -200,26 +199,26 @@ class VAEConfig(Config):
 
     @property
     def spatial_compression_ratio(self) -> int:
-        """Pixels of a latent's side: each level but the last halves height and width."""
+        """Pixels per latent, of height and width: each level but the last halves them."""
         return int(2 ** (len(self.block_out_channels) - 1))
 
     @property
     def time_levels(self) -> int:
-        """How many of the levels, counted from the pixels, also halve the frames."""
+        """Number of levels, counted from the pixels, that also halve the frames."""
         return self.temporal_compression_ratio.bit_length() - 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig(Config):
-    """The expert transformer. Source: fact sheet sections 1.1 and 2.
+    """Config of the expert transformer. Source: `docs/model.md`, sections 1.1 and 2.
 
     `sample_height` and `sample_width` are in latents, `sample_frames` in frames of video, as in the
-    released files. `patch_size_t=None` is CogVideoX 1.0 (a convolution makes the patches, frame by
-    frame); a number is 1.5 and everything after it (a linear layer does).
+    released files. `patch_size_t=None` is CogVideoX 1.0 (patches embedded by a convolution, frame
+    by frame); a number is 1.5 and later (by a linear layer).
 
     `num_text_experts` and `num_video_experts` are feed-forward experts of each modality; 0 and 0,
-    the released models, means one feed-forward shared by both. Of several experts of a modality a
-    learned router sends each token to `expert_top_k`.
+    as released, is one feed-forward shared by both. If a modality has several, a learned router
+    sends each token to `expert_top_k` of them.
     """
 
     FIXED = {
@@ -316,7 +315,7 @@ class TransformerConfig(Config):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(height, width) in tokens at the size of the training."""
+        """Training size (height, width) in tokens."""
         return self.sample_height // self.patch_size, self.sample_width // self.patch_size
 
     @property
@@ -327,7 +326,7 @@ class TransformerConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig(Config):
-    """The noise schedule that a model was trained with. Source: fact sheet section 5.1."""
+    """Noise schedule of the training. Source: `docs/model.md`, section 5.1."""
 
     FIXED = {
         "beta_schedule": "scaled_linear",
@@ -337,7 +336,7 @@ class SchedulerConfig(Config):
         "set_alpha_to_one": True,
         "steps_offset": 0,
     }
-    # Read by nobody: diffusers' CogVideoX schedulers accept them and never look.
+    # diffusers' CogVideoX schedulers accept these and do not use them.
     IGNORED = frozenset({"clip_sample", "clip_sample_range", "sample_max_value"})
 
     num_train_timesteps: int = 1000
@@ -349,7 +348,7 @@ class SchedulerConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A model as it was published, and how its authors run it. Height and width in pixels."""
+    """A released model, with recommended settings. Height and width in pixels."""
 
     transformer: TransformerConfig
     vae: VAEConfig
@@ -391,7 +390,7 @@ _15: dict[str, Any] = {
     "sample_frames": 81,
 }
 
-# The released models, and one small enough for tests. Source: fact sheet section 1.
+# The released models. Source: `docs/model.md`, section 1.
 PRESETS: Mapping[str, Preset] = {
     "2b": _released(TransformerConfig()),
     "5b": _released(TransformerConfig(**_5B)),

@@ -1,9 +1,8 @@
-"""Build the factorised CogVideoX from options: the architecture for training anew.
+"""Build the factorised CogVideoX, an architecture for training from scratch.
 
-It is the released model with three parts exchanged: a VAE of spatial and temporal convolutions
-whose norms stay within a frame, so that it is strictly causal; a feed-forward for each modality, or
-several with a router; and positions in whole numbers. By default the hidden size is 1920, with 48
-heads of 40 dims, and there are 42 layers.
+It differs from the released model in three parts: a strictly causal VAE of separate spatial and
+temporal convolutions, whose norms are per frame; one feed-forward per modality, or several with a
+router; and integer positions. By default it has 42 layers, hidden size 1920, 48 heads of 40 dims.
 """
 
 import inspect
@@ -31,17 +30,17 @@ def build_vae(
     temporal_downsample: int = 4,
     base_channels: int = 128,
 ) -> tuple[Encoder, Decoder]:
-    """The encoder and the decoder of one factorised `CausalVAE`, with random weights.
+    """Encoder and decoder of a factorised `CausalVAE`, with random weights.
 
     in_channels          of the video, 3 for RGB
     latent_channels      of a latent
-    num_frames           a clip you mean to encode: 1 + temporal_downsample·k. It is checked, and
-                         binds nothing: the modules take any such number
+    num_frames           of a clip to be encoded, 1 + temporal_downsample·k; only checked, the
+                         modules take any such number
     spatial_downsample   pixels of a latent's side, a power of two
     temporal_downsample  frames of a latent, a power of two, at most spatial_downsample
-    base_channels        width at the level of the pixels; deeper levels have 2, 2, 4, 4, … times it
+    base_channels        width at full resolution; deeper levels have 2, 2, 4, 4, … times it
 
-    Raises ValueError for options that cannot be, naming the option and what was wanted.
+    Raises ValueError for an invalid option, naming it and what was wanted.
     """
     config = _vae_config(
         in_channels, latent_channels, spatial_downsample, temporal_downsample, base_channels
@@ -66,19 +65,18 @@ def build_transformer(
     expert_top_k: int = 1,
     backend: str = "auto",
 ) -> ExpertTransformer:
-    """An `ExpertTransformer` with feed-forward experts of each modality, with random weights.
+    """`ExpertTransformer` with feed-forward experts of each modality, with random weights.
 
     patch_size         latents of a token along (frames, height, width); height and width alike
     hidden_size        a multiple of num_heads; the head dim is their quotient
-    num_frames         frames of video of a clip you mean to make, for the defaults of a pipeline;
-                       the transformer takes any number
+    num_frames         default number of video frames of a pipeline; the transformer takes any
     text_hidden_size   width of the text encoder's states
     mlp_ratio          width of a feed-forward over hidden_size
     num_text_experts   feed-forwards for text tokens, num_video_experts for video tokens; 0 and 0 is
                        one for both, as in the released models
-    expert_top_k       to how many experts of several the router sends a token
+    expert_top_k       experts of each token, if a modality has several
 
-    Raises ValueError for options that cannot be, naming the option and what was wanted.
+    Raises ValueError for an invalid option, naming it and what was wanted.
     """
     where = "build_transformer"
     if len(patch_size) != 3 or patch_size[1] != patch_size[2]:
@@ -113,10 +111,10 @@ def build_transformer(
 
 
 def build(**options: Any) -> CogVideoX:
-    """The whole pipeline, with random weights: every option of `build_vae` and `build_transformer`.
+    """Pipeline with random weights; takes the options of `build_vae` and `build_transformer`.
 
-    It has no text encoder: give `generate` its `prompt_embeds`, or set `text_encoder`.
-    Raises TypeError for an option that neither knows.
+    It has no text encoder: pass `prompt_embeds` to `generate`, or set `text_encoder`.
+    Raises TypeError for an unknown option.
     """
     encoder, decoder = build_vae(**_options_of(build_vae, options))
     return CogVideoX(
@@ -127,7 +125,7 @@ def build(**options: Any) -> CogVideoX:
 
 
 def encode_video(encoder: Encoder, video: Tensor) -> Tensor:
-    """Latents of a video: the mean of what the encoder knows about them.
+    """Encode a video to latents, the mode of the posterior.
 
     video    (batch, frames, channels, height, width) in [-1, 1]; frames 1 + temporal_downsample·k
     returns  (batch, 1 + k, latent_channels, height / spatial_downsample, width / …): 49 -> 13
@@ -136,17 +134,18 @@ def encode_video(encoder: Encoder, video: Tensor) -> Tensor:
 
 
 def decode_latent(decoder: Decoder, latents: Tensor) -> Tensor:
-    """Video of latents, in about [-1, 1]: (batch, frames, channels, height, width); 13 -> 49."""
+    """Decode latents to a video in about [-1, 1]: (batch, frames, channels, height, width)."""
     return vae.decode(decoder, latents)
 
 
 def rope3d_freqs(
     time: int, height: int, width: int, hidden_size: int = 1920, num_heads: int = 48
 ) -> tuple[Tensor, Tensor]:
-    """(sin, cos) of every token's angles, each (time·height·width, head_dim // 2) fp32, t-major.
+    """RoPE tables (sin, cos), each (time·height·width, head_dim // 2) fp32, time slowest.
 
-    A grid in tokens. The pairs of a head turn with time, height and width as `split_headdim` says:
-    16, 24, 24 dims of 64 and 8, 16, 16 of 40. Raises ValueError if the head dim is odd or below 6.
+    Note the order: `cogvx_kernels.rope3d_tables` returns (cos, sin). Sizes are in tokens. The dims
+    of a head are split by `split_headdim`: 16, 24, 24 of 64 and 8, 16, 16 of 40 for time, height
+    and width. Raises ValueError if the head dim is odd or below 6.
     """
     if num_heads < 1 or hidden_size % num_heads:
         raise ValueError(
@@ -160,8 +159,8 @@ def rope3d_freqs(
 def param_count(model: CogVideoX | nn.Module | None = None, **options: Any) -> int:
     """Count the parameters of a model, or of `build_transformer(**options)`, exactly.
 
-    model    a module; or a pipeline, whose transformer is counted (its repr has every part's)
-    options  instead of a model, which is then not allocated; those of `build_vae` change nothing
+    model    a module, or a pipeline, of which the transformer is counted
+    options  instead of a model, which is then not allocated; those of `build_vae` have no effect
 
     >>> param_count(num_layers=2) == param_count(build(num_layers=2))
     True
@@ -181,7 +180,7 @@ def param_count(model: CogVideoX | nn.Module | None = None, **options: Any) -> i
 
 
 def recommended_defaults() -> dict[str, Any]:
-    """The options that `build` takes when it is given none."""
+    """Default options of `build`."""
     return {
         "in_channels": 3,
         "latent_channels": 16,
@@ -231,14 +230,14 @@ def _vae_config(
     )
 
 
-def _options_of(door: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Those of `build`'s options that `door` takes."""
+def _options_of(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Select the options that `function` takes."""
     known = {name for part in (build_vae, build_transformer) for name in _names(part)}
     for name in options:
         if name not in known:
             raise TypeError(f"build: unknown option {name!r}; it takes {', '.join(sorted(known))}")
-    return {name: value for name, value in options.items() if name in _names(door)}
+    return {name: value for name, value in options.items() if name in _names(function)}
 
 
-def _names(door: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(door).parameters)
+def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)

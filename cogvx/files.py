@@ -1,7 +1,7 @@
-"""Files that strangers wrote, and files that a crash must not spoil.
+"""Safe reading of untrusted files, and atomic writes.
 
-What is read here may have been made to do harm: names that lead elsewhere, pipes that never end,
-JSON that swells. Everything is refused before it is opened or parsed, with a `CheckpointError`.
+Paths that lead out of a folder, pipes, devices and oversized JSON are rejected with a
+`CheckpointError` before they are opened or parsed.
 """
 
 import codecs
@@ -26,14 +26,14 @@ if sys.platform != "win32":
 
 MIB = 1 << 20
 CONFIG_BYTES = MIB
-INDEX_BYTES = 8 * MIB  # the largest model that a config can spell needs 4
+INDEX_BYTES = 8 * MIB  # the largest model that a config allows needs 4
 JSON_ITEMS = 400_000  # so that no JSON takes more than 100 MB, parsed
 NUMBER_DIGITS = 24
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 UNFINISHED = (".part", ".incomplete", ".download", ".crdownload", ".aria2", ".tmp")
 
-# How files begin that people meet where they expected another: (offset, bytes, what it is).
+# Signatures of files that are often mistaken for others: (offset, bytes, description).
 _SIGNATURES = (
     (
         0,
@@ -64,25 +64,25 @@ _SIGNATURES = (
 
 
 class CheckpointError(ValueError):
-    """A folder or file does not hold what it should; the message names it, what and why."""
+    """Invalid folder or file; the message names it, what was expected and what was found."""
 
 
 def short_repr(value: object, limit: int = 80) -> str:
-    """A stranger's value, fit to stand in a message."""
+    """Truncated `repr` of an untrusted value, for messages."""
     if isinstance(value, int) and abs(value) >= 10**NUMBER_DIGITS:
         return "a huge integer"
-    said = repr(value)
-    return said if len(said) <= limit else f"{said[:limit]}…"
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}…"
 
 
 def format_list(lines: list[str], limit: int = 10) -> str:
-    """The first lines, indented, and how many there are besides."""
+    """Format the first lines, indented, and the number of the others."""
     more = [f"… and {len(lines) - limit} more"] if len(lines) > limit else []
     return "".join(f"\n    {line}" for line in lines[:limit] + more)
 
 
 def recognized(start: bytes) -> str:
-    """What a file that begins with `start` is, in words, if it is something well known; else "".
+    """Describe the kind of a file by its first bytes; "" if it is unknown.
 
     start: at least its first 512 bytes, or all of them.
     """
@@ -95,7 +95,7 @@ def recognized(start: bytes) -> str:
         return "zeros: a download or a copy that broke off"
     text = start[:512].lstrip(b"\xef\xbb\xbf \t\r\n")
     if re.match(rb"<(!doctype html|html|head|body|!--|\?xml)", text, re.IGNORECASE):
-        return "a web page (HTML), not the file that its link stands for: download it again"
+        return "a web page (HTML), not the file itself: download it again"
     if text[:200].isascii() and text[:200].decode("ascii").replace("\n", "").isprintable():
         line = text[:60].decode("ascii").split("\n")[0]
         return f"text, which begins {short_repr(line)}: an error of a server, perhaps"
@@ -103,11 +103,11 @@ def recognized(start: bytes) -> str:
 
 
 def member(folder: Path, name: object) -> Path:
-    """The file of `folder` that goes by `name`; nothing is opened.
+    """Path of the regular file `name` in `folder`; nothing is opened.
 
-    Raises CheckpointError for whatever is not the plain name of a regular file inside the folder: a
-    path, a pipe, a device, a folder, a link that leads out. (The links of a Hugging Face cache,
-    from its `snapshots` to its own `blobs`, or to those of all its models, stay inside.)
+    Raises CheckpointError unless it is the plain name of a regular file inside the folder: for a
+    path, a pipe, a device, a folder, a link that leads out. (Links of a Hugging Face cache, from
+    `snapshots` to the `blobs` of the model or of the cache, are allowed.)
     """
     if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name) or ".." in name:
         raise CheckpointError(
@@ -122,7 +122,7 @@ def member(folder: Path, name: object) -> Path:
     except (OSError, RuntimeError) as error:  # a loop of links
         raise CheckpointError(f"{folder / name}: cannot be found: {error}") from error
     caches = [parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"]
-    # huggingface_hub 2 keeps large files once for all models, and links to them from there
+    # huggingface_hub 2 stores large files once for all models
     caches += [
         cache.parents[1] / "blobs" for cache in caches if cache.parent.name.startswith("models--")
     ]
@@ -137,9 +137,9 @@ def member(folder: Path, name: object) -> Path:
 
 
 def unfinished(folder: Path, name: str = "") -> str:
-    """For the message about a file that is not in `folder`: a sign that a download broke off.
+    """Hint at an interrupted download, for the message about a missing file; else "".
 
-    name: of the file; by default, any.
+    name: of the file; by default any.
     """
     with contextlib.suppress(OSError):
         left = [path.name for path in itertools.islice(folder.iterdir(), 1000)]
@@ -152,7 +152,7 @@ def unfinished(folder: Path, name: str = "") -> str:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """A regular file, open to be read; anything else is refused before it can block or act."""
+    """Open a regular file for reading; anything else is rejected before it can block."""
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
@@ -180,7 +180,7 @@ def _kind(mode: int) -> str:
 
 
 def read_json(path: Path, limit: int) -> dict[str, Any]:
-    """The JSON object in a file of at most `limit` bytes."""
+    """Read a JSON object from a file of at most `limit` bytes."""
     with open_regular(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
@@ -191,10 +191,10 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
-    """The JSON object that `data` spells, as JSON is written between careful programs.
+    """Parse a JSON object strictly.
 
     Raises CheckpointError for repeated keys, NaN and infinities, numbers of more than 24
-    characters, too deep or too many items, and whatever is not UTF-8.
+    characters, too deep or too many items, and invalid UTF-8.
     """
     if sum(map(data.count, (b"{", b"[", b","))) > JSON_ITEMS:
         raise CheckpointError(f"{where}: must hold at most {JSON_ITEMS:,} items of JSON")
@@ -244,12 +244,11 @@ def _finite(digits: str) -> float:
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path of the same name, in a new folder beside `path`; on success it becomes
-    `path`, at once.
+    """Temporary path of the same name, in a new folder beside `path`, renamed to it on success.
 
-    Whoever reads `path` sees the old file or the whole new one, never a part, even if this process
-    is killed. If the body raises, KeyboardInterrupt included, all that it wrote in the temporary
-    folder is removed. What killed processes left behind is removed by the next call for `path`.
+    Readers see the old file or the whole new one, even if this process is killed. If the body
+    raises, KeyboardInterrupt included, the temporary folder is removed. Those of killed processes
+    are removed by the next call for `path`.
 
     Raises FileNotFoundError if the folder does not exist or the body writes no file,
     IsADirectoryError if `path` is a folder, and OSError, naming `path`, if the folder cannot be
@@ -275,13 +274,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raise the OSError that `atomic_path(path)` would raise before its body runs.
 
-    The temporary folder is made and removed: permission bits do not tell of a read-only disk.
+    Creates and removes a temporary folder: permission bits do not show a read-only disk.
     """
     shutil.rmtree(_part_folder(Path(path)), ignore_errors=True)
 
 
 def _part_folder(path: Path) -> Path:
-    """A new temporary folder beside `path`."""
+    """Create a temporary folder beside `path`."""
     if path.is_dir():
         raise IsADirectoryError(f"atomic_path: path must name a file; got the folder {path}")
     if not path.parent.is_dir():
@@ -290,16 +289,16 @@ def _part_folder(path: Path) -> Path:
     remove_abandoned(path.parent, f"{glob.escape(prefix)}*{glob.escape(suffix)}")
     try:
         return Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=path.parent))
-    except OSError as error:  # it names the temporary folder, which nobody asked for
+    except OSError as error:  # it names the temporary folder
         reason = f"its folder cannot be written to ({error.strerror})"
         raise OSError(error.errno, reason, os.fspath(path)) from error
 
 
 @contextmanager
 def _held(folder: Path) -> Iterator[bool]:
-    """A lock on a folder, which the system takes away with the process, however it ends.
+    """Lock a folder, until the process ends at the latest; yields whether it is locked.
 
-    False if a living process has it, or if there are no locks here. A link is no folder.
+    False if another process holds the lock, or without file locks. Links are not followed.
     """
     if sys.platform == "win32":
         yield False
@@ -317,7 +316,7 @@ def _held(folder: Path) -> Iterator[bool]:
 
 
 def remove_abandoned(folder: Path, pattern: str) -> None:
-    """Removes the temporary folders of `atomic_path` whose processes are dead."""
+    """Remove the temporary folders of `atomic_path` whose processes have ended."""
     for part in folder.glob(pattern):
         with contextlib.suppress(OSError), _held(part) as held:
             if held:
@@ -325,13 +324,13 @@ def remove_abandoned(folder: Path, pattern: str) -> None:
 
 
 def _umask() -> int:
-    umask = os.umask(0o077)  # it cannot be read otherwise; a thread between sees the stricter
+    umask = os.umask(0o077)  # read by setting it; meanwhile other threads get a stricter one
     os.umask(umask)
     return umask
 
 
 def sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
+    """Flush a file or folder to the disk."""
     if sys.platform != "win32":
         handle = os.open(path, os.O_RDONLY)
         try:

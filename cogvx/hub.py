@@ -1,4 +1,4 @@
-"""Download from the Hugging Face hub what a model needs, and nothing else, into the hub's cache."""
+"""Download only the needed files of a model from the Hugging Face hub, into its cache."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ from .files import format_list
 
 PathLike = str | os.PathLike[str]
 
-# The component folders of a model: their small files, and how their weights' names begin.
+# Component folders of a model: their small files, and the start of their weights' names.
 PARTS: dict[str, tuple[frozenset[str], str | None]] = {
     "scheduler": (frozenset({"scheduler_config.json"}), None),
     "text_encoder": (frozenset({"config.json"}), "model"),
@@ -42,7 +42,7 @@ TIMEOUT = 10.0  # seconds for the hub to answer, as long as huggingface_hub itse
 
 
 def is_hub_name(name: object) -> bool:
-    """True for a str of the form owner/name, as the hub has them."""
+    """True for a str of the form owner/name."""
     return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
@@ -56,10 +56,10 @@ def download(
     variant: str | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The folder of a model of the hub in the hub's cache, downloaded where it is not there yet.
+    """Folder of a model in the hub's cache; missing files are downloaded.
 
-    Arguments and errors are those of `cogvx.assets.located`. Files that are whole are kept when a
-    download ends early, and are not downloaded again. Without a connection the cache is enough.
+    Arguments and errors: see `cogvx.assets.located`. Complete files are kept if a download is
+    interrupted. Without a connection the cache is used.
     """
     hub = extra("huggingface_hub", name, "huggingface_hub")
     constants = extra("huggingface_hub.constants", name, "huggingface_hub")
@@ -93,14 +93,14 @@ def download(
             except Exception as error:
                 if not (_of_network(error) or isinstance(error, RuntimeError)):
                     raise
-                raise _in_words(name, error, constants.ENDPOINT, errors, cache, missing) from error
+                raise _readable(name, error, constants.ENDPOINT, errors, cache, missing) from error
             return Path(folder)
     try:
-        # the index alone is asked for: the loaders name whatever else is missing
+        # only the index is required here: the loaders name other missing files
         folder = hub.snapshot_download(**chosen, local_files_only=True, allow_patterns=[INDEX])
     except OSError as error:
         if failure is not None and not isinstance(failure, errors.OfflineModeIsEnabled):
-            raise _in_words(name, failure, constants.ENDPOINT, errors, cache, {}) from failure
+            raise _readable(name, failure, constants.ENDPOINT, errors, cache, {}) from failure
         why = "local_files_only=True" if local_files_only else "HF_HUB_OFFLINE is set"
         raise FileNotFoundError(
             f"{name}: must be a folder, or in the cache {cache} because {why}; it is neither. "
@@ -112,7 +112,7 @@ def download(
 def _listing(
     hub: Any, name: str, revision: str | None, token: str | bool | None
 ) -> tuple[str, dict[str, int]]:
-    """(commit, size in bytes of every file) of a model on the hub."""
+    """List (commit, size in bytes of every file) of a model on the hub."""
     api = hub.HfApi(token=token)
     commit = api.repo_info(name, revision=revision or "main", timeout=TIMEOUT).sha
     entries = api.list_repo_tree(name, recursive=True, revision=commit)
@@ -122,7 +122,7 @@ def _listing(
 def needed(
     name: str, files: Iterable[str], parts: Sequence[str] | None, variant: str | None
 ) -> list[str]:
-    """Of a model's files, those that its parts are loaded from.
+    """Select the files of a model that its parts are loaded from.
 
     parts    all by default. If the model is a single component, its files may lie at the top.
     variant  of the weights, for the parts that have it; FileNotFoundError if none has
@@ -163,7 +163,7 @@ def needed(
 
 
 def weights_of(stem: str, names: Iterable[str], variant: str | None) -> set[str]:
-    """The names of weights of a variant: one file, or shards and their index."""
+    """Names of weight files of a variant: one file, or shards and their index."""
     dot = re.escape(f".{variant}" if variant else "")
     stem = re.escape(stem)
     pattern = re.compile(
@@ -173,7 +173,7 @@ def weights_of(stem: str, names: Iterable[str], variant: str | None) -> set[str]
 
 
 def _bar(name: str) -> type:
-    """The hub's progress bar, which is not drawn where there is no terminal."""
+    """The hub's progress bar, hidden without a terminal."""
     tqdm = extra("huggingface_hub.utils", name, "huggingface_hub").tqdm
 
     def begin(self: Any, *args: Any, **options: Any) -> None:
@@ -199,14 +199,14 @@ def _gigabytes(size: int) -> str:
 
 
 def _of_network(error: Exception) -> bool:
-    """True for what the hub, the connection or the disk did; not for a mistake of a program."""
+    """True for errors of the hub, the connection or the disk, not for bugs."""
     return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _TRANSPORTS
 
 
-def _in_words(
+def _readable(
     name: str, error: Exception, endpoint: str, errors: Any, cache: Path, missing: dict[str, int]
 ) -> OSError:
-    """What went wrong with a download, and what to do."""
+    """Describe a failed download, and what to do."""
     page = f"{endpoint}/{name}"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):
@@ -221,7 +221,7 @@ def _in_words(
             f"{name}: is no folder here, and no model at {page}. Check the spelling; a private one "
             "needs `hf auth login`, or token="
         )
-    said = (str(error).splitlines() or [""])[0][:200]
+    message = (str(error).splitlines() or [""])[0][:200]
     if status in (401, 403):
         return PermissionError(
             f"{name}: the hub refuses access (HTTP {status}): the token is wrong, or its account "
@@ -229,7 +229,7 @@ def _in_words(
         )
     if status is not None:
         return ConnectionError(
-            f"{name}: the hub answers with an error (HTTP {status}): {said}. Try again later"
+            f"{name}: the hub answers with an error (HTTP {status}): {message}. Try again later"
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return OSError(
@@ -242,7 +242,7 @@ def _in_words(
     done = f"; {len(missing)} files were missing" if missing else ""
     return ConnectionError(
         f"{name}: is no folder here, and {endpoint} cannot be reached or broke off "
-        f"({type(error).__name__}: {said}){done}. Files that are whole are kept: run "
+        f"({type(error).__name__}: {message}){done}. Files that are whole are kept: run "
         f"the same again, or download it elsewhere with `hf download {name} --local-dir FOLDER` "
         "and pass the folder"
     )

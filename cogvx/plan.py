@@ -1,13 +1,12 @@
-"""What a clip will need, before anything is allocated: bytes by stage, chunks, tokens.
+"""Forecast the memory of a clip, by stage.
 
-The models run on the meta device, where tensors have shapes and no memory, under `LiveBytes`. So
-the forecast is of this very code and holds for any size. Not in it, as `cogvx.memory` says, are the
-workspaces inside one operation and what an allocator loses to rounding: leave it a tenth. (On a CPU
-the workspaces of torch's 3-D convolution can be larger than all the rest.) On the meta device the
-ops of `cogvx_kernels` are those with kernels, where Triton is installed.
+The models run on the meta device under `LiveBytes`, so the forecast is of the real code, for any
+size. Workspaces inside one operation and the allocator's overhead are not included (see
+`cogvx.memory`): leave a tenth. (On a CPU the workspaces of torch's 3-D convolution can be larger
+than all the rest.) If Triton is installed, the ops of `cogvx_kernels` are counted with their kernels.
 
-Two shortcuts are exact, because what is left out repeats: two of the transformer's layers run, and
-three of the VAE's chunks. A run of fewer than `STEPS_AHEAD` steps has fewer modulations.
+Only two layers of the transformer and three chunks of the VAE run, because the others repeat them.
+A run of fewer than `STEPS_AHEAD` steps has fewer modulations.
 """
 
 import dataclasses
@@ -38,18 +37,18 @@ HELP = {
 
 
 class PlanError(ValueError):
-    """A clip that cannot fit; the message names the stage, what it needs and what helps."""
+    """A clip does not fit; the message names the stage, what it needs and what helps."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run, in bytes.
+    """Memory of one stage, in bytes.
 
     weights      of the stage's own model
-    activations  all other tensors at the worst moment, inputs and results included
-    streamed     the same where the clip streams from and to a file and is never there whole; it
-                 does not grow with the clip. 0 where a stage has no stream
-    cache        what is held between two chunks, a part of both
+    activations  peak of all other tensors, inputs and results included
+    streamed     the same if the clip is streamed from and to a file; it does not grow with the
+                 clip. 0 if the stage has no stream
+    cache        kept between two chunks; part of both
     chunks       frames (encode) or latent frames (decode) of each chunk
     """
 
@@ -63,9 +62,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """The forecast of a clip. Weights of all stages stay on the device; activations follow one
-    another, so that the most that is needed at once, `total`, is the weights and the worst stage.
-    """
+    """Forecast of a clip. `total` is the weights of all stages, which stay on the device, and the
+    activations of the worst stage."""
 
     frames: int
     height: int
@@ -85,7 +83,7 @@ class Plan:
         return max(map(self.needed, self.stages))
 
     def needed(self, stage: Stage) -> int:
-        """Bytes alive at the worst moment of a stage, weights of all stages included."""
+        """Peak bytes of a stage, with the weights of all stages."""
         return self.weights + stage.activations
 
     def stage(self, name: str) -> Stage:
@@ -106,7 +104,7 @@ class Plan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan in JSON's values, bytes as integers."""
+        """The plan as JSON values, bytes as integers."""
         return {**dataclasses.asdict(self), "weights": self.weights, "total": self.total}
 
     def __str__(self) -> str:
@@ -142,21 +140,19 @@ def forecast(
     backend: str = "auto",
     budget: int | None = None,
 ) -> Plan:
-    """The plan of generating a clip; without a transformer, of encoding and decoding it.
+    """Forecast generating a clip; without a transformer, encoding and decoding it.
 
     frames, height, width: of the video, in pixels.
-    guidance: two predictions a step; `cfg` is "batch" for both at once, "two_pass" for one after
-        the other.
+    guidance: two predictions a step; `cfg` is "batch" for both at once, "two_pass" for one by one.
     dtype: of the transformer; the VAE's is the same unless `vae_dtype` is given.
     text_bytes: of the text encoder's weights, if it is on the device; its activations, for one
         prompt, are small and not forecast.
-    encoded: how many frames are encoded first: 1 for an image, all for video-to-video. By default
-        what the transformer says: 1 if it takes an image, else none; all without a transformer.
-    backend: of the kernels, as in `ExpertTransformer`: "reference", plain torch, is what runs on a
-        CPU and needs more.
+    encoded: number of frames encoded first: 1 for an image, all for video-to-video. By default 1 if
+        the transformer takes an image, else none; all without a transformer.
+    backend: as in `ExpertTransformer`; "reference", plain torch, as on a CPU, needs more.
     budget: bytes; `Plan.check` is called with it.
 
-    Raises ValueError for a clip that the models cannot take, PlanError for one that cannot fit.
+    Raises ValueError for a clip that the models cannot take, PlanError if it does not fit.
     """
     patch = transformer.patch_size if transformer is not None else 1
     frame_rule.check("forecast", "frames", frames, vae)
@@ -190,9 +186,9 @@ def forecast(
 
 
 def denoise_flops(config: TransformerConfig, frames: int, height: int, width: int) -> float:
-    """Floating-point operations of one prediction for latents of so many frames, height and width.
+    """Floating-point operations of one forward of the transformer, for latents of this size.
 
-    Products of matrices in the blocks, and attention; the rest is less than a hundredth.
+    Matrix products of the blocks, and attention; the rest is less than 1 %.
     """
     patch, patch_t = config.patch_size, config.patch_size_t or 1
     tokens = config.max_text_seq_length
@@ -202,8 +198,8 @@ def denoise_flops(config: TransformerConfig, frames: int, height: int, width: in
 
 
 def vae_flops(config: VAEConfig, frames: int, height: int, width: int, *, decode: bool) -> float:
-    """Floating-point operations to decode latents of so many frames, height and width, or to
-    encode to them: those of the convolutions."""
+    """Floating-point operations of the convolutions to decode latents of this size, or to encode
+    to them."""
     kernel = 9 + 3 if config.factorized else 27  # of a frame, then of time
     ratio, levels = config.spatial_compression_ratio, len(config.block_out_channels)
     widths = config.block_out_channels[:: -1 if decode else 1]
@@ -212,7 +208,7 @@ def vae_flops(config: VAEConfig, frames: int, height: int, width: int, *, decode
     first = config.factorized or frames % 2 == 1  # which stays one frame at every level
 
     def positions(level: int) -> tuple[int, int]:
-        """(in time, in a frame) at a level."""
+        """Number of (frames, pixels in a frame) at a level."""
         halved = 2 ** min(level, config.time_levels)
         times = halved if decode else config.temporal_compression_ratio // halved
         scale = 2**level if decode else ratio >> level
@@ -234,7 +230,7 @@ def vae_flops(config: VAEConfig, frames: int, height: int, width: int, *, decode
 
 
 def size(count: int) -> str:
-    """Bytes in words: 2.62 GiB, 411 MiB."""
+    """Format bytes: 2.62 GiB, 411 MiB."""
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / MIB:.4g} MiB"
 
 
@@ -255,7 +251,7 @@ def _denoise(
         projected = whole.project_text(text)
         ofs = None if config.ofs_embed_dim is None else torch.empty(1)
         ahead = whole.modulations(torch.empty(STEPS_AHEAD), ofs)
-        # The few layers take as many of the rows: those of the last, beside the last norm's.
+        # The rows of the last layers, with those of the final norm.
         rows = ahead.at(0).values[:, -(12 * few.num_layers + 2) :]
         model(torch.cat([latents] * copies), projected, modulations=Modulations(rows)).float()
     return Stage("denoise", module_bytes(whole), live.peak)
@@ -304,10 +300,10 @@ def _estimate(
     tiling: Tiling | None,
     scale: tuple[int, int],
 ) -> Stage:
-    """A stage of the VAE. `run` streams pieces through a state.
+    """Forecast a stage of the VAE; `run` streams chunks through a state.
 
-    shape: (batch, channels, height, width) of what goes in; out: (frames, channels, height, width)
-    of what comes out; scale: of both, as units of a latent.
+    shape: (batch, channels, height, width) of the input; out: (frames, channels, height, width) of
+    the output; scale: of both, relative to a latent.
     """
     dtype = next(coder.parameters()).dtype
     batch, channels, *sides = shape
@@ -323,7 +319,7 @@ def _estimate(
         sides = [n * scale[0] // ratio for n in tile]
         part = tile[0] * tile[1] / (pixels[0] * pixels[1])
         tile_out = int(whole * part)
-        # The whole result, the lowest rows of the tiles above, the last columns of the one before.
+        # The whole result, the last rows of the tiles above, the last columns of the previous one.
         rows = tiling.overlap_height * tile[0] / pixels[0] / (1 - tiling.overlap_width)
         around += int(whole * (1 + rows + part * tiling.overlap_width))
     peaks, cache, largest = [], 0, 0
@@ -331,12 +327,12 @@ def _estimate(
         pieces = (torch.empty(batch, n, channels, *sides, dtype=dtype) for n in chunks)
         stream = run(pieces, state)
         for _ in chunks[:CHUNKS_COUNTED]:
-            largest = max(largest, next(stream).nbytes)  # not held while the next is made
+            largest = max(largest, next(stream).nbytes)  # freed before the next one
             peaks.append(live.peak)
             cache = max(cache, state.nbytes)
             live.reset()
-        streamed = max(peaks) + largest  # whoever takes the chunks may hold the last one
-        if len(chunks) == 1:  # remembers nothing where it is the whole clip
+        streamed = max(peaks) + largest  # the consumer may hold the last chunk
+        if len(chunks) == 1:  # no cache if it is the whole clip
             live.reset()
             coder(torch.empty(batch, *chunks, channels, *sides, dtype=dtype))
             peaks = [live.peak]
@@ -347,6 +343,6 @@ def _estimate(
 
 
 def _runs(chunks: tuple[int, ...]) -> str:
-    """9, 8, 8, 8 as 9, 3 x 8."""
+    """Format 9, 8, 8, 8 as "9, 3 x 8"."""
     groups = [(size, len(list(same))) for size, same in itertools.groupby(chunks)]
     return ", ".join(f"{count} x {size}" if count > 1 else f"{size}" for size, count in groups)

@@ -1,6 +1,6 @@
-"""From the checkpoints of SAT, in which CogVideoX was trained and first published, to hub layout.
+"""Convert checkpoints of SAT, in which CogVideoX was trained and first published.
 
-Every tensor of our model is some rows of one tensor of theirs; the two tables below say which.
+Every tensor of our model is some rows of one of SAT's tensors, given by the tables below.
 """
 
 import dataclasses
@@ -36,22 +36,22 @@ STATES = "mp_rank_00_model_states.pt"
 CONTAINERS = ("model", "module", "state_dict")
 TRANSFORMER_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
-# The text encoder, which is published apart; what training added; tables that follow from sizes.
+# The text encoder, published separately; training losses; tables that follow from sizes.
 DROPPED = re.compile(
     r"conditioner\.|(first_stage_model\.)?loss|.*(embed_tokens|freqs_sin|freqs_cos|position_embedding)"
 )
 
 
 class Place(NamedTuple):
-    """Where a tensor is: of the one called `key`, cut into `of` blocks of rows, these blocks."""
+    """Location of a tensor: `blocks` of SAT's tensor `key`, split into `of` blocks of rows."""
 
     key: str
     blocks: tuple[int, ...] = (0,)
     of: int = 1
 
 
-# Source of both: fact sheet section 2.5. The twelve blocks of a modulation are shift, scale and
-# gate of attention, then of the feed-forward, for video; then the same six for text.
+# Source of both: `docs/model.md`, section 2.5. The twelve blocks of a modulation are shift, scale
+# and gate of attention, then of the feed-forward, for video; then the same six for text.
 OUTSIDE = {
     "patch_embed.proj": "mixins.patch_embed.proj",
     "patch_embed.text_proj": "mixins.patch_embed.text_proj",
@@ -90,23 +90,23 @@ def convert(
     preset: str | Preset | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> Preset:
-    """Writes `transformer/`, `vae/` and `scheduler/` of what a SAT checkpoint holds to `target`.
+    """Convert a SAT checkpoint to `transformer/`, `vae/` and `scheduler/` in `target`.
 
     source: a file of SAT, or its folder (with `latest`, or with one folder inside): a transformer,
         a VAE, or both.
-    vae: the file of the VAE, where it is one of its own.
-    dtype: what the weights are converted to; by default they stay what they are.
-    preset: what cannot be read off the shapes (sizes of the training, the scale of latents, the
-        noise schedule): one of `PRESETS`, by name, or one of your own. By default it is told from
-        the transformer, and there must be one.
+    vae: the VAE's file, if it is separate.
+    dtype: of the weights; by default unchanged.
+    preset: settings that do not follow from the shapes (training sizes, latent scale, noise
+        schedule): a name of `PRESETS`, or a `Preset`. By default recognised by the transformer,
+        which is then required.
 
-    Returns the preset with the two configs that were written. Nothing is written unless every
-    tensor has its place and every place its tensor. Checkpoints are read as data alone,
-    `weights_only`: a pickle that would run code is refused. They are mapped into memory meanwhile:
-    should another process truncate one, the system ends this process (SIGBUS).
+    Returns the preset with the two configs that were written. Nothing is written unless tensors and
+    model match exactly. Checkpoints are read with `weights_only`: a pickle that would run code is
+    rejected. They are memory-mapped meanwhile: if another process truncates one, this one is killed
+    (SIGBUS).
 
-    Raises CheckpointError for anything in the checkpoint that is not as it should be, naming keys,
-    and ValueError if the preset is needed and not known.
+    Raises CheckpointError, naming keys, for an invalid checkpoint, and ValueError if the preset is
+    needed and cannot be recognised.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"convert: dtype must be a floating torch.dtype or None; got {dtype!r}")
@@ -137,7 +137,7 @@ def convert(
 
 
 def transformer_place(name: str) -> Place:
-    """Where SAT has the tensor that our transformer calls `name`."""
+    """Location in SAT's checkpoint of the transformer's tensor `name`."""
     if name == "patch_embed.pos_embedding":
         return Place(POSITIONS)
     stem, kind = name.rsplit(".", 1)
@@ -149,7 +149,7 @@ def transformer_place(name: str) -> Place:
 
 
 def vae_place(name: str, levels: int) -> Place:
-    """Where SAT has the tensor that our VAE calls `name`. Source: fact sheet section 4.11."""
+    """Location in SAT's checkpoint of the VAE's tensor. Source: `docs/model.md`, section 4.11."""
     name = re.sub(r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
     # SAT counts the levels of the decoder from the pixels, we from the latents
     name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", name)
@@ -165,7 +165,7 @@ def vae_place(name: str, levels: int) -> Place:
 
 
 def transformer_config(tensors: Mapping[str, Tensor], like: TransformerConfig) -> TransformerConfig:
-    """The config of a transformer of SAT: from its shapes, and the rest from `like`."""
+    """Config of a SAT transformer: sizes from its shapes, the rest from `like`."""
     dim, text_embed_dim = _shape(tensors, "mixins.patch_embed.text_proj.weight", 2)
     (headdim,) = _shape(tensors, "mixins.adaln_layer.query_layernorm_list.0.weight", 1)
     time_embed_dim, _ = _shape(tensors, "time_embed.0.weight", 2)
@@ -198,7 +198,7 @@ def transformer_config(tensors: Mapping[str, Tensor], like: TransformerConfig) -
 
 
 def vae_config(tensors: Mapping[str, Tensor], like: VAEConfig) -> VAEConfig:
-    """The config of a VAE of SAT: from its shapes, and the rest from `like`."""
+    """Config of a SAT VAE: sizes from its shapes, the rest from `like`."""
     levels = _count(tensors, r"encoder\.down\.(\d+)\.")
     widths = [f"encoder.down.{level}.block.0.conv2.conv.weight" for level in range(levels)]
     return _replaced(
@@ -220,25 +220,25 @@ def _replaced(like: C, **changes: Any) -> C:
 
 
 def _preset(preset: str | Preset | None, transformer: Tensors) -> Preset:
-    """The one that was asked for, or the one that the transformer's keys and shapes tell."""
+    """The given preset, or the one recognised by the transformer's shapes."""
     if isinstance(preset, Preset):
         return preset
     if preset is None:
-        preset = _told(transformer)
+        preset = _recognised(transformer)
     if preset is None or preset not in PRESETS:
         raise ValueError(
-            f"convert: preset must be one of {', '.join(PRESETS)}, and here it cannot be told from "
-            f"the checkpoint; got {preset!r}"
+            f"convert: preset must be one of {', '.join(PRESETS)}, and it cannot be recognised "
+            f"by the checkpoint; got {preset!r}"
         )
     return PRESETS[preset]
 
 
-def _told(transformer: Tensors) -> str | None:
+def _recognised(transformer: Tensors) -> str | None:
     patch = transformer.get("mixins.patch_embed.proj.weight")
     if patch is None or patch.dim() not in (2, 4):
         return None
     values, _ = _shape(transformer, "mixins.final_layer.linear.weight", 2)
-    image = patch.shape[1:].numel() == 2 * values  # the image's latents beside the noisy ones
+    image = patch.shape[1:].numel() == 2 * values  # noisy latents and the image's
     if patch.dim() == 2:
         return "1.5-5b-i2v" if image else "1.5-5b"
     if image:
@@ -248,7 +248,7 @@ def _told(transformer: Tensors) -> str | None:
 
 
 def _taken(what: str, model: nn.Module, tensors: Tensors, places: Mapping[str, Place]) -> Tensors:
-    """The tensors of the model, each from its place; all of SAT's must be used."""
+    """Extract the model's tensors; all of SAT's must be used."""
     faults = []
     taken = {}
     for name, wanted in model.state_dict().items():
@@ -281,7 +281,7 @@ def _taken(what: str, model: nn.Module, tensors: Tensors, places: Mapping[str, P
 
 
 def _read(paths: list[Path]) -> tuple[Tensors, Tensors]:
-    """(transformer, VAE): their tensors by SAT's names without prefix; either may be empty."""
+    """Read tensors of (transformer, VAE) by SAT's names without prefix; either may be empty."""
     transformer: Tensors = {}
     vae: Tensors = {}
     for path in paths:
@@ -312,7 +312,7 @@ def _read(paths: list[Path]) -> tuple[Tensors, Tensors]:
 
 
 def _states(path: Path) -> Path:
-    """The file of a checkpoint: the path, or what the `latest` in that folder names."""
+    """File of a checkpoint: the path, or the one in a folder, by its `latest`."""
     if not path.is_dir():
         return path
     if (path / "latest").exists():
@@ -357,7 +357,7 @@ def _load(path: Path) -> dict[Any, Any]:
 
 
 def _shape(tensors: Mapping[str, Tensor], key: str, *dims: int) -> tuple[int, ...]:
-    """The shape of a tensor that must be there, with so many dimensions."""
+    """Shape of a required tensor with one of these numbers of dimensions."""
     tensor = tensors.get(key)
     if tensor is None or tensor.dim() not in dims:
         came = "nothing" if tensor is None else list(tensor.shape)

@@ -1,4 +1,4 @@
-"""Prompts to embeddings: what a pipeline asks of a text encoder, and T5 from a folder."""
+"""Text encoders: the protocol, and T5."""
 
 import os
 import sys
@@ -32,7 +32,7 @@ TOKENIZER_FILES = PARTS["tokenizer"][0]
 
 
 class TextEncoder(Protocol):
-    """Anything that turns prompts into embeddings.
+    """Protocol of a text encoder.
 
     dim  width of an embedding, the transformer's `text_embed_dim`
     """
@@ -40,25 +40,24 @@ class TextEncoder(Protocol):
     dim: int
 
     def encode(self, prompts: Sequence[str], max_length: int) -> Tensor:
-        """(len(prompts), max_length, dim): every prompt padded or cut to max_length tokens."""
+        """Encode prompts, padded or truncated: (len(prompts), max_length, dim)."""
         ...
 
 
 class T5TextEncoder:
     """T5's encoder over the tokens of a prompt, padding included.
 
-    As CogVideoX was trained, prompts are padded to the full length and encoded *without* an
-    attention mask, so that the padding takes part and all of the states are used. The model knows
-    English and long, detailed captions; it was trained on such.
+    As in the training of CogVideoX, prompts are padded to the full length and encoded *without* an
+    attention mask, and all states are used. Captions in training were English, long and detailed.
 
-    model, tokenizer  of transformers: a T5EncoderModel and a T5 tokenizer; see `from_pretrained`
+    model, tokenizer  T5EncoderModel and T5 tokenizer of transformers; see `from_pretrained`
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.dim: int = model.config.d_model
-        self._cut: set[tuple[str, int]] = set()  # prompts whose cut has been warned of
+        self._cut: set[tuple[str, int]] = set()  # prompts whose truncation has been reported
 
     @classmethod
     def from_pretrained(
@@ -70,19 +69,18 @@ class T5TextEncoder:
         variant: str | None = None,
         **hub: Any,
     ) -> "T5TextEncoder":
-        """The encoder in `folder/text_encoder` with the tokenizer in `folder/tokenizer`.
+        """Load the encoder in `folder/text_encoder` and the tokenizer in `folder/tokenizer`.
 
-        folder   or a model of the Hugging Face hub, such as "THUDM/CogVideoX-5b", of which only
-                 these two are downloaded; a folder that exists never touches the network
+        folder   or a model on the Hugging Face hub, such as "THUDM/CogVideoX-5b", of which only
+                 these two are downloaded; an existing folder never touches the network
         dtype    of the weights; None for that of most of them in the files
         variant  reads `model.{variant}.safetensors`, or its shards, instead
         hub      revision, token, cache_dir, local_files_only: see `cogvx.assets.located`
 
         Weights are read from safetensors only, and no code of the folder is run.
 
-        Raises ModuleNotFoundError, with what to install, for a package that the files need,
-        FileNotFoundError if a folder is missing, and CheckpointError for files that are not as they
-        should be.
+        Raises ModuleNotFoundError, with what to install, for a missing package, FileNotFoundError
+        for a missing folder, and CheckpointError for invalid files.
         """
         folder = located(folder, parts=["text_encoder", "tokenizer"], variant=variant, **hub)
         check_packages(folder)
@@ -96,17 +94,17 @@ class T5TextEncoder:
         return cls(_read_model(folder / "text_encoder", dtype, variant).to(device), tokenizer)
 
     def save_pretrained(self, folder: PathLike) -> None:
-        """Writes `folder/text_encoder` and `folder/tokenizer`, which `from_pretrained` reads."""
+        """Write `folder/text_encoder` and `folder/tokenizer`."""
         self.model.save_pretrained(Path(folder) / "text_encoder")
         self.tokenizer.save_pretrained(Path(folder) / "tokenizer")
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], max_length: int) -> Tensor:
-        """The last states of the encoder, (len(prompts), max_length, dim), in the model's dtype.
+        """Last hidden states, (len(prompts), max_length, dim), in the model's dtype.
 
-        max_length  in tokens, the closing one included; 226 for every released model in diffusers
+        max_length  in tokens, with the closing one; 226 for every released model in diffusers
 
-        Warns, with what was left out, if a prompt is longer.
+        Warns, with the text that was cut, if a prompt is longer.
         """
         prompts = list(prompts)
         tokens = self.tokenizer(
@@ -122,7 +120,7 @@ class T5TextEncoder:
         return states
 
     def _warn_of_cuts(self, prompts: list[str], max_length: int) -> None:
-        """Warn of every prompt that is cut, once for each text and length."""
+        """Warn of every truncated prompt, once for each text and length."""
         tokens = self.tokenizer(prompts, add_special_tokens=True).input_ids
         for prompt, whole in zip(prompts, tokens, strict=True):
             if len(whole) > max_length and (prompt, max_length) not in self._cut:
@@ -136,9 +134,9 @@ class T5TextEncoder:
 
 
 def check_packages(folder: Path) -> None:
-    """Raise ModuleNotFoundError, with what to install, if the T5 in a folder needs what is missing.
+    """Raises ModuleNotFoundError, with what to install, if a package for its T5 is missing.
 
-    Without this check transformers answers a missing protobuf with a request for tiktoken.
+    Without this check, transformers reports a missing protobuf as a missing tiktoken.
     """
     extra("transformers", "T5TextEncoder", "cogvx[text]")
     if not (folder / "tokenizer" / "tokenizer.json").is_file():  # as released
@@ -147,7 +145,7 @@ def check_packages(folder: Path) -> None:
 
 
 def _read_tokenizer(folder: Path) -> Any:
-    """The T5 tokenizer in a folder: of tokenizer.json, or of spiece.model, which the hub has."""
+    """Load a T5 tokenizer: tokenizer.json, or spiece.model as released."""
     for name in sorted(TOKENIZER_FILES):
         if not os.path.lexists(folder / name):
             continue
@@ -171,7 +169,7 @@ def _read_tokenizer(folder: Path) -> Any:
 
 
 def _read_model(folder: Path, dtype: torch.dtype | None, variant: str | None) -> Any:
-    """The T5EncoderModel in a folder, whose files are checked before transformers reads them."""
+    """Load a T5EncoderModel; its files are checked before transformers reads them."""
     values = read_json(member(folder, "config.json"), CONFIG_BYTES)
     if values.get("model_type", "t5") != "t5":
         raise CheckpointError(

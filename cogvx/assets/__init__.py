@@ -32,13 +32,13 @@ def located(
     token             of the hub, for gated and private models; by default that of `hf auth login`
     cache_dir         instead of the hub's cache, which is in HF_HOME (~/.cache/huggingface)
     variant           of the weights, as in "fp16": those files, for the parts that have them
-    local_files_only  take it from the cache, as where HF_HUB_OFFLINE is set
+    local_files_only  use only the cache, as with HF_HUB_OFFLINE
 
     Only safetensors and the JSON and tokenizer files beside them are downloaded.
 
-    Raises FileNotFoundError for a model, revision or variant that is not there, PermissionError for
-    one that wants a login or an accepted licence, ConnectionError if the hub cannot be reached, and
-    OSError, with what is missing, if the disk is too small.
+    Raises FileNotFoundError for a model, revision or variant that does not exist, PermissionError
+    if a login or an accepted licence is required, ConnectionError if the hub cannot be reached, and
+    OSError, with the missing space, if the disk is full.
     """
     if name in SHIPPED:
         return Path(__file__).parent / name

@@ -1,4 +1,4 @@
-"""Models in and out of folders and files; see `folder` for whole models, `tensors` for one file."""
+"""Load and save models: `folder` for components, `tensors` for single files."""
 
 from ..files import CheckpointError, atomic_path
 from .folder import (

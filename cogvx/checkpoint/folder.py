@@ -1,4 +1,4 @@
-"""A component's folder, as diffusers lays it out: a config in JSON, and weights beside it."""
+"""Load and save components in diffusers' layout: config.json and weights."""
 
 import dataclasses
 import json
@@ -30,12 +30,12 @@ C = TypeVar("C", bound=Config)
 M = TypeVar("M", bound=nn.Module)
 PathLike = str | os.PathLike[str]
 
-# The version whose keys we write; it is the first that knows CogVideoX 1.5.
+# The version whose keys we write: the first with CogVideoX 1.5.
 DIFFUSERS_VERSION = "0.32.0"
 TRANSFORMER_CLASSES = ("CogVideoXTransformer3DModel", "ExpertTransformer")
 VAE_CLASSES = ("AutoencoderKLCogVideoX", "CausalVAE")
 SOLVERS = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
-# What diffusers does not know, and need not while it has its default.
+# Keys that diffusers does not know; left out at their default.
 OURS = frozenset(
     {
         "mlp_ratio",
@@ -61,21 +61,21 @@ def load_transformer(
     check_finite: bool = False,
     **hub: Any,
 ) -> ExpertTransformer:
-    """The transformer in a folder with `config.json` and safetensors, or in its `transformer/`.
+    """Load the transformer of a folder with `config.json` and safetensors, or of its
+    `transformer/`.
 
-    path: the folder; or a model of the Hugging Face hub, such as "THUDM/CogVideoX-5b", of which
-        the transformer alone is downloaded.
-    dtype: what the weights are converted to; by default that of most of them in the files.
+    path: the folder; or a model on the Hugging Face hub, such as "THUDM/CogVideoX-5b", of which
+        only the transformer is downloaded.
+    dtype: of the weights; by default that of most of them in the files.
     variant: reads `diffusion_pytorch_model.{variant}.safetensors` instead.
-    check_finite: also refuse weights with NaN or infinity, naming them.
+    check_finite: also reject weights with NaN or infinity, naming them.
     hub: revision, token, cache_dir, local_files_only: see `cogvx.assets.located`.
 
-    Before a byte of the weights is read, their names, shapes and dtypes are compared with the model
-    that the config describes. At most the model and one more tensor are in memory. Nothing is
-    mapped: the files may be replaced, or saved over, while the model lives.
+    Names, shapes and dtypes are compared with the config's model before weights are read. At most
+    the model and one more tensor are in memory. Files are not memory-mapped: they may be replaced
+    while the model is in use.
 
-    Raises CheckpointError for anything in the folder that is not as it should be, and the errors of
-    `located` for a name of the hub.
+    Raises CheckpointError for an invalid folder, and the errors of `located` for a name on the hub.
     """
     folder = _component(path, "transformer", "config.json", variant=variant, **hub)
     config = _config(folder, "config.json", TransformerConfig, TRANSFORMER_CLASSES)
@@ -101,9 +101,9 @@ def load_vae(
     check_finite: bool = False,
     **hub: Any,
 ) -> CausalVAE:
-    """The VAE in a folder with `config.json` and safetensors, or in its `vae/`.
+    """Load the VAE of a folder with `config.json` and safetensors, or of its `vae/`.
 
-    Arguments and errors are those of `load_transformer`.
+    Arguments and errors: see `load_transformer`.
     """
     folder = _component(path, "vae", "config.json", variant=variant, **hub)
     config = _config(folder, "config.json", VAEConfig, VAE_CLASSES)
@@ -121,10 +121,9 @@ def load_vae(
 
 
 def load_scheduler(path: PathLike, **hub: Any) -> tuple[str, SchedulerConfig]:
-    """(solver, config) of a folder with `scheduler_config.json`, or of its `scheduler/`.
+    """Load (solver, config) from a folder with `scheduler_config.json`, or from its `scheduler/`.
 
-    The solver is "ddim" or "dpm", after the class that the file names. path and hub are those of
-    `load_transformer`.
+    The solver is "ddim" or "dpm", by the class in the file. path, hub: see `load_transformer`.
     """
     folder = _component(path, "scheduler", "scheduler_config.json", **hub)
     values = read_json(member(folder, "scheduler_config.json"), CONFIG_BYTES)
@@ -141,12 +140,11 @@ def load_scheduler(path: PathLike, **hub: Any) -> tuple[str, SchedulerConfig]:
 def save_transformer(
     model: ExpertTransformer, path: PathLike, max_shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes a transformer to a folder: what `load_transformer`, and for the released family also
-    diffusers, reads; in several files if it is larger than `max_shard_bytes`.
+    """Save a transformer to a folder, in several files if larger than `max_shard_bytes`.
 
-    The folder may be the one that the model came from. A save that fails or is killed leaves there
-    what was there before, or the new model, whole. (Only if the two configs differ is there a
-    moment, between two renamings, in which the folder has no config and nobody can load it.)
+    `load_transformer` reads it, and diffusers if it is of the released family. The folder may be
+    the one that the model came from. A save that fails or is killed leaves the old or the new
+    model, whole. (If the two configs differ, the folder has no config between two renames.)
     """
     if not isinstance(model, ExpertTransformer):
         raise TypeError(f"save_transformer: model must be an ExpertTransformer; got {type(model)}")
@@ -155,14 +153,14 @@ def save_transformer(
 
 
 def save_vae(model: CausalVAE, path: PathLike, max_shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes a VAE to a folder; otherwise as `save_transformer`."""
+    """Save a VAE to a folder; see `save_transformer`."""
     if not isinstance(model, CausalVAE):
         raise TypeError(f"save_vae: model must be a CausalVAE; got {type(model)}")
     save(Path(path), vae_values(model.config), model.state_dict(), max_shard_bytes)
 
 
 def save_scheduler(config: SchedulerConfig, path: PathLike, solver: str = "ddim") -> None:
-    """Writes `scheduler_config.json` to a folder; solver: "ddim" or "dpm"."""
+    """Write `scheduler_config.json` to a folder; solver: "ddim" or "dpm"."""
     if solver not in SOLVERS:
         raise ValueError(
             f"save_scheduler: solver must be one of {', '.join(SOLVERS)}; got {solver!r}"
@@ -175,12 +173,12 @@ def save_scheduler(config: SchedulerConfig, path: PathLike, solver: str = "ddim"
 
 
 def transformer_values(config: TransformerConfig) -> dict[str, Any]:
-    """What config.json of a transformer holds."""
+    """Contents of a transformer's config.json."""
     return _values(config, TRANSFORMER_CLASSES)
 
 
 def vae_values(config: VAEConfig) -> dict[str, Any]:
-    """What config.json of a VAE holds."""
+    """Contents of a VAE's config.json."""
     levels = len(config.block_out_channels)
     return {
         "down_block_types": ["CogVideoXDownBlock3D"] * levels,
@@ -190,7 +188,7 @@ def vae_values(config: VAEConfig) -> dict[str, Any]:
 
 
 def _values(config: Config, classes: tuple[str, ...]) -> dict[str, Any]:
-    """The config, under diffusers' class name if diffusers can build it, else under ours."""
+    """Contents of config.json, with diffusers' class name if it can build the model."""
     usual = {field.name for field in dataclasses.fields(config) if field.name in OURS}
     usual = {name for name in usual if getattr(config, name) == _default(config, name)}
     released = usual == OURS & {field.name for field in dataclasses.fields(config)}
@@ -204,7 +202,7 @@ def _default(config: Config, name: str) -> Any:
 
 
 def _component(path: PathLike, name: str, config: str, **hub: Any) -> Path:
-    """The component's folder: `path`, or the folder in it that has the component's name."""
+    """Folder of a component: `path`, or the folder of that name in it."""
     folder = located(path, parts=[name], **hub)
     try:
         inner = folder / name
@@ -241,17 +239,17 @@ def _config(folder: Path, name: str, kind: type[C], classes: tuple[str, ...]) ->
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _bound(weights: Weights, name: str, said: int, held: int) -> None:
-    """Before even an empty model is built: a config promises no more than the files hold."""
-    if said > held:
+def _bound(weights: Weights, name: str, value: int, held: int) -> None:
+    """Check a size in the config against the files, before an empty model is built."""
+    if value > held:
         raise CheckpointError(
             f"{weights.folder / 'config.json'}: {name} must be at most {held:,}, which is what "
-            f"{weights.files[0].path.name} and its like hold; got {said:,}"
+            f"{weights.files[0].path.name} and its like hold; got {value:,}"
         )
 
 
 def empty(where: object, build: Callable[[], M]) -> M:
-    """The model on the meta device: shapes, and no memory."""
+    """Build a model on the meta device."""
     try:
         with torch.device("meta"):
             return build()

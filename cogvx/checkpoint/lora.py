@@ -1,4 +1,4 @@
-"""LoRA adapters in safetensors, as `cogvx train`, diffusers, peft and kohya's scripts write."""
+"""Read LoRA adapters: safetensors of `cogvx train`, diffusers, peft or kohya's scripts."""
 
 import math
 import re
@@ -44,17 +44,17 @@ OTHERS = {
     ),
     "of LoHa or LoKr, which are not supported": re.compile(r".*\.(hada|lokr)_"),
 }
-# Initialisations that change the weights beneath, so that the adapter fits none but those.
+# Initialisations that change the base weights, so that the adapter fits only those.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """The change of one layer: scale · up @ down of its weight, scale · bias of its bias.
+    """Low-rank update of one layer: scale · up @ down to its weight, scale · bias to its bias.
 
     down   (rank, in), or (rank, in, height, width) of a convolution
     up     (out, rank), or (out, rank, 1, 1)
-    scale  alpha / rank, or alpha / √rank where the adapter is rank-stabilised
+    scale  alpha / rank, or alpha / √rank if the adapter is rank-stabilised
     bias   (out,) or None
     """
 
@@ -64,7 +64,7 @@ class LowRank:
     bias: Tensor | None = None
 
     def of(self, name: str, like: Tensor) -> Tensor:
-        """What is added to a layer's "weight" or "bias"; shape, dtype and device of `like`."""
+        """Update of a layer's "weight" or "bias", with shape, dtype and device of `like`."""
         if name == "bias":
             assert self.bias is not None
             return self.scale * self.bias.to(like)
@@ -77,14 +77,14 @@ class LowRank:
 
 
 def read_lora(path: Path, model: nn.Module) -> dict[str, LowRank]:
-    """The adapter in a file, or in a folder with one, by the names of the model's layers.
+    """Read an adapter from a file or a folder, by names of the model's layers.
 
-    Names, shapes and dtypes are compared with the model before a tensor is read. alpha is that of
-    the `.alpha` entries, else of peft's `adapter_config.json` or of the metadata that diffusers
-    writes; where none is known it is the rank, as in diffusers.
+    Names, shapes and dtypes are compared with the model before a tensor is read. alpha comes from
+    `.alpha` entries, else from peft's `adapter_config.json` or diffusers' metadata, else it is the
+    rank, as in diffusers.
 
-    Raises CheckpointError, naming the keys, for an adapter of another model or of another kind, for
-    pickles, and for NaN or infinity.
+    Raises CheckpointError, naming the keys, for an adapter of another model or kind, for pickles,
+    and for NaN or infinity.
     """
     path = adapter_file(path)
     layers = {
@@ -99,7 +99,7 @@ def read_lora(path: Path, model: nn.Module) -> dict[str, LowRank]:
             warnings.warn(
                 f"{path}: is of peft, and no {CONFIG} lies beside it: alpha is taken to be the "
                 "rank; give scale=alpha/rank if it was not",
-                stacklevel=1,  # one place for all callers, so that it is said once
+                stacklevel=1,  # one place for all callers, so that it is shown once
             )
         read = {
             layer: {part: _read(file, key) for part, key in parts.items()}
@@ -117,7 +117,7 @@ def read_lora(path: Path, model: nn.Module) -> dict[str, LowRank]:
 
 
 def adapter_file(path: Path) -> Path:
-    """The safetensors file of an adapter: `path`, or the one in that folder."""
+    """Safetensors file of an adapter: `path`, or the one in that folder."""
     if path.is_dir():
         there = sorted(item.name for item in path.iterdir())
         known = [name for name in FILES if name in there]
@@ -147,7 +147,7 @@ _PICKLE = (
 
 
 def _matched(file: TensorFile, layers: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]:
-    """Keys of the file by layer and by part: "down", "up", "alpha", "bias"."""
+    """Match the file's keys to layers and parts: "down", "up", "alpha", "bias"."""
     flat = {name.replace(".", "_"): name for name in layers}
     found: dict[str, dict[str, str]] = {}
     faults: dict[str, list[str]] = {}
@@ -185,7 +185,7 @@ def _matched(file: TensorFile, layers: Mapping[str, nn.Module]) -> dict[str, dic
 
 
 def _layer(name: str, layers: Mapping[str, nn.Module], flat: Mapping[str, str]) -> str | None:
-    """The model's name of a layer, under which diffusers, peft, old diffusers or kohya know it."""
+    """Translate a layer's name of diffusers, peft, old diffusers or kohya to the model's."""
     name = PREFIX.sub("", name, count=1) if PREFIX.match(name) else name
     name = name.replace(".processor.", ".")
     candidates = (name, f"{name}.0", flat.get(KOHYA.sub("", name, count=1)))
@@ -195,13 +195,13 @@ def _layer(name: str, layers: Mapping[str, nn.Module], flat: Mapping[str, str]) 
 def _misfits(
     entries: Mapping[str, Entry], layer: str, module: nn.Module, parts: Mapping[str, str]
 ) -> list[tuple[str, str]]:
-    """(kind, line) of every part that is missing, or not of the layer's shape."""
+    """List (kind, line) for every part that is missing or misshapen."""
     weight = module.get_parameter("weight")
     shapes = {part: entries[key].shape for part, key in parts.items()}
     missing = [part for part in ("down", "up") if part not in parts]
     if missing:
-        has = next(iter(parts.values()))
-        return [("without its other half", f"{has}: lora_A and lora_B of {layer} go together")]
+        key = next(iter(parts.values()))
+        return [("without its other half", f"{key}: lora_A and lora_B of {layer} go together")]
     rank = (*shapes["down"], 0)[0]
     ones = (1,) * (weight.dim() - 2)
     wanted = {
@@ -219,7 +219,7 @@ def _misfits(
         found.append(("of another shape", f"{parts['alpha']}: expected a number; got "
                       f"{list(shapes['alpha'])}"))  # fmt: skip
     if "bias" in parts and getattr(module, "bias", None) is None:
-        found.append(("for a bias that the layer has not", parts["bias"]))
+        found.append(("for a bias that the layer does not have", parts["bias"]))
     if "bias of down" in parts:
         found.append(("that LoRA does not have", parts["bias of down"]))
     return found
@@ -237,7 +237,7 @@ def _is_of_peft(key: str) -> bool:
 
 
 def _settings(file: TensorFile) -> dict[str, Any]:
-    """peft's settings of the adapter: of its own file beside the weights, or of their header."""
+    """peft's settings: from its file beside the weights, or from their metadata."""
     beside = file.path.parent / CONFIG
     of_peft = file.path.name == FILES[1] or any(map(_is_of_peft, file.entries))
     if of_peft and beside.exists():
@@ -278,9 +278,9 @@ def _settings(file: TensorFile) -> dict[str, Any]:
 
 
 def _pattern(where: str, text: str) -> re.Pattern[str]:
-    """peft's rule for names, a regular expression that matches their end.
+    """Regular expression of peft's settings, which matches the end of a layer's name.
 
-    Nested or many repetitions could take forever on a name, so they are refused.
+    Nested or many repetitions, which could backtrack forever, are rejected.
     """
     simple = len(text) <= 200 and len(re.findall(r"[*+?{]", text)) <= 3
     try:

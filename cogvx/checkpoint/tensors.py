@@ -1,7 +1,7 @@
-"""Safetensors files, through the `safetensors` package, read and written without a memory map.
+"""Read and write safetensors files, without memory-mapping.
 
-A mapped file that another process truncates kills this one (SIGBUS), and one that is written over
-changes weights in use; what is read with pread(2) can do neither.
+Truncating a mapped file kills the process that uses it (SIGBUS), and overwriting it changes weights
+in use; pread(2) avoids both.
 """
 
 import os
@@ -29,18 +29,17 @@ HEADER_BYTES = 8 * MIB
 
 
 class Entry(NamedTuple):
-    """A tensor as the header of its file describes it, in the format's words: F32, BF16, …"""
+    """Header entry of a tensor; the dtype as in the format: F32, BF16, …"""
 
     dtype: str
     shape: tuple[int, ...]
 
 
 class TensorFile:
-    """One safetensors file, open: its header checked in full, its tensors read when asked for.
+    """Open safetensors file: the header is checked in full, tensors are read on request.
 
-    `entries` are in the order of the file. Raises CheckpointError, naming the file, for every file
-    that is not exactly what its header says: cut short, too long, with holes or overlaps, or no
-    safetensors.
+    `entries` are in the order of the file. Raises CheckpointError, naming the file, if it does not
+    match its header exactly (truncated, too long, holes, overlaps) or is no safetensors file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -66,7 +65,7 @@ class TensorFile:
             except SafetensorError as error:
                 file.seek(8)
                 raise CheckpointError(
-                    f"{self.path}: must be {_said(file.read(length))}; got {size:,} bytes and "
+                    f"{self.path}: must be {_expected(file.read(length))}; got {size:,} bytes and "
                     f"{short_repr(str(error), 200)}{_ends(self.path)}"
                 ) from error
         self.metadata: dict[str, str] = self._file.metadata() or {}
@@ -76,11 +75,7 @@ class TensorFile:
         return Entry(part.get_dtype(), tuple(part.get_shape()))
 
     def read(self, name: str) -> Tensor:
-        """A tensor, in memory of its own, on the CPU.
-
-        It is copied once more, because the library aligns to 16 bytes and torch to 64: no kernel
-        can tell it from one that torch made.
-        """
+        """Read a tensor to the CPU, aligned to 64 bytes as torch's (the library aligns to 16)."""
         try:
             return self._file.get_tensor(name).clone()
         except (SafetensorError, RuntimeError, TypeError) as error:  # a shape beyond torch's, say
@@ -97,7 +92,7 @@ class TensorFile:
 
 
 def _next(came: str) -> str:
-    """What to do with a file that is something else."""
+    """Advice for a file of another kind."""
     if came.endswith("video"):
         return "; `cogvx encode` makes a file of latents from a video"
     if "pickle" in came:
@@ -109,18 +104,18 @@ def _ends(path: Path) -> str:
     return "; by its name, a download that is not finished" if path.suffix in UNFINISHED else ""
 
 
-def _said(header: bytes) -> str:
-    """What a file with this header must be; a look for the sake of a message, not the check."""
+def _expected(header: bytes) -> str:
+    """Expected size, for the error message only."""
     ends = re.findall(rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d{1,18})\s*\]', header)
     if not ends:
         return "safetensors"
-    return f"{8 + len(header) + max(map(int, ends)):,} bytes of safetensors, as its header says"
+    return f"{8 + len(header) + max(map(int, ends)):,} bytes of safetensors, by its header"
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors by name, metadata) of one safetensors file, on the CPU.
+    """Read (tensors by name, metadata) of a safetensors file to the CPU.
 
-    Raises CheckpointError for a file that is damaged or no safetensors file.
+    Raises CheckpointError for a damaged or other file.
     """
     with TensorFile(path) as file:
         return {name: file.read(name) for name in file.entries}, file.metadata
@@ -133,13 +128,13 @@ def write_tensors(
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes one safetensors file, whole or not at all (see `atomic_path`).
+    """Write a safetensors file atomically (see `atomic_path`).
 
-    tensors: by name, of any device and strides; what is not contiguous on the CPU is copied there.
-    dtype: what floating tensors are converted to; by default they stay what they are.
+    tensors: by name, of any device and strides.
+    dtype: of floating tensors; by default unchanged.
 
-    Raises TypeError for what safetensors cannot hold, and ValueError for more names than
-    `read_tensors` would take.
+    Raises TypeError for tensors that safetensors cannot hold, and ValueError for more names than
+    `read_tensors` accepts.
     """
     with atomic_path(path) as part:
         fill(part, tensors, metadata, dtype)
@@ -151,7 +146,7 @@ def fill(
     metadata: Mapping[str, str] | None,
     dtype: torch.dtype | None,
 ) -> None:
-    """`write_tensors` under a name that is temporary already."""
+    """`write_tensors` to a path that is already temporary."""
     plain: dict[str, Tensor] = {}
     seen = set()
     for name, tensor in tensors.items():
@@ -167,7 +162,7 @@ def fill(
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         held = tensor.detach().to("cpu", kind).contiguous().resolve_neg().resolve_conj()
         place = held.untyped_storage().data_ptr()
-        plain[name] = held.clone() if place in seen else held  # the library takes no two of one
+        plain[name] = held.clone() if place in seen else held  # the library rejects shared storage
         seen.add(place)
     try:
         save_file(plain, path, None if metadata is None else dict(metadata))
@@ -179,4 +174,4 @@ def fill(
             f"got {short_repr(str(error), 200)}"
         ) from error
     with TensorFile(path):
-        pass  # what could not be read again replaces nothing
+        pass  # an unreadable file must not replace the old one

@@ -1,4 +1,4 @@
-"""The weights of one component's folder: one file, or shards that an index names."""
+"""Weights of a component's folder: one file, or shards with an index."""
 
 import contextlib
 import itertools
@@ -41,12 +41,12 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 class Weights:
-    """The weights of a folder, open: which tensor is in which file, known from the headers alone.
+    """Open weight files of a folder; only their headers are read.
 
-    stem: how their files' names begin; "model" in the folders of transformers.
+    stem: start of the file names; "model" in folders of transformers.
 
-    Raises CheckpointError for names that lead out of the folder, for files that are damaged, for an
-    index that does not agree with its files, and for a folder that has only pickles.
+    Raises CheckpointError for names that lead out of the folder, damaged files, an index that does
+    not match its files, and a folder that has only pickles.
     """
 
     def __init__(self, folder: Path, variant: str | None = None, stem: str = STEM) -> None:
@@ -117,12 +117,12 @@ class Weights:
         self._stack.close()
 
     def numel(self) -> int:
-        """How many numbers the files hold."""
+        """Number of values in the files."""
         entries = [entry for file in self.files for entry in file.entries.values()]
         return sum(math.prod(entry.shape) for entry in entries)
 
     def dtype(self) -> torch.dtype:
-        """The dtype of most of the numbers: what a model of mixed dtypes is computed in."""
+        """Dtype of most of the values, in which a model of mixed dtypes is run."""
         counts: Counter[str] = Counter()
         for file in self.files:
             for entry in file.entries.values():
@@ -130,12 +130,12 @@ class Weights:
         return FLOATING[max(FLOATING, key=lambda name: counts[name])]
 
     def children(self, prefix: str) -> int:
-        """How many different names follow `prefix` and end at the next dot."""
+        """Number of different names between `prefix` and the next dot."""
         begin = len(prefix)
         return len({n[begin:].split(".", 1)[0] for n in self.place if n.startswith(prefix)})
 
     def check(self, model: nn.Module) -> None:
-        """Raises CheckpointError unless the files hold the model's tensors and nothing else."""
+        """Raises CheckpointError unless the files hold exactly the model's tensors."""
         wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         missing = [
             f"{name}: expected {list(shape)}; got nothing"
@@ -178,9 +178,9 @@ class Weights:
         device: torch.device,
         check_finite: bool = False,
     ) -> None:
-        """Gives a model on the meta device its tensors; only one at a time is there twice.
+        """Load the weights into a model on the meta device, one tensor at a time.
 
-        dtype: that of all weights; None for that of most of them in the files.
+        dtype: of all weights; None for that of most of them in the files.
         """
         dtype = dtype or self.dtype()
         state: dict[str, Tensor] = {}
@@ -205,15 +205,15 @@ def _is_there(path: Path) -> bool:
 
 
 def _names(stem: str, variant: str | None) -> tuple[str, str]:
-    """(index, single file) of the weights of a variant."""
+    """File names (index, single file) of a variant."""
     dot = f".{variant}" if variant else ""
     return f"{stem}.safetensors.index{dot}.json", f"{stem}{dot}.safetensors"
 
 
 def variants_of(model: Path, variant: str | None) -> dict[str, str | None]:
-    """The variant to read of each part of a model: `variant`, but None for a part without it.
+    """Variant to read of each part of a model: `variant`, or None for a part without it.
 
-    If no part has it, it is asked of all, whose errors say what there is.
+    If no part has it, it is returned for all, so that loading fails with the variants that exist.
     """
     stems = {part: stem for part, (_, stem) in PARTS.items() if stem is not None}
     have = {
@@ -258,11 +258,11 @@ def save(
     max_shard_bytes: int,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes config.json and the weights of a component; see `save_transformer` for the promise.
+    """Write config.json and the weights of a component, atomically; see `save_transformer`.
 
-    Everything is written under other names first. What makes it the new model is one renaming: of
-    the weights, or of their index, which goes before a single file. If the configs differ, the old
-    one is removed just before it, so that no one can read one's config with the other's weights.
+    Everything is written under temporary names first. One rename makes it the new model: of the
+    weights, or of their index, which is read in preference to a single file. If the configs differ,
+    the old one is removed just before, so that it is never read with the new weights.
     """
     if type(max_shard_bytes) is not int or max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be a positive integer; got {max_shard_bytes!r}")
@@ -288,7 +288,7 @@ def save(
                     part.write_text(_index(names, shards, tensors, dtype), encoding="utf-8")
                 else:
                     fill(part, tensors, about, dtype)
-                sync(part)  # now, so that nothing slow comes between the next lines
+                sync(part)  # now, so that the next lines are fast
                 if not (spelled.is_file() and spelled.read_bytes() == text.encode()):
                     spelled.unlink(missing_ok=True)
             unfinished = []
@@ -312,7 +312,7 @@ def _size(tensor: Tensor, dtype: torch.dtype | None) -> int:
 def _shards(
     tensors: Mapping[str, Tensor], max_shard_bytes: int, dtype: torch.dtype | None
 ) -> list[list[str]]:
-    """Names in their order, cut wherever the next tensor would not fit."""
+    """Split names, in order, into shards of at most `max_shard_bytes`."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, tensor in tensors.items():
@@ -330,7 +330,7 @@ def _shards(
 
 
 def _unused_names(folder: Path, count: int) -> list[str]:
-    """Names for shards, none if one file is enough; those of the hub unless they are in use."""
+    """Unused names of shards, the hub's if possible; none for a single file."""
     if count == 1:
         return []
     for attempt in itertools.count(1):

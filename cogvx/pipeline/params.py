@@ -50,7 +50,7 @@ class Request(GenerationParams):
 
     @property
     def guided(self) -> bool:
-        """Whether there is classifier-free guidance: two predictions a step."""
+        """True with classifier-free guidance: two predictions a step."""
         return self.guidance > 1
 
 

@@ -19,7 +19,7 @@ class NoiseSchedule:
     SNR is then divided by `snr_shift_scale`, and √ᾱ is shifted and scaled so that the last one is 0
     and the first is unchanged (zero terminal SNR).
 
-    alphas_cumprod  (num_train_timesteps,) float64, on the CPU whatever the device of the model:
+    alphas_cumprod  (num_train_timesteps,) float64, always on the CPU:
                     a timestep given as an int costs no transfer and no synchronisation
 
     A timestep is an int for the whole batch, or a (batch,) integer tensor; 0 is the least noise,

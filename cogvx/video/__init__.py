@@ -1,7 +1,7 @@
-"""Video files to tensors and back: `(batch, frames, channels, height, width)` in [-1, 1].
+"""Read and write video files as tensors `(batch, frames, channels, height, width)` in [-1, 1].
 
-A file is refused from its header, before a frame is decoded, when it is beyond the limits of
-`container`. PyAV is an extra, reached for when a file is opened: `pip install cogvx[video]`.
+Files beyond the limits of `container` are rejected by their header, before decoding. PyAV is an
+extra, imported when a file is opened: `pip install cogvx[video]`.
 """
 
 from .container import PICTURE_SUFFIXES, SUFFIXES, VideoError, check_fps

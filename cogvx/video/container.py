@@ -1,4 +1,4 @@
-"""PyAV, files opened within limits, and errors that name the file."""
+"""Open video files by PyAV, within limits; errors name the file."""
 
 import errno
 import math
@@ -20,8 +20,8 @@ FRAME_LIMIT = 1 << 18  # two hours at 30 a second
 BYTE_LIMIT = 1 << 36
 RATES = 0.001, 1000  # frames a second
 
-# FFmpeg's demuxers whose files are read, and the suffixes that these files have. Not here:
-# playlists and scripts, which name other files to open.
+# FFmpeg's demuxers that may be used, and usual suffixes. Not playlists and scripts, which open
+# other files.
 FORMATS = {
     "mov,mp4,m4a,3gp,3g2,mj2": ".mp4 .mov .m4v .qt .3gp .3g2 .mj2 .f4v .avif .heic .heif",
     "matroska,webm": ".mkv .webm",
@@ -45,10 +45,10 @@ PICTURE_FORMATS = {
 }
 PICTURE_SUFFIXES = tuple(" ".join(PICTURE_FORMATS.values()).split())
 SUFFIXES = *" ".join(FORMATS.values()).split(), *PICTURE_SUFFIXES
-# Streams without a container, hence without times. Recognized, to be refused in words.
+# Streams without a container, hence without times: recognised for a precise error.
 RAW_FORMATS = "h264,hevc,vvc,m4v,mpegvideo,h263,h261,vc1,obu,av1,mjpeg,dirac,cavsvideo"
-# While a file is opened, FFmpeg decodes frames to learn what its header leaves out, without a
-# limit of pixels. It may use these decoders alone, which then parse headers and make no picture.
+# Opening a file, FFmpeg decodes frames to complete the header, without a limit of pixels. It may
+# use only these decoders, which then parse headers and decode nothing.
 PROBED = "h264,hevc,mpeg1video,mpeg2video,mpeg4,mjpeg,png"
 OPTIONS = {
     "format_whitelist": ",".join([*FORMATS, *PICTURE_FORMATS, RAW_FORMATS]),
@@ -59,7 +59,7 @@ BT709, BT601, LIMITED = 1, 5, 1  # as H.273 numbers them
 
 
 class VideoError(ValueError):
-    """A file that is not what it should be; the message names it and says what is wrong."""
+    """Invalid video file; the message names it and the fault."""
 
 
 def pyav() -> ModuleType:
@@ -74,7 +74,7 @@ def pyav() -> ModuleType:
 
 @contextmanager
 def named_errors(path: PathLike, what: str) -> Iterator[None]:
-    """Errors of FFmpeg and of the system become VideoErrors that name the file."""
+    """Convert errors of FFmpeg and the system to VideoErrors that name the file."""
     try:
         yield
     except (pyav().FFmpegError, OSError) as error:
@@ -83,7 +83,7 @@ def named_errors(path: PathLike, what: str) -> Iterator[None]:
 
 @contextmanager
 def opened(path: PathLike) -> Iterator[tuple[Any, Any]]:
-    """The container and the video stream that players show, within the limits."""
+    """Open a file: its container and the video stream that players show."""
     with named_errors(path, "cannot be read"):
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
@@ -105,14 +105,14 @@ def opened(path: PathLike) -> Iterator[tuple[Any, Any]]:
         try:
             yield container, stream
         except pyav().FFmpegError as error:
-            if not stream.height or not stream.width:  # its header does not say, its frames do
+            if not stream.height or not stream.width:  # not in the header, only in frames
                 _check_pixels(path, *_size_in_logs(file))
             raise error
 
 
 def _container(path: PathLike, file: BinaryIO) -> Any:
-    # Without a name, so that FFmpeg goes by the bytes alone and never opens another file.
-    # A photo with others behind it (a gain map, a depth map, MPF) looks like motion JPEG.
+    # Without a name, so that FFmpeg never opens another file.
+    # A photo with more images in it (a gain map, a depth map, MPF) looks like motion JPEG.
     photo = file.read(3) == b"\xff\xd8\xff" and b"MPF\0" in file.read(1 << 18)
     file.seek(0)
     try:
@@ -147,24 +147,24 @@ def _check_format(path: PathLike, container: Any, file: BinaryIO) -> None:
 
 
 def _shown_stream(path: PathLike, container: Any) -> Any:
-    """The stream that FFmpeg and players take for the video; never a cover picture or a tile."""
+    """The stream that FFmpeg and players show; never a cover picture or a tile."""
     kinds = pyav().stream.Disposition
     streams = [s for s in container.streams.video if not s.disposition & kinds.attached_pic]
     if not streams:
-        has = "a cover picture alone" if container.streams.video else "none"
-        raise VideoError(f"{path}: must have a video stream; it has {has}")
+        found = "a cover picture alone" if container.streams.video else "none"
+        raise VideoError(f"{path}: must have a video stream; it has {found}")
     best = container.streams.best("video")
     if best not in streams:
         best = max(streams, key=lambda stream: bool(stream.disposition & kinds.default))
     tiles = [stream for stream in streams if stream.disposition & kinds.dependent]
-    if tiles and not best.disposition & kinds.default:  # which a picture that is whole has
+    if tiles and not best.disposition & kinds.default:  # which a whole picture has
         raise VideoError(
             f"{path}: is a photo in {len(tiles)} tiles (HEIC or AVIF), which are not put "
             "together. Save it as JPEG or PNG"
         )
     if best.codec_context is None:
         raise VideoError(
-            f"{path}: is coded in a way that this FFmpeg cannot decode. Convert it to H.264: "
+            f"{path}: has a codec that this FFmpeg cannot decode. Convert it to H.264: "
             f"ffmpeg -i {quoted(path)} clip.mp4"
         )
     return best
@@ -178,9 +178,9 @@ def _check_pixels(path: PathLike, height: int, width: int) -> None:
 
 
 def _size_in_logs(file: BinaryIO) -> tuple[int, int]:
-    """Height and width for which a decoder refuses the first frame; 0, 0 if it is not for them.
+    """Height and width for which a decoder rejects the first frame; 0, 0 otherwise.
 
-    PyAV has no other way to ask: FFmpeg forgets a size beyond its limit.
+    Parsed from FFmpeg's log, because PyAV does not expose a size beyond the limit.
     """
     logging = pyav().logging
     level = logging.get_level()
@@ -200,7 +200,7 @@ def _size_in_logs(file: BinaryIO) -> tuple[int, int]:
 
 
 def quoted(path: PathLike) -> str:
-    """A path as a command takes it."""
+    """Quote a path for a shell."""
     return shlex.quote(os.fspath(path))
 
 
@@ -212,7 +212,7 @@ def check_count(path: PathLike, count: int) -> None:
 def check_fps(
     where: PathLike, fps: float, least: float = RATES[0], most: float = RATES[1]
 ) -> Fraction:
-    """The rate as a fraction. Raises VideoError unless it lies between `least` and `most`."""
+    """Convert a rate to a fraction. Raises VideoError unless it is in [least, most]."""
     if not isinstance(fps, Real) or not (math.isfinite(fps) and least <= fps <= most):
         raise VideoError(
             f"{where}: fps must be above 0 (at least {least:g}) and at most {most:g}; got {fps}"

@@ -1,4 +1,4 @@
-"""How near one video is to another."""
+"""Peak signal-to-noise ratio of videos."""
 
 import math
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class PSNR:
-    """Peak signal to noise in dB over chunks, of videos in [-1, 1] (the peak is 2)."""
+    """Peak signal-to-noise ratio in dB, accumulated over chunks of videos in [-1, 1]."""
 
     def __init__(self) -> None:
         self.squared = 0.0
@@ -21,12 +21,12 @@ class PSNR:
 
     @property
     def decibels(self) -> float:
-        """Infinite for equal videos."""
+        """PSNR in dB; infinite for equal videos."""
         return 10 * math.log10(4 * self.count / self.squared) if self.squared else math.inf
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal to noise in dB of two videos in [-1, 1]; what is beyond is clamped, as shown."""
+    """Peak signal-to-noise ratio in dB of two videos, clamped to [-1, 1]."""
     measure = PSNR()
     measure.add(a, b)
     return measure.decibels

@@ -1,24 +1,24 @@
-"""A file to a tensor `(batch, frames, channels, height, width)`, values in [-1, 1].
+"""Read video files as tensors `(batch, frames, channels, height, width)` in [-1, 1].
 
-What is read, by content and not by suffix: MP4, MOV, M4V, 3GP, MJ2, MKV, WebM, AVI, FLV, MPEG-PS
+Formats, recognised by content, not by suffix: MP4, MOV, M4V, 3GP, MJ2, MKV, WebM, AVI, FLV, MPEG-PS
 and -TS, Ogg, WMV/ASF, IVF, Y4M, GIF, APNG; of pictures PNG, JPEG, BMP, WebP, TIFF, AVIF and HEIC
-(`SUFFIXES`). Refused, with what to do: streams without a container (.h264, .hevc, .m2v, .obu: their
-frames have no times), animated WebP, photos in tiles (as phones write HEIC).
+(`SUFFIXES`). Rejected, with advice: streams without a container (.h264, .hevc, .m2v, .obu: their
+frames have no times), animated WebP, tiled photos (as phones write HEIC).
 
-What a file has is made to fit what is wanted by these rules:
+Frames are selected and converted by these rules:
 
-- stream: of several video streams the one that players show (FFmpeg's best); a cover picture never;
-- orientation: as players show it: display matrices and EXIF orientations that mirror or turn by
-  quarter turns, in all eight combinations. Other angles and shears are refused;
-- size: the largest centred part that has the wanted shape is cut out, then resized with
+- stream: of several video streams the one that players show (FFmpeg's best), never a cover picture;
+- orientation: as in players: all eight mirrorings and quarter turns, by display matrix or EXIF.
+  Other angles and shears are rejected;
+- size: cropped to the largest centred part of the requested aspect ratio, then resized with
   antialiasing. Pixels count as square;
-- frame rate: at each wanted time the frame shown nearest to it (the earlier of two equally near),
-  by the file's own time stamps, so that a variable rate needs no rule of its own;
-- frames: without a count, the longest clip that the VAE's frame rule allows; with one, exactly so
-  many from the start, or an error. The start is the first frame that can be decoded: a recording
-  that begins in the middle of a group of pictures has frames before it that cannot;
-- colour: as the file is tagged; untagged is BT.709 from 720 lines up and BT.601 below, as players
-  take it. Interlaced frames stay interlaced.
+- frame rate: for each requested time the nearest frame (the earlier of two equally near), by the
+  file's time stamps, so that variable rates work, too;
+- frames: by default the longest clip that the VAE's frame rule allows; with a count, exactly so
+  many from the start, or an error. The start is the first frame that can be decoded, which is later
+  if a recording begins in the middle of a group of pictures;
+- colour: as tagged; untagged is BT.709 from 720 lines up and BT.601 below, as in players.
+  Interlaced frames stay interlaced.
 """
 
 import bisect
@@ -54,9 +54,9 @@ from .container import (
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What is in a file, as it is shown: size after rotation; `fps` the average, `duration` in
-    seconds. The stored picture is mirrored left to right if `mirrored`, then turned by `rotation`
-    quarter turns counter-clockwise, to be shown."""
+    """Properties of a file: displayed size; average `fps`; `duration` in seconds. For display the
+    stored picture is mirrored left to right if `mirrored`, then rotated by `rotation` quarter turns
+    counter-clockwise."""
 
     frames: int
     height: int
@@ -69,10 +69,10 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames of a file, chosen and sized, not yet read. `chosen` are their numbers in the file,
-    without the first `skipped` packets, which no keyframe comes before.
+    """Frames of a file, selected but not yet read. `chosen` are their numbers in the file, after
+    the first `skipped` packets, which precede the first keyframe.
 
-    `chunks` reads it front to back in constant memory, as often as it is called.
+    `chunks` reads them in constant memory; it may be called again.
     """
 
     path: str
@@ -87,24 +87,24 @@ class Clip:
         return len(self.chosen)
 
     def chunks(self, sizes: int | Sequence[int]) -> Iterator[Tensor]:
-        """The clip in pieces `(1, frames, 3, height, width)`, fp32 in [-1, 1].
+        """Read the clip in chunks `(1, frames, 3, height, width)`, fp32 in [-1, 1].
 
-        sizes: frames of a piece (the last may be shorter), or of each (`frames.encode_plan`).
-        Raises VideoError when the file ends before the clip does, or cannot be decoded.
+        sizes: frames of a chunk (the last may be shorter), or of each (`frames.encode_plan`).
+        Raises VideoError if the file ends before the clip, or cannot be decoded.
         """
         if isinstance(sizes, int):
             sizes = [min(sizes, self.frames - n) for n in range(0, self.frames, sizes)]
         if sum(sizes) > self.frames:
             raise ValueError(f"Clip: sizes must add up to {self.frames} frames; got {sum(sizes)}")
-        shown = self._shown()
+        frames = self._frames()
         for size in sizes:
-            yield torch.stack(list(itertools.islice(shown, size)))[None]
+            yield torch.stack(list(itertools.islice(frames, size)))[None]
 
     def read(self) -> Tensor:
-        """The whole clip as one tensor."""
+        """Read the whole clip."""
         return next(self.chunks(self.frames))
 
-    def _shown(self) -> Iterator[Tensor]:
+    def _frames(self) -> Iterator[Tensor]:
         position = 0
         with opened(self.path) as (container, stream):
             for number, picture in enumerate(_decoded(container, stream, self.skipped)):
@@ -117,18 +117,18 @@ class Clip:
                     return
         raise VideoError(
             f"{self.path}: must have frame {self.chosen[position]} of the {self.chosen[-1] + 1} "
-            "that its header promises; the file ends before it, truncated or damaged"
+            "of its header; the file ends before it, truncated or damaged"
         )
 
 
 def probe(path: PathLike) -> VideoInfo:
-    """What is in a video or image file; formats and rules as of `open_video`.
+    """Properties of a video or image file; formats and rules: see `open_video`.
 
-    Its packets are counted and its first frame is decoded. All frames are decoded only where
-    packets may not be frames: the file begins without a keyframe, times are missing or repeated,
-    the codec has hidden frames.
+    Counts packets and decodes the first frame. All frames are decoded only if packets may not be
+    frames: the file begins without a keyframe, times are missing or repeated, the codec has hidden
+    frames.
 
-    Raises VideoError for what is missing, empty, truncated, without video or beyond the limits.
+    Raises VideoError for a missing, empty or truncated file, without video or beyond the limits.
     """
     return _examine(path).info
 
@@ -143,17 +143,16 @@ def open_video(
     multiple: int = 8,
     vae: VAEConfig = frame_rule.RELEASED,
 ) -> Clip:
-    """Choose frames and size of a video or picture; its frames are not read yet.
+    """Select frames and size of a video or picture; frames are not read yet.
 
-    Read are mp4, mov, m4v, 3gp, mkv, webm, avi, flv, mpg, ts, ogv, wmv, ivf, y4m, gif, apng, and of
-    pictures png, jpg, bmp, webp, tiff, avif, heic (`SUFFIXES` lists them); the content decides, not
-    the suffix. The frames are of the stream that players show, upright as players show them:
-    rotation and mirroring are undone, then the middle is cut out in the wanted shape and resized.
+    Formats: mp4, mov, m4v, 3gp, mkv, webm, avi, flv, mpg, ts, ogv, wmv, ivf, y4m, gif, apng, and
+    pictures png, jpg, bmp, webp, tiff, avif, heic (`SUFFIXES`), recognised by content. Frames are
+    those that players show, upright, cropped at the centre to the requested shape and resized.
 
-    frames: how many, from the start; None for the longest clip that `vae` can take.
-    height, width: in pixels; None for the file's own, brought down to a multiple of `multiple`
-        (of one alone given, the other follows from the file's shape).
-    fps: frames a second; None for the file's frames as they are.
+    frames: number, from the start; None for the longest clip that `vae` can take.
+    height, width: in pixels; by default the file's, rounded down to a multiple of `multiple`. If
+        only one is given, the other keeps the file's aspect ratio.
+    fps: frames per second; None for the file's own frames.
     """
     if fps is not None:
         check_fps(path, fps)
@@ -178,24 +177,23 @@ def open_video(
 
 
 def read_video(path: PathLike, **options: Any) -> Tensor:
-    """`(1, frames, 3, height, width)` fp32 in [-1, 1]; formats, rules and options as of
-    `open_video`."""
+    """Read a clip, `(1, frames, 3, height, width)` fp32 in [-1, 1]; options of `open_video`."""
     return open_video(path, **options).read()
 
 
 def stream_video(path: PathLike, chunk: int | Sequence[int], **options: Any) -> Iterator[Tensor]:
-    """The same in pieces, in constant memory; options as of `open_video`, which knows the total."""
+    """Read a clip in chunks, in constant memory; options of `open_video`, which has the total."""
     return open_video(path, **options).chunks(chunk)
 
 
 def read_image(path: PathLike, height: int | None = None, width: int | None = None) -> Tensor:
-    """`(1, 3, height, width)` fp32 in [-1, 1]: a picture, or the first frame of a video."""
+    """Read a picture or the first frame of a video: `(1, 3, height, width)` fp32 in [-1, 1]."""
     return read_video(path, frames=1, height=height, width=width)[:, 0]
 
 
 @dataclass(frozen=True)
 class _Examined:
-    """What is in a file, and when each frame is shown: `times` in ticks of `tick` seconds."""
+    """Properties of a file, and the time of each frame: `times` in ticks of `tick` seconds."""
 
     info: VideoInfo
     times: Sequence[int]
@@ -238,8 +236,8 @@ def _examine(path: PathLike) -> _Examined:
 def _packet_times(
     path: PathLike, container: Any, stream: Any
 ) -> tuple[int, list[int | None], bool]:
-    """How many packets come before the first keyframe; when each one after them is shown, in ticks;
-    whether each of these is sure to be one frame."""
+    """Number of packets before the first keyframe; times of the others, in ticks; and whether each
+    of these is certainly one frame."""
     times: list[int | None] = []
     seen = skipped = 0
     keyed = damaged = hidden = False
@@ -247,7 +245,7 @@ def _packet_times(
     for packet in container.demux(stream):
         if not packet.size:
             continue
-        if packet.is_keyframe and not keyed:  # what came before cannot be decoded
+        if packet.is_keyframe and not keyed:  # earlier packets cannot be decoded
             keyed, skipped, times, damaged, hidden = True, seen, [], False, False
         seen += 1
         damaged = damaged or packet.is_corrupt
@@ -261,13 +259,13 @@ def _packet_times(
     if damaged:
         raise VideoError(f"{path}: is truncated or damaged after frame {len(times)}")
     known = [time for time in times if time is not None]
-    leading = origin is None or any(time < origin for time in known)  # lack what they refer to
+    leading = origin is None or any(time < origin for time in known)  # lack their reference frames
     certain = keyed and not (skipped or hidden or leading) and len(set(known)) == len(times)
     return skipped, times, certain
 
 
 def _may_be_hidden(codec: str, data: memoryview) -> bool:
-    """Whether a packet may hold nothing to show: a reference frame alone, or a repetition."""
+    """True if a packet may have no frame to show: only a reference frame, or a repetition."""
     if codec == "vp8":
         return not data[0] & 0x10  # show_frame, RFC 6386 section 9.1
     if codec == "vp9":  # show_existing_frame, show_frame; a superframe ends in its index
@@ -276,23 +274,23 @@ def _may_be_hidden(codec: str, data: memoryview) -> bool:
 
 
 def _may_be_fields(container: Any, stream: Any, first: Any) -> bool:
-    """Whether two packets may be one frame: the fields of interlaced H.264 without a container that
-    joins them."""
-    apart = container.format.name in ("mpegts", "mpeg") and stream.codec_context.name == "h264"
-    return apart and first.interlaced_frame
+    """True if two packets may be one frame: fields of interlaced H.264 in a container that does
+    not join them."""
+    separate = container.format.name in ("mpegts", "mpeg") and stream.codec_context.name == "h264"
+    return separate and first.interlaced_frame
 
 
 def _decoded(container: Any, stream: Any, skipped: int) -> Iterator[Any]:
-    """The frames of a stream as shown, from the packet after the first `skipped` on."""
+    """Decode the frames of a stream, after the first `skipped` packets."""
     for packet in container.demux(stream):
         if packet.size and skipped:
             skipped -= 1
-        elif packet.size or packet.dts is None:  # an empty one with a time would end the decoder
+        elif packet.size or packet.dts is None:  # an empty packet with a time would end the decoder
             yield from packet.decode()
 
 
 def _rate_in_ticks(intervals: int, span: Fraction, tick: Fraction) -> Fraction:
-    """The simplest rate whose times, rounded to ticks, can span so long: 8 and not 7.96."""
+    """Simplest rate whose times, rounded to ticks, match the span: 8, not 7.96."""
     if span <= tick:
         return intervals / span
     least, most = intervals / (span + tick), intervals / (span - tick)
@@ -301,8 +299,7 @@ def _rate_in_ticks(intervals: int, span: Fraction, tick: Fraction) -> Fraction:
 
 
 def _orientation(path: PathLike, picture: Any) -> tuple[int, bool]:
-    """How a stored picture is shown: mirrored left to right or not, then turned counter-clockwise
-    by so many quarters."""
+    """Display orientation: (quarter turns counter-clockwise, mirrored left to right before)."""
     # x' = ax + cy, y' = bx + dy; y grows downwards
     a, b, _, c, d, *_ = _display_matrix(picture) or [0] * 9
     if not (a or b or c or d):
@@ -316,7 +313,7 @@ def _orientation(path: PathLike, picture: Any) -> tuple[int, bool]:
             f"matrix is {rows}. ffmpeg -i {quoted(path)} turned.mp4 draws it as shown"
         )
     mirrored = a * d < b * c
-    if mirrored:  # x counts from the other side
+    if mirrored:  # x is reversed
         a, b = -a, -b
     if upright:
         return (0 if a > 0 else 2), mirrored
@@ -324,11 +321,11 @@ def _orientation(path: PathLike, picture: Any) -> tuple[int, bool]:
 
 
 def _display_matrix(picture: Any) -> Sequence[int]:
-    """Nine numbers in fixed point, or none."""
+    """Nine fixed-point numbers, or none."""
     try:
         data = picture.side_data.get("DISPLAYMATRIX")
     except ValueError:
-        # PyAV cannot list EXIF, which FFmpeg has made a matrix of: a copy without it
+        # PyAV cannot list EXIF, which FFmpeg has converted to a matrix: a copy without it
         data = _without_exif(picture).side_data.get("DISPLAYMATRIX")
     except KeyError:
         return ()
@@ -352,7 +349,7 @@ def _without_exif(picture: Any) -> Any:
 
 
 def _nearest(path: PathLike, found: _Examined, fps: float) -> Sequence[int]:
-    """For each wanted time the frame shown nearest to it."""
+    """For each requested time the nearest frame."""
     rate, times = Fraction(fps).limit_denominator(1001), found.times
     count = max(1, math.floor(Fraction(found.info.duration).limit_denominator(10**6) * rate))
     check_count(path, count)
@@ -379,7 +376,7 @@ def _size(
 
 
 def _to_tensor(path: PathLike, picture: Any, height: int, width: int) -> Tensor:
-    """(3, height, width), fp32 in [-1, 1]: upright, cut to shape, resized."""
+    """Convert to (3, height, width), fp32 in [-1, 1]: upright, cropped, resized."""
     untagged = int(picture.colorspace) == 2
     rgb = picture.reformat(
         format="rgb24",

@@ -1,4 +1,4 @@
-"""A tensor `(1, frames, 3, height, width)` in [-1, 1] to a file: a video, or a sheet of frames."""
+"""Write tensors `(1, frames, 3, height, width)` in [-1, 1] to videos or sheets of frames."""
 
 import math
 import os
@@ -29,9 +29,9 @@ from .container import (
 )
 
 WRITTEN = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".gif": "gif"}
-GIF_RATES = 0.01, 50  # a GIF counts hundredths of a second; viewers slow down a delay of one
+GIF_RATES = 0.01, 50  # delays are in 1/100 s, and viewers slow down a delay of 1
 SIDE_LIMIT = 16384  # of x264
-QUALITY = 15  # x264's crf: 0 is lossless, 18 is said to look it
+QUALITY = 15  # x264's crf: 0 is lossless, 18 looks so
 GAP = 2  # pixels between the pictures of a sheet
 MARGIN = 4  # pixels around its text
 
@@ -42,11 +42,11 @@ def check_video_output(
     height: int | None = None,
     width: int | None = None,
 ) -> None:
-    """Raise the VideoError that `write_video` would raise for what is known beforehand.
+    """Raises the VideoError that `write_video` would raise, as far as known beforehand.
 
-    Checks the suffix, that the folder exists and can be written to, and, where they are given, fps
-    (above 0 and at most 1000; of a GIF at most 50) and size in pixels. Whether the file exists
-    already is the caller's concern: `write_video` replaces it.
+    Checks the suffix, that the folder exists and is writable, and, if given, fps (above 0 and at
+    most 1000; of a GIF at most 50) and size in pixels. An existing file is no error: `write_video`
+    replaces it.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in WRITTEN:
@@ -64,15 +64,13 @@ def check_video_output(
 def write_video(
     path: PathLike, video: Tensor | Iterable[Tensor], fps: float, *, crf: int = QUALITY
 ) -> int:
-    """Writes a clip and returns its number of frames: `.mp4`, `.mov`, `.mkv` (H.264) or `.gif`.
+    """Write a clip to `.mp4`, `.mov`, `.mkv` (H.264) or `.gif`; returns its number of frames.
 
-    video: (1, frames, 3, height, width) in about [-1, 1], clamped; or an iterator of such chunks,
-        taken one at a time.
-    crf: x264's; 0 loses nothing but what rounding to its colours does.
+    video: (1, frames, 3, height, width) in about [-1, 1], clamped; or an iterator of such chunks.
+    crf: x264's quality; 0 is lossless but for colour conversion.
 
-    The file appears under its name when all of it is written, and not at all otherwise. Colours are
-    BT.709, tagged so. Even sizes are yuv420p, which everything plays; an odd one is yuv444p, which
-    keeps it. Raises VideoError, naming the frame, for a value that is not finite.
+    The file is written atomically. Colours are BT.709, and tagged. Even sizes are yuv420p, which
+    all players support, odd ones yuv444p. Raises VideoError, naming the frame, for NaN or infinity.
     """
     av = pyav()
     check_video_output(path, fps)
@@ -109,10 +107,10 @@ def write_video(
 def write_contact_sheet(
     path: PathLike, video: Tensor, most: int = 12, caption: str | None = None
 ) -> None:
-    """A PNG of up to `most` frames of a clip, evenly spaced, the first and the last among them.
+    """Write a PNG of up to `most` frames of a clip, evenly spaced, with the first and the last.
 
-    With a caption it stands above the pictures, and the number of each frame below it; that takes
-    Pillow, which the extra `video` brings.
+    A caption is drawn above, and the number of each frame below it; that needs Pillow, from the
+    extra `video`.
     """
     chosen = _evenly(video.shape[1], most)
     frames = video[0, chosen]
@@ -130,15 +128,15 @@ def write_contact_sheet(
 
 
 def write_sheet(path: PathLike, rows: Tensor) -> None:
-    """A PNG of pictures in rows and columns: (rows, columns, 3, height, width) in [-1, 1]. Between
-    them are lines of `GAP` pixels in gray."""
+    """Write a PNG of pictures, (rows, columns, 3, height, width) in [-1, 1], with gray lines of
+    `GAP` pixels between them."""
     _write_png(path, _sheet(rows))
 
 
 def _sheet(rows: Tensor) -> Tensor:
     """(rows, columns, 3, height, width) -> (3, height, width), with gray lines between them."""
-    apart = F.pad(rows, (0, GAP, 0, GAP))
-    return apart.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)[:, :-GAP, :-GAP]
+    spaced = F.pad(rows, (0, GAP, 0, GAP))
+    return spaced.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)[:, :-GAP, :-GAP]
 
 
 def _write_png(path: PathLike, sheet: Tensor) -> None:
@@ -153,7 +151,7 @@ def _write_png(path: PathLike, sheet: Tensor) -> None:
 
 
 def _evenly(count: int, most: int) -> list[int]:
-    """Up to `most` of `count` frames: every so many if that leaves half of them, else rounded."""
+    """Choose up to `most` of `count` frames: by a whole stride if that keeps half of them."""
     if count <= most:
         return list(range(count))
     for step in range(2, count):
@@ -164,23 +162,23 @@ def _evenly(count: int, most: int) -> list[int]:
 
 
 def _font(width: int) -> Any:
-    """Pillow's own font, in a size that suits a picture of this width."""
+    """Pillow's default font, in a size for pictures of this width."""
     fonts = extra("PIL.ImageFont", "write_contact_sheet", "cogvx[video]")
     return fonts.load_default(size=20 if width >= 160 else 10)
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """The text in the longest lines that fit a picture of this width."""
-    font, room = _font(width), width - 2 * MARGIN
+    """Wrap the text to the width of a picture."""
+    font, available = _font(width), width - 2 * MARGIN
     for letters in range(max(1, len(text)), 0, -1):
         lines = textwrap.wrap(text, letters) or [""]
-        if all(font.getlength(line) <= room for line in lines):
+        if all(font.getlength(line) <= available for line in lines):
             break
     return lines
 
 
 def _label(text: str, width: int) -> Tensor:
-    """A line of black text on white, (3, height, width) in [-1, 1]; what is too long is cut off."""
+    """Draw a line of black text on white, (3, height, width) in [-1, 1]; cut to the width."""
     font = _font(width)
     height = sum(font.getmetrics()) + 2 * MARGIN
     line = extra("PIL.Image", "write_contact_sheet", "cogvx[video]").new("L", (width, height), 255)
@@ -213,7 +211,7 @@ def _frames(path: PathLike, video: Tensor | Iterable[Tensor]) -> Iterator[Tensor
 
 
 def _to_picture(where: str, frame: Tensor) -> Any:
-    """(3, height, width) in [-1, 1] -> a picture in whole numbers from 0 to 255, rounded."""
+    """Convert (3, height, width) in [-1, 1] to an 8-bit picture, rounded."""
     if not frame.isfinite().all():
         raise VideoError(f"{where}: must be finite; got NaN or infinity")
     pixels = ((frame.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -227,12 +225,12 @@ def _start(container: Any, format: str, rate: Fraction, height: int, width: int,
     stream = container.add_stream("gif" if format == "gif" else "libx264", rate=rate)
     stream.height, stream.width = height, width
     if format == "gif":
-        # The encoder's own saving compares palette indices of frames whose palettes differ.
+        # The encoder's optimisation compares palette indices across different palettes.
         stream.pix_fmt, stream.options = "pal8", {"gifflags": "0"}
     else:
         stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
-        # With mb-tree x264 writes other bytes now and then (libavcodec 62, frames of 64x64): off,
-        # 250 files of three clips were three files.
+        # With mb-tree x264 is not deterministic (libavcodec 62, frames of 64x64); without it, 250
+        # files of three clips were three files.
         stream.options = {"crf": str(crf), "mbtree": "0"}
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = BT709
@@ -241,13 +239,13 @@ def _start(container: Any, format: str, rate: Fraction, height: int, width: int,
 
 
 def _to_yuv(stream: Any) -> Callable[[Any], list[Any]]:
-    how = {"format": stream.pix_fmt, "dst_colorspace": BT709, "dst_color_range": LIMITED}
-    how["interpolation"] = precise()
-    return lambda picture: [picture.reformat(**how)] if picture else []
+    target = {"format": stream.pix_fmt, "dst_colorspace": BT709, "dst_color_range": LIMITED}
+    target["interpolation"] = precise()
+    return lambda picture: [picture.reformat(**target)] if picture else []
 
 
 def _palette(height: int, width: int, rate: Fraction) -> Callable[[Any], list[Any]]:
-    """Gives each frame the 256 colours that suit it, in constant memory."""
+    """Quantise each frame to its own 256 colours, in constant memory."""
     av = pyav()
     graph = av.filter.Graph()
     source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=1 / rate)

@@ -217,7 +217,7 @@ def test_released_models_are_told_by_their_shapes(name, tmp_path, monkeypatch):
 
 def test_a_preset_is_asked_for_when_it_cannot_be_told(tmp_path):
     source = saved(transformer_as_sat(ExpertTransformer(KINDS["5b"])), tmp_path / "x.pt")
-    with pytest.raises(ValueError, match="preset must be one of 2b, 5b, .* cannot be told"):
+    with pytest.raises(ValueError, match="preset must be one of 2b, 5b, .* cannot be recognised"):
         convert(source, tmp_path / "out")
     with pytest.raises(ValueError, match="preset must be one of .*; got '6b'"):
         convert(source, tmp_path / "out", preset="6b")
