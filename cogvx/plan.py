@@ -3,7 +3,7 @@
 The models run on the meta device under `LiveBytes`, so the forecast is of the real code, for any
 size. Workspaces inside one operation and the allocator's overhead are not included (see
 `cogvx.memory`): leave a tenth. (On a CPU the workspaces of torch's 3-D convolution can be larger
-than all the rest.) If Triton is installed, the ops of `cogvx_kernels` are counted with their kernels.
+than all the rest.) If Triton is installed, the ops of `cogvx_kernels` are counted with kernels.
 
 Only two layers of the transformer and three chunks of the VAE run, because the others repeat them.
 A run of fewer than `STEPS_AHEAD` steps has fewer modulations.
