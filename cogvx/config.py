@@ -5,39 +5,18 @@ Fields are named as in diffusers' config.json. diffusers' options that no CogVid
 """
 
 import dataclasses
-import difflib
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
+
+from .validation import invalid, short_repr, unknown_key
 
 C = TypeVar("C", bound="Config")
 
 COUNT_LIMIT = 1 << 16  # no width, length or size of a real model is larger
 LAYER_LIMIT = 1024
 EXPERT_LIMIT = 256
-
-
-def check_choice(where: str, name: str, value: object, wanted: Sequence[str]) -> None:
-    """Raises ValueError unless `value` is one of `wanted`."""
-    if value not in wanted:
-        names = ", ".join(f'"{w}"' for w in wanted)
-        raise ValueError(f"{where}: {name} must be one of {names}; got {value!r}")
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Suggest the nearest known name, for the end of a message; "" if none is near."""
-    near = difflib.get_close_matches(word[:60], list(known), 1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def unknown_key(where: str, key: object, known: Iterable[str]) -> ValueError:
-    """Error for an unknown key of a table or config."""
-    names, name = sorted(known), str(key)[:60]
-    return ValueError(
-        f"{where}: unknown key {name!r}{did_you_mean(name, names) or '.'} The keys are "
-        f"{', '.join(names)}"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,39 +46,35 @@ class Config:
             hint = next(option for option in options if option is not type(None))
         if typing.get_origin(hint) is tuple:
             if not isinstance(value, (tuple, list)) or not 1 <= len(value) <= 16:
-                raise self._wrong(TypeError, name, "a list of 1 to 16 integers", value)
+                raise self._invalid(TypeError, name, "a list of 1 to 16 integers", value)
             return tuple(self._checked(name, int, item) for item in value)
         if hint is int:
             return self._integer(name, value)
         if hint is float:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise self._wrong(TypeError, name, "a number", value)
+                raise self._invalid(TypeError, name, "a number", value)
             if name in self.RANGES:
                 low, high = self.RANGES[name]
                 if not low <= value <= high:
-                    raise self._wrong(ValueError, name, f"a number in [{low}, {high}]", value)
+                    raise self._invalid(ValueError, name, f"a number in [{low}, {high}]", value)
             elif not 0 < value < 1e6:
-                raise self._wrong(ValueError, name, "a positive number below 1e6", value)
+                raise self._invalid(ValueError, name, "a positive number below 1e6", value)
             return float(value)
         if not isinstance(value, hint):
-            raise self._wrong(TypeError, name, f"a {hint.__name__}", value)
+            raise self._invalid(TypeError, name, f"a {hint.__name__}", value)
         return value
 
     def _integer(self, name: str, value: Any) -> int:
         low, high = self.LIMITS.get(name, (1, COUNT_LIMIT))
         whole = isinstance(value, float) and value.is_integer()  # JSON may have 4.0
         if isinstance(value, bool) or not (isinstance(value, int) or whole):
-            raise self._wrong(TypeError, name, "an integer", value)
+            raise self._invalid(TypeError, name, "an integer", value)
         if not low <= value <= high:
-            raise self._wrong(ValueError, name, f"an integer in [{low}, {high}]", value)
+            raise self._invalid(ValueError, name, f"an integer in [{low}, {high}]", value)
         return int(value)
 
-    def _wrong(self, kind: type[Exception], name: str, wanted: str, value: Any) -> Exception:
-        came = (
-            repr(value) if not isinstance(value, int) or abs(value) < 10**20 else "a huge integer"
-        )
-        came = f"{came[:60]}…" if len(came) > 60 else came
-        return kind(f"{type(self).__name__}: {name} must be {wanted}; got {came}")
+    def _invalid(self, kind: type[Exception], name: str, wanted: str, value: Any) -> Exception:
+        return invalid(type(self).__name__, name, wanted, short_repr(value, 60), kind)
 
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:

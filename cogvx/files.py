@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .validation import NUMBER_DIGITS, short_repr
+
 if sys.platform != "win32":
     import fcntl
 
@@ -28,7 +30,6 @@ MIB = 1 << 20
 CONFIG_BYTES = MIB
 INDEX_BYTES = 8 * MIB  # the largest model that a config allows needs 4
 JSON_ITEMS = 400_000  # so that no JSON takes more than 100 MB, parsed
-NUMBER_DIGITS = 24
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 UNFINISHED = (".part", ".incomplete", ".download", ".crdownload", ".aria2", ".tmp")
@@ -65,20 +66,6 @@ _SIGNATURES = (
 
 class CheckpointError(ValueError):
     """Invalid folder or file; the message names it, what was expected and what was found."""
-
-
-def short_repr(value: object, limit: int = 80) -> str:
-    """Truncated `repr` of an untrusted value, for messages."""
-    if isinstance(value, int) and abs(value) >= 10**NUMBER_DIGITS:
-        return "a huge integer"
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}…"
-
-
-def format_list(lines: list[str], limit: int = 10) -> str:
-    """Format the first lines, indented, and the number of the others."""
-    more = [f"… and {len(lines) - limit} more"] if len(lines) > limit else []
-    return "".join(f"\n    {line}" for line in lines[:limit] + more)
 
 
 def recognized(start: bytes) -> str:

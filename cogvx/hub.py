@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .extras import extra
-from .files import format_list
+from .validation import format_list
 
 PathLike = str | os.PathLike[str]
 

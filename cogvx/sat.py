@@ -17,17 +17,10 @@ from .checkpoint import save_scheduler
 from .checkpoint.folder import SHARD_BYTES, empty, transformer_values, vae_values
 from .checkpoint.weights import save
 from .config import PRESETS, Config, Preset, TransformerConfig, VAEConfig
-from .files import (
-    CONFIG_BYTES,
-    CheckpointError,
-    format_list,
-    member,
-    open_regular,
-    recognized,
-    short_repr,
-)
+from .files import CONFIG_BYTES, CheckpointError, member, open_regular, recognized
 from .transformer import ExpertTransformer
 from .vae import CausalVAE
+from .validation import format_list, short_repr
 
 C = TypeVar("C", bound=Config)
 Tensors = dict[str, Tensor]

@@ -17,15 +17,14 @@ from .extras import extra, quiet_imports
 from .files import (
     CONFIG_BYTES,
     CheckpointError,
-    format_list,
     member,
     open_regular,
     read_json,
     recognized,
-    short_repr,
     unfinished,
 )
 from .hub import PARTS
+from .validation import format_list, short_repr
 
 PathLike = str | os.PathLike[str]
 TOKENIZER_FILES = PARTS["tokenizer"][0]

@@ -60,6 +60,7 @@ NAMES_TRITON = {
 # The model's layers, lowest first: a file or folder imports from lower layers only. A file that is
 # named here is not on its folder's layer.
 MODEL_LAYERS = (
+    {"validation"},
     {"autocast", "config", "extras", "files", "memory", "threads"},
     {"frames", "hub"},
     {"assets"},

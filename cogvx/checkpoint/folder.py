@@ -12,18 +12,11 @@ from torch import nn
 
 from ..assets import located
 from ..config import Config, SchedulerConfig, TransformerConfig, VAEConfig
-from ..files import (
-    CONFIG_BYTES,
-    CheckpointError,
-    atomic_path,
-    member,
-    read_json,
-    short_repr,
-    unfinished,
-)
+from ..files import CONFIG_BYTES, CheckpointError, atomic_path, member, read_json, unfinished
 from ..transformer import ExpertTransformer
 from ..vae import CausalVAE
 from ..vae.options import channels_last
+from ..validation import short_repr
 from .weights import Weights, save
 
 C = TypeVar("C", bound=Config)

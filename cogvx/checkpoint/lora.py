@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..files import CONFIG_BYTES, CheckpointError, format_list, parse_json, read_json, short_repr
+from ..files import CONFIG_BYTES, CheckpointError, parse_json, read_json
+from ..validation import format_list, short_repr
 from .tensors import Entry, TensorFile
 from .weights import FLOATING, PICKLES
 

@@ -15,15 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import (
-    MIB,
-    UNFINISHED,
-    CheckpointError,
-    atomic_path,
-    open_regular,
-    recognized,
-    short_repr,
-)
+from ..files import MIB, UNFINISHED, CheckpointError, atomic_path, open_regular, recognized
+from ..validation import short_repr
 
 HEADER_BYTES = 8 * MIB
 

@@ -18,15 +18,14 @@ from ..files import (
     INDEX_BYTES,
     CheckpointError,
     atomic_path,
-    format_list,
     member,
     read_json,
     remove_abandoned,
-    short_repr,
     sync,
     unfinished,
 )
 from ..hub import PARTS
+from ..validation import format_list, short_repr
 from .tensors import TensorFile, fill, write_tensors
 
 STEM = "diffusion_pytorch_model"

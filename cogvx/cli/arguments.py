@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..config import did_you_mean
 from ..generation import CHOICES, GenerationParams
+from ..validation import did_you_mean
 
 # Copies of the library's constants, because it imports torch; a test compares them.
 BACKENDS = ("auto", "kernel", "reference")

@@ -17,6 +17,7 @@ from ..files import CONFIG_BYTES, read_json
 from ..pipeline import default_dtype
 from ..plan import vae_flops
 from ..vae import CausalVAE, Tiling
+from ..validation import dtype_name
 from .arguments import DTYPES
 from .console import Console
 
@@ -160,7 +161,7 @@ def warn_if_long(console: Console, flops: float, device: torch.device, dtype: to
     rate = matmul_rate(device, dtype)
     seconds = flops / rate
     if seconds >= LONG:
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         console.note(
             f"this will take about {duration(seconds)} on {device} in {name} (estimated from "
             f"{flops:.1e} operations and the {rate:.1e} a second of a matrix product here)"

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..config import VAEConfig
-from ..files import CheckpointError, format_list, open_regular, parse_json, short_repr
+from ..files import CheckpointError, open_regular, parse_json
+from ..validation import format_list, short_repr
 from ..video import PICTURE_SUFFIXES, SUFFIXES, open_video
 
 PathLike = str | os.PathLike[str]

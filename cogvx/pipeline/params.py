@@ -8,8 +8,7 @@ before they are read.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
-from operator import index
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +17,10 @@ from torch import Tensor
 from .. import frames
 from ..config import TransformerConfig, VAEConfig
 from ..generation import CHOICES, GenerationParams
+from ..validation import check_integer, check_number, describe, dtype_name, invalid
 
 WHERE = "CogVideoX.generate"
+_invalid = partial(invalid, WHERE)
 # What the converter writes into 1.5's config is the bound of a table, not a size to generate.
 TABLE_BOUND, SIZE_OF_1_5 = (300, 300), (96, 170)
 
@@ -70,14 +71,16 @@ def resolve(
     for name, choices in CHOICES.items():
         choice = solver if name == "solver" else getattr(params, name)
         if choice not in choices:
-            raise _wrong(name, f"one of {', '.join(choices)}", repr(choice))
+            raise _invalid(name, f"one of {', '.join(choices)}", repr(choice))
     num_frames, height, width, text_length = (
-        size if size is None else _integer(name, size)
+        size if size is None else check_integer(WHERE, name, size)
         for name in ("num_frames", "height", "width", "text_length")
         for size in [getattr(params, name)]
     )
-    steps = _integer("steps", params.steps)
-    guidance, strength = (_number(name, getattr(params, name)) for name in ("guidance", "strength"))
+    steps = check_integer(WHERE, "steps", params.steps)
+    guidance, strength = (
+        check_number(WHERE, name, getattr(params, name)) for name in ("guidance", "strength")
+    )
     mode = _mode(transformer, params)
     strength = strength if mode == "video" else 1.0
     _check_steps(steps, strength, num_train_timesteps)
@@ -98,7 +101,7 @@ def resolve(
     frames.check_size(WHERE, of, height, width, ratio * transformer.patch_size)
     if transformer.use_learned_positional_embeddings and (height, width) != usual:
         only = f"{usual[0]}x{usual[1]}, the only size that this model's learned positions know"
-        raise _wrong("height and width", only, f"{height}x{width}")
+        raise _invalid("height and width", only, f"{height}x{width}")
     length = frames.latent_frames(num_frames, vae)
     padding = -length % (transformer.patch_size_t or 1)
     resolved: dict[str, Any] = {
@@ -120,9 +123,9 @@ def resolve(
 
 def _repeated(params: GenerationParams) -> GenerationParams:
     """Repeat what belongs to a prompt `num_videos_per_prompt` times; latents are of all videos."""
-    count = _integer("num_videos_per_prompt", params.num_videos_per_prompt)
+    count = check_integer(WHERE, "num_videos_per_prompt", params.num_videos_per_prompt)
     if count < 1:
-        raise _wrong("num_videos_per_prompt", "at least 1", f"{count}")
+        raise _invalid("num_videos_per_prompt", "at least 1", f"{count}")
     if count == 1:
         return params
     changed: dict[str, Any] = {"num_videos_per_prompt": 1}
@@ -145,33 +148,16 @@ def default_size(transformer: TransformerConfig, vae: VAEConfig) -> tuple[int, i
     return height * vae.spatial_compression_ratio, width * vae.spatial_compression_ratio
 
 
-def _integer(name: str, value: Any) -> int:
-    try:
-        if not isinstance(value, bool):
-            return index(value)
-    except TypeError:
-        pass
-    raise TypeError(f"{WHERE}: {name} must be an integer; got {value!r:.80}")
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{WHERE}: {name} must be a number; got {value!r:.80}")
-    if not math.isfinite(value):
-        raise _wrong(name, "a finite number", f"{value}")
-    return float(value)
-
-
 def _check_steps(steps: int, strength: float, most: int) -> None:
     if not 1 <= steps <= most:
-        raise _wrong("steps", f"an integer in [1, {most}]", f"{steps}")
+        raise _invalid("steps", f"an integer in [1, {most}]", f"{steps}")
     if not 0 < strength <= 1:
-        raise _wrong("strength", "above 0 and at most 1", f"{strength}")
+        raise _invalid("strength", "above 0 and at most 1", f"{strength}")
     if int(steps * strength) < 1:
         enough = next((n for n in range(steps, most + 1) if int(n * strength) >= 1), None)
         more = "" if enough is None else f", or steps at least {enough}"
         least = "1 for 1 step" if steps == 1 else f"1/{steps} for {steps} steps"
-        raise _wrong("strength", f"at least {least}, so that one is made{more}", f"{strength}")
+        raise _invalid("strength", f"at least {least}, so that one is made{more}", f"{strength}")
 
 
 def default_dtype(config: TransformerConfig, device: str | torch.device = "cuda") -> torch.dtype:
@@ -183,12 +169,12 @@ def default_dtype(config: TransformerConfig, device: str | torch.device = "cuda"
 
 def _mode(transformer: TransformerConfig, params: GenerationParams) -> str:
     if params.image is not None and params.video is not None:
-        raise _wrong("image", "None where a video is given", "both")
+        raise _invalid("image", "None where a video is given", "both")
     mode = "image" if params.image is not None else "video" if params.video is not None else "text"
     takes_image = transformer.in_channels == 2 * transformer.out_channels
     if takes_image != (mode == "image"):
         kind = "an image-to-video" if takes_image else "a text- and video-to-video"
-        raise _wrong(
+        raise _invalid(
             "image",
             "given" if takes_image else "None",
             f"{'none' if takes_image else 'one'}: this is {kind} model, whose transformer has "
@@ -202,24 +188,24 @@ def _batch(params: GenerationParams, guided: bool) -> int:
     for name, text in zip(("prompt", "negative_prompt"), texts, strict=True):
         words = [text] if isinstance(text, str) or text is None else list(text)
         if any(not isinstance(word, str) for word in words if word is not None):
-            raise TypeError(f"{WHERE}: {name} must be text or a list of texts; got {text!r:.80}")
+            raise _invalid(name, "text or a list of texts", f"{text!r:.80}", TypeError)
     if (params.prompt is None) == (params.prompt_embeds is None):
         came = "neither" if params.prompt is None else "both"
-        raise _wrong("prompt", "given, or else prompt_embeds", came)
+        raise _invalid("prompt", "given, or else prompt_embeds", came)
     if params.prompt_embeds is not None:
         batch = len(params.prompt_embeds)
     else:
         batch = len(params.prompts)
     if batch < 1:
-        raise _wrong("prompt", "at least one text", "none")
+        raise _invalid("prompt", "at least one text", "none")
     negative = params.negative_prompt or ""
     if not isinstance(negative, str) and len(negative) != batch:
-        raise _wrong("negative_prompt", f"one text, or {batch} as prompts", f"{len(negative)}")
+        raise _invalid("negative_prompt", f"one text, or {batch} as prompts", f"{len(negative)}")
     if params.negative_prompt_embeds is not None and negative:
-        raise _wrong("negative_prompt", "empty where negative_prompt_embeds are given", "both")
+        raise _invalid("negative_prompt", "empty where negative_prompt_embeds are given", "both")
     some = negative or params.negative_prompt_embeds is not None
     if guided and params.uncond == "zeros" and some:
-        raise _wrong("negative_prompt", 'empty with uncond="zeros", which has no words', "one")
+        raise _invalid("negative_prompt", 'empty with uncond="zeros", which has no words', "one")
     return batch
 
 
@@ -234,15 +220,16 @@ def _like_source(
             hint = f"; {mode}.float() / 127.5 - 1 is that"
         else:
             hint = f"; PIL images are taken too, and cogvx.video.read_{mode} reads a file"
-        raise TypeError(f"{WHERE}: {mode} must be {wanted}; got {_came(source)}{hint}")
+        got = describe(source) if isinstance(source, Tensor) else type(source).__name__
+        raise _invalid(mode, wanted, got + hint, TypeError)
     if source.dim() != (4 if mode == "image" else 5) or source.shape[-3] != vae.in_channels:
-        raise _wrong(mode, wanted, _came(source))
+        raise _invalid(mode, wanted, describe(source))
     if len(source) not in (1, batch):
-        raise _wrong(mode, f"one, or one for each of {batch} prompts", f"{len(source)}")
+        raise _invalid(mode, f"one, or one for each of {batch} prompts", f"{len(source)}")
     low, high = source.aminmax() if source.numel() else (source.new_zeros(()),) * 2
     if not (low >= -1.001 and high <= 1.001):  # a rounding, not a range of its own
         hint = "; / 127.5 - 1 brings [0, 255] there" if low >= 0 and 1 < high <= 255 else ""
-        raise _wrong(mode, "in [-1, 1]", f"values from {low:.4g} to {high:.4g}{hint}")
+        raise _invalid(mode, "in [-1, 1]", f"values from {low:.4g} to {high:.4g}{hint}")
     return (
         _agreed("height", height, source.shape[-2], f"the {mode}'s"),
         _agreed("width", width, source.shape[-1], f"the {mode}'s"),
@@ -251,7 +238,7 @@ def _like_source(
 
 def _agreed(name: str, given: int | None, actual: int, whose: str) -> int:
     if given not in (None, actual):
-        raise _wrong(name, f"{whose}, {actual} (resize it first), or None", f"{given}")
+        raise _invalid(name, f"{whose}, {actual} (resize it first), or None", f"{given}")
     return actual
 
 
@@ -264,9 +251,9 @@ def _text_length(transformer: TransformerConfig, given: int | None, embeds: Tens
     usual = longest if embeds is None else embeds.shape[1]
     length = usual if given is None else given
     if length < 1:
-        raise _wrong("text_length", "at least 1", f"{length}")
+        raise _invalid("text_length", "at least 1", f"{length}")
     if added and length != longest:
-        raise _wrong(
+        raise _invalid(
             "text_length", f"{longest}, because this model adds positions to text", f"{length}"
         )
     return length
@@ -277,32 +264,22 @@ def _check_tensors(transformer: TransformerConfig, request: Request) -> None:
     for name in ("prompt_embeds", "negative_prompt_embeds"):
         value = getattr(request, name)
         if value is not None and tuple(value.shape) != embeds:
-            raise _wrong(name, f"(batch, text_len, text_embed_dim) = {embeds}", _came(value))
+            raise _invalid(name, f"(batch, text_len, text_embed_dim) = {embeds}", describe(value))
     latents = request.latents
     if latents is not None and request.mode == "video":
-        raise _wrong("latents", "None where a video is given, which they come from", "both")
+        raise _invalid("latents", "None where a video is given, which they come from", "both")
     if latents is not None and tuple(latents.shape) != request.shape:
         note = f", of which {request.padding} pads" if request.padding else ""
-        raise _wrong(
+        raise _invalid(
             "latents", f"(batch, frames{note}, channels, height, width) = {request.shape}",
-            _came(latents),
+            describe(latents),
         )  # fmt: skip
-
-
-def _wrong(name: str, wanted: str, came: str) -> ValueError:
-    return ValueError(f"{WHERE}: {name} must be {wanted}; got {came}")
-
-
-def _came(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-    return type(value).__name__
 
 
 def check_finite(tensor: Tensor, stage: str) -> None:
     """Raises FloatingPointError, naming the stage, if a value is NaN or infinite."""
     low, high = tensor.aminmax()  # NaN is the least and the most; no copy is made
     if not (math.isfinite(low) and math.isfinite(high)):
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        dtype = dtype_name(tensor.dtype)
         hint = "; the 5B models overflow in it: use bfloat16" if dtype == "float16" else ""
         raise FloatingPointError(f"{WHERE}: {stage} gave NaN or infinity in {dtype}{hint}")

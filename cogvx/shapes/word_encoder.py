@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..files import CONFIG_BYTES, CheckpointError, atomic_path, member, read_json, short_repr
+from ..files import CONFIG_BYTES, CheckpointError, atomic_path, member, read_json
+from ..validation import short_repr
 
 PathLike = str | os.PathLike[str]
 

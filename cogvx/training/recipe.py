@@ -23,16 +23,10 @@ from typing import Any, ClassVar
 
 from .. import frames
 from ..assets import SHIPPED, located
-from ..config import (
-    Config,
-    SchedulerConfig,
-    TransformerConfig,
-    VAEConfig,
-    check_choice,
-    unknown_key,
-)
+from ..config import Config, SchedulerConfig, TransformerConfig, VAEConfig
 from ..files import CONFIG_BYTES
 from ..shapes.word_encoder import WINDOW_LIMIT
+from ..validation import check_choice, unknown_key
 
 if sys.version_info >= (3, 11):
     import tomllib

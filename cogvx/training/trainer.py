@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import load_scheduler, load_transformer, load_vae, save_vae
-from ..config import SchedulerConfig, check_choice
+from ..config import SchedulerConfig
 from ..data import Clip, FolderClips, LatentClip, LatentClips, encode_clips
 from ..pipeline import CogVideoX
 from ..schedulers import NoiseSchedule
@@ -19,6 +19,7 @@ from ..shapes import ProceduralClips, WordTextEncoder, vocabulary
 from ..shapes.scoring import GUIDANCE, STEPS
 from ..transformer import ExpertTransformer
 from ..vae import CausalVAE, DiagonalGaussian
+from ..validation import check_choice
 from ..video import write_sheet
 from .checkpointing import Point, RunFolder
 from .init import init_vae

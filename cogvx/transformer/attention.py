@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cogvx_kernels import qk_norm_rope3d
 
-from ..config import check_choice
+from ..validation import check_choice
 
 SDPA_BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from cogvx_kernels import BACKENDS, gated_residual, modality
 
-from ..config import TransformerConfig, check_choice
+from ..config import TransformerConfig
+from ..validation import check_choice
 from .attention import JointAttention, check_attention
 from .block import ExpertBlock
 from .embedding import JointEmbedding, ProjectedText, TimestepEmbedding

@@ -1,16 +1,20 @@
 """Argument validation of the transformer; runs before anything is computed."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ..autocast import autocast_dtype
 from ..config import TransformerConfig
 from ..frames import nearest_multiples
+from ..validation import describe, dtype_name, invalid
 from .embedding import ProjectedText
 from .experts import Routing
 from .modulation import Modulations
 
 WHERE = "ExpertTransformer"
+_invalid = partial(invalid, WHERE)
 TEXT = ("batch", "text_len", "text_embed_dim")
 
 
@@ -41,18 +45,14 @@ def check_arguments(
     # Under autocast torch casts the inputs of every layer.
     autocast = autocast_dtype(latents.device) is not None
     if latents.dtype != dtype and not autocast:
-        raise TypeError(
-            f"{WHERE}: latents must be {_name(dtype)} as the model is; got {_name(latents.dtype)}"
+        raise _invalid(
+            "latents", f"{dtype_name(dtype)} as the model is", dtype_name(latents.dtype), TypeError
         )
     if tokens.dtype != latents.dtype and not autocast:
-        raise TypeError(
-            f"{WHERE}: text must be {_name(latents.dtype)} as latents are; got "
-            f"{_name(tokens.dtype)}"
-        )
+        wanted = f"{dtype_name(latents.dtype)} as latents are"
+        raise _invalid("text", wanted, dtype_name(tokens.dtype), TypeError)
     if tokens.device != latents.device:
-        raise ValueError(
-            f"{WHERE}: text must be on the device of latents, {latents.device}; got {tokens.device}"
-        )
+        raise _invalid("text", f"on the device of latents, {latents.device}", tokens.device)
     if modulations is None:
         batch = latents.shape[0]
         _numbers("timestep", timestep, [(), (batch,)], "a scalar or (batch,)")
@@ -60,7 +60,7 @@ def check_arguments(
     else:
         _modulations(config, modulations, timestep, ofs, latents)
     if routing is not None and not isinstance(routing, list):
-        raise TypeError(f"{WHERE}: routing must be a list to fill, or None; got {_came(routing)}")
+        raise _invalid("routing", "a list to fill, or None", describe(routing), TypeError)
 
 
 def check_run(config: TransformerConfig, timesteps: Tensor, ofs: Tensor | None) -> None:
@@ -75,9 +75,8 @@ def check_text(config: TransformerConfig, dtype: torch.dtype, text: Tensor) -> N
     _tensor("text", text, TEXT)
     _tokens(config, text)
     if text.dtype != dtype and autocast_dtype(text.device) is None:
-        raise TypeError(
-            f"{WHERE}: text must be {_name(dtype)} as the model is; got {_name(text.dtype)}"
-        )
+        wanted = f"{dtype_name(dtype)} as the model is"
+        raise _invalid("text", wanted, dtype_name(text.dtype), TypeError)
 
 
 def _latents(config: TransformerConfig, latents: Tensor) -> None:
@@ -127,15 +126,11 @@ def _tokens(config: TransformerConfig, text: Tensor, projected: bool = False) ->
 
 def _ofs(config: TransformerConfig, ofs: Tensor | None, batch: int) -> None:
     if config.ofs_embed_dim is None and ofs is not None:
-        raise ValueError(
-            f"{WHERE}: ofs must be None in a model without ofs_embed_dim; got {_came(ofs)}"
-        )
+        raise _invalid("ofs", "None in a model without ofs_embed_dim", describe(ofs))
     if config.ofs_embed_dim is not None:
         if ofs is None:
-            raise ValueError(
-                f"{WHERE}: ofs must be given to a model with ofs_embed_dim, 2.0 in the released "
-                "one; got None"
-            )
+            wanted = "given to a model with ofs_embed_dim, 2.0 in the released one"
+            raise _invalid("ofs", wanted, None)
         _numbers("ofs", ofs, [(), (1,), (batch,)], "a scalar, (1,) or (batch,)")
 
 
@@ -148,51 +143,29 @@ def _modulations(
 ) -> None:
     for name, value in (("timestep", timestep), ("ofs", ofs)):
         if value is not None:
-            raise ValueError(
-                f"{WHERE}: {name} must be None beside modulations, which are made of it; got "
-                f"{_came(value)}"
-            )
+            raise _invalid(name, "None beside modulations, which are made of it", describe(value))
     if not isinstance(modulations, Modulations):
-        raise TypeError(
-            f"{WHERE}: modulations must be Modulations, as ExpertTransformer.modulations makes "
-            f"them; got {_came(modulations)}"
-        )
+        wanted = "Modulations, as ExpertTransformer.modulations makes them"
+        raise _invalid("modulations", wanted, describe(modulations), TypeError)
     values, batch = modulations.values, latents.shape[0]
     rows = (12 * config.num_layers + 2, config.hidden_size)
     if tuple(values.shape[1:]) != rows or len(values) not in (1, batch):
-        raise ValueError(
-            f"{WHERE}: modulations must be {(batch, *rows)}, or {(1, *rows)} for all items "
-            f"(`Modulations.at`); got {tuple(values.shape)}"
-        )
+        wanted = f"{(batch, *rows)}, or {(1, *rows)} for all items (`Modulations.at`)"
+        raise _invalid("modulations", wanted, tuple(values.shape))
     if values.device != latents.device:
-        raise ValueError(
-            f"{WHERE}: modulations must be on the device of latents, {latents.device}; got "
-            f"{values.device}"
-        )
+        raise _invalid("modulations", f"on the device of latents, {latents.device}", values.device)
 
 
 def _tensor(name: str, value: object, dims: tuple[str, ...]) -> None:
     wanted = f"a floating-point tensor ({', '.join(dims)})"
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{WHERE}: {name} must be {wanted}; got {_came(value)}")
+        raise _invalid(name, wanted, describe(value), TypeError)
     if value.dim() != len(dims):
-        raise ValueError(f"{WHERE}: {name} must be {wanted}; got {_came(value)}")
+        raise _invalid(name, wanted, describe(value))
 
 
 def _numbers(name: str, value: object, shapes: list[tuple[int, ...]], words: str) -> None:
     if not isinstance(value, Tensor) or value.dtype is torch.bool or value.is_complex():
-        raise TypeError(f"{WHERE}: {name} must be a tensor of numbers; got {_came(value)}")
+        raise _invalid(name, "a tensor of numbers", describe(value), TypeError)
     if tuple(value.shape) not in shapes:
-        raise ValueError(
-            f"{WHERE}: {name} must be {words} = {shapes[-1]}; got {tuple(value.shape)}"
-        )
-
-
-def _came(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{_name(value.dtype)} {tuple(value.shape)}"
-    return f"{str(value)[:60]} ({type(value).__name__})"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        raise _invalid(name, f"{words} = {shapes[-1]}", tuple(value.shape))

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from cogvx_kernels import BACKENDS
 from cogvx_kernels.streaming import DecodeState, EncodeState
 
-from ..config import VAEConfig, check_choice
+from ..config import VAEConfig
+from ..validation import check_choice
 from .chunked import Progress, decode, encode, stream_decode, stream_encode
 from .decoder import Decoder
 from .distribution import DiagonalGaussian

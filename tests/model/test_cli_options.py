@@ -10,12 +10,13 @@ import cogvx
 from cogvx import cli
 from cogvx.cli import arguments
 from cogvx.cli.parser import FAMILY, make
-from cogvx.config import TransformerConfig, unknown_key
+from cogvx.config import TransformerConfig
 from cogvx.generation import CHOICES
 from cogvx.schedulers import SOLVERS
 from cogvx.shapes import scoring
 from cogvx.training import STAGES
 from cogvx.vae import Tiling
+from cogvx.validation import unknown_key
 from cogvx.video.container import RATES
 from cogvx_kernels import BACKENDS
 
