@@ -14,7 +14,7 @@ from triton.runtime.interpreter import GridExecutor
 
 from tests.harness.observe import observe
 
-# They give room or another look at it: no kernel runs.
+# They allocate or make views: no kernel runs.
 NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_",
              "_unsafe_view", "detach", "alias", "lift_fresh", "set_", "promote_types"}  # fmt: skip
 # Bound by arithmetic: products of matrices, and attention.
@@ -96,13 +96,13 @@ class NoWait(_Bodies):
     """Raises where the host would wait for the device."""
 
     def __enter__(self):
-        self.asked = _NoQuestion()
-        self.asked.__enter__()
+        self.predicates = _NoQuestion()
+        self.predicates.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        self.asked.__exit__(*error)
+        self.predicates.__exit__(*error)
 
     def see(self, func):
         assert name_of(func) not in WAITS, f"{func} waits for the device"

@@ -15,7 +15,7 @@ class Hub:
     """A server of the files under `folder`, as the model `name`.
 
     requests  (method, path) of all, without the query
-    files     of `requests`, the files whose content was asked for
+    files     of `requests`, the files whose content was requested
     gated     files are refused with the hub's 403 of a gated model
     token     if set, whoever does not send it is refused with 401
     broken    a file's name: its first download breaks off halfway
@@ -107,9 +107,9 @@ class Hub:
             "X-Repo-Commit": COMMIT,
             "Accept-Ranges": "bytes",
         }
-        asked = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
-        if asked:
-            begin = int(asked[1])
+        requested = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
+        if requested:
+            begin = int(requested[1])
             self.ranges.append((name, begin))
             headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
             return self._send(request, 206, headers, data[begin:])

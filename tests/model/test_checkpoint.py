@@ -1,4 +1,4 @@
-"""Models in and out of folders: equal to diffusers' both ways, and nothing wrong gets in."""
+"""Load and save model folders: compatible with diffusers; invalid files are rejected."""
 
 import copy
 import dataclasses
@@ -104,22 +104,22 @@ def test_what_diffusers_saved_loads(kind, shard, tmp_path):
 def test_diffusers_loads_what_we_saved(kind, shard, tmp_path):
     ours = randomised(ExpertTransformer(TransformerConfig(**KINDS[kind])))
     save_transformer(ours, tmp_path, shard)
-    theirs, told = CogVideoXTransformer3DModel.from_pretrained(tmp_path, output_loading_info=True)
+    theirs, info = CogVideoXTransformer3DModel.from_pretrained(tmp_path, output_loading_info=True)
     # diffusers leaves this buffer in the fp64 that it was made in, and puts our numbers into it
     assert_same(ours, theirs.float())
-    assert not any(told.values())
+    assert not any(info.values())
     assert not unused_by(CogVideoXTransformer3DModel, tmp_path)
     assert_same(load_transformer(tmp_path), ours)
 
 
-def test_vae_both_ways(tmp_path):
+def test_vae_and_diffusers_read_each_other(tmp_path):
     ours = randomised(CausalVAE(TINY_VAE))
     save_vae(ours, tmp_path / "vae", 20_000)
     assert INDEX in files(tmp_path / "vae")
-    theirs, told = AutoencoderKLCogVideoX.from_pretrained(
+    theirs, info = AutoencoderKLCogVideoX.from_pretrained(
         tmp_path / "vae", output_loading_info=True
     )
-    assert not any(told.values())
+    assert not any(info.values())
     assert not unused_by(AutoencoderKLCogVideoX, tmp_path / "vae")
     assert_same(ours, theirs)
     theirs.save_pretrained(tmp_path / "again")
@@ -129,7 +129,7 @@ def test_vae_both_ways(tmp_path):
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpm"])
-def test_scheduler_both_ways(solver, tmp_path):
+def test_scheduler_and_diffusers_read_each_other(solver, tmp_path):
     kind = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}[solver]
     config = SchedulerConfig(snr_shift_scale=1.0)
     save_scheduler(config, tmp_path / "scheduler", solver)
@@ -277,7 +277,7 @@ def test_an_index_must_agree_with_its_files(tiny, tmp_path):
         load_transformer(tmp_path)
 
 
-def test_weights_that_are_not_finite_are_named_when_asked(tiny, tmp_path):
+def test_weights_that_are_not_finite_are_named_on_request(tiny, tmp_path):
     tiny.proj_out.weight.data[0, 1] = float("nan")
     tiny.norm_final.bias.data[:] = float("inf")
     save_transformer(tiny, tmp_path)
@@ -309,7 +309,7 @@ def test_wrong_arguments_are_named(tiny, tmp_path):
 
 
 def test_hostile_configs_are_refused_quickly_or_load(tiny, seed, tmp_path):
-    """300 configs with one or two values a stranger might write."""
+    """300 configs with one or two arbitrary values."""
     import resource
     import time
 
@@ -353,7 +353,7 @@ def test_hostile_configs_are_refused_quickly_or_load(tiny, seed, tmp_path):
          "proj.weight in .*expected .16, 65536, 65536, 65536"),
     ],
 )  # fmt: skip
-def test_a_config_may_not_promise_more_than_the_files_hold(changes, match, tiny, tmp_path):
+def test_a_config_may_not_be_larger_than_the_files(changes, match, tiny, tmp_path):
     save_transformer(tiny, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
@@ -362,7 +362,7 @@ def test_a_config_may_not_promise_more_than_the_files_hold(changes, match, tiny,
     assert live.peak == 0 or "proj.weight" in match
 
 
-def test_a_vae_may_not_promise_more_than_the_files_hold(tmp_path):
+def test_a_vae_may_not_be_larger_than_the_files(tmp_path):
     save_vae(CausalVAE(TINY_VAE), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for changes, name in (
@@ -396,7 +396,7 @@ def test_mixed_dtypes_become_that_of_most_numbers(wide, shard, tiny, tmp_path):
                 parameter.data = parameter.data.float()
         save(model, tmp_path, shard)
         assert_same(load(tmp_path), expected)
-        assert_same(load(tmp_path, torch.float32), model.float())  # not by way of bfloat16
+        assert_same(load(tmp_path, torch.float32), model.float())  # not through bfloat16
         for path in tmp_path.iterdir():
             path.unlink()
 

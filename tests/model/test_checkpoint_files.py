@@ -85,9 +85,9 @@ def test_weights_of_a_strange_dtype_or_shape_are_refused(dtype, shape, folder):
     header["proj_out.bias"] |= {"dtype": dtype, "shape": shape}
     bits = {"F32": 32, "I32": 32, "C64": 64, "U64": 64, "F4": 4}
     here = 0
-    for said in header.values():
-        end = here + math.prod(said["shape"]) * bits.get(said["dtype"], 8) // 8
-        said["data_offsets"], here = [here, end], end
+    for entry in header.values():
+        end = here + math.prod(entry["shape"]) * bits.get(entry["dtype"], 8) // 8
+        entry["data_offsets"], here = [here, end], end
     written(folder / WEIGHTS, header, bytes(here))
     wanted = f"proj_out.bias in {WEIGHTS}: expected F64, F32, F16, BF16; got {dtype}"
     with pytest.raises(CheckpointError, match=wanted) as raised:

@@ -1,4 +1,4 @@
-"""Files of tensors: those of the library both ways, and headers that lie."""
+"""Files of tensors: compatible with the library; wrong headers."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def every_kind_of_tensor():
     }
 
 
-def test_tensors_both_ways_with_the_library(tmp_path):
+def test_tensors_and_the_library_read_each_other(tmp_path):
     tensors = every_kind_of_tensor()
     write_tensors(tmp_path / "ours", tensors, {"fps": "8", "é": ""})
     assert_equal(load_file(tmp_path / "ours"), tensors)
@@ -60,7 +60,7 @@ def test_what_was_read_does_not_hang_on_the_file(tmp_path):
 
 
 def test_what_is_read_lies_where_torch_puts_tensors(tmp_path):
-    """At multiples of 64 bytes, which a kernel may choose its way by."""
+    """At multiples of 64 bytes, by which a kernel may be chosen."""
     sizes = 1, 15, 16, 100, 10_000, 100_000
     write_tensors(tmp_path / "x", {str(size): torch.ones(size) for size in sizes})
     for _ in range(5):

@@ -68,8 +68,8 @@ def here(tmp_path, monkeypatch):
 def run(capsys, *words):
     """(exit status, stdout, stderr)."""
     status = cli.main([str(word) for word in words])
-    said = capsys.readouterr()
-    return status, said.out, said.err
+    seen = capsys.readouterr()
+    return status, seen.out, seen.err
 
 
 def facts(capsys, *words):
@@ -79,10 +79,12 @@ def facts(capsys, *words):
 
 
 def test_49_frames_there_and_back(capsys, here):
-    said = facts(capsys, "encode", BIKES, *RANDOM, *SIZE, "--frames", 49, "--out", "a.safetensors")
-    assert said["latents"] == [1, 13, 16, 4, 6] and said["fps"] == 25
-    said = facts(capsys, "decode", "a.safetensors", *RANDOM, "--out", "a.mp4")
-    assert (said["frames"], said["fps"]) == (49, 25)
+    summary = facts(
+        capsys, "encode", BIKES, *RANDOM, *SIZE, "--frames", 49, "--out", "a.safetensors"
+    )
+    assert summary["latents"] == [1, 13, 16, 4, 6] and summary["fps"] == 25
+    summary = facts(capsys, "decode", "a.safetensors", *RANDOM, "--out", "a.mp4")
+    assert (summary["frames"], summary["fps"]) == (49, 25)
     info = probe("a.mp4")
     assert (info.frames, info.height, info.width, info.fps) == (49, 32, 48, 25)
     assert sorted(path.name for path in here.iterdir()) == ["a.mp4", "a.safetensors"]
@@ -93,9 +95,9 @@ def test_a_vae_of_a_folder(capsys, here):
     with torch.random.fork_rng():
         torch.manual_seed(3)
         save_vae(CausalVAE(TINY_VAE), here / "vae")
-    said = facts(capsys, "encode", BIKES, "--vae", "vae", *SIZE, "--frames", 17, "--fps", 8,
+    summary = facts(capsys, "encode", BIKES, "--vae", "vae", *SIZE, "--frames", 17, "--fps", 8,
                  "--out", "a.safetensors")  # fmt: skip
-    assert said["latents"] == [1, 5, 4, 4, 6]
+    assert summary["latents"] == [1, 5, 4, 4, 6]
     facts(capsys, "decode", "a.safetensors", "--model", ".", "--out", "a.mp4")
     vae = load_vae("vae")
     with torch.no_grad():
@@ -122,8 +124,10 @@ def test_samples_follow_the_seed(capsys, here):
 def test_tiles(capsys, here):
     facts(capsys, "encode", BIKES, *RANDOM, "--height", 48, "--width", 64, "--frames", 5,
           "--tiling", "32x32", "--out", "a.safetensors")  # fmt: skip
-    said = facts(capsys, "decode", "a.safetensors", *RANDOM, "--tiling", "32x32", "--out", "a.mp4")
-    assert said["frames"] == 5
+    summary = facts(
+        capsys, "decode", "a.safetensors", *RANDOM, "--tiling", "32x32", "--out", "a.mp4"
+    )
+    assert summary["frames"] == 5
 
 
 def test_latents_belong_to_their_vae(capsys, here):
@@ -137,26 +141,26 @@ def test_latents_belong_to_their_vae(capsys, here):
 
 
 def test_reconstruction_is_measured(capsys, here):
-    said = facts(capsys, "reconstruct", BIKES, *RANDOM, *SIZE, "--frames", 9, "--out", "a.mp4")
-    assert said["frames"] == probe("a.mp4").frames == 9
-    assert said["peak_process_bytes"] > 0
+    summary = facts(capsys, "reconstruct", BIKES, *RANDOM, *SIZE, "--frames", 9, "--out", "a.mp4")
+    assert summary["frames"] == probe("a.mp4").frames == 9
+    assert summary["peak_process_bytes"] > 0
     original = read_video(BIKES, frames=9, height=32, width=48)
     options = make().parse_args(["encode", "x", "--out", "y", *RANDOM])
     vae = loading.VAESource.of(options).load(Console(quiet=True, as_json=False))
     with torch.no_grad():
         wanted = psnr(original, vae.decode(vae.encode(original).mode()))
-    assert said["psnr_db"] == pytest.approx(wanted, abs=0.01)
-    assert "no benchmark" in said["note"]
+    assert summary["psnr_db"] == pytest.approx(wanted, abs=0.01)
+    assert "no benchmark" in summary["note"]
 
 
 def test_kernels_and_streaming_change_no_reconstruction(capsys, here):
     """The same PSNR, as printed, of a real clip: on the kernels (in Triton's interpreter) and on
     the references, streamed and whole."""
     psnr = set()
-    for number, way in enumerate(("kernel", "reference", "auto", "auto --whole")):
-        size = ("--height", 16, "--width", 16, "--frames", 5, "--backend", *way.split())
-        said = facts(capsys, "reconstruct", BIKES, *RANDOM, *size, "--out", f"{number}.mp4")
-        psnr.add(said["psnr_db"])
+    for number, backend in enumerate(("kernel", "reference", "auto", "auto --whole")):
+        size = ("--height", 16, "--width", 16, "--frames", 5, "--backend", *backend.split())
+        summary = facts(capsys, "reconstruct", BIKES, *RANDOM, *size, "--out", f"{number}.mp4")
+        psnr.add(summary["psnr_db"])
     assert len(psnr) == 1 and None not in psnr
 
 
@@ -185,8 +189,8 @@ GENERATE = ["--prompt", "bike", "--steps", "2", "--seed", "5", "--backend", "ref
 
 
 def test_generate(capsys, here, model):
-    said = facts(capsys, "generate", "--model", model, *GENERATE, "--out", "a.mp4")
-    assert (said["frames"], said["fps"], said["seed"]) == (9, 8, 5)
+    summary = facts(capsys, "generate", "--model", model, *GENERATE, "--out", "a.mp4")
+    assert (summary["frames"], summary["fps"], summary["seed"]) == (9, 8, 5)
     assert probe("a.mp4").frames == 9
     assert sorted(path.name for path in here.iterdir()) == ["a.latents.safetensors", "a.mp4"]
     facts(capsys, "decode", "a.latents.safetensors", "--model", model, "--out", "b.mp4")
@@ -200,10 +204,10 @@ def test_generate(capsys, here, model):
 
 
 def test_generate_from_a_video(capsys, here, model):
-    said = facts(capsys, "generate", "--model", model, *GENERATE, "--video", BIKES, "--frames", 9,
-                 "--cfg", "two_pass", "--solver", "dpm", "--fps", 8,
-                 "--out", "a.gif")  # fmt: skip
-    assert said["frames"] == probe("a.gif").frames == 9
+    summary = facts(capsys, "generate", "--model", model, *GENERATE, "--video", BIKES,
+                    "--frames", 9, "--cfg", "two_pass", "--solver", "dpm", "--fps", 8,
+                    "--out", "a.gif")  # fmt: skip
+    assert summary["frames"] == probe("a.gif").frames == 9
 
 
 def test_generate_resumes(capsys, here, model, monkeypatch):
@@ -234,9 +238,9 @@ def test_generate_refuses_what_cannot_fit(capsys, here, model):
 
 
 def test_plan(capsys, model):
-    said = facts(capsys, "plan", "--model", model, "--frames", 17, "--dtype", "float32")
-    assert said["frames"] == 17 and said["video_tokens"] == 5 * 4
-    assert [stage["name"] for stage in said["stages"]] == ["text", "denoise", "decode"]
+    summary = facts(capsys, "plan", "--model", model, "--frames", 17, "--dtype", "float32")
+    assert summary["frames"] == 17 and summary["video_tokens"] == 5 * 4
+    assert [stage["name"] for stage in summary["stages"]] == ["text", "denoise", "decode"]
     status, out, _ = run(capsys, "plan", "--model", model)
     assert status == 0 and "chunks" in out and "at once" in out
     status, _, err = run(capsys, "plan", "--model", model, "--vram-budget", "1K")

@@ -23,7 +23,7 @@ from cogvx_kernels import BACKENDS
 [COMMANDS] = [a.choices for a in make()._actions if isinstance(a.choices, dict)]
 
 
-def said(capsys, *words):
+def run(capsys, *words):
     status = cli.main([str(word) for word in words])
     seen = capsys.readouterr()
     return status, seen.out, seen.err
@@ -42,7 +42,7 @@ def test_constants_are_the_librarys():
 
 
 def test_version(capsys):
-    assert said(capsys, "--version")[:2] == (0, f"cogvx {cogvx.__version__}\n")
+    assert run(capsys, "--version")[:2] == (0, f"cogvx {cogvx.__version__}\n")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -78,7 +78,7 @@ def test_help_explains_every_option(name):
     ],
 )
 def test_typos(capsys, words, hint):
-    status, out, err = said(capsys, *words)
+    status, out, err = run(capsys, *words)
     assert (status, out) == (2, "") and hint in err
 
 
@@ -88,15 +88,15 @@ def test_typos(capsys, words, hint):
 def test_keys_of_a_recipe(capsys, tmp_path, key, near):
     path = tmp_path / "recipe.toml"
     path.write_text(f"{key} = 1\n")
-    status, _, err = said(capsys, "train", path, "--out", tmp_path / "run")
+    status, _, err = run(capsys, "train", path, "--out", tmp_path / "run")
     assert status == 1 and f"unknown key '{key}'; did you mean {near}? The keys are data, " in err
 
 
 def test_keys_of_a_table(capsys, tmp_path):
-    status, _, err = said(capsys, "train", "tiny", "--out", tmp_path / "run",
+    status, _, err = run(capsys, "train", "tiny", "--out", tmp_path / "run",
                           "--set", "transformer_training.step=1")  # fmt: skip
     assert status == 1 and "unknown key 'step'; did you mean steps? The keys are" in err
-    status, _, err = said(capsys, "train", "tiny", "--out", tmp_path / "run", "--set", "seed.a=1")
+    status, _, err = run(capsys, "train", "tiny", "--out", tmp_path / "run", "--set", "seed.a=1")
     assert status == 1 and "seed is no table" in err
     assert str(unknown_key("it", "zzz", ["b", "a"])) == "it: unknown key 'zzz'. The keys are a, b"
     with pytest.raises(ValueError, match="unknown key 'num_layer'; did you mean num_layers"):
@@ -155,13 +155,13 @@ def completed(script, *words):
 
 
 def test_completion(capsys):
-    status, script, _ = said(capsys, "completion", "bash")
+    status, script, _ = run(capsys, "completion", "bash")
     assert status == 0
     assert completed(script, "cogvx", "re") == ["reconstruct"]
     assert completed(script, "cogvx", "generate", "--pro") == ["--prompt"]
     assert completed(script, "cogvx", "generate", "--solver", "d") == ["ddim", "dpm"]
     assert completed(script, "cogvx", "generate", "--image", "x") == []
     assert completed(script, "cogvx", "generate", "--sch") == []
-    assert "bashcompinit" in said(capsys, "completion", "zsh")[1]
-    fish = said(capsys, "completion", "fish")[1]
+    assert "bashcompinit" in run(capsys, "completion", "zsh")[1]
+    fish = run(capsys, "completion", "fish")[1]
     assert "'__fish_seen_subcommand_from generate' -l solver -x -a 'ddim dpm'" in fish

@@ -69,7 +69,7 @@ def pipe(monkeypatch):
     return pipe
 
 
-def said(capsys, *words):
+def run(capsys, *words):
     status = cli.main([str(word) for word in words])
     seen = capsys.readouterr()
     return status, seen.out, seen.err
@@ -108,16 +108,16 @@ def said(capsys, *words):
 )
 def test_generate_refuses_at_once(capsys, here, models, clip, no_weights, words, message):
     command = ["generate", "--model", models / "5b", *PROMPT, "--out", "a.mp4", *words]
-    status, out, err = said(capsys, *command)
+    status, out, err = run(capsys, *command)
     assert (status, out) == (1, "") and message in err and err.count("\n") == 1
     assert [path.name for path in here.iterdir()] == ["clip.mp4"]
 
 
 def test_an_image_to_video_model_refuses_at_once(capsys, here, models, no_weights):
     command = ["generate", "--model", models / "5b-i2v", *PROMPT, "--out", "a.mp4"]
-    assert "--image must be given" in said(capsys, *command)[2]
+    assert "--image must be given" in run(capsys, *command)[2]
     (here / "no.png").write_bytes(b"no picture")
-    assert "no.png" in said(capsys, *command, "--image", "no.png")[2]
+    assert "no.png" in run(capsys, *command, "--image", "no.png")[2]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_an_image_to_video_model_refuses_at_once(capsys, here, models, no_weight
 )
 def test_others_refuse_at_once(capsys, here, models, clip, no_weights, words, message):
     vae = [] if words[0] == "convert" else ["--model", models / "5b"]
-    status, out, err = said(capsys, *words, *vae)
+    status, out, err = run(capsys, *words, *vae)
     assert (status, out) == (1, "") and message in err
     assert [path.name for path in here.iterdir()] == ["clip.mp4"]
 
@@ -143,7 +143,7 @@ def test_others_refuse_at_once(capsys, here, models, clip, no_weights, words, me
 @pytest.mark.parametrize("fps", ["0", "-1", "1000000", "nan"])
 @pytest.mark.parametrize("command", ["generate", "encode", "decode", "reconstruct"])
 def test_no_rate_is_changed(capsys, command, fps):
-    status, _, err = said(capsys, command, "x", "--out", "a.mp4", f"--fps={fps}")
+    status, _, err = run(capsys, command, "x", "--out", "a.mp4", f"--fps={fps}")
     assert status == 2 and "argument --fps: must be" in err
 
 
@@ -181,7 +181,7 @@ with ExitStack() as stack:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
 def test_two_commands_with_one_output(capsys, here, models, clip, no_weights):
-    """The second refuses, even with --force; what a killed one leaves is in nobody's way."""
+    """The second fails, even with --force; files of a killed one do not matter."""
     names = ["a.mp4", "b.latents.safetensors", "latents", "run"]
     other = subprocess.Popen(
         [sys.executable, "-c", HOLD, *names],
@@ -200,7 +200,7 @@ def test_two_commands_with_one_output(capsys, here, models, clip, no_weights):
         ["train", "tiny", "--out", "run"],
         ["convert", "x.pt", "--out", "run", "--force"],
     ):
-        status, _, err = said(capsys, *words)
+        status, _, err = run(capsys, *words)
         assert status == 1 and "another command is writing it" in err, words
     other.kill()
     other.communicate()
@@ -247,12 +247,12 @@ def test_a_signal_leaves_the_checkpoint(capsys, here, models, pipe, monkeypatch,
     try:
         with monkeypatch.context() as patch:
             patch.setattr(Console, "progress", interrupt)
-            code, _, err = said(capsys, *words, "--seed", "1234567", "--checkpoint-every", "2")
+            code, _, err = run(capsys, *words, "--seed", "1234567", "--checkpoint-every", "2")
     finally:
         signal.signal(signal.SIGINT, handler)
     assert code == status and err.startswith(("cogvx: interrupted", "cogvx: terminated"))
     assert [path.name for path in here.iterdir()] == ["a.latents.safetensors"]
-    code, out, _ = said(capsys, *words, "--resume")
+    code, out, _ = run(capsys, *words, "--resume")
     assert code == 0 and "seed     1234567\n" in out
 
 
@@ -263,8 +263,8 @@ def test_a_lora_is_loaded(capsys, here, models, pipe, monkeypatch):
     monkeypatch.setattr(pipe, "load_lora", lambda path, scale: loaded.append((str(path), scale)))
     words = ["generate", "--model", models / "5b", *PROMPT, "--out", "a.mp4", "--steps", "1",
              "--force", "--lora", "a", "--lora", "b", "--lora-scale"]  # fmt: skip
-    assert said(capsys, *words, "0.5")[0] == 0
-    assert said(capsys, *words, "1", "--lora-scale=-2")[0] == 0
+    assert run(capsys, *words, "0.5")[0] == 0
+    assert run(capsys, *words, "1", "--lora-scale=-2")[0] == 0
     assert loaded == [("a", 0.5), ("b", 0.5), ("a", 1.0), ("b", -2.0)]
 
 

@@ -12,7 +12,7 @@ from cogvx.config import PRESETS, SchedulerConfig, TransformerConfig, VAEConfig
 from cogvx_kernels.testing import SIZES
 
 OF_PRESETS = [name for name in SIZES if name.rsplit("-", 2)[0] in PRESETS]
-# What 1.0 releases leave out of transformer/config.json (fact sheet, section 9).
+# What 1.0 releases leave out of transformer/config.json (`docs/model.md`, section 9).
 LACKING = ("patch_size_t", "patch_bias", "ofs_embed_dim", "use_learned_positional_embeddings")
 
 WRONG = {
@@ -97,8 +97,8 @@ def test_notes_of_the_writer_are_passed_over():
 
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_config_is_refused_by_name(case):
-    config, values, said = WRONG[case]
-    with pytest.raises((TypeError, ValueError), match=said) as error:
+    config, values, message = WRONG[case]
+    with pytest.raises((TypeError, ValueError), match=message) as error:
         config.from_dict(values)
     assert str(error.value).startswith(config.__name__)
     about_the_value = str(error.value).partition(" The keys are ")[0]

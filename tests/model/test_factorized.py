@@ -1,4 +1,4 @@
-"""The doors of the factorised family: the options and defaults of the design it began with."""
+"""Public functions of the factorised family: options and defaults."""
 
 import inspect
 
@@ -9,7 +9,7 @@ import cogvx
 from cogvx import build, build_transformer, build_vae
 from cogvx.vae import CausalVAE
 
-# The sizes of the first design's own tests (fact sheet, section 8.2).
+# The sizes of the first design's tests (`docs/model.md`, section 8.2).
 SMALL_VAE = {
     "in_channels": 2,
     "latent_channels": 2,
@@ -122,7 +122,7 @@ def test_build_gives_the_whole_pipeline():
 
 
 @pytest.mark.parametrize(
-    ("door", "options", "said"),
+    ("function", "options", "message"),
     [
         (build_vae, {"num_frames": 50}, "num_frames must have 1 . 4k frames, nearest 49 or 53"),
         (build_vae, {"spatial_downsample": 6}, "spatial_downsample must be a power of two; got 6"),
@@ -135,9 +135,9 @@ def test_build_gives_the_whole_pipeline():
         (cogvx.rope3d_freqs, {"time": 0, "height": 1, "width": 1}, "grid must be positive"),
     ],
 )
-def test_wrong_options_are_refused_by_name(door, options, said):
-    with pytest.raises(ValueError, match=said):
-        door(**options)
+def test_wrong_options_are_refused_by_name(function, options, message):
+    with pytest.raises(ValueError, match=message):
+        function(**options)
 
 
 def test_an_unknown_option_is_refused():

@@ -1,4 +1,4 @@
-"""Files that a crash must not spoil, and JSON that a stranger wrote."""
+"""Atomic writes, and JSON of untrusted files."""
 
 import errno
 import os
@@ -111,7 +111,7 @@ def test_atomic_path_clears_up_after_the_dead_and_not_after_the_living(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".y.abc.part.json", "x.json"]
 
 
-def test_atomic_path_clears_up_nothing_that_a_stranger_made_look_so(tmp_path):
+def test_atomic_path_removes_nothing_else_of_similar_name(tmp_path):
     """A link to a folder, a pipe that would block, a file."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "kept").touch()

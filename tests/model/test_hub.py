@@ -1,4 +1,4 @@
-"""Models by their names on the hub: what is downloaded, from where it is read, and what is said
+"""Models by their names on the hub: what is downloaded, from where it is read, and the errors
 when it cannot be. A server on loopback stands for the hub."""
 
 import errno
@@ -195,7 +195,7 @@ def test_a_download_that_breaks_off_goes_on(hub, monkeypatch):
 
 
 def test_a_download_that_was_stopped_is_completed(hub, monkeypatch):
-    """Files that are whole are not downloaded again; without a connection it is said what to do."""
+    """Files that are whole are not downloaded again; without a connection the error has advice."""
     located(NAME, parts=["scheduler"])
     offline(monkeypatch)
     with pytest.raises(CheckpointError, match="not complete: run it again, with a connection"):
@@ -259,7 +259,7 @@ def test_a_token(hub):
     load_vae(NAME, token="hf_secret")
 
 
-def test_a_disk_that_is_too_small_is_said_before_the_download(hub, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported_before_the_download(hub, monkeypatch):
     usage = type(shutil.disk_usage("."))(10**6, 10**6, 1000)
     monkeypatch.setattr("cogvx.hub.shutil.disk_usage", lambda path: usage)
     with pytest.raises(OSError, match=r"needs 0\.\d MB more in .*0\.0 MB are free.*cache_dir"):
@@ -301,7 +301,7 @@ def test_blobs_of_the_whole_cache(hub, monkeypatch):
         load_vae(NAME)
 
 
-def test_what_is_missing_is_said_before_the_large_files(hub, monkeypatch):
+def test_what_is_missing_is_reported_before_the_large_files(hub, monkeypatch):
     monkeypatch.setitem(sys.modules, "google.protobuf", None)
     with pytest.raises(ModuleNotFoundError, match=r"protobuf is not installed; .*cogvx\[text\]"):
         CogVideoX.from_pretrained(NAME)

@@ -207,7 +207,7 @@ def test_folders_of_peft(settings, scale, given, pipe, tmp_path):
     check(pipe, before, pairs, scale)
 
 
-def test_peft_without_its_config_is_told(pipe, tmp_path):
+def test_peft_without_its_config_warns(pipe, tmp_path):
     before, pairs = weights(pipe), adapter(pipe.transformer)
     write_tensors(tmp_path / "adapter_model.safetensors", peft_layout(pairs, ".default"))
     with pytest.warns(UserWarning, match=r"no adapter_config.json lies beside it.*scale=alpha/ran"):
@@ -320,7 +320,7 @@ def test_files_that_are_no_adapters(pipe, tmp_path):
             pipe.load_lora(tmp_path / "a.safetensors", scale)
 
 
-def test_a_merge_that_fails_half_way_leaves_nothing(pipe, tmp_path, monkeypatch):
+def test_a_merge_that_fails_changes_nothing(pipe, tmp_path, monkeypatch):
     before = weights(pipe)
     write_tensors(tmp_path / "a.safetensors", PAIR)
     with pytest.raises(ValueError, match="scale must leave .*to_q.weight finite in torch.float32"):

@@ -1,4 +1,4 @@
-"""What `generate` promises: sizes, switches, callbacks, and one seed one video."""
+"""`generate`: sizes, options, callbacks, and one video for one seed."""
 
 import inspect
 import json
@@ -180,8 +180,8 @@ def test_1_5_pads_to_whole_patches_and_drops_what_it_padded(frames, latents):
 def test_1_5_takes_a_video_of_odd_latents():
     """diffusers refuses it; the padding is the first latent again, as in training."""
     pipe, video = tiny("1.5"), picture(1, 9)
-    asked = []
-    pipe.transformer.register_forward_pre_hook(lambda _, args: asked.append(args[0]))
+    calls = []
+    pipe.transformer.register_forward_pre_hook(lambda _, args: calls.append(args[0]))
     came = pipe.generate("a", video=video, steps=50, strength=0.02, guidance=1.0, seed=1)
     assert came.shape == video.shape
     generator = torch.Generator().manual_seed(1)
@@ -189,14 +189,14 @@ def test_1_5_takes_a_video_of_odd_latents():
         latents = 0.7 * pipe.vae.encode(video).sample(generator)
     latents = torch.cat([latents[:, :1], latents], 1)
     noise = torch.randn(latents.shape, generator=generator)
-    assert torch.equal(asked[0], NoiseSchedule(SCHEDULER).add_noise(latents, noise, 19))
+    assert torch.equal(calls[0], NoiseSchedule(SCHEDULER).add_noise(latents, noise, 19))
 
 
 def test_strength_keeps_the_video_as_much_as_it_says():
     pipe, video = tiny("5b"), picture(1, 9)
-    asked = []
-    pipe.generate("a", video=video, steps=10, strength=0.3, callback=lambda *a: asked.append(a[:2]))
-    assert asked == [(0, 299), (1, 199), (2, 99)]
+    calls = []
+    pipe.generate("a", video=video, steps=10, strength=0.3, callback=lambda *a: calls.append(a[:2]))
+    assert calls == [(0, 299), (1, 199), (2, 99)]
 
 
 def test_guidance_of_one_asks_once():
@@ -226,17 +226,17 @@ def test_progress_tells_of_every_stage(mode):
     pipe = tiny("5b-i2v" if mode == "image" else "5b")
     given = {"image": {"image": picture(1)}, "video": {"video": picture(2, 17)}}.get(mode, {})
     prompts = ["a", "b"] if mode == "video" else "a"
-    told = []
+    calls = []
     frames = {} if mode == "video" else {"num_frames": 17}
-    pipe.generate(prompts, steps=4, **frames, **given, progress=lambda *now: told.append(now))
-    stages = {stage: [now[1:] for now in group] for stage, group in groupby(told, lambda t: t[0])}
+    pipe.generate(prompts, steps=4, **frames, **given, progress=lambda *now: calls.append(now))
+    stages = {stage: [now[1:] for now in group] for stage, group in groupby(calls, lambda t: t[0])}
     names = (
         ["text", "denoise", "decode"] if mode == "text" else ["text", "encode", "denoise", "decode"]
     )
     assert list(stages) == names
     assert stages["text"] == [(0, 2), (1, 2), (2, 2)]
-    walked = 3 if mode == "video" else 4
-    assert stages["denoise"] == [(n, walked) for n in range(walked + 1)]
+    steps = 3 if mode == "video" else 4
+    assert stages["denoise"] == [(n, steps) for n in range(steps + 1)]
     assert stages["decode"] == [(0, 2), (1, 2), (2, 2)]  # 5 latents in chunks of 3 and 2
     if mode != "text":
         # of two videos, each in two chunks, the second begins where the first ends
@@ -356,7 +356,7 @@ def test_saved_and_loaded(tmp_path):
     torch.testing.assert_close(came, latents, rtol=0, atol=1e-5)
 
 
-def test_a_text_encoder_that_the_index_promises_must_be_there(tmp_path):
+def test_a_text_encoder_in_the_index_must_be_there(tmp_path):
     tiny().save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["text_encoder"] == [None, None]
@@ -502,10 +502,10 @@ def test_to_moves_every_part_and_repr_says_where_it_is():
     assert pipe.dtype == next(pipe.vae.parameters()).dtype == torch.bfloat16
     assert str(pipe.device) == "cpu" and pipe.to("cpu").dtype == torch.bfloat16
     count = sum(parameter.numel() for parameter in pipe.transformer.parameters())
-    said = repr(pipe).splitlines()
-    assert said[0] == "CogVideoX(text-to-video and video-to-video, 9 frames of 32x32 by default)"
-    assert said[1] == f"  transformer: ExpertTransformer, {count:,} parameters, bfloat16 on cpu"
-    assert said[3].startswith("  text_encoder: T5TextEncoder, ") and said[4] == "  solver: ddim"
+    lines = repr(pipe).splitlines()
+    assert lines[0] == "CogVideoX(text-to-video and video-to-video, 9 frames of 32x32 by default)"
+    assert lines[1] == f"  transformer: ExpertTransformer, {count:,} parameters, bfloat16 on cpu"
+    assert lines[3].startswith("  text_encoder: T5TextEncoder, ") and lines[4] == "  solver: ddim"
     assert pipe.to(torch.float32).dtype == torch.float32
     for wrong in ((torch.int8,), ("cpu", torch.int8), (torch.float16, torch.float16)):
         with pytest.raises(TypeError, match=r"CogVideoX.to: dtype must be"):

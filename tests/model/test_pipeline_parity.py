@@ -25,7 +25,7 @@ def both(kind, mode, frames, solver, steps=5, guidance=6.0, dynamic=False, batch
     pipe = tiny(kind)
     other = theirs(pipe, mode, solver)
     given = {**embeds(batch), "steps": steps, "guidance": guidance, "dynamic_guidance": dynamic}
-    asked = {
+    kwargs = {
         **embeds(batch),
         "num_inference_steps": steps,
         "guidance_scale": guidance,
@@ -34,14 +34,14 @@ def both(kind, mode, frames, solver, steps=5, guidance=6.0, dynamic=False, batch
         "width": SIDE,
     }
     if mode != "video":
-        given["num_frames"] = asked["num_frames"] = frames
+        given["num_frames"] = kwargs["num_frames"] = frames
     if mode == "image":
         given["image"] = picture(batch)
-        asked["image"] = given["image"] / 2 + 0.5
+        kwargs["image"] = given["image"] / 2 + 0.5
     if mode == "video":
         given["video"] = picture(batch, frames)
-        asked["video"] = list(given["video"][0] / 2 + 0.5)
-        given["strength"] = asked["strength"] = 0.7
+        kwargs["video"] = list(given["video"][0] / 2 + 0.5)
+        given["strength"] = kwargs["strength"] = 0.7
     ours, other_s = [], []
 
     def keep(pipe, step, timestep, tensors):
@@ -59,7 +59,7 @@ def both(kind, mode, frames, solver, steps=5, guidance=6.0, dynamic=False, batch
         generator=torch.Generator().manual_seed(3),
         output_type="pt",
         callback_on_step_end=keep,
-        **asked,
+        **kwargs,
     ).frames
     assert len(ours) == len(other_s)
     yield from zip(ours, other_s, strict=True)

@@ -49,7 +49,7 @@ def test_resumed_after_any_step_it_is_the_same_video(tmp_path, mode, solver):
                 checkpoint_every=1,
                 callback=kill_at(step),
             )
-        asked = []
+        steps = []
         pipe = tiny(kind)  # another process would have read it from its folder
         pipe.text_encoder = pipe.vae.encode = None  # nothing is encoded again
         video = pipe.generate(
@@ -58,9 +58,9 @@ def test_resumed_after_any_step_it_is_the_same_video(tmp_path, mode, solver):
             resume=path,
             save_latents=path,
             checkpoint_every=1,
-            callback=lambda now, timestep, latents, asked=asked: asked.append(now),
+            callback=lambda now, timestep, latents, steps=steps: steps.append(now),
         )
-        assert asked == list(range(step, STEPS))
+        assert steps == list(range(step, STEPS))
         assert torch.equal(video, whole)
         assert torch.equal(decode_saved(pipe.vae, path), whole)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
@@ -69,12 +69,12 @@ def test_resumed_after_any_step_it_is_the_same_video(tmp_path, mode, solver):
 def test_latents_saved_decode_to_the_video(tmp_path):
     path, pipe = tmp_path / "latents.safetensors", tiny("1.5")
     video = pipe.generate("a", steps=2, num_frames=9, save_latents=path)
-    told = []
-    came = pipe.decode_saved(path, progress=lambda *now: told.append(now))
-    assert torch.equal(came, video) and told == [("decode", 0, 1), ("decode", 1, 1)]
-    asked = {"prompt": "a", "steps": 2, "num_frames": 9, "resume": path}
-    assert torch.equal(pipe.generate(**asked), video)  # and nothing is denoised
-    latents = pipe.generate(**asked, output="latents")
+    calls = []
+    came = pipe.decode_saved(path, progress=lambda *now: calls.append(now))
+    assert torch.equal(came, video) and calls == [("decode", 0, 1), ("decode", 1, 1)]
+    options = {"prompt": "a", "steps": 2, "num_frames": 9, "resume": path}
+    assert torch.equal(pipe.generate(**options), video)  # and nothing is denoised
+    latents = pipe.generate(**options, output="latents")
     assert torch.equal(latents, read_tensors(path)[0]["latents"])
     assert list(read_tensors(path)[0]) == ["latents"]
 
@@ -104,7 +104,7 @@ def test_several_generators_go_on_where_each_was(tmp_path):
         pipe.generate(**{**given(3), "seed": 3, "generator": None}, resume=path)
 
 
-def test_checkpoints_are_as_far_apart_as_asked(tmp_path):
+def test_checkpoints_are_as_far_apart_as_requested(tmp_path):
     path, pipe = tmp_path / "latents.safetensors", tiny()
     kept = []
 
@@ -136,8 +136,8 @@ MISMATCHES = {
 
 
 @pytest.fixture(scope="module")
-def half_way(tmp_path_factory):
-    """A file after 2 of 4 steps, and what it was asked for."""
+def unfinished(tmp_path_factory):
+    """A file after 2 of 4 steps, and its options."""
     path = tmp_path_factory.mktemp("saved") / "latents.safetensors"
     given = {"prompt": "a", "steps": STEPS, "num_frames": 9, "seed": 3}
     with pytest.raises(Killed):
@@ -146,15 +146,15 @@ def half_way(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", MISMATCHES)
-def test_other_options_are_refused_by_name(half_way, name):
-    path, given = half_way
+def test_other_options_are_refused_by_name(unfinished, name):
+    path, given = unfinished
     options, match = MISMATCHES[name]
     with pytest.raises(CheckpointError, match=match):
         tiny().generate(**{**given, **options}, resume=path)
 
 
-def test_other_models_are_refused_by_name(half_way):
-    path, given = half_way
+def test_other_models_are_refused_by_name(unfinished):
+    path, given = unfinished
     with pytest.raises(CheckpointError, match="transformer.weights .*vae.weights "):
         tiny(seed=1).generate(**given, resume=path)
     pipe = tiny()
@@ -182,8 +182,8 @@ def test_another_source_is_refused(tmp_path):
         pipe.generate(**given, video=picture(1, 9, seed=9), resume=path)
 
 
-def test_what_is_not_done_is_not_decoded(half_way):
-    path, _ = half_way
+def test_what_is_not_done_is_not_decoded(unfinished):
+    path, _ = unfinished
     with pytest.raises(CheckpointError, match="must hold latents after all steps; got 2 of 4"):
         decode_saved(tiny().vae, path)
 
@@ -207,22 +207,22 @@ def test_latents_of_another_vae_are_refused(tmp_path):
         ({"steps": None}, "must hold 'steps' as it was written"),
     ],
 )
-def test_damaged_files_are_refused(half_way, tmp_path, damage, match):
-    tensors, metadata = read_tensors(half_way[0])
+def test_damaged_files_are_refused(unfinished, tmp_path, damage, match):
+    tensors, metadata = read_tensors(unfinished[0])
     metadata = {name: damage.get(name, value) for name, value in metadata.items()}
     path = tmp_path / "damaged.safetensors"
     write_tensors(path, tensors, {name: v for name, v in metadata.items() if v is not None})
     with pytest.raises(CheckpointError, match=match):
-        tiny().generate(**half_way[1], resume=path)
+        tiny().generate(**unfinished[1], resume=path)
 
 
 @pytest.mark.parametrize("gone", ["latents", "text", "generator_states"])
-def test_files_without_what_is_needed_are_refused(half_way, tmp_path, gone):
-    tensors, metadata = read_tensors(half_way[0])
+def test_files_without_what_is_needed_are_refused(unfinished, tmp_path, gone):
+    tensors, metadata = read_tensors(unfinished[0])
     path = tmp_path / "damaged.safetensors"
     write_tensors(path, {n: t for n, t in tensors.items() if n != gone}, metadata)
     with pytest.raises(CheckpointError, match=f"must hold '{gone}' as it was written"):
-        tiny().generate(**half_way[1], resume=path)
+        tiny().generate(**unfinished[1], resume=path)
 
 
 class InterruptAt(TorchDispatchMode):
@@ -240,7 +240,7 @@ class InterruptAt(TorchDispatchMode):
 
 
 def test_interrupted_at_any_operation_nothing_is_spoiled(tmp_path):
-    """No part of a file, nothing left in the models: the same video when asked again."""
+    """No part of a file, nothing left in the models: the same video when run again."""
     path, pipe = tmp_path / "latents.safetensors", tiny()
     given = {"prompt": "a", "steps": 2, "num_frames": 9, "seed": 1, "solver": "dpm"}
     given = {**given, "save_latents": path, "checkpoint_every": 1}

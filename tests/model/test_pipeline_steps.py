@@ -49,21 +49,21 @@ def test_what_steps_share_is_computed_once(cfg, projections):
 def test_runs_of_steps_are_made_where_they_begin(monkeypatch, tmp_path):
     """A run that is gone on with in the middle has the modulations that it had, bit for bit."""
     monkeypatch.setattr(denoise, "STEPS_AHEAD", 3)
-    pipe, asked = tiny(), []
+    pipe, calls = tiny(), []
     made = pipe.transformer.modulations
     monkeypatch.setattr(
-        pipe.transformer, "modulations", lambda t, ofs: asked.append(t.tolist()) or made(t, ofs)
+        pipe.transformer, "modulations", lambda t, ofs: calls.append(t.tolist()) or made(t, ofs)
     )
     path = tmp_path / "latents.safetensors"
     given = {**SMALL, "steps": 7, "save_latents": path, "checkpoint_every": 5}
     kept = []
     whole = pipe.generate("a", **given, callback=lambda *_: kept.append(_bytes(path)))
     runs = [[999, 856, 713], [570, 428, 285], [142]]
-    assert asked == runs
+    assert calls == runs
     path.write_bytes(kept[5])  # as it was after five steps
-    asked.clear()
+    calls.clear()
     assert torch.equal(pipe.generate("a", **given, resume=path), whole)
-    assert asked == runs[1:]
+    assert calls == runs[1:]
 
 
 def _bytes(path):

@@ -1,4 +1,4 @@
-"""The forecast against what is measured, in two ways that know nothing of each other."""
+"""The forecast against two independent measurements."""
 
 import dataclasses
 import json
@@ -269,12 +269,14 @@ def test_what_cannot_fit_is_refused_by_name():
     options = {"frames": 9, "height": 128, "width": 192}
     plan = forecast(config, vae, **options)
     plan.check(plan.total)
-    said = r"plan: decode must fit into .* for 9 frames of 128x192; it needs .*What helps: tiling"
-    with pytest.raises(PlanError, match=said):
+    message = (
+        r"plan: decode must fit into .* for 9 frames of 128x192; it needs .*What helps: tiling"
+    )
+    with pytest.raises(PlanError, match=message):
         plan.check(plan.total - 1)
     with pytest.raises(PlanError, match="What helps: fewer bytes a weight"):
         plan.check(plan.weights - 1)
-    with pytest.raises(PlanError, match=said):
+    with pytest.raises(PlanError, match=message):
         forecast(config, vae, **options, budget=plan.total - 1)
     tiled = forecast(config, vae, **options, tiling=Tiling(64, 96), budget=plan.total - 1)
     assert tiled.total < plan.total

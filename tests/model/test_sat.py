@@ -164,8 +164,8 @@ def test_a_transformer_comes_back_bit_for_bit(kind, container, tmp_path):
             ofs_embed_dim=None,
         ),
     )
-    told = convert(source, tmp_path / "out", preset=given)
-    assert told.transformer == KINDS[kind]
+    found = convert(source, tmp_path / "out", preset=given)
+    assert found.transformer == KINDS[kind]
     again = load_transformer(tmp_path / "out")
     assert again.config == KINDS[kind]
     assert_same(again, model)
@@ -182,7 +182,7 @@ def test_folders_and_a_vae_and_dtype(tmp_path):
     for latest in (None, "1"):
         if latest:
             (tmp_path / "sat" / "latest").write_text(f"{latest}\n")
-        told = convert(
+        found = convert(
             tmp_path / "sat",
             tmp_path / "out",
             torch.float16,
@@ -190,7 +190,7 @@ def test_folders_and_a_vae_and_dtype(tmp_path):
             preset=preset("5b"),
             max_shard_bytes=10_000,
         )
-        assert told.vae == TINY_VAE
+        assert found.vae == TINY_VAE
         assert_same(load_transformer(tmp_path / "out"), copy.deepcopy(model).half())
         assert_same(load_vae(tmp_path / "out"), copy.deepcopy(vae).half())
     assert len(os.listdir(tmp_path / "out" / "transformer")) > 3
@@ -204,7 +204,7 @@ def test_folders_and_a_vae_and_dtype(tmp_path):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_released_models_are_told_by_their_shapes(name, tmp_path, monkeypatch):
+def test_released_models_are_recognised_by_their_shapes(name, tmp_path, monkeypatch):
     """On the meta device: every name, and every shape, of the five."""
     monkeypatch.setattr("cogvx.sat.save", lambda *_: None)
     with torch.device("meta"):
@@ -215,7 +215,7 @@ def test_released_models_are_told_by_their_shapes(name, tmp_path, monkeypatch):
     assert convert(tmp_path / "x.pt", tmp_path / "out") == PRESETS[name]
 
 
-def test_a_preset_is_asked_for_when_it_cannot_be_told(tmp_path):
+def test_a_preset_is_required_if_it_cannot_be_recognised(tmp_path):
     source = saved(transformer_as_sat(ExpertTransformer(KINDS["5b"])), tmp_path / "x.pt")
     with pytest.raises(ValueError, match="preset must be one of 2b, 5b, .* cannot be recognised"):
         convert(source, tmp_path / "out")
@@ -327,7 +327,7 @@ def test_paths_that_are_no_checkpoint(tmp_path):
     refused("got 2")
 
 
-def test_places_read_as_the_fact_sheet_says():
+def test_places_are_as_documented():
     place = transformer_place("transformer_blocks.7.norm2.linear.bias")
     assert place == ("mixins.adaln_layer.adaLN_modulations.7.1.bias", (3, 4, 5, 9, 10, 11), 12)
     assert vae_place("decoder.up_blocks.0.resnets.3.conv1.conv.weight", 4).key == (

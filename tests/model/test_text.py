@@ -77,7 +77,7 @@ def test_long_prompts_are_cut_with_a_warning(encoder, pipe):
     assert torch.equal(came, expected)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        encoder.encode(prompts, 8)  # it has been said
+        encoder.encode(prompts, 8)  # warned already
 
 
 def test_a_prompt_that_just_fits_is_not_warned_of(encoder):
@@ -86,7 +86,7 @@ def test_a_prompt_that_just_fits_is_not_warned_of(encoder):
         encoder.encode([" ".join(WORDS)], len(WORDS) + 1)
 
 
-def test_dtype_is_that_of_the_files_or_the_one_asked_for(folder, encoder):
+def test_dtype_is_that_of_the_files_or_the_given_one(folder, encoder):
     half = T5TextEncoder.from_pretrained(folder, dtype=torch.bfloat16)
     came = half.encode(PROMPTS, 16)
     assert came.dtype == torch.bfloat16
@@ -228,5 +228,5 @@ def test_missing_weights_are_refused(released, tmp_path):
 
 def test_importing_text_imports_no_transformers():
     code = "import sys, cogvx.text; print('transformers' in sys.modules)"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == "False"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -38,7 +38,7 @@ def pipe():
 
 
 def run(pipe):
-    """Everything that computes: a step, both ways through the VAE, and streams."""
+    """Everything that computes: a step, the VAE's encoder and decoder, and streams."""
     pipe.generate("a red circle moves right", steps=1, guidance=1, seed=0, output="latents")
     with torch.no_grad():
         clip = ProceduralClips("test", 1)[0].video[None, :1]

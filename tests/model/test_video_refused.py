@@ -95,7 +95,7 @@ def test_a_picture_that_would_fill_the_memory(tmp_path, height, width):
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "bmp", "webp", "gif", "tiff"])
-def test_the_size_of_a_picture_that_is_too_large_is_said(tmp_path, kind):
+def test_the_size_of_a_picture_that_is_too_large_is_named(tmp_path, kind):
     """Files that are small, with headers that are not."""
     path = tmp_path / f"a.{kind}"
     if kind == "png":
@@ -137,7 +137,7 @@ def test_a_stream_that_appears_late_and_large(tmp_path):
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 100e6
 
 
-def test_a_header_that_promises_a_million_frames(tmp_path):
+def test_a_header_of_a_million_frames(tmp_path):
     path = write_levels(tmp_path / "a.avi", [50] * 4, codec="mpeg4")
     data = bytearray(path.read_bytes())
     length = data.index(b"strh") + 8 + 32

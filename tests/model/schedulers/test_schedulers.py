@@ -1,4 +1,4 @@
-"""The schedulers against the fact sheet's golden values and, step by step, against diffusers."""
+"""Schedulers against the golden values of `docs/model.md` and, step by step, against diffusers."""
 
 import math
 import random
@@ -33,7 +33,7 @@ def listed_by_diffusers(config, num_steps, name="ddim"):
     return scheduler, scheduler.timesteps
 
 
-# Fact sheet section 5.1, as printed there.
+# As printed in `docs/model.md`, section 5.1.
 TIMESTEPS = (0, 19, 99, 199, 299, 399, 499, 599, 699, 799, 899, 979, 998, 999)
 ALPHAS = {
     1.0: ".99915 .981010457 .888085895 .738700107 .566515754 .393544058 .242359167 .128447724 "
@@ -89,7 +89,7 @@ def test_ddim_coefficients():
 
 def test_dpm_coefficients():
     solver = DPMSolver(ONE)
-    golden = {  # x factor, -(x0 factor), noise factor, slope: fact sheet section 5.4
+    golden = {  # x factor, -(x0 factor), noise factor, slope: `docs/model.md`, section 5.4
         979: (0.47806040, -0.01494100, 0.87812454, 0.0),
         959: (0.63775546, -0.01800118, 0.76973970, 0.30460986),
         499: (0.91299371, -0.07010698, 0.31385666, 0.4909493),
@@ -104,7 +104,7 @@ def test_dpm_coefficients():
     assert first == (0, math.sqrt(alpha), math.sqrt(1 - alpha), 0)
 
 
-def test_dynamic_guidance_is_the_published_walk():
+def test_dynamic_guidance_is_as_published():
     golden = (
         "2.2915 2.5435 6.9744 6.4204 2.7881 4.2719 1.0376 4.1704 1.618 6.9831 1.0048 2.872 6.9768 "
         "1.6331 4.3297 2.4366 6.3773 6.0068 3.4479 3.1981 1.6548 6.61 1.1947 4.2953 6.9854 1.5213 "
@@ -132,7 +132,9 @@ def test_timesteps_are_those_of_diffusers_for_every_number_of_steps():
     assert len(longer) == 62 and longer[0] == 61
 
 
-def walk_beside_diffusers(name, config, num_steps, dtype=torch.float32, device="cpu", rejoin=False):
+def steps_beside_diffusers(
+    name, config, num_steps, dtype=torch.float32, device="cpu", rejoin=False
+):
     """Yields x of ours and of diffusers after every step, from one seed and one set of answers.
 
     rejoin  after each step diffusers goes on from where we are
@@ -168,7 +170,7 @@ def walk_beside_diffusers(name, config, num_steps, dtype=torch.float32, device="
 @pytest.mark.parametrize("num_steps", STEPS)
 def test_steps_are_those_of_diffusers(name, config, num_steps):
     """Bit for bit, and with as many draws of noise."""
-    pairs = list(walk_beside_diffusers(name, config, num_steps))
+    pairs = list(steps_beside_diffusers(name, config, num_steps))
     assert len(pairs) == num_steps
     for index, (x, expected) in enumerate(pairs):
         assert torch.equal(x, expected), f"step {index}: {(x - expected).abs().max()}"
@@ -178,7 +180,7 @@ def test_steps_are_those_of_diffusers(name, config, num_steps):
 def test_steps_in_bfloat16_are_those_of_diffusers_but_for_its_coefficients(name):
     """On a CPU diffusers rounds its coefficients to bfloat16 too, a relative 2^-9 of each term; the
     other roundings are the same. The terms of a step are below 8 and there are four of them."""
-    pairs = list(walk_beside_diffusers(name, ONE, 50, torch.bfloat16, rejoin=True))
+    pairs = list(steps_beside_diffusers(name, ONE, 50, torch.bfloat16, rejoin=True))
     assert len(pairs) == 50
     for x, expected in pairs:
         torch.testing.assert_close(x.float(), expected.float(), rtol=0, atol=4 * 8 * 2**-9)
@@ -189,7 +191,7 @@ def test_steps_in_bfloat16_are_those_of_diffusers_but_for_its_coefficients(name)
 @pytest.mark.parametrize("num_steps", [1, 7, 50])
 def test_steps_in_bfloat16_are_those_of_diffusers_on_a_gpu(name, num_steps, device):
     """Bit for bit: there a coefficient that is a CPU scalar stays in float32."""
-    for x, expected in walk_beside_diffusers(name, ONE, num_steps, torch.bfloat16, device):
+    for x, expected in steps_beside_diffusers(name, ONE, num_steps, torch.bfloat16, device):
         assert torch.equal(x, expected)
 
 
@@ -217,8 +219,8 @@ def test_compat_leaves_noise_after_60_steps():
 
 
 @pytest.mark.parametrize("num_steps", [1, 7, 50, 60])
-def test_ddim_returns_the_truth_when_the_model_knows_it(num_steps):
-    """With the exact v along the way, every step lies on the line from noise to x0."""
+def test_ddim_returns_x0_for_the_exact_v(num_steps):
+    """With the exact v every step lies on the line from noise to x0."""
     solver = DDIM(THREE)
     steps = solver.timestep_schedule(num_steps)
     x0, noise = torch.randn(2, *SHAPE, dtype=torch.float64).unbind()

@@ -51,7 +51,7 @@ def test_on_a_cpu_training_under_autocast_attends_in_float32(dtype):
 
 
 @pytest.mark.parametrize("attention", ["cudnn", "efficient", "flash-attn"])
-def test_a_backend_asked_for_by_name_runs_or_says_why_not(attention, monkeypatch):
+def test_a_backend_by_name_runs_or_says_why_not(attention, monkeypatch):
     package = types.ModuleType("flash_attn")
     package.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
     monkeypatch.setitem(sys.modules, "flash_attn", package)

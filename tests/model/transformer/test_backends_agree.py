@@ -47,8 +47,8 @@ def copied(model, dtype):
     return other
 
 
-def error(got, truth):
-    return (got.double() - truth.double()).norm()
+def error(got, fp64):
+    return (got.double() - fp64.double()).norm()
 
 
 @models
@@ -58,15 +58,15 @@ def test_kernels_err_as_references_do(config: TransformerConfig, device):
     """
     model = shaken(ExpertTransformer(config)).to(device)
     arguments = inputs(device)
-    reference, kernel = (results(model, arguments, way) for way in ("reference", "kernel"))
+    reference, kernel = (results(model, arguments, backend) for backend in ("reference", "kernel"))
     exact = arguments[0].double(), arguments[1].double(), arguments[2]
-    truth = results(copied(model, torch.float64), exact, "reference")
+    fp64 = results(copied(model, torch.float64), exact, "reference")
 
     def holds(got, wanted, true):
         return error(got, true) <= 2 * error(wanted, true) + 1e-6 * true.norm()
 
-    assert holds(kernel[0], reference[0], truth[0])
-    for name, true in truth[1].items():
+    assert holds(kernel[0], reference[0], fp64[0])
+    for name, true in fp64[1].items():
         # The text that leaves the last block is not looked at.
         assert true.any() or ".1.ff.text." in name
         assert holds(kernel[1][name], reference[1][name], true), name
@@ -78,14 +78,14 @@ def test_kernels_in_half_err_as_references_do(name, dtype, device):
     """Likewise; where a router wavers a rounding changes its choice, so there is none here."""
     model = shaken(ExpertTransformer(MODELS[name])).to(device, dtype)
     arguments = inputs(device, dtype)
-    reference, kernel = (results(model, arguments, way) for way in ("reference", "kernel"))
+    reference, kernel = (results(model, arguments, backend) for backend in ("reference", "kernel"))
     exact = arguments[0].double(), arguments[1].double(), arguments[2]
-    truth = results(copied(model, torch.float64), exact, "reference")
-    assert error(kernel[0], truth[0]) <= 2 * error(reference[0], truth[0])
-    for name, true in truth[1].items():
+    fp64 = results(copied(model, torch.float64), exact, "reference")
+    assert error(kernel[0], fp64[0]) <= 2 * error(reference[0], fp64[0])
+    for name, true in fp64[1].items():
         # A few numbers have an error by luck: half an ulp of the dtype is no disagreement.
-        floor = torch.finfo(dtype).eps / 2 * true.norm()
-        assert error(kernel[1][name], true) <= 2 * error(reference[1][name], true) + floor, name
+        ulp = torch.finfo(dtype).eps / 2 * true.norm()
+        assert error(kernel[1][name], true) <= 2 * error(reference[1][name], true) + ulp, name
 
 
 @pytest.mark.slow
@@ -105,11 +105,11 @@ def test_compiles_to_one_graph(name, device):
         # The compiler sums in an order of its own.
         assert (one - other).norm() <= 1e-5 * one.norm()
     with torch.no_grad():
-        ahead, told = model.modulations(arguments[2]), model.project_text(arguments[1])
+        ahead, projected = model.modulations(arguments[2]), model.project_text(arguments[1])
         for step in (0, 1):
             options = {"modulations": ahead.at(step)}
-            wanted = model(arguments[0], told, **options)
-            assert torch.equal(compiled(arguments[0], told, **options), wanted)
+            wanted = model(arguments[0], projected, **options)
+            assert torch.equal(compiled(arguments[0], projected, **options), wanted)
     torch._dynamo.reset()
 
 
@@ -122,18 +122,18 @@ def test_a_cuda_graph_holds_a_step(config):
         ahead = model.modulations(torch.tensor([999, 37], device="cuda"))
         latents, text, _ = inputs("cuda")
         modulations = dataclasses.replace(ahead, values=ahead.at(0).values.clone())
-        told = model.project_text(text)
+        projected = model.project_text(text)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # kernels are compiled and tables made before the capture
             for _ in range(3):
-                model(latents, told, modulations=modulations)
+                model(latents, projected, modulations=modulations)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = model(latents, told, modulations=modulations)
+            out = model(latents, projected, modulations=modulations)
         latents.copy_(torch.randn_like(latents))
-        told.tokens.copy_(torch.randn_like(told.tokens))
+        projected.tokens.copy_(torch.randn_like(projected.tokens))
         modulations.values.copy_(ahead.at(1).values)
         graph.replay()
-        assert torch.equal(out, model(latents, told, modulations=modulations))
+        assert torch.equal(out, model(latents, projected, modulations=modulations))

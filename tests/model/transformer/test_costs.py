@@ -62,20 +62,20 @@ def theirs(dtype):
     return CogVideoXBlock(DIM, NHEADS, HEADDIM, TIME, attention_bias=True).to(dtype)
 
 
-@pytest.mark.parametrize("way", ["grouped", "dense"])
-def test_a_block_is_at_most_12_launches(way, monkeypatch):
+@pytest.mark.parametrize("gemm", ["grouped", "dense"])
+def test_a_block_is_at_most_12_launches(gemm, monkeypatch):
     """Three passes over rows, four projections, attention, and the feed-forward's two products.
 
-    (torch has no product with tanh-GELU behind it on a CPU, so that the dense way has one more.)
+    (torch has no product with tanh-GELU behind it on a CPU, so that dense has one more.)
     """
-    monkeypatch.setattr(sys.modules["cogvx_kernels.expert_ffn.op"], "select_gemm", lambda *_: way)
+    monkeypatch.setattr(sys.modules["cogvx_kernels.expert_ffn.op"], "select_gemm", lambda *_: gemm)
     block, x = ours(torch.bfloat16), stream(torch.bfloat16)
     branch, modulations = what_a_block_is_given(x)
     with torch.no_grad(), Launches() as seen:
         block(x, branch, modulations, *TABLES, TEXT_LEN)
     counts = seen.counts
     assert (counts["gated_residual_adaln"], counts["qk_norm_rope3d_"]) == (2, 1)
-    assert counts.total() == (10 if way == "grouped" else 11), counts
+    assert counts.total() == (10 if gemm == "grouped" else 11), counts
 
 
 def test_an_expert_of_each_modality_is_no_launch_more():
@@ -94,8 +94,8 @@ def test_of_diffusers_the_same_counter_sees_about_60():
     assert 55 <= seen.counts.total() <= 62, seen.counts
 
 
-def test_bytes_moved_are_near_the_fused_floor():
-    """The floor of a block of 5B at batch 2 is 12.2 times its video's activations: fact sheet 7.1.
+def test_bytes_moved_are_near_the_fused_minimum():
+    """The minimum of a block of 5B at batch 2: 12.2 times its video (`docs/model.md`, section 7.1).
 
     Three passes that each read two tensors and write two, over text and video.
     """
@@ -113,8 +113,8 @@ def test_bytes_moved_are_near_the_fused_floor():
     assert 12 * unit < moved.bytes.total() <= 1.3 * 12.2 * unit, moved.bytes
 
 
-def test_of_diffusers_the_same_counter_sees_about_eight_times_the_floor():
-    """As the fact sheet says; less by the rotation of text, which there is next to nothing of."""
+def test_of_diffusers_the_same_counter_sees_about_eight_times_the_minimum():
+    """As in `docs/model.md`, less the rotation of text, which there is next to nothing of."""
     x = stream(torch.bfloat16)
     with torch.no_grad():
         run = run_theirs(theirs(torch.bfloat16), x)

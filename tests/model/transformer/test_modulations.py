@@ -1,4 +1,4 @@
-"""Modulations made ahead of time, and a text projected once: what the step-by-step way computes."""
+"""Modulations made ahead of time, and a text projected once: same results as step by step."""
 
 import dataclasses
 
@@ -54,11 +54,11 @@ def test_ahead_of_time_is_step_by_step(name):
     """fp32 to a few ulps: a product may sum in another order where it has more rows."""
     model, (latents, text, ofs) = made(MODELS[name]), inputs(MODELS[name])
     with torch.no_grad():
-        ahead, told = model.modulations(TIMES, ofs), model.project_text(text)
+        ahead, projected = model.modulations(TIMES, ofs), model.project_text(text)
         assert len(ahead) == len(TIMES)
         for step, time in enumerate(TIMES):
             wanted = model(latents, text, time, ofs)
-            got = model(latents, told, modulations=ahead.at(step))
+            got = model(latents, projected, modulations=ahead.at(step))
             assert (got - wanted).norm() <= 1e-6 * wanted.norm()
             assert torch.equal(model(latents, text, modulations=ahead.at(step)), got)
 
@@ -66,21 +66,21 @@ def test_ahead_of_time_is_step_by_step(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - {"experts"}))
 def test_ahead_of_time_in_half_errs_no_more(name, dtype):
-    """The rule: against fp64, at most twice what the step-by-step way errs. (A router that wavers
+    """The rule: against fp64, at most twice the error step by step. (A router that wavers
     chooses otherwise at a rounding, so that a model with one has no such bound.)"""
     model, (latents, text, ofs) = made(MODELS[name]), inputs(MODELS[name])
     half = made(MODELS[name]).to(dtype)
     half.load_state_dict(model.state_dict())
-    truth_of = made(MODELS[name]).double()
-    truth_of.load_state_dict(half.state_dict())
+    exact_model = made(MODELS[name]).double()
+    exact_model.load_state_dict(half.state_dict())
     latents, text = latents.to(dtype), text.to(dtype)
     with torch.no_grad():
-        ahead, told = half.modulations(TIMES, ofs), half.project_text(text)
+        ahead, projected = half.modulations(TIMES, ofs), half.project_text(text)
         for step, time in enumerate(TIMES):
-            truth = truth_of(latents.double(), text.double(), time, ofs)
+            exact = exact_model(latents.double(), text.double(), time, ofs)
             stepwise = half(latents, text, time, ofs)
-            got = half(latents, told, modulations=ahead.at(step))
-            assert (got - truth).norm() <= 2 * (stepwise - truth).norm()
+            got = half(latents, projected, modulations=ahead.at(step))
+            assert (got - exact).norm() <= 2 * (stepwise - exact).norm()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -98,14 +98,14 @@ def test_all_modulations_are_one_product(name):
 
 def test_with_modulations_ahead_a_step_makes_none():
     model, (latents, text, _) = made(ROPE), inputs(ROPE)
-    ahead, told = model.modulations(TIMES), model.project_text(text)
+    ahead, projected = model.modulations(TIMES), model.project_text(text)
     called = []
     for part in (model.time_embedding, model.patch_embed.text_proj, model.norm_out.linear):
         part.register_forward_hook(lambda *_: called.append(_))
     for block in model.transformer_blocks:
         for norm in (block.norm1, block.norm2):
             norm.linear.register_forward_hook(lambda *_: called.append(_))
-    model(latents, told, modulations=ahead.at(0))
+    model(latents, projected, modulations=ahead.at(0))
     assert not called
     model(latents, text, TIMES[0])
     assert len(called) == 3 + 2 * ROPE.num_layers
@@ -115,8 +115,8 @@ def test_weights_are_stacked_only_so_many_at_once(monkeypatch):
     model = made(ROPE)
     wanted = model.modulations(TIMES).values
     of_a_norm = model.transformer_blocks[0].norm1.linear.weight.nbytes
-    for room, products in ((2 * of_a_norm, 3), (of_a_norm, 5), (1, 5)):
-        monkeypatch.setattr(modulation, "STACK_BYTES", room)
+    for limit, products in ((2 * of_a_norm, 3), (of_a_norm, 5), (1, 5)):
+        monkeypatch.setattr(modulation, "STACK_BYTES", limit)
         with Products() as seen:
             got = model.modulations(TIMES).values
         assert len(seen.shapes) == 2 + products
@@ -169,7 +169,7 @@ def test_a_step_for_each_item():
 
 
 def test_gradients_go_through():
-    """Nothing is detached: made ahead or on the way, every parameter has the same gradient."""
+    """Nothing is detached: in advance or in the forward, every parameter has the same gradient."""
     model, (latents, text, ofs) = made(MODELS["1.5-5b-i2v"]), inputs(MODELS["1.5-5b-i2v"])
     model(latents, text, TIMES[2], ofs).square().sum().backward()
     wanted = {name: p.grad for name, p in model.named_parameters()}

@@ -55,8 +55,8 @@ def theirs_and_ours(name, dtype=torch.float32):
     return theirs.to(dtype), ours.to(dtype)
 
 
-def error(got, truth):
-    return (got.to(truth.dtype) - truth).norm().item()
+def error(got, fp64):
+    return (got.to(fp64.dtype) - fp64).norm().item()
 
 
 def inputs(name, size, dtype=torch.float32, batch=2):
@@ -119,9 +119,9 @@ def test_bf16_errs_at_most_twice_what_diffusers_errs(name):
     with torch.no_grad():
         of_theirs, of_ours = run_theirs(theirs, *arguments), ours(*arguments)
         latents, text, *times = arguments
-        truth = run_theirs(theirs.double(), latents.double(), text.double(), *times)
+        fp64 = run_theirs(theirs.double(), latents.double(), text.double(), *times)
     # The bound of the contract; measured 0.9 to 1.0.
-    assert error(of_ours, truth) <= 2 * error(of_theirs, truth)
+    assert error(of_ours, fp64) <= 2 * error(of_theirs, fp64)
 
 
 @pytest.mark.parametrize("text_len", [1, 9])

@@ -61,7 +61,7 @@ WRONG = [
      r"text must be on the device of latents, cpu; got meta"),
     ("a plain number", ROPE, {"timestep": 37}, TypeError,
      r"timestep must be a tensor of numbers; got 37 \(int\)"),
-    ("truths", ROPE, {"timestep": torch.tensor([True, False])}, TypeError,
+    ("booleans", ROPE, {"timestep": torch.tensor([True, False])}, TypeError,
      r"timestep must be a tensor of numbers; got bool \(2,\)"),
     ("one of two timesteps", ROPE, {"timestep": torch.tensor([37])}, ValueError,
      r"timestep must be a scalar or \(batch,\) = \(2,\); got \(1,\)"),

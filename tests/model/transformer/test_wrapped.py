@@ -96,7 +96,7 @@ def test_adapters_of_attention_alone_leave_the_feed_forward_fused(config, read):
 
 
 def test_adapters_of_the_modulation(read):
-    """Made on the way or ahead of time."""
+    """In the forward or in advance."""
     model, (latents, text, times) = made(ROPE), inputs()
     wrapped = with_lora(model, ["norm1.linear", "norm_out.linear"], init=False)
     wanted = wrapped(latents, text, times[0])
