@@ -10,6 +10,7 @@ from torch import Tensor
 from ..schedulers import Generators, Solver, TimestepSchedule, dynamic_guidance
 from ..threads import suited_threads
 from ..transformer import STEPS_AHEAD, ExpertTransformer, Modulations, ProjectedText
+from ..validation import invalid
 from .params import Request, check_finite
 
 OFS = 2.0  # the only value that CogVideoX1.5-5B-I2V was trained with
@@ -143,28 +144,23 @@ def _values(transformer: ExpertTransformer, latents: Tensor, text: ProjectedText
 
 def make_generator(seed: int | None, generator: Generators | None, batch: int) -> Generators:
     """The caller's generator; or a CPU one with the seed, or a seed that torch draws."""
-    if generator is not None:
-        if seed is not None:
-            raise ValueError("CogVideoX.generate: seed must be None beside a generator; got both")
-        if isinstance(generator, torch.Generator):
-            return generator
-        several = list(generator) if isinstance(generator, Sequence) else [generator]
-        if any(not isinstance(item, torch.Generator) for item in several):
-            raise TypeError(
-                "CogVideoX.generate: generator must be a torch.Generator or a list of them; got "
-                f"{type(several[0]).__name__}"
-            )
-        if len(several) != batch:
-            raise ValueError(
-                f"CogVideoX.generate: generator must be one, or one for each of {batch} videos; "
-                f"got {len(several)}"
-            )
-        return several if batch > 1 else several[0]
-    if seed is None:
-        seed = int(torch.randint(2**63 - 1, ()))
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"CogVideoX.generate: seed must be an integer; got {seed!r}")
-    return torch.Generator().manual_seed(seed)
+    where = "CogVideoX.generate"
+    if generator is None:
+        seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise invalid(where, "seed", "an integer", repr(seed), TypeError)
+        return torch.Generator().manual_seed(seed)
+    if seed is not None:
+        raise invalid(where, "seed", "None beside a generator", "both")
+    if isinstance(generator, torch.Generator):
+        return generator
+    several = list(generator) if isinstance(generator, Sequence) else [generator]
+    if any(not isinstance(item, torch.Generator) for item in several):
+        wanted, got = "a torch.Generator or a list of them", type(several[0]).__name__
+        raise invalid(where, "generator", wanted, got, TypeError)
+    if len(several) != batch:
+        raise invalid(where, "generator", f"one, or one for each of {batch} videos", len(several))
+    return several if batch > 1 else several[0]
 
 
 def each(generator: Generators) -> list[torch.Generator]:
