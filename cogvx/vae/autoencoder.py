@@ -48,6 +48,11 @@ class CausalVAE(nn.Module):
         vae.encoder, vae.decoder = encoder, decoder
         return vae
 
+    @property
+    def backend(self) -> str:
+        """Backend of the ops of cogvx_kernels."""
+        return self.decoder.options.backend
+
     def set_backend(self, backend: str) -> None:
         """Choose the backend of the ops of cogvx_kernels: "auto", "kernel" or "reference"."""
         check_choice("set_backend", "backend", backend, BACKENDS)
