@@ -68,7 +68,7 @@ def stream_decode(
         # A hook moves the weights when the VAE is called.
         device=vae.decoder.conv_in.conv.weight.device if hook is None else None,
     )
-    state = spec.open(state)
+    opened = spec.open(state)
     if vae.use_tiling:
         if isinstance(latents, Tensor):
             _check_untiled(vae, latents)
@@ -78,15 +78,15 @@ def stream_decode(
     def run(chunk: Tensor) -> Tensor:
         if hook is not None and hasattr(hook, "pre_forward"):
             hook.pre_forward(vae)  # as `vae.decode` does: offloaded weights come back
-        z, cache = chunk.transpose(1, 2), state.cache
+        z, cache = chunk.transpose(1, 2), opened.cache
         with cache.chunk(leads=False):
             if vae.post_quant_conv is not None:
                 z = vae.post_quant_conv(z)
             video, cache.frames = vae.decoder(z, conv_cache=cache.frames or None)
-        state.advance(chunk.shape[1])
+        opened.advance(chunk.shape[1])
         return video.transpose(1, 2)
 
-    return map(run, spec.chunks(latents, state, total, last))
+    return map(run, spec.chunks(latents, opened, total, last))
 
 
 def _check_untiled(vae: Any, latents: Any) -> Any:
