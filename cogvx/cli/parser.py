@@ -141,8 +141,8 @@ def _generate(commands: Any) -> None:
         "default %(default)s")  # fmt: skip
     lora = parser.add_argument_group("LoRA")
     lora.add_argument("--lora", type=Path, action="append", default=[], metavar="FILE",
-                      help="an adapter of cogvx train, diffusers or peft; may be repeated; by "
-                      "default none")  # fmt: skip
+                      help="an adapter of cogvx train, diffusers, peft or kohya's scripts; may be "
+                      "repeated; by default none")  # fmt: skip
     lora.add_argument("--lora-scale", type=arguments.number, action="append", default=[],
                       metavar="SCALE",
                       help="factor, once for all or once for each; default 1")  # fmt: skip

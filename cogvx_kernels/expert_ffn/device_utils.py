@@ -212,8 +212,10 @@ def activate(pre, gate, P: tl.constexpr):
         out = pre * sigmoid(cube * TWICE_SQRT_2_OVER_PI)
     elif P.ACTIVATION == "gelu":
         out = 0.5 * pre * (1.0 + tl.erf(pre * SQRT_HALF))
-    else:
+    elif P.ACTIVATION == "swiglu":
         out = pre * gate * sigmoid(gate)
+    else:
+        tl.static_assert(False, "unknown activation")
     return out
 
 
@@ -233,10 +235,12 @@ def slopes(pre, gate, P: tl.constexpr):
         by_pre = 0.5 * (1.0 + tl.erf(pre * SQRT_HALF))
         by_pre += pre * INV_SQRT_2PI * tl.exp(-0.5 * pre * pre)
         by_gate = by_pre
-    else:
+    elif P.ACTIVATION == "swiglu":
         s = sigmoid(gate)
         by_pre = gate * s
         by_gate = pre * s * (1.0 + gate * sigmoid(-gate))
+    else:
+        tl.static_assert(False, "unknown activation")
     return by_pre, by_gate
 
 

@@ -68,11 +68,15 @@ class Report:
             for op in patch.ops
         ]
 
-    def __getitem__(self, op: str) -> Row:
-        """The row of an op. Raises KeyError if it is in no model, or in several."""
-        rows = [row for row in self.rows if row.op == op]
+    def __getitem__(self, key: str | tuple[str, str]) -> Row:
+        """The row of an op, or of (component, op) where several models have the op.
+
+        Raises KeyError, naming the rows, if none or several fit.
+        """
+        rows = [row for row in self.rows if key in (row.op, (row.component, row.op))]
         if len(rows) != 1:
-            raise KeyError(f"{op}: in {len(rows)} of {[row.component for row in self.rows]}")
+            known = [(row.component, row.op) for row in self.rows]
+            raise KeyError(f"report: must be one of {known}, or the op of only one; got {key!r}")
         return rows[0]
 
     def __str__(self) -> str:

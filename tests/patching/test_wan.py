@@ -4,6 +4,7 @@ diffusers' WanTransformer3DModel, WanVACETransformer3DModel and AutoencoderKLWan
 """
 
 import copy
+import types
 
 import pytest
 import torch
@@ -41,6 +42,21 @@ PER_TOKEN = pytest.mark.parametrize("per_token", [False, True], ids=["sample", "
 # Of the kernels on a CPU: Triton's by its interpreter, in fp32, and the extension's own.
 BACKENDS = pytest.mark.parametrize("backend", ["auto", "kernel"])
 RESIDUAL = pytest.mark.parametrize("residual", [False, True], ids=["2.1", "2.2"])
+
+
+# --- the report ------------------------------------------------------------------------------
+
+
+def test_report_has_rows_of_two_transformers():
+    """As in a pipeline of Wan 2.2."""
+    parts = {"transformer": transformer(), "transformer_2": transformer()}
+    report = patch(types.SimpleNamespace(components=parts))
+    run(parts["transformer_2"], tokens())
+    calls = [report[name, "rope"].calls for name in parts]
+    assert calls == [0, LAYERS] == [row.calls for row in report.rows if row.op == "rope"]
+    for key in ("rope", "cache", ("vae", "rope")):
+        with pytest.raises(KeyError, match=r"\('transformer_2', 'rope'\).*got "):
+            report[key]
 
 
 # --- the transformer -------------------------------------------------------------------------
