@@ -5,8 +5,7 @@ BIN := $(VENV)/bin
 # cogvx with its extension and what reads and writes videos; and all that the tests need
 RUNS := $(VENV)/.runs
 READY := $(VENV)/.ready
-# Bytecode is written when a module is first imported: for all of torch, it takes half a minute.
-PIP := python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt
+PIP := python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 # the environment's ninja and clang-format, wherever a tool looks for them
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -99,13 +98,15 @@ clean:  ## remove all that make has made, .venv included
 	rm -f cogvx_kernels/_C.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# Bytecode of torch is written when a module of it is first imported: all of it takes half a minute.
+# That of the rest is written at once, for some of it cannot be compiled without a warning.
 # torch comes first and pinned: the extension is built against the torch that will run it
 $(RUNS): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'installing torch and what builds against it (hundreds of MB: minutes)'
-	@$(PIP) setuptools wheel pybind11 ninja torch
+	@$(PIP) --no-compile setuptools wheel pybind11 ninja torch
 	@echo 'compiling the C++ extension and installing cogvx (a minute or two)'
-	@$(PIP) --no-build-isolation -e '.[video]'
+	@$(PIP) --no-compile --no-build-isolation -e '.[video]'
 	@python -c 'import torch, cogvx_kernels._C as extension; print(extension.build_info())' || \
 	    echo 'cogvx: there is no C++ extension; pip install -v --no-build-isolation -e . says why'
 	touch $@

@@ -19,7 +19,8 @@ def custom_op(
     def register(function: Callable[..., Any]) -> Any:
         schema = torch.library.infer_schema(function, mutates_args=mutates_args)
         for argument in constants:
-            schema = re.sub(rf"\bSymInt {argument}\b", f"int {argument}", schema)
+            schema, found = re.subn(rf"\bSymInt {argument}\b", f"int {argument}", schema)
+            assert found == 1, f"{name} has no integer {argument}"
         return torch.library.custom_op(
             f"cogvx::{name}", function, mutates_args=mutates_args, schema=schema
         )

@@ -42,19 +42,22 @@ class FrameCache:
 
     @contextmanager
     def chunk(self, leads: bool) -> Iterator[None]:
-        """Context of one chunk; `leads` counts only for the first chunk of a clip.
-
-        An exception leaves some convolutions ahead of others, so it empties the cache.
-        """
+        """Context of one chunk; `leads` counts only for the first chunk of a clip."""
         self.check()
         self.leads = leads and not self.started
+        with self.guard():
+            yield
+        self.started = True
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Break the cache and empty it on an exception, after which part of the clip is lost."""
         try:
             yield
         except BaseException:
             self.frames = {}
             self.broken = True
             raise
-        self.started = True
 
     def check(self) -> None:
         """Raises RuntimeError if the cache is broken."""

@@ -371,6 +371,17 @@ def test_tune_needs_a_gpu(plain, monkeypatch, capsys):
 # --- gpu_check.sh ------------------------------------------------------------------------------
 
 
+def test_script_for_pytest_benchmark():
+    """One row of it; in a process of its own, whose options are pytest-benchmark's."""
+    pytest.importorskip("pytest_benchmark")
+    words = ("-q", "-p", "no:cacheprovider", "benchmarks", "--benchmark-only", "-k")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words, "rope3d-eager and not qk"],
+        cwd=ROOT, env={**os.environ, "PYTEST_ADDOPTS": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+
+
 def test_gpu_check_is_a_script():
     done = subprocess.run(("bash", "-n", str(SCRIPT)), capture_output=True)
     assert done.returncode == 0, done.stderr

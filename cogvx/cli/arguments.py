@@ -31,13 +31,14 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Report an unknown option before missing ones; argparse does the opposite."""
+        options = list(self._option_string_actions)
         if self._subparsers is None:
             for word in args:
                 if word == "--":
                     break
                 name = word.split("=")[0]
                 option = re.fullmatch(r"--?[A-Za-z][\w-]*", name)
-                if option and not any(known.startswith(name) for known in self.names):
+                if option and not any(known.startswith(name) for known in options):
                     self.error(f"unknown option {name}{did_you_mean(name, self.names)}")
         return super().parse_known_args(args, namespace)
 
@@ -51,8 +52,9 @@ class Parser(argparse.ArgumentParser):
 
     @property
     def names(self) -> list[str]:
-        """Option strings, such as --out."""
-        return list(self._option_string_actions)
+        """Option strings, such as --out; none of deprecated options."""
+        actions = self._option_string_actions.items()
+        return [name for name, action in actions if action.help != argparse.SUPPRESS]
 
 
 def count(text: str) -> int:

@@ -24,7 +24,7 @@ from .conditioning import Progress, decode
 from .denoise import Conditioning, State
 from .params import Request
 
-FORMAT = "cogvx latents 1"
+FORMAT = "cogvx latents 2"
 # Options that may differ when a run is resumed. (The generators are recorded apart.)
 NOT_RECORDED = {
     "seed", "generator", "num_videos_per_prompt", "tiling", "output", "callback", "progress",
@@ -91,7 +91,8 @@ def read(path: PathLike) -> Saved:
     if metadata.get("format") != FORMAT:
         came = metadata.get("format", "another file")
         raise CheckpointError(
-            f"{path}: must be latents that CogVideoX.generate saved; got {came[:60]!r}"
+            f"{path}: must be latents that this version of CogVideoX.generate saved, {FORMAT!r}; "
+            f"got {came[:60]!r}"
         )
     try:
         done, steps = int(metadata["done"]), int(metadata["steps"])

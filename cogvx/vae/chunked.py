@@ -104,7 +104,8 @@ def _stream(
         if torch.compiler.is_compiling():
             out = coder(chunk, state.cache)
         else:
-            with suited_threads(_largest(coder, chunk), chunk.device):
+            threads = suited_threads(_largest(coder, chunk), chunk.device)
+            with state.cache.guard(), threads:
                 out = coder(chunk, state.cache)
         state.advance(chunk.shape[1])
         return out

@@ -132,7 +132,7 @@ class SpatialNorm(_NormSiLU):
         self, num_groups: int, channels: int, zq_channels: int, options: Options | None = None
     ) -> None:
         super().__init__(num_groups, 1e-6, options)  # whatever the config's norm_eps
-        self.norm_layer = nn.GroupNorm(num_groups, channels)
+        self.norm_layer = nn.GroupNorm(num_groups, channels, self.eps)
         self.conv_y = PointConv(zq_channels, channels)
         self.conv_b = PointConv(zq_channels, channels)
 

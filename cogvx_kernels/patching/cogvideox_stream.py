@@ -76,10 +76,10 @@ def stream_decode(
             latents = (_check_untiled(vae, piece) for piece in latents)
 
     def run(chunk: Tensor) -> Tensor:
-        if hook is not None and hasattr(hook, "pre_forward"):
-            hook.pre_forward(vae)  # as `vae.decode` does: offloaded weights come back
         z, cache = chunk.transpose(1, 2), opened.cache
         with cache.chunk(leads=False):
+            if hook is not None and hasattr(hook, "pre_forward"):
+                hook.pre_forward(vae)  # as `vae.decode` does: offloaded weights come back
             if vae.post_quant_conv is not None:
                 z = vae.post_quant_conv(z)
             video, cache.frames = vae.decoder(z, conv_cache=cache.frames or None)
@@ -91,7 +91,12 @@ def stream_decode(
 
 def _check_untiled(vae: Any, latents: Any) -> Any:
     height, width = vae.tile_latent_min_height, vae.tile_latent_min_width
-    if isinstance(latents, Tensor) and (latents.shape[-2] > height or latents.shape[-1] > width):
+    too_large = (
+        isinstance(latents, Tensor)
+        and latents.dim() == 5
+        and (latents.shape[3] > height or latents.shape[4] > width)
+    )
+    if too_large:
         raise ValueError(
             f"stream_decode: vae must not tile, and cuts latents of more than {height}x{width}; "
             "call vae.disable_tiling()"

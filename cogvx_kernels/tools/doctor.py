@@ -151,9 +151,9 @@ def _conv3d(warnings: list[str]) -> dict[str, str]:
     for dtype in CONVOLVED:
         reason = known_issue(device, dtype)
         algorithms[_checks.dtype_name(dtype)] = (
-            f"whole, by torch on {device}" if reason is None else "as 2-D planes, added up in fp32"
+            f"conv3d on {device}" if reason is None else "a sum of conv2d in fp32"
         )
-        warning = f"{reason}: conv3d takes 2-D planes instead"
+        warning = f"{reason}: cogvx_kernels.conv3d adds up conv2d instead"
         if reason is not None and warning not in warnings:
             warnings.append(warning)
     return algorithms

@@ -82,6 +82,11 @@ def test_typos(capsys, words, hint):
     assert (status, out) == (2, "") and hint in err
 
 
+def test_a_deprecated_option_is_not_suggested(capsys):
+    status, _, err = run(capsys, "generate", "--schedulr", "ddim")
+    assert status == 2 and "unknown option --schedulr" in err and "--scheduler" not in err
+
+
 @pytest.mark.parametrize(
     "key, near", [("modle", "model"), ("transformer_trainin", "transformer_training")]
 )

@@ -307,6 +307,26 @@ def test_an_exception_in_a_chunk_breaks_the_state(half):
 
 
 @pytest.mark.parametrize("half", ("encoder", "decoder"))
+def test_an_exception_before_the_first_layer_breaks_the_state(half):
+    """A chunk that has been taken from the input is lost with it."""
+    vae = make(SMALL)
+    _, stream, x = both(vae, 4)[half == "encoder"]
+    state = EncodeState() if half == "encoder" else DecodeState()
+    running = stream(x, state)
+    next(running)
+
+    def fail(*_):
+        raise Cut
+
+    handle = getattr(vae, half).register_forward_pre_hook(fail)
+    with pytest.raises(Cut):
+        next(running)
+    handle.remove()
+    with pytest.raises(RuntimeError, match="in the middle of a chunk"):
+        next(running)
+
+
+@pytest.mark.parametrize("half", ("encoder", "decoder"))
 def test_an_exception_does_not_affect_the_next_clip(half):
     vae = make(SMALL)
     whole, stream, x = both(vae, 2)[half == "encoder"]
