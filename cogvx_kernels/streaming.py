@@ -287,6 +287,7 @@ class CoderSpec:
             while (size := self._next_size(state)) and state.waiting >= size:
                 state.cache.keep = state.taken + size != state.total
                 yield _take(state, size)
+                self._check_unbroken(state)
             # The source may reuse the memory of this piece for the next one.
             state.pending = [rest.clone() for rest in state.pending]
         if state.ended or not last:
@@ -295,6 +296,7 @@ class CoderSpec:
         if state.waiting:
             state.cache.keep = False
             yield _take(state, state.waiting)
+            self._check_unbroken(state)
         state.end()
 
     def _next_size(self, state: StreamState) -> int:
@@ -325,11 +327,14 @@ class CoderSpec:
         check_size(self.where, self.name, x.shape[3], x.shape[4], self.multiple)
         return x
 
-    def _check_open(self, state: StreamState) -> None:
+    def _check_unbroken(self, state: StreamState) -> None:
         try:
             state.cache.check()
         except RuntimeError as error:
             raise RuntimeError(f"{self.where}: {error}") from None
+
+    def _check_open(self, state: StreamState) -> None:
+        self._check_unbroken(state)
         if state.ended:
             raise RuntimeError(
                 f"{self.where}: the state's clip has ended after {state.taken} frames: reset() it "

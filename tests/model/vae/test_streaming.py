@@ -359,7 +359,7 @@ def test_memory_does_not_grow_with_the_clip(name, half):
                     pass
         return live.peak
 
-    short, long = peak(5), peak(21)
+    short, long = peak(7), peak(21)
     assert abs(long / short - 1) < 0.01
 
 
