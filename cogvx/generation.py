@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .vae import Tiling
 
 PathLike = str | os.PathLike[str]
+WHERE = "CogVideoX.generate"  # prefix of error messages
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "solver": ("ddim", "dpm"),
     "cfg": ("batch", "two_pass"),

@@ -43,10 +43,10 @@ def check_number(where: str, name: str, value: Any) -> float:
     return float(value)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Suggest the nearest known name, for the end of a message; "" if none is near."""
-    near = difflib.get_close_matches(word[:60], list(known), 1)
-    return f"; did you mean {near[0]}?" if near else ""
+def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
+    """Suggest the nearest known names, for the end of a message; "" if none is near."""
+    near = difflib.get_close_matches(word[:60], list(known), most)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def unknown_key(where: str, key: object, known: Iterable[str]) -> ValueError:

@@ -1,9 +1,8 @@
 """Chunked runs of a causal encoder or decoder: input checks, the state between chunks, chunk order.
 
 The caller runs its own network: `CoderSpec.chunks` yields each chunk of the input as soon as enough
-frames have arrived, the caller computes `coder(chunk, state.cache)` and then calls
-`state.advance(chunk.shape[1])`. All that the network keeps between chunks is in the state, which
-the caller owns.
+frames have arrived, and the caller computes `coder(chunk, state.cache)` within `state.running`. All
+that the network keeps between chunks is in the state, which the caller owns.
 """
 
 import copy
@@ -158,8 +157,11 @@ class StreamState:
         """Bytes held between chunks."""
         return sum(x.numel() * x.element_size() for x in (*self.cache.tensors(), *self.pending))
 
-    def advance(self, frames: int) -> None:
-        """Count a chunk that has been run."""
+    @contextmanager
+    def running(self, frames: int) -> Iterator[None]:
+        """Context of the run of a chunk, counted at the end; an exception breaks the cache."""
+        with self.cache.guard():
+            yield
         self.taken += frames
         self.chunks += 1
         if self.taken == self.total:
@@ -248,7 +250,7 @@ class CoderSpec:
 
         Args:
             source: a clip (batch, frames, channels, height, width), or an iterable of its pieces.
-            state: from `open`; the caller advances it after each chunk.
+            state: from `open`; the caller runs each chunk within `state.running`.
             total: frames of the whole clip, if known.
             last: True if the clip ends with this source.
 

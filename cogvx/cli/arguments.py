@@ -31,14 +31,15 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Report an unknown option before missing ones; argparse does the opposite."""
-        options = list(self._option_string_actions)
         if self._subparsers is None:
             for word in args:
                 if word == "--":
                     break
                 name = word.split("=")[0]
                 option = re.fullmatch(r"--?[A-Za-z][\w-]*", name)
-                if option and not any(known.startswith(name) for known in options):
+                if option and not any(
+                    known.startswith(name) for known in self._option_string_actions
+                ):
                     self.error(f"unknown option {name}{did_you_mean(name, self.names)}")
         return super().parse_known_args(args, namespace)
 

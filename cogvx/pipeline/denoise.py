@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..generation import WHERE
 from ..schedulers import Generators, Solver, TimestepSchedule, dynamic_guidance
 from ..threads import suited_threads
 from ..transformer import STEPS_AHEAD, ExpertTransformer, Modulations, ProjectedText
@@ -144,22 +145,21 @@ def _values(transformer: ExpertTransformer, latents: Tensor, text: ProjectedText
 
 def make_generator(seed: int | None, generator: Generators | None, batch: int) -> Generators:
     """The caller's generator; or a CPU one with the seed, or a seed that torch draws."""
-    where = "CogVideoX.generate"
     if generator is None:
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
         if isinstance(seed, bool) or not isinstance(seed, int):
-            raise invalid(where, "seed", "an integer", repr(seed), TypeError)
+            raise invalid(WHERE, "seed", "an integer", repr(seed), TypeError)
         return torch.Generator().manual_seed(seed)
     if seed is not None:
-        raise invalid(where, "seed", "None beside a generator", "both")
+        raise invalid(WHERE, "seed", "None beside a generator", "both")
     if isinstance(generator, torch.Generator):
         return generator
     several = list(generator) if isinstance(generator, Sequence) else [generator]
     if any(not isinstance(item, torch.Generator) for item in several):
         wanted, got = "a torch.Generator or a list of them", type(several[0]).__name__
-        raise invalid(where, "generator", wanted, got, TypeError)
+        raise invalid(WHERE, "generator", wanted, got, TypeError)
     if len(several) != batch:
-        raise invalid(where, "generator", f"one, or one for each of {batch} videos", len(several))
+        raise invalid(WHERE, "generator", f"one, or one for each of {batch} videos", len(several))
     return several if batch > 1 else several[0]
 
 

@@ -1,6 +1,5 @@
 """Keyword arguments of `CogVideoX.generate`: `GenerationParams`, and diffusers' names."""
 
-import difflib
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
@@ -9,11 +8,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..generation import GenerationParams
+from ..generation import WHERE, GenerationParams
+from ..validation import did_you_mean
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-WHERE = "CogVideoX.generate"
 FIELDS = inspect.signature(GenerationParams).parameters
 # diffusers' name: ours. Names that both have (num_frames, height, generator, …) mean the same.
 DIFFUSERS = {
@@ -75,9 +74,7 @@ def documents_options(function: F) -> F:
 def _unknown(name: str) -> str:
     if name in WITHOUT_COUNTERPART:
         return f"{name} of diffusers has no counterpart here; leave it out"
-    like = difflib.get_close_matches(name, [*FIELDS, *DIFFUSERS], n=2)
-    hint = f"; did you mean {' or '.join(like)}?" if like else ""
-    return f"unknown argument {name}{hint}"
+    return f"unknown argument {name}{did_you_mean(name, [*FIELDS, *DIFFUSERS], most=2)}"
 
 
 def _translated(pipe: Any, name: str, value: Any) -> Any:

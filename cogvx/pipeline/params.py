@@ -16,10 +16,9 @@ from torch import Tensor
 
 from .. import frames
 from ..config import TransformerConfig, VAEConfig
-from ..generation import CHOICES, GenerationParams
+from ..generation import CHOICES, WHERE, GenerationParams
 from ..validation import check_integer, check_number, describe, dtype_name, invalid
 
-WHERE = "CogVideoX.generate"
 _invalid = partial(invalid, WHERE)
 # What the converter writes into 1.5's config is the bound of a table, not a size to generate.
 TABLE_BOUND, SIZE_OF_1_5 = (300, 300), (96, 170)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..checkpoint import read_tensors, write_tensors
 from ..checkpoint.record import Record, check_record, fingerprint, record_of_config, to_json
 from ..files import CheckpointError, check_writable, parse_json
+from ..generation import WHERE
 from ..vae import CausalVAE, Tiling
 from ..validation import invalid
 from .conditioning import Progress, decode
@@ -134,21 +135,20 @@ def decode_saved(
 
 def check_saving(save_latents: PathLike | None, checkpoint_every: int | None) -> None:
     """Raises ValueError if the file cannot be written, or `checkpoint_every` has no file."""
-    where = "CogVideoX.generate"
     if checkpoint_every is not None and (checkpoint_every < 1 or save_latents is None):
         raise invalid(
-            where, "checkpoint_every", "at least 1, and save_latents name the file",
+            WHERE, "checkpoint_every", "at least 1, and save_latents name the file",
             f"{checkpoint_every} and {save_latents}",
         )  # fmt: skip
     if save_latents is not None:
         path = Path(save_latents)
         if path.is_dir() or not path.parent.is_dir():
-            raise invalid(where, "save_latents", "a file in a folder that exists", path)
+            raise invalid(WHERE, "save_latents", "a file in a folder that exists", path)
         try:
             check_writable(path)
         except OSError as error:
             wanted, got = "where a file can be written", f"{path}: {error.strerror}"
-            raise invalid(where, "save_latents", wanted, got, OSError) from error
+            raise invalid(WHERE, "save_latents", wanted, got, OSError) from error
 
 
 def record_of(request: Request) -> Record:

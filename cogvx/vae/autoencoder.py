@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cogvx_kernels import BACKENDS
+from cogvx_kernels.conv3d import ALGOS
 from cogvx_kernels.streaming import DecodeState, EncodeState
 
 from ..config import VAEConfig
@@ -14,7 +15,7 @@ from .chunked import Progress, decode, encode, stream_decode, stream_encode
 from .decoder import Decoder
 from .distribution import DiagonalGaussian
 from .encoder import Encoder
-from .options import ALGOS, Options
+from .options import Options
 from .tiling import Tiling
 
 

@@ -82,6 +82,13 @@ class CausalConv(nn.Module):
         """The bias that the pass after the convolution of x should add, or None."""
         return None
 
+    def _joined(self, past: Tensor | None, x: Tensor, cache: FrameCache) -> Tensor:
+        """x with the frames `past` before it, for autograd; its last frames go into the cache."""
+        start, backend = "replicate" if past is None else None, self.options.backend
+        joined, past = frame_cache_join(past, x, kept=self.kept, start=start, backend=backend)
+        cache.put(self.name, past)
+        return joined
+
 
 class CausalConv3d(CausalConv):
     """One 3-D kernel over frames, height and width: the released VAE's."""
@@ -104,17 +111,13 @@ class CausalConv3d(CausalConv):
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         """As `CausalConv.forward`: (batch, in_channels, frames, …) -> (batch, out_channels, …)."""
         cache = FrameCache(keep=False) if cache is None else cache
-        kept, backend = self.kept, self.options.backend
-        if kept == 0:
+        if self.kept == 0:
             return self._convolved(x, self.conv.bias)
         if torch.is_grad_enabled():
-            past = cache.take(self.name)
-            start = "replicate" if past is None else None
-            x, past = frame_cache_join(past, x, kept=kept, start=start, backend=backend)
-            cache.put(self.name, past)
+            x = self._joined(cache.take(self.name), x, cache)
         else:
-            past, start = cache.slot(self.name, x, kept)
-            form = torch.channels_last_3d
+            past, start = cache.slot(self.name, x, self.kept)
+            form, backend = torch.channels_last_3d, self.options.backend
             x = frame_cache_append(past, x, start=start, memory_format=form, backend=backend)
         return self._convolved(x, self.conv.bias)
 
@@ -178,11 +181,7 @@ class FactorizedConv3d(CausalConv):
             past = cache.take(self.name)
             out = self._in_time(x, past, "replicate")
             if cache.keep:
-                start = "replicate" if past is None else None
-                _, past = frame_cache_join(
-                    past, x, kept=self.kept, start=start, backend=self.options.backend
-                )
-                cache.put(self.name, past)
+                self._joined(past, x, cache)
             return out
         past, start = cache.slot(self.name, x, self.kept)
         out = self._in_time(x, past if start is None else None, "replicate")

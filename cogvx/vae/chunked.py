@@ -1,6 +1,7 @@
 """Encode and decode clips of any length chunk by chunk: whole, in tiles, or as a stream."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -101,14 +102,10 @@ def _stream(
     state = spec.open(state)
 
     def run(chunk: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            out = coder(chunk, state.cache)
-        else:
-            threads = suited_threads(_largest(coder, chunk), chunk.device)
-            with state.cache.guard(), threads:
-                out = coder(chunk, state.cache)
-        state.advance(chunk.shape[1])
-        return out
+        compiling = torch.compiler.is_compiling()
+        threads = None if compiling else suited_threads(_largest(coder, chunk), chunk.device)
+        with state.running(chunk.shape[1]), threads or nullcontext():
+            return coder(chunk, state.cache)
 
     return map(run, spec.chunks(x, state, total, last))  # map holds neither input nor output
 

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 M = TypeVar("M", bound=nn.Module)
-ALGOS = ("auto", "conv3d", "conv2d")
 
 
 @dataclass

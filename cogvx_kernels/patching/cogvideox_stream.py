@@ -77,13 +77,12 @@ def stream_decode(
 
     def run(chunk: Tensor) -> Tensor:
         z, cache = chunk.transpose(1, 2), opened.cache
-        with cache.chunk(leads=False):
+        with opened.running(chunk.shape[1]), cache.chunk(leads=False):
             if hook is not None and hasattr(hook, "pre_forward"):
                 hook.pre_forward(vae)  # as `vae.decode` does: offloaded weights come back
             if vae.post_quant_conv is not None:
                 z = vae.post_quant_conv(z)
             video, cache.frames = vae.decoder(z, conv_cache=cache.frames or None)
-        opened.advance(chunk.shape[1])
         return video.transpose(1, 2)
 
     return map(run, spec.chunks(latents, opened, total, last))

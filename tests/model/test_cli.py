@@ -184,7 +184,7 @@ def test_memory_does_not_grow_with_the_clip(capsys, here, command):
     assert peaks[1] == pytest.approx(peaks[0], rel=0.02)
 
 
-# The kernels, which the interpreter makes slow, are proved elsewhere.
+# The kernels, which the interpreter makes slow, are tested elsewhere.
 GENERATE = ["--prompt", "bike", "--steps", "2", "--seed", "5", "--backend", "reference"]
 
 

@@ -110,7 +110,7 @@ def randomised(module, seed=0):
 def tiny(kind="5b", seed=0, **options):
     """A pipeline of ours with random weights, and videos that mostly stay within [-1, 1].
 
-    The kernels are proved elsewhere; here, where they would be interpreted, references run.
+    The kernels are tested elsewhere; here, where they would be interpreted, references run.
     """
     transformer = ExpertTransformer(transformer_config(kind), backend="reference")
     vae = randomised(CausalVAE(vae_config(kind)), seed + 1)
