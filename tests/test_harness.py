@@ -415,7 +415,7 @@ def test_workers_leave_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
         forked.append(pid := os.fork())
         return pid
 
-    monkeypatch.setattr(workers, "_fork", fork)
+    monkeypatch.setattr(workers, "fork", fork)
     run_cases(_misbehave, ["fine", "kill", "fine"])
     assert len(forked) == 2
     for pid in forked:

@@ -73,7 +73,7 @@ class _Worker:
         self.output: BinaryIO = tempfile.TemporaryFile()
         self.shown = 0  # bytes of the output already returned
         self.reader, writer = os.pipe()
-        self.pid = _fork()
+        self.pid = fork()
         if self.pid == 0:
             os.close(self.reader)
             _work(function, cases, writer, self.output.fileno())
@@ -146,7 +146,7 @@ class _Worker:
         return True
 
 
-def _fork() -> int:
+def fork() -> int:
     with warnings.catch_warnings():
         # Python 3.12 warns of a fork with threads. The worker uses none of them, and one OpenMP
         # thread, so that it does not wait for threads that were not forked.
@@ -160,7 +160,7 @@ def _work(
     """Run the cases and exit, without a return to the parent's code or its exit handlers."""
     exit_status = 1
     with contextlib.suppress(BaseException):
-        _settle(output)
+        settle(output)
         for case in cases:
             status, detail = "passed", ""
             try:
@@ -171,12 +171,12 @@ def _work(
             sys.stdout.flush()
             sys.stderr.flush()
             report = status, detail, os.lseek(output, 0, os.SEEK_CUR)
-            _write(writer, (json.dumps(report) + "\n").encode())
+            write(writer, (json.dumps(report) + "\n").encode())
         exit_status = 0
     os._exit(exit_status)
 
 
-def _settle(output: int) -> None:
+def settle(output: int) -> None:
     """Set up a forked process: its output, limits, and death with its parent."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # dies with its parent
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -190,6 +190,6 @@ def _settle(output: int) -> None:
     gc.freeze()  # objects from before the fork need no collection
 
 
-def _write(writer: int, message: bytes) -> None:
+def write(writer: int, message: bytes) -> None:
     while message:
         message = message[os.write(writer, message) :]
