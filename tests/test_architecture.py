@@ -22,6 +22,7 @@ FOUNDATIONS = (
     "_checks",
     "_custom_op",
     "chunks",
+    "context_parallel",
     "_launch",
     "_opinfo",
     "modality",
@@ -242,6 +243,7 @@ def test_the_model_uses_public_names_of_the_kernels(path):
             public = {
                 *importlib.import_module("cogvx_kernels").__all__,
                 "chunks",
+                "context_parallel",
                 "modality",
                 "resample",
                 "streaming",
