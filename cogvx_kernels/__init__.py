@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from .expert_ffn import expert_ffn_reference as expert_ffn_reference
     from .frame_cache import FrameCacheJoin as FrameCacheJoin
     from .frame_cache import frame_cache_append as frame_cache_append
-    from .frame_cache import frame_cache_exchange as frame_cache_exchange
     from .frame_cache import frame_cache_join as frame_cache_join
     from .frame_cache import frame_cache_join_reference as frame_cache_join_reference
     from .frame_cache import frame_cache_push as frame_cache_push
@@ -71,7 +70,7 @@ _MODULES = {
     """,
     "expert_ffn": "ExpertFFN expert_ffn expert_ffn_reference",
     "frame_cache": """
-        FrameCacheJoin frame_cache_append frame_cache_exchange frame_cache_join
+        FrameCacheJoin frame_cache_append frame_cache_join
         frame_cache_join_reference frame_cache_push
     """,
     "patching": """

@@ -75,29 +75,24 @@ void check_video(const char* op, const char* name, const Tensor& tensor, const c
                   ", height, width); got shape ", to_string(tensor.sizes()));
 }
 
-void check_written(const char* op, const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(empty(tensor) || is_non_overlapping(tensor), op, ": ", name,
-                  " is written to and must have its elements apart in memory; got shape ",
-                  to_string(tensor.sizes()), " with strides ", to_string(tensor.strides()),
-                  " (an expanded tensor? pass ", name, ".contiguous())");
-}
-
-// Checks a cache and `other`, named `name` in messages.
-void check(const char* op, const Tensor& cache, const char* name, const Tensor& other) {
+void check(const char* op, const Tensor& cache, const Tensor& frames) {
   check_video(op, "cache", cache, "kept");
-  check_video(op, name, other, "frames");
+  check_video(op, "frames", frames, "frames");
   for (const Dim dim : kColumnOrder) {
-    STD_TORCH_CHECK(other.size(dim) == cache.size(dim), op, ": ", name, " must agree with cache ",
+    STD_TORCH_CHECK(frames.size(dim) == cache.size(dim), op, ": frames must agree with cache ",
                     to_string(cache.sizes()), " in every dimension but the third; got ",
-                    to_string(other.sizes()));
+                    to_string(frames.sizes()));
   }
-  STD_TORCH_CHECK(other.device() == cache.device(), op, ": ", name,
-                  " must be on the device of cache, ", to_string(cache.device()), "; got ",
-                  to_string(other.device()));
-  STD_TORCH_CHECK(dtype_of(other) == dtype_of(cache), op, ": ", name,
-                  " must have the dtype of cache, ", dtype_name(cache), "; got ",
-                  dtype_name(other));
-  check_written(op, "cache", cache);
+  STD_TORCH_CHECK(frames.device() == cache.device(), op,
+                  ": frames must be on the device of cache, ", to_string(cache.device()), "; got ",
+                  to_string(frames.device()));
+  STD_TORCH_CHECK(dtype_of(frames) == dtype_of(cache), op,
+                  ": frames must have the dtype of cache, ", dtype_name(cache), "; got ",
+                  dtype_name(frames));
+  STD_TORCH_CHECK(empty(cache) || is_non_overlapping(cache), op,
+                  ": cache is written to and must have its elements apart in memory; got shape ",
+                  to_string(cache.sizes()), " with strides ", to_string(cache.strides()),
+                  " (an expanded tensor? pass cache.contiguous())");
 }
 
 Past past_of(const char* op, const Start& start, int64_t cache_len, int64_t chunk_len) {
@@ -118,14 +113,12 @@ const char* end_of(const Tensor& tensor) {
          (last + 1) * static_cast<int64_t>(tensor.element_size());
 }
 
-bool may_overlap(const Tensor& a, const Tensor& b) {
-  return !empty(a) && !empty(b) && a.data_ptr() < end_of(b) && b.data_ptr() < end_of(a);
-}
-
 // Frames may be a view of the cache's storage. If the two may overlap, frames are read from a copy,
 // since another thread may overwrite them first.
 Tensor copy_if_overlapping(const Tensor& cache, const Tensor& frames) {
-  return may_overlap(cache, frames) ? torch::stable::clone(frames) : frames;
+  const bool may_overlap = !empty(cache) && !empty(frames) && cache.data_ptr() < end_of(frames) &&
+                           frames.data_ptr() < end_of(cache);
+  return may_overlap ? torch::stable::clone(frames) : frames;
 }
 
 // ---- description --------------------------------------------------------------------------------
@@ -173,12 +166,11 @@ int64_t merge(const Order& order, SizeOf size_of, std::initializer_list<Part> pa
   return columns;
 }
 
-FrameView view_of(const Tensor* tensor, int64_t first_frame = 0) {
+FrameView view_of(const Tensor* tensor) {
   FrameView view{};
   if (tensor == nullptr) return view;
   view.frame_stride = tensor->stride(kFrame);
-  view.data = static_cast<char*>(tensor->data_ptr()) +
-              first_frame * view.frame_stride * static_cast<int64_t>(tensor->element_size());
+  view.data = static_cast<char*>(tensor->data_ptr());
   return view;
 }
 
@@ -209,21 +201,21 @@ void describe_borders(FrameCacheAppend& append, const Tensor& padded, int64_t pa
   }
 }
 
-// The append of these tensors; `joined` may be null; `in_place`: frames are in joined already.
+// The append of these tensors; `joined` is null for a push.
 FrameCacheAppend describe(const Tensor& cache, const Tensor& frames, const Tensor* joined,
-                          Past past, int64_t padding, bool in_place) {
+                          Past past, int64_t padding) {
   FrameCacheAppend append{};
   append.cache_len = cache.size(kFrame);
-  append.chunk_len = frames.size(kFrame) - (in_place ? append.cache_len : 0);
-  append.joined_len = joined == nullptr ? 0 : append.cache_len + (in_place ? 0 : append.chunk_len);
-  append.skipped = std::max<int64_t>(0, append.chunk_len - append.joined_len);
+  append.chunk_len = frames.size(kFrame);
+  append.joined_len = joined == nullptr ? 0 : append.cache_len + append.chunk_len;
+  append.skipped = joined == nullptr ? append.chunk_len : 0;
   append.past = past;
   append.element_size = static_cast<int64_t>(cache.element_size());
 
   const Tensor* const cached = append.cache_len > 0 ? &cache : nullptr;
   const Tensor* const chunk = append.chunk_len > 0 ? &frames : nullptr;
   append.cache = view_of(cached);
-  append.frames = view_of(chunk, in_place ? append.cache_len : 0);
+  append.frames = view_of(chunk);
   append.joined = view_of(joined);
   append.columns = merge(
       order_of(joined != nullptr ? *joined : cache), [&](Dim dim) { return cache.size(dim); },
@@ -272,7 +264,7 @@ void run_if_needed(const FrameCacheAppend& append, const Tensor& cache, FrameCac
 Tensor frame_cache_append(const Tensor& cache, const Tensor& frames, const Start& start,
                           int64_t padding, bool channels_last, FrameCacheRun run) {
   const char* const op = "frame_cache_append";
-  check(op, cache, "frames", frames);
+  check(op, cache, frames);
   STD_TORCH_CHECK(padding >= 0, op, ": padding must be at least 0; got ", padding);
   const int64_t cache_len = cache.size(kFrame), chunk_len = frames.size(kFrame);
   const Past past = past_of(op, start, cache_len, chunk_len);
@@ -281,34 +273,18 @@ Tensor frame_cache_append(const Tensor& cache, const Tensor& frames, const Start
   const Tensor joined = new_video(frames, sizes, channels_last);
   if (empty(joined)) return joined;
   const Tensor source = copy_if_overlapping(cache, frames);
-  run_if_needed(describe(cache, source, &joined, past, padding, false), cache, run);
+  run_if_needed(describe(cache, source, &joined, past, padding), cache, run);
   return joined;
 }
 
 void frame_cache_push(const Tensor& cache, const Tensor& frames, const Start& start,
                       FrameCacheRun run) {
   const char* const op = "frame_cache_push";
-  check(op, cache, "frames", frames);
+  check(op, cache, frames);
   const Past past = past_of(op, start, cache.size(kFrame), frames.size(kFrame));
   if (empty(cache)) return;
   const Tensor source = copy_if_overlapping(cache, frames);
-  run_if_needed(describe(cache, source, nullptr, past, 0, false), cache, run);
-}
-
-void frame_cache_exchange(const Tensor& cache, const Tensor& joined, const Start& start,
-                          FrameCacheRun run) {
-  const char* const op = "frame_cache_exchange";
-  check(op, cache, "joined", joined);
-  check_written(op, "joined", joined);
-  const int64_t chunk_len = joined.size(kFrame) - cache.size(kFrame);
-  STD_TORCH_CHECK(chunk_len >= 0, op, ": joined must have at least the ", cache.size(kFrame),
-                  " frames of cache; got shape ", to_string(joined.sizes()));
-  const Past past = past_of(op, start, cache.size(kFrame), chunk_len);
-  STD_TORCH_CHECK(!may_overlap(cache, joined), op,
-                  ": cache and joined are both written to and must lie apart in memory; got two "
-                  "that overlap");
-  if (empty(cache)) return;
-  run_if_needed(describe(cache, joined, &joined, past, 0, true), cache, run);
+  run_if_needed(describe(cache, source, nullptr, past, 0), cache, run);
 }
 
 }  // namespace cogvx

@@ -38,9 +38,7 @@ enum class Past : int32_t { kCache, kFirstFrame, kZeros };
 // frames[t - cache_len]; if t < joined_len, joined[t] = v; if t >= chunk_len,
 // cache[t - chunk_len] = v. In ascending t a cached frame is read before it is overwritten, also
 // when the chunk is shorter than the cache.
-//
-// The ops differ in `joined_len`: an append writes all frames of joined, a push none, an exchange,
-// whose chunk is in joined already, those before the chunk.
+// A push has no joined, and begins at the first frame that stays in the cache.
 struct FrameCacheAppend {
   FrameView cache;
   FrameView frames;
@@ -49,8 +47,8 @@ struct FrameCacheAppend {
   Past past;
   int64_t cache_len;     // frames in the cache
   int64_t chunk_len;     // frames in the chunk
-  int64_t joined_len;    // frames of joined that are written
-  int64_t skipped;       // frames from `joined_len` on that are not written anywhere
+  int64_t joined_len;    // frames of joined; 0 without it
+  int64_t skipped;       // first frames that are not written anywhere
   int64_t element_size;  // bytes: 1, 2, 4, 8 or 16
   // Number of columns in each dimension, and in total. Dimensions are ordered by the strides of the
   // tensor written most, the smallest last. Those without a gap between them in any tensor are
@@ -58,7 +56,7 @@ struct FrameCacheAppend {
   int64_t sizes[kColumnDims];
   int64_t columns;
 
-  // Frames to visit: step i is frame i, or i + skipped from `joined_len` on.
+  // Frames to visit, from `skipped` on.
   int64_t steps() const { return cache_len + chunk_len - skipped; }
 };
 
@@ -74,8 +72,6 @@ torch::stable::Tensor frame_cache_append(const torch::stable::Tensor& cache,
                                          int64_t padding, bool channels_last, FrameCacheRun run);
 void frame_cache_push(const torch::stable::Tensor& cache, const torch::stable::Tensor& frames,
                       const Start& start, FrameCacheRun run);
-void frame_cache_exchange(const torch::stable::Tensor& cache, const torch::stable::Tensor& joined,
-                          const Start& start, FrameCacheRun run);
 
 // The ops of a device, for registration.
 template <FrameCacheRun run>
@@ -86,9 +82,6 @@ struct FrameCacheOps {
   }
   static void push(torch::stable::Tensor cache, torch::stable::Tensor frames, Start start) {
     frame_cache_push(cache, frames, start, run);
-  }
-  static void exchange(torch::stable::Tensor cache, torch::stable::Tensor joined, Start start) {
-    frame_cache_exchange(cache, joined, start, run);
   }
 };
 

@@ -236,8 +236,7 @@ void append_tile(const FrameCacheAppend& append, const Tile& tile) {
   };
   // Without a chunk the cache does not change, unless the clip begins.
   const bool moves = append.chunk_len > 0 || append.past != Past::kCache;
-  for (int64_t step = 0; step < append.steps(); ++step) {
-    const int64_t t = step < append.joined_len ? step : step + append.skipped;
+  for (int64_t t = append.skipped; t < append.cache_len + append.chunk_len; ++t) {
     if (t < append.joined_len) put(in_frame(append.joined, t), t);
     if (t >= append.chunk_len && moves) put(in_frame(append.cache, t - append.chunk_len), t);
   }
@@ -285,5 +284,4 @@ using Ops = FrameCacheOps<run_on_cpu>;
 STABLE_TORCH_LIBRARY_IMPL(cogvx, CPU, m) {
   m.impl("frame_cache_append", TORCH_BOX(&cogvx::Ops::append));
   m.impl("frame_cache_push", TORCH_BOX(&cogvx::Ops::push));
-  m.impl("frame_cache_exchange", TORCH_BOX(&cogvx::Ops::exchange));
 }

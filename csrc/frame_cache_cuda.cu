@@ -39,7 +39,7 @@ struct Column {
 // Copies one column, a few frames at a time: all are read before the first is written, so that
 // loads overlap and a cached frame is read before it is overwritten.
 template <typename Unit>
-__device__ void copy_column(const FrameCacheAppend& append, const Column& column, int64_t steps) {
+__device__ void copy_column(const FrameCacheAppend& append, const Column& column, int64_t end) {
   Unit* const cache = column.in<Unit>(append.cache.data, append.cache.strides);
   const Unit* const frames = column.in<Unit>(append.frames.data, append.frames.strides);
   Unit* const joined = column.in<Unit>(append.joined.data, append.joined.strides);
@@ -47,25 +47,23 @@ __device__ void copy_column(const FrameCacheAppend& append, const Column& column
   const Unit* const past = cached ? cache : frames;
   const int64_t past_stride = cached ? append.cache.frame_stride : 0;  // 0 repeats a frame
 
-  for (int64_t first = 0; first < steps; first += kInFlight) {
+  for (int64_t first = append.skipped; first < end; first += kInFlight) {
     Unit values[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      const int64_t step = first + i;
-      const int64_t t = step < append.joined_len ? step : step + append.skipped;
+      const int64_t t = first + i;
       const bool before = t < append.cache_len;
       const Unit* const from = before
                                    ? past + t * past_stride
                                    : frames + (t - append.cache_len) * append.frames.frame_stride;
       values[i] = Unit{};
-      if (step < steps && !(before && append.past == Past::kZeros)) values[i] = *from;
+      if (t < end && !(before && append.past == Past::kZeros)) values[i] = *from;
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      const int64_t step = first + i;
-      const int64_t t = step < append.joined_len ? step : step + append.skipped;
-      if (step >= steps) break;
-      if (step < append.joined_len) joined[t * append.joined.frame_stride] = values[i];
+      const int64_t t = first + i;
+      if (t >= end) break;
+      if (t < append.joined_len) joined[t * append.joined.frame_stride] = values[i];
       if (t >= append.chunk_len) {
         cache[(t - append.chunk_len) * append.cache.frame_stride] = values[i];
       }
@@ -77,12 +75,11 @@ __device__ void copy_column(const FrameCacheAppend& append, const Column& column
 // then columns of the borders.
 template <typename Unit>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    frame_cache_append_kernel(const __grid_constant__ FrameCacheAppend append,
-                              const int64_t steps) {
+    frame_cache_append_kernel(const __grid_constant__ FrameCacheAppend append, const int64_t end) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   for (int64_t column = first; column < append.columns; column += stride) {
-    copy_column<Unit>(append, Column(append.sizes, column), steps);
+    copy_column<Unit>(append, Column(append.sizes, column), end);
   }
 #pragma unroll
   for (int i = 0; i < kBorders; ++i) {
@@ -156,8 +153,8 @@ void launch(const FrameCacheAppend& append, cudaStream_t stream) {
   int64_t columns = append.columns;
   for (const Border& border : append.borders) columns = std::max(columns, border.columns);
   const int64_t blocks = std::min((columns + kThreads - 1) / kThreads, kMaxBlocks);
-  frame_cache_append_kernel<Unit>
-      <<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(append, append.steps());
+  frame_cache_append_kernel<Unit><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
+      append, append.cache_len + append.chunk_len);
 }
 
 cudaError_t launch(const FrameCacheAppend& elements, cudaStream_t stream) {
@@ -216,5 +213,4 @@ using Ops = FrameCacheOps<run_on_cuda>;
 STABLE_TORCH_LIBRARY_IMPL(cogvx, CUDA, m) {
   m.impl("frame_cache_append", TORCH_BOX(&cogvx::Ops::append));
   m.impl("frame_cache_push", TORCH_BOX(&cogvx::Ops::push));
-  m.impl("frame_cache_exchange", TORCH_BOX(&cogvx::Ops::exchange));
 }

@@ -15,7 +15,6 @@ STABLE_TORCH_LIBRARY(cogvx, m) {
       "frame_cache_append(Tensor(a!) cache, Tensor frames, str? start=None, SymInt padding=0, "
       "bool channels_last=False) -> Tensor");
   m.def("frame_cache_push(Tensor(a!) cache, Tensor frames, str? start=None) -> ()");
-  m.def("frame_cache_exchange(Tensor(a!) cache, Tensor(b!) joined, str? start=None) -> ()");
 }
 
 namespace {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._C import HAS_CUDA
 
-__all__ = ["HAS_CUDA", "append", "exchange", "join", "join_fake", "push"]
+__all__ = ["HAS_CUDA", "append", "join", "join_fake", "push"]
 
 ops = torch.ops.cogvx
 
@@ -27,15 +27,10 @@ def push(cache: Tensor, frames: Tensor, start: str | None) -> None:
     _written(cache)
 
 
-def exchange(cache: Tensor, joined: Tensor, start: str | None) -> None:
-    ops.frame_cache_exchange(cache, joined, start)
-    _written(cache, joined)
-
-
-def _written(*tensors: Tensor) -> None:
-    """Increase version counters: ops on the stable ABI do not, compiled code does so itself."""
+def _written(cache: Tensor) -> None:
+    """Increase its version counter: ops on the stable ABI do not, compiled code does so itself."""
     if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(tensors)
+        torch.autograd.graph.increment_version(cache)
 
 
 def join(
@@ -73,11 +68,6 @@ def _append_fake(cache, frames, start=None, padding=0, channels_last=False):
 
 @torch.library.register_fake("cogvx::frame_cache_push")
 def _push_fake(cache, frames, start=None):
-    pass
-
-
-@torch.library.register_fake("cogvx::frame_cache_exchange")
-def _exchange_fake(cache, joined, start=None):
     pass
 
 

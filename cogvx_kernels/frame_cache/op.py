@@ -70,53 +70,50 @@ def _check_video(op: str, name: str, value: Tensor, frames: str) -> None:
         )
 
 
-def _check_start(op: str, name: str, start: str | None, cache_len: int, chunk_len: int) -> None:
+def _check_start(op: str, start: str | None, cache_len: int, chunk_len: int) -> None:
     if start not in STARTS:
         raise ValueError(
             f'{op}: start must be None, "replicate" or "zeros"; got {_checks.describe(start)}'
         )
     if start == "replicate" and cache_len and not chunk_len:
         raise ValueError(
-            f'{op}: {name} must have a first frame to replicate, for start="replicate"; got none'
+            f'{op}: frames must have a first frame to replicate, for start="replicate"; got none'
         )
 
 
-def _check_pair(op: str, cache: Tensor, name: str, other: Tensor, start: str | None) -> None:
-    """Check a cache and `other`, named `name` in messages."""
+def _check_pair(op: str, cache: Tensor, frames: Tensor, start: str | None) -> None:
     _check_video(op, "cache", cache, "kept")
-    _check_video(op, name, other, "frames")
-    cache_len, frames = cache.shape[2], other.shape[2]
-    if other.dtype != cache.dtype:
+    _check_video(op, "frames", frames, "frames")
+    if frames.dtype != cache.dtype:
         raise TypeError(
-            f"{op}: {name} must have the dtype of cache, {_checks.dtype_name(cache.dtype)}; "
-            f"got {_checks.dtype_name(other.dtype)}"
+            f"{op}: frames must have the dtype of cache, {_checks.dtype_name(cache.dtype)}; "
+            f"got {_checks.dtype_name(frames.dtype)}"
         )
-    _checks.same_device(op, name, other, "cache", cache)
+    _checks.same_device(op, "frames", frames, "cache", cache)
     _checks.shape(
-        op, name, other, (*cache.shape[:2], frames, *cache.shape[3:]),
+        op, "frames", frames, (*cache.shape[:2], frames.shape[2], *cache.shape[3:]),
         "(batch, channels, frames, height, width)",
         lambda: f" for cache of shape {tuple(cache.shape)}",
     )  # fmt: skip
-    _check_start(op, name, start, cache_len, frames - (cache_len if name == "joined" else 0))
+    _check_start(op, start, cache.shape[2], frames.shape[2])
 
 
-def _check_inplace(op: str, written: tuple[str, ...], **tensors: Tensor) -> None:
-    for name, x in tensors.items():
+def _check_inplace(op: str, cache: Tensor, frames: Tensor, start: str | None) -> None:
+    _check_pair(op, cache, frames, start)
+    for name, x in (("cache", cache), ("frames", frames)):
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
-                f"{op}: overwrites {' and '.join(written)} and keeps no graph; got {name} with "
+                f"{op}: overwrites cache and keeps no graph; got {name} with "
                 "requires_grad=True. Use frame_cache_join, or torch.no_grad()"
             )
-    for name in written:
-        x = tensors[name]
-        shared = (
-            size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)
+    shared = (
+        size > 1 and step == 0 for size, step in zip(cache.shape, cache.stride(), strict=True)
+    )
+    if cache.numel() and any(shared):
+        raise ValueError(
+            f"{op}: cache is overwritten and must have each element in a place of its own; "
+            f"got strides {cache.stride()} for shape {tuple(cache.shape)}"
         )
-        if x.numel() and any(shared):
-            raise ValueError(
-                f"{op}: {name} is overwritten and must have each element in a place of its own; "
-                f"got strides {x.stride()} for shape {tuple(x.shape)}"
-            )
 
 
 def _has_channels_last(x: Tensor) -> bool:
@@ -125,8 +122,8 @@ def _has_channels_last(x: Tensor) -> bool:
     return x.shape[1] > 1 and several and x.stride(1) == 1
 
 
-def _unsupported(name: str, x: Tensor) -> str | None:
-    """The reason why the extension cannot take `x`, or None."""
+def _unsupported(cache: Tensor | None, x: Tensor) -> str | None:
+    """The reason why the extension cannot take frames `x`, or None."""
     if not HAS_EXTENSION:
         return (
             "cogvx_kernels._C is not built (pip install -v --no-build-isolation -e . in the "
@@ -136,7 +133,9 @@ def _unsupported(name: str, x: Tensor) -> str | None:
 
     if x.is_cuda and not kernel.HAS_CUDA:
         return "cogvx_kernels._C was built without CUDA (there was no nvcc)"
-    return None if x.device.type in ("cpu", "cuda", "meta") else f"{name} is on {x.device}"
+    if x.device.type not in ("cpu", "cuda", "meta"):
+        return f"frames is on {x.device}"
+    return _backend.transform_reason(frames=x, cache=cache)
 
 
 # --- under autocast --------------------------------------------------------------------------
@@ -200,8 +199,7 @@ def frame_cache_append(
         if copy is not cache:
             cache.copy_(copy)
         return joined
-    _check_pair(op, cache, "frames", frames, start)
-    _check_inplace(op, ("cache",), cache=cache, frames=frames)
+    _check_inplace(op, cache, frames, start)
     _checks.integer(op, "padding", padding, 0, 2**15, "(rows and columns on each side)")
     if memory_format not in FORMATS:
         raise ValueError(
@@ -211,8 +209,7 @@ def frame_cache_append(
     channels_last = memory_format is torch.channels_last_3d
     if memory_format is None:
         channels_last = _has_channels_last(frames)
-    reason = _unsupported("frames", frames) or _backend.transform_reason(frames=frames, cache=cache)
-    if _backend.choose(backend, op, reason, frames):
+    if _backend.choose(backend, op, _unsupported(cache, frames), frames):
         from . import kernel
 
         return kernel.append(cache, frames, start, padding, channels_last)
@@ -232,60 +229,13 @@ def frame_cache_push(
     op = "frame_cache_push"
     if _differ(cache, frames):
         (frames,) = _autocast.cast(cache.dtype, frames)
-    _check_pair(op, cache, "frames", frames, start)
-    _check_inplace(op, ("cache",), cache=cache, frames=frames)
-    reason = _unsupported("frames", frames) or _backend.transform_reason(frames=frames, cache=cache)
-    if _backend.choose(backend, op, reason, frames):
+    _check_inplace(op, cache, frames, start)
+    if _backend.choose(backend, op, _unsupported(cache, frames), frames):
         from . import kernel
 
         kernel.push(cache, frames, start)
     else:
         cache.copy_(frame_cache_join_reference(cache, frames, start=start)[1])
-
-
-def frame_cache_exchange(
-    cache: Tensor, joined: Tensor, *, start: str | None = None, backend: str = "auto"
-) -> None:
-    """`frame_cache_append` for a chunk that already is in `joined`, after `kept` free frames.
-
-    Cached frames are written before the chunk, and its last `kept` to the cache, in one pass, both
-    in place. The chunk itself is not moved.
-
-    Args:
-        cache: as in `frame_cache_append`.
-        joined: (batch, channels, kept + frames, height, width), any strides, for example the
-            interior of a padded buffer; its first `kept` frames are overwritten.
-        start, backend: as in `frame_cache_append`. Under autocast cache and joined may differ in
-            dtype, and each keeps its own.
-
-    Raises:
-        TypeError, ValueError: an argument is not as above; the message names it.
-        RuntimeError: backend="kernel" and the kernel cannot run; an argument requires a gradient;
-            cache and joined overlap in memory.
-    """
-    op = "frame_cache_exchange"
-    if _differ(cache, joined):
-        (copy,) = _autocast.cast(joined.dtype, cache)
-        frame_cache_exchange(copy, joined, start=start, backend=backend)
-        cache.copy_(copy)
-        return
-    _check_pair(op, cache, "joined", joined, start)
-    _check_inplace(op, ("cache", "joined"), cache=cache, joined=joined)
-    cache_len = cache.shape[2]
-    if joined.shape[2] < cache_len:
-        raise ValueError(
-            f"{op}: joined must have at least the {cache_len} frames of cache; "
-            f"got {tuple(joined.shape)}"
-        )
-    reason = _unsupported("joined", joined) or _backend.transform_reason(joined=joined, cache=cache)
-    if _backend.choose(backend, op, reason, joined):
-        from . import kernel
-
-        kernel.exchange(cache, joined, start)
-        return
-    result, next_cache = frame_cache_join_reference(cache, joined[:, :, cache_len:], start=start)
-    cache.copy_(next_cache)
-    joined[:, :, :cache_len].copy_(result[:, :, :cache_len])
 
 
 def frame_cache_join(
@@ -321,13 +271,12 @@ def frame_cache_join(
         cache, frames = _autocast.cast(_autocast.promoted(cache, frames), cache, frames)
     _checks.integer(op, "kept", kept, 0, 2**15, "(frames)")
     if cache is not None:
-        _check_pair(op, cache, "frames", frames, start)
+        _check_pair(op, cache, frames, start)
     else:
         _check_video(op, "frames", frames, "frames")
-        _check_start(op, "frames", start, kept, frames.shape[2])
+        _check_start(op, start, kept, frames.shape[2])
         if start is None:
             raise ValueError(f"{op}: start must be given where cache is None; got None")
-    reason = _unsupported("frames", frames) or _backend.transform_reason(frames=frames, cache=cache)
-    if _backend.choose(backend, op, reason, frames):
+    if _backend.choose(backend, op, _unsupported(cache, frames), frames):
         return _frame_cache_join(cache, frames, kept, start, _has_channels_last(frames))
     return frame_cache_join_reference(cache, frames, kept=kept, start=start)

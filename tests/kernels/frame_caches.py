@@ -11,7 +11,6 @@ from torch import Tensor
 
 from cogvx_kernels import (
     frame_cache_append,
-    frame_cache_exchange,
     frame_cache_join,
     frame_cache_push,
 )
@@ -110,7 +109,7 @@ def check(
     padding: int = 0,
     memory_format: torch.memory_format | None = None,
 ) -> None:
-    """Check all four ops on these tensors; `cache` is overwritten."""
+    """Check all three ops on these tensors; `cache` is overwritten."""
     options: Any = {"start": start, "backend": backend}
     kept = cache.shape[2]
     before = bits(frames)
@@ -134,10 +133,4 @@ def check(
     expected = wanted(cache, frames, start)
     frame_cache_push(cache, frames, **options)
     assert same(cache, expected[1]), f"push: {case}"
-
-    expected = wanted(cache, frames, start)
-    buffer = expected[0].clone(memory_format=memory_format or torch.contiguous_format)
-    buffer[:, :, :kept] = 1
-    frame_cache_exchange(cache, buffer, **options)
-    assert same(buffer, expected[0]) and same(cache, expected[1]), f"exchange: {case}"
     assert torch.equal(bits(frames), before), f"the chunk was written to: {case}"

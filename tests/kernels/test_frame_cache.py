@@ -18,7 +18,6 @@ from torch import Tensor
 from cogvx_kernels import (
     FrameCacheJoin,
     frame_cache_append,
-    frame_cache_exchange,
     frame_cache_join,
     frame_cache_push,
 )
@@ -141,18 +140,15 @@ def test_chunks_equal_the_whole(backend, device):
     """For any cuts and ops, every joined tensor is a window of the clip."""
     clip = video((2, 4, 17, 3, 5), torch.float16, device)
     window = torch.cat([clip[:, :, :1]] * 2 + [clip], 2)
-    held = {name: torch.empty(2, 4, 2, 3, 5, dtype=torch.float16, device=device) for name in "abc"}
+    held = {name: torch.empty(2, 4, 2, 3, 5, dtype=torch.float16, device=device) for name in "ab"}
     begin, start = 0, "replicate"
     for length in (1, 4, 1, 1, 2, 8, 0):
         chunk = clip[:, :, begin : begin + length]
         arguments: Any = {"start": start, "backend": backend}
-        buffer = torch.cat([torch.full_like(held["a"], 9), chunk], 2)
         joined = frame_cache_append(held["a"], chunk, **arguments)
         frame_cache_push(held["b"], chunk, **arguments)
-        frame_cache_exchange(held["c"], buffer, **arguments)
         begin, start = begin + length, None
-        for ours in (joined, buffer):
-            assert same(ours, window[:, :, begin - length : begin + 2])
+        assert same(joined, window[:, :, begin - length : begin + 2])
         for cache in held.values():
             assert same(cache, window[:, :, begin : begin + 2])
     assert begin == 17
@@ -205,11 +201,6 @@ def test_no_access_out_of_bounds(device):
                 frames.copy_(video(tuple(frames.shape), torch.float16, device))
                 cache.copy_(video(tuple(cache.shape), torch.float16, device, 1))
                 check(cache, frames, None if start == "cached" else start, "kernel", 1)
-                joined, kept = new(5), new(2)
-                joined.copy_(video(tuple(joined.shape), torch.float16, device, 2))
-                held = joined[:, :, 2:].clone()
-                frame_cache_exchange(kept, joined, start="zeros")
-                assert same(joined[:, :, 2:], held) and same(kept, held[:, :, 1:])
 
     names = map(
         ", ".join,
@@ -266,35 +257,21 @@ def test_frames_across_the_cache_s_columns(backend, device):
 
 
 @native
-def test_cache_and_joined_may_not_overlap(device):
-    held = video((1, 2, 6, 4, 5), torch.float32, device)
-    before = held.clone()
-    with pytest.raises(RuntimeError, match="cache and joined .* must lie apart in memory; got"):
-        frame_cache_exchange(held[:, :, 3:5], held, backend="kernel")
-    assert same(held, before)
-
-
-@native
 @on_cpu
 def test_only_needed_frames_are_read():
-    """A push reads `kept` frames, an exchange not the chunk: other pages are protected."""
+    """A push reads `kept` frames: the pages of the others are protected."""
 
-    def case(name: str) -> None:
+    def case(_: str) -> None:
         pages = map_pages(16 * PAGE)
         clip = torch.frombuffer(pages, dtype=torch.uint8).view(16, 1, 1, 1, PAGE)
         clip[:] = torch.arange(16, dtype=torch.uint8).view(16, 1, 1, 1, 1)
         clip = clip.permute(1, 2, 0, 3, 4)
         cache = torch.full((1, 1, 2, 1, PAGE), 99, dtype=torch.uint8)
-        if name == "push":
-            forbid(pages, 0, 14 * PAGE)
-            frame_cache_push(cache, clip, backend="kernel")
-        else:
-            forbid(pages, 2 * PAGE, 12 * PAGE)
-            frame_cache_exchange(cache, clip, backend="kernel")
-            assert clip[0, 0, :2, 0, 0].tolist() == [99, 99]
+        forbid(pages, 0, 14 * PAGE)
+        frame_cache_push(cache, clip, backend="kernel")
         assert cache[0, 0, :, 0, 0].tolist() == [14, 15]
 
-    outcomes = run_cases(case, ["push", "exchange"])
+    outcomes = run_cases(case, ["push"])
     assert all(outcome.ok for outcome in outcomes), "\n".join(map(str, outcomes))
 
 
@@ -318,9 +295,9 @@ def test_offsets_of_more_than_32_bits(dim):
             held = spread(cache)
             assert same(frame_cache_append(held, spread(frames), **arguments), joined)
             assert same(held, following)
-            held, buffer = spread(cache), spread(torch.cat([torch.zeros_like(cache), frames], 2))
-            frame_cache_exchange(held, buffer, **arguments)
-            assert same(buffer, joined) and same(held, following)
+            held = spread(cache)
+            frame_cache_push(held, spread(frames), **arguments)
+            assert same(held, following)
 
     outcomes = run_cases(case, ["cached", "replicate", "zeros"], timeout=120)
     assert all(outcome.ok for outcome in outcomes), "\n".join(map(str, outcomes))
@@ -331,7 +308,7 @@ def test_threads_give_the_same_bits():
     """One, two and seven threads, in a process of their own: the suite runs on one."""
     program = """
 import itertools, torch
-from cogvx_kernels import frame_cache_append, frame_cache_exchange, frame_cache_push
+from cogvx_kernels import frame_cache_append, frame_cache_push
 clip = torch.randint(0, 256, (1, 24, 5, 101, 123), dtype=torch.uint8)
 last = clip.contiguous(memory_format=torch.channels_last_3d)
 formats = (torch.contiguous_format, torch.channels_last_3d)
@@ -339,13 +316,12 @@ for x, memory_format, padding in itertools.product((clip, last), formats, (0, 1)
     results = []
     for threads in (1, 2, 7):
         torch.set_num_threads(threads)
-        cache, buffer = x[:, :, :2].clone(), x.clone()
+        cache = x[:, :, :2].clone()
         joined = frame_cache_append(
             cache, x, padding=padding, memory_format=memory_format, backend="kernel"
         )
         frame_cache_push(cache, x[:, :, :1], backend="kernel")
-        frame_cache_exchange(cache, buffer, backend="kernel")
-        results.append((joined, cache, buffer))
+        results.append((joined, cache))
     for others in results[1:]:
         for one, several in zip(results[0], others):
             assert torch.equal(one, several)
