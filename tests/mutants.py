@@ -242,7 +242,7 @@ def run(mutant: Mutant) -> Result:
     """Apply the mutant to a copy and run the tests there until the first failure."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in ("cogvx_kernels", "tests"):
+        for name in ("cogvx_kernels", "examples", "tests"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in SOURCES:
             put = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
