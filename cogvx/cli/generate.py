@@ -11,13 +11,14 @@ from torch import Tensor
 
 from ..checkpoint import load_scheduler
 from ..checkpoint.lora import read_lora
-from ..config import TransformerConfig, VAEConfig
+from ..config import SchedulerConfig, TransformerConfig, VAEConfig
 from ..generation import GenerationParams
 from ..pipeline import CogVideoX, default_size, resume
 from ..pipeline.params import Request, resolve
 from ..plan import denoise_flops, forecast, vae_flops
 from ..schedulers import SOLVERS
 from ..transformer import ExpertTransformer
+from ..vae import CausalVAE
 from ..video import check_video_output, open_video, read_image
 from . import clips, loading
 from .console import Console
@@ -27,100 +28,149 @@ SAMPLING = ("steps", "guidance", "dynamic_guidance", "solver", "cfg", "image_lat
 
 
 @dataclass(frozen=True)
-class Job:
-    """A generation, checked as far as possible without weights.
+class Model:
+    """The model of a command line, checked as far as possible without weights.
 
-    params  options of `CogVideoX.generate`
-    flops   floating-point operations to denoise and decode it
+    adapters  files of `--lora`, each with its scale
     """
 
     folder: Path
     dtype: torch.dtype
     device: torch.device
+    transformer: TransformerConfig
+    vae: VAEConfig
+    solver: str
+    scheduler: SchedulerConfig
+    adapters: list[tuple[Path, float]]
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> "Model":
+        device = loading.device_of(options)
+        adapters = _adapters(options)
+        folder = loading.model_of(options)
+        transformer, vae = loading.read_configs(folder)
+        if transformer is None or vae is None:
+            raise ValueError(
+                f"{options.model}: must be a model's folder, with transformer/ and vae/"
+            )
+        solver, scheduler = load_scheduler(folder)
+        dtype = loading.dtype_of(options, transformer)
+        loading.check_tiling(options, vae)
+        if adapters:
+            with torch.device("meta"):
+                empty = ExpertTransformer(transformer)
+            for path, _ in adapters:
+                read_lora(path, empty)
+        return cls(folder, dtype, device, transformer, vae, solver, scheduler, adapters)
+
+    def load(self, options: argparse.Namespace, console: Console) -> CogVideoX:
+        """Read the weights."""
+        console.progress("load weights")
+        pipe = CogVideoX.from_pretrained(
+            self.folder, self.dtype, self.device, options.backend, variant=options.variant
+        )
+        for path, scale in self.adapters:
+            pipe.load_lora(path, scale)
+        return pipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video, checked before anything is computed.
+
+    params   options of `CogVideoX.generate`
+    latents  the file beside the video
+    flops    floating-point operations to denoise and decode it
+    """
+
+    out: Path
+    latents: Path
+    seed: int | None
     params: GenerationParams
     fps: float
     flops: float
 
+    @classmethod
+    def of(cls, options: argparse.Namespace, model: Model) -> "Job":
+        transformer, vae = model.transformer, model.vae
+        params = GenerationParams(
+            options.prompt,
+            negative_prompt=options.negative,
+            **{name: getattr(options, name) for name in SAMPLING},
+            **_source(options, transformer, vae),
+        )
+        request = resolve(transformer, vae, params, model.solver)
+        solver = SOLVERS[request.solver](model.scheduler)
+        steps = solver.timestep_schedule(request.steps, request.strength)
+        fps = loading.usual_fps(transformer) if options.fps is None else options.fps
+        check_video_output(options.out, fps, request.height, request.width)
+        _check_budget(options, request, model)
+        _, frames, _, height, width = request.shape
+        flops = vae_flops(vae, frames, height, width, decode=True)
+        step = denoise_flops(transformer, frames, height, width)
+        flops += len(steps) * (1 + request.guided) * step
+        return cls(options.out, latents_of(options.out), options.seed, params, fps, flops)
+
 
 @torch.no_grad()
 def generate(options: argparse.Namespace, console: Console) -> None:
-    latents = options.out.with_suffix(".latents.safetensors")
+    latents = latents_of(options.out)
     console.hold(output(options.out, options.force, clips.VIDEOS))
     console.hold(output(latents, options.force or options.resume, (".safetensors",)))
     if options.resume and not latents.is_file():
         raise ValueError(f"{latents}: must be there to --resume; it is not")
-    seed = options.seed
-    if options.resume:
-        before = resume.read(latents).record
-        seed = before.get("seed") if seed is None else seed
-    elif seed is None:
-        seed = int(torch.randint(1 << 31, ()))
-    job = _checked(options)
-    loading.warn_if_long(console, job.flops, job.device, job.dtype)
-    console.progress("load weights")
-    pipe = CogVideoX.from_pretrained(
-        job.folder, job.dtype, job.device, options.backend, variant=options.variant
-    )
-    for path, scale in _adapters(options):
-        pipe.load_lora(path, scale)
+    if options.seed is None:
+        options.seed = seed_of(latents) if options.resume else int(torch.randint(1 << 31, ()))
+    model = Model.of(options)
+    job = Job.of(options, model)
+    loading.warn_if_long(console, job.flops, model.device, model.dtype)
+    pipe = model.load(options, console)
+    denoise(pipe, job, options, console, resume_it=options.resume)
+    vae = pipe.vae
+    del pipe  # decoding needs no transformer
+    frames = decode(vae, job, options, console)
+    facts = {"frames": frames, "fps": job.fps, "seed": job.seed, "latents": str(job.latents)}
+    console.print_summary({**facts, "out": str(job.out), "seconds": console.seconds})
+
+
+def latents_of(video: Path) -> Path:
+    """The file of latents beside a video."""
+    return video.with_suffix(".latents.safetensors")
+
+
+def seed_of(latents: Path) -> int | None:
+    """The seed that saved latents were begun with."""
+    seed = resume.read(latents).record.get("seed")
+    return seed if isinstance(seed, int) else None
+
+
+def denoise(
+    pipe: CogVideoX, job: Job, options: argparse.Namespace, console: Console, resume_it: bool
+) -> None:
+    """Write the file of latents; go on with it if `resume_it`."""
     pipe.generate(
         params=job.params,
-        seed=seed,
+        seed=job.seed,
         tiling=loading.tiling_of(options),
         output="latents",
         progress=console.progress,
-        save_latents=latents,
+        save_latents=job.latents,
         checkpoint_every=options.checkpoint_every,
-        resume=latents if options.resume else None,
+        resume=job.latents if resume_it else None,
     )
-    vae = pipe.vae
-    del pipe  # decoding needs no transformer
+
+
+def decode(vae: CausalVAE, job: Job, options: argparse.Namespace, console: Console) -> int:
+    """Write the video from the file of latents; returns its number of frames."""
     done = partial(console.progress, "decode")
     try:
-        saved = resume.read(latents)
-        frames = clips.write_latents(
-            options.out, vae, saved, job.fps, loading.tiling_of(options), done
-        )
+        saved = resume.read(job.latents)
+        return clips.write_latents(job.out, vae, saved, job.fps, loading.tiling_of(options), done)
     except (ValueError, RuntimeError, OSError) as error:
         raise RuntimeError(
-            f"{error}. The latents are saved: cogvx decode {latents} --model {options.model} "
-            f"--out {options.out} --fps {job.fps:g} (--tiling needs less memory)"
+            f"{error}. The latents are saved: cogvx decode {job.latents} --model {options.model} "
+            f"--out {job.out} --fps {job.fps:g} (--tiling needs less memory)"
         ) from error
-    facts = {"frames": frames, "fps": job.fps, "seed": seed, "latents": str(latents)}
-    console.print_summary({**facts, "out": str(options.out), "seconds": console.seconds})
-
-
-def _checked(options: argparse.Namespace) -> Job:
-    """Check everything that can be checked before weights are read."""
-    device = loading.device_of(options)
-    adapters = _adapters(options)
-    folder = loading.model_of(options)
-    transformer, vae = loading.read_configs(folder)
-    if transformer is None or vae is None:
-        raise ValueError(f"{options.model}: must be a model's folder, with transformer/ and vae/")
-    solver, scheduler = load_scheduler(folder)
-    dtype = loading.dtype_of(options, transformer)
-    loading.check_tiling(options, vae)
-    params = GenerationParams(
-        options.prompt,
-        negative_prompt=options.negative,
-        **{name: getattr(options, name) for name in SAMPLING},
-        **_source(options, transformer, vae),
-    )
-    request = resolve(transformer, vae, params, solver)
-    steps = SOLVERS[request.solver](scheduler).timestep_schedule(request.steps, request.strength)
-    fps = loading.usual_fps(transformer) if options.fps is None else options.fps
-    check_video_output(options.out, fps, request.height, request.width)
-    _check_budget(options, request, transformer, vae, dtype, folder)
-    if adapters:
-        with torch.device("meta"):
-            empty = ExpertTransformer(transformer)
-        for path, _ in adapters:
-            read_lora(path, empty)
-    _, frames, _, height, width = request.shape
-    flops = vae_flops(vae, frames, height, width, decode=True)
-    flops += len(steps) * (1 + request.guided) * denoise_flops(transformer, frames, height, width)
-    return Job(folder, dtype, device, params, fps, flops)
 
 
 def _adapters(options: argparse.Namespace) -> list[tuple[Path, float]]:
@@ -137,29 +187,22 @@ def _adapters(options: argparse.Namespace) -> list[tuple[Path, float]]:
     return list(zip(options.lora, scales, strict=True))
 
 
-def _check_budget(
-    options: argparse.Namespace,
-    request: Request,
-    transformer: TransformerConfig,
-    vae: VAEConfig,
-    dtype: torch.dtype,
-    folder: Path,
-) -> None:
+def _check_budget(options: argparse.Namespace, request: Request, model: Model) -> None:
     if options.vram_budget is None:
         return
     forecast(
-        transformer,
-        vae,
+        model.transformer,
+        model.vae,
         frames=request.num_frames,
         height=request.height,
         width=request.width,
         guidance=request.guided,
         cfg=options.cfg,
-        dtype=dtype,
+        dtype=model.dtype,
         tiling=loading.tiling_of(options),
-        text_bytes=loading.text_encoder_bytes(folder),
+        text_bytes=loading.text_encoder_bytes(model.folder),
         encoded=request.num_frames if options.video else None,
-        backend=options.backend if loading.device_of(options).type == "cuda" else "reference",
+        backend=options.backend if model.device.type == "cuda" else "reference",
         budget=options.vram_budget,
     )
 

@@ -281,7 +281,7 @@ def test_long_runs_say_so_first(capsys, here, models, no_weights, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(loading, "matmul_rate", None)
-            assert warn(generate._checked(options).flops) == ""
+            assert warn(generate.Job.of(options, generate.Model.of(options)).flops) == ""
         monkeypatch.setattr(loading, "matmul_rate", lambda device, dtype: 5e10)
         assert warn(2e13) == ""
         assert "about 3 h 20 min on cpu in float32 (estimated from 6.0e+14 operations" in warn(6e14)
