@@ -9,6 +9,8 @@ PIP := python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 # the environment's ninja and clang-format, wherever a tool looks for them
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Bytecode is kept: without it each process compiles 2 to 5 s of torch's and diffusers' modules.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo check fast test test-all verify bench tiny lint aot mutants clean

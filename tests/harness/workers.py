@@ -56,6 +56,8 @@ def run_cases(
     function: Callable[[Case], Any], cases: Iterable[Case], timeout: float = 60.0
 ) -> list[Outcome[Case]]:
     """Run `function(case)` for each case, `timeout` seconds each; return the outcomes in order."""
+    import torch._dynamo  # noqa: F401  (by the first custom op: 1 to 3 s, again in each fork)
+
     cases = list(cases)
     outcomes: list[Outcome[Case]] = []
     while len(outcomes) < len(cases):
