@@ -24,7 +24,7 @@ from cogvx.config import PRESETS, TransformerConfig, VAEConfig
 from cogvx.transformer import ExpertTransformer
 from cogvx.vae import CausalVAE
 from cogvx.vae.options import channels_last
-from cogvx_kernels import patch
+from cogvx_kernels import module_backend, patch
 from cogvx_kernels._backend import INTERPRETED
 
 from .ops import without_grad
@@ -183,7 +183,8 @@ def _vae(half: str, size: Size, options: Options) -> Iterator[Case]:
         entries[COMPILED_NEAR] = partial(theirs, half_compiled(near, half), near_flat)
     else:
         left_out[COMPILED] = "every kind of chunk takes a CPU minutes to compile"
-    reference = _with_weights_of(their_vae, lambda: CausalVAE(size.vae, backend="reference"))
+    with module_backend("reference"):
+        reference = _with_weights_of(their_vae, lambda: CausalVAE(size.vae))
     entries |= {
         PATCHED: partial(theirs, patched(their_vae), flat),
         PATCHED_FAST: partial(theirs, patched(their_vae, "fast"), flat),

@@ -63,7 +63,6 @@ def build_transformer(
     *,
     latent_channels: int = 16,
     expert_top_k: int = 1,
-    backend: str = "auto",
 ) -> ExpertTransformer:
     """`ExpertTransformer` with feed-forward experts of each modality, with random weights.
 
@@ -107,7 +106,7 @@ def build_transformer(
         num_video_experts=num_video_experts,
         expert_top_k=expert_top_k,
     )
-    return ExpertTransformer(config, backend=backend)
+    return ExpertTransformer(config)
 
 
 def build(**options: Any) -> CogVideoX:

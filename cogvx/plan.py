@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cogvx_kernels import module_backend
+
 from . import frames as frame_rule
 from .config import TransformerConfig, VAEConfig
 from .memory import LiveBytes, module_bytes
@@ -137,7 +139,7 @@ def forecast(
     tiling: Tiling | None = None,
     text_bytes: int = 0,
     encoded: int | None = None,
-    backend: str = "auto",
+    backend: str | None = None,
     budget: int | None = None,
 ) -> Plan:
     """Forecast generating a clip; without a transformer, encoding and decoding it.
@@ -149,7 +151,7 @@ def forecast(
         prompt, are small and not forecast.
     encoded: number of frames encoded first: 1 for an image, all for video-to-video. By default 1 if
         the transformer takes an image, else none; all without a transformer.
-    backend: as in `ExpertTransformer`; "reference", plain torch, as on a CPU, needs more.
+    backend: as in `load_transformer`; "reference", plain torch, as on a CPU, needs more.
     budget: bytes; `Plan.check` is called with it.
 
     Raises ValueError for a clip that the models cannot take, PlanError if it does not fit.
@@ -166,8 +168,8 @@ def forecast(
     latents = frame_rule.latent_frames(frames, vae)
     stages = [Stage("text", text_bytes, 0)] if text_bytes else []
     tokens = (0, 0)
-    with torch.no_grad(), torch.device("meta"):
-        model = CausalVAE(vae, backend).to(vae_dtype)
+    with torch.no_grad(), torch.device("meta"), module_backend(backend):
+        model = CausalVAE(vae).to(vae_dtype)
         if encoded:
             stages.append(_encode(model, batch, encoded, height, width, tiling))
         if transformer is not None:
@@ -175,7 +177,7 @@ def forecast(
             padded = latents + -latents % (transformer.patch_size_t or 1)
             shape = (batch, padded, transformer.in_channels, height // ratio, width // ratio)
             copies = 2 if guidance and cfg == "batch" else 1
-            stages.append(_denoise(transformer, shape, copies, dtype, backend))
+            stages.append(_denoise(transformer, shape, copies, dtype))
             grid = padded // (transformer.patch_size_t or 1), *(n // patch for n in shape[3:])
             tokens = (transformer.max_text_seq_length, grid[0] * grid[1] * grid[2])
         stages.append(_decode(model, batch, latents, height, width, tiling))
@@ -235,15 +237,11 @@ def size(count: int) -> str:
 
 
 def _denoise(
-    config: TransformerConfig,
-    shape: tuple[int, ...],
-    copies: int,
-    dtype: torch.dtype,
-    backend: str,
+    config: TransformerConfig, shape: tuple[int, ...], copies: int, dtype: torch.dtype
 ) -> Stage:
-    whole = ExpertTransformer(config, backend).to(dtype)
+    whole = ExpertTransformer(config).to(dtype)
     few = dataclasses.replace(config, num_layers=min(config.num_layers, LAYERS_COUNTED))
-    model = ExpertTransformer(few, backend).to(dtype)
+    model = ExpertTransformer(few).to(dtype)
     with LiveBytes() as live:
         text = torch.empty(copies * shape[0], config.max_text_seq_length, config.text_embed_dim,
                            dtype=dtype)  # fmt: skip

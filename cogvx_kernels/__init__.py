@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ._backend import BACKENDS as BACKENDS
     from ._backend import KernelFallbackWarning as KernelFallbackWarning
+    from ._backend import OpModule as OpModule
+    from ._backend import module_backend as module_backend
     from .conv3d import conv3d as conv3d
     from .expert_adaln import ExpertAdaLayerNorm as ExpertAdaLayerNorm
     from .expert_adaln import expert_adaln as expert_adaln
@@ -62,7 +64,7 @@ __version__ = "0.1.0"
 
 # Module of each public name; the imports above are for type checkers.
 _MODULES = {
-    "_backend": "BACKENDS KernelFallbackWarning",
+    "_backend": "BACKENDS KernelFallbackWarning OpModule module_backend",
     "conv3d": "conv3d",
     "expert_adaln": """
         ExpertAdaLayerNorm expert_adaln expert_adaln_reference gated_residual gated_residual_adaln

@@ -8,17 +8,19 @@ backend=       kernel can run  cannot, tensors on a CPU   cannot, tensors on a G
 "reference"    reference       reference                  reference
 =============  ==============  =========================  ============================
 
-An op returns the reason as text; no exception is caught to find out.
+An op returns the reason as text; no exception is caught to find out. A module has its backend from
+`module_backend`, not from an argument.
 """
 
 import importlib.util
 import os
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import _checks
@@ -37,11 +39,57 @@ interprets_bfloat16 = False
 # Tensor subclasses of tracers, which record the kernel's op and do not run it.
 TRACED = ("FakeTensor", "FunctionalTensor")
 
-_last = threading.local()
+# Of a thread: `reason`, why its last op ran the reference, and `backend` of its new modules.
+_thread = threading.local()
 
 
 class KernelFallbackWarning(UserWarning):
     """Warning that a GPU tensor runs the plain-torch reference because the kernel cannot run."""
+
+
+def module_backend(backend: str | None) -> AbstractContextManager[None]:
+    """Context in which new modules get this backend for their ops: "auto", "kernel", "reference".
+
+        >>> with cogvx_kernels.module_backend("reference"):
+        ...     model = cogvx.ExpertTransformer(config)
+
+    Like `with torch.device(...)` it holds for this thread and for construction alone: a module
+    keeps its backend, so that models of different backends run side by side, and a block that is
+    recomputed in the backward pass computes the same. Ops called directly take an argument.
+
+    backend  None changes nothing
+
+    Raises ValueError for an unknown backend.
+    """
+    if backend is not None:
+        _checks.choice("module_backend", "backend", backend, BACKENDS)
+    return _constructing(backend)
+
+
+@contextmanager
+def _constructing(backend: str | None) -> Iterator[None]:
+    before = _module_backend()
+    _thread.backend = backend or before
+    try:
+        yield
+    finally:
+        _thread.backend = before
+
+
+def _module_backend() -> str:
+    return getattr(_thread, "backend", "auto")
+
+
+class OpModule(nn.Module):
+    """Base of modules that call ops. `backend` is an attribute, that of `module_backend` when the
+    module was constructed; "auto" outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backend = _module_backend()
+
+    def extra_repr(self) -> str:
+        return f"backend={self.backend!r}"
 
 
 def choose(backend: str, op: str, reason: str | None, x: Tensor) -> bool:
@@ -74,12 +122,12 @@ def last_reason() -> str | None:
 
     Compiled calls choose when they are traced, and are not recorded.
     """
-    return getattr(_last, "reason", None)
+    return getattr(_thread, "reason", None)
 
 
 def _chosen(reason: str | None) -> bool:
     if not torch.compiler.is_compiling():
-        _last.reason = reason
+        _thread.reason = reason
     return reason is None
 
 

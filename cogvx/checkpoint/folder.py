@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from cogvx_kernels import module_backend
+
 from ..assets import located
 from ..config import Config, SchedulerConfig, TransformerConfig, VAEConfig
 from ..files import CONFIG_BYTES, CheckpointError, atomic_path, member, read_json, unfinished
@@ -47,7 +49,7 @@ def load_transformer(
     path: PathLike,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    backend: str = "auto",
+    backend: str | None = None,
     attention: str = "auto",
     *,
     variant: str | None = None,
@@ -60,6 +62,8 @@ def load_transformer(
     path: the folder; or a model on the Hugging Face hub, such as "THUDM/CogVideoX-5b", of which
         only the transformer is downloaded.
     dtype: of the weights; by default that of most of them in the files.
+    backend: of the ops, "auto", "kernel" or "reference"; by default that of
+        `cogvx_kernels.module_backend`, "auto" outside.
     variant: reads `diffusion_pytorch_model.{variant}.safetensors` instead.
     check_finite: also reject weights with NaN or infinity, naming them.
     hub: revision, token, cache_dir, local_files_only: see `cogvx.assets.located`.
@@ -70,15 +74,16 @@ def load_transformer(
 
     Raises CheckpointError for an invalid folder, and the errors of `located` for a name on the hub.
     """
+    on_backend = module_backend(backend)
     folder = _component(path, "transformer", "config.json", variant=variant, **hub)
     config = _config(folder, "config.json", TransformerConfig, TRANSFORMER_CLASSES)
     place = _where(dtype, device)
-    with Weights(folder, variant) as weights:
+    with Weights(folder, variant) as weights, on_backend:
         experts = max(1, config.num_text_experts + config.num_video_experts)
         attention_and_ffn = config.hidden_size**2 * (4 + config.mlp_ratio * experts)
         _bound(weights, "num_layers", config.num_layers, weights.children("transformer_blocks."))
         _bound(weights, "weights", int(config.num_layers * attention_and_ffn), weights.numel())
-        model = empty(folder, lambda: ExpertTransformer(config, backend, attention))
+        model = empty(folder, lambda: ExpertTransformer(config, attention))
         weights.check(model)
         weights.load_into(model, dtype, place, check_finite)
     return model.eval()
@@ -88,7 +93,7 @@ def load_vae(
     path: PathLike,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    backend: str = "auto",
+    backend: str | None = None,
     *,
     variant: str | None = None,
     check_finite: bool = False,
@@ -98,15 +103,16 @@ def load_vae(
 
     Arguments and errors: see `load_transformer`.
     """
+    on_backend = module_backend(backend)
     folder = _component(path, "vae", "config.json", variant=variant, **hub)
     config = _config(folder, "config.json", VAEConfig, VAE_CLASSES)
     place = _where(dtype, device)
-    with Weights(folder, variant) as weights:
+    with Weights(folder, variant) as weights, on_backend:
         levels, blocks = len(config.block_out_channels), "encoder.down_blocks."
         first = weights.children(f"{blocks}0.resnets.")
         _bound(weights, "block_out_channels", levels, weights.children(blocks))
         _bound(weights, "layers_per_block", config.layers_per_block, first)
-        model = empty(folder, lambda: CausalVAE(config, backend))
+        model = empty(folder, lambda: CausalVAE(config))
         weights.check(model)
         weights.load_into(model, dtype, place, check_finite)
     channels_last(model)

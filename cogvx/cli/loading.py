@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch
 
+from cogvx_kernels import module_backend
+
 from ..assets import located
 from ..checkpoint import load_vae
 from ..config import PRESETS, Config, TransformerConfig, VAEConfig
@@ -138,7 +140,8 @@ class VAESource:
             return load_vae(self.folder, dtype, device, options.backend, variant=options.variant)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
-            vae = CausalVAE(self.config, options.backend)
+            with module_backend(options.backend):
+                vae = CausalVAE(self.config)
         return vae.to(device, dtype).eval()
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cogvx_kernels import module_backend
+
 from .. import frames
 from ..assets import SHIPPED, located
 from ..checkpoint import (
@@ -107,7 +109,7 @@ class CogVideoX:
         path: PathLike,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
-        backend: str = "auto",
+        backend: str | None = None,
         attention: str = "auto",
         text_encoder: bool | TextEncoder = True,
         *,
@@ -125,7 +127,7 @@ class CogVideoX:
                       cache as needed; or "tiny", the model inside the package
         dtype         of all weights: bfloat16 for 5B and 1.5, float16 for 2B. By default, for each
                       part, the dtype of most of its weights; float32 for "tiny" on a CPU
-        backend       of the kernels, and attention: see `ExpertTransformer`
+        backend       see `load_transformer`; attention: see `ExpertTransformer`
         text_encoder  False leaves it out (4.8 billion parameters), if embeddings are given; or one
                       of your own
         variant       of the weights, as in "fp16"; parts without this variant are read without it
@@ -135,6 +137,7 @@ class CogVideoX:
         Raises CheckpointError or FileNotFoundError for missing or invalid files, and the errors of
         `located` for a name on the hub.
         """
+        on_backend = module_backend(backend)
         if dtype is None and path in SHIPPED and torch.device(device).type == "cpu":
             dtype = torch.float32
         hub: dict[str, Any] = {
@@ -158,15 +161,13 @@ class CogVideoX:
             text_encoder = T5TextEncoder.from_pretrained(
                 folder, dtype, device, variant=variants["text_encoder"]
             )
-        return cls(
-            load_transformer(
-                folder, dtype, device, backend, attention, variant=variants["transformer"]
-            ),
-            load_vae(folder, dtype, device, backend, variant=variants["vae"]),
-            scheduler,
-            None if isinstance(text_encoder, bool) else text_encoder,
-            solver,
-        )
+        with on_backend:
+            transformer = load_transformer(
+                folder, dtype, device, attention=attention, variant=variants["transformer"]
+            )
+            vae = load_vae(folder, dtype, device, variant=variants["vae"])
+        text = None if isinstance(text_encoder, bool) else text_encoder
+        return cls(transformer, vae, scheduler, text, solver)
 
     def load_lora(self, path: PathLike, scale: float = 1.0) -> None:
         """Merge a LoRA adapter into the transformer's weights; several add up.

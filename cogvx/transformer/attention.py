@@ -8,7 +8,7 @@ from torch.backends import cuda
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cogvx_kernels import qk_norm_rope3d
+from cogvx_kernels import OpModule, qk_norm_rope3d
 
 from ..validation import check_choice
 
@@ -111,16 +111,13 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return flash_attn.flash_attn_func(q, k, v)
 
 
-class JointAttention(nn.Module):
+class JointAttention(OpModule):
     """Attention over the joint sequence, with QK-norm, and RoPE on the video tokens."""
 
-    def __init__(
-        self, dim: int, nheads: int, backend: str = "auto", attention: str = "auto"
-    ) -> None:
+    def __init__(self, dim: int, nheads: int, attention: str = "auto") -> None:
         super().__init__()
         check_attention("JointAttention", attention)
         self.nheads = nheads
-        self.backend = backend
         self.attention = attention
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)

@@ -24,20 +24,17 @@ class ExpertBlock(nn.Module):
         num_text_experts: int = 0,
         num_video_experts: int = 0,
         top_k: int = 1,
-        backend: str = "auto",
         attention: str = "auto",
     ) -> None:
         super().__init__()
-        self.norm1 = ExpertAdaLayerNorm(dim, time_embed_dim, eps, backend)
-        self.attn1 = JointAttention(dim, nheads, backend, attention)
-        self.norm2 = ExpertAdaLayerNorm(dim, time_embed_dim, eps, backend)
+        self.norm1 = ExpertAdaLayerNorm(dim, time_embed_dim, eps)
+        self.attn1 = JointAttention(dim, nheads, attention)
+        self.norm2 = ExpertAdaLayerNorm(dim, time_embed_dim, eps)
         self.ff: FeedForward | ExpertFeedForward
         if num_text_experts:
-            self.ff = ExpertFeedForward(
-                dim, ffn_dim, num_text_experts, num_video_experts, top_k, backend
-            )
+            self.ff = ExpertFeedForward(dim, ffn_dim, num_text_experts, num_video_experts, top_k)
         else:
-            self.ff = FeedForward(dim, ffn_dim, backend)
+            self.ff = FeedForward(dim, ffn_dim)
 
     def forward(
         self,

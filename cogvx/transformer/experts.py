@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cogvx_kernels import expert_ffn, modality
+from cogvx_kernels import OpModule, expert_ffn, modality
 from cogvx_kernels.module_utils import is_unmodified
 
 from .module_utils import is_plain_linear
@@ -53,16 +53,15 @@ class GELUProjection(nn.Module):
         return F.gelu(self.proj(x), approximate="tanh")
 
 
-class FeedForward(nn.Module):
+class FeedForward(OpModule):
     """Linear, GELU, linear; (..., dim) -> (..., dim). The middle entry is diffusers' dropout of 0.
 
     `cogvx_kernels.expert_ffn` reads the weights where everything inside is plain, and the modules
     are called where something is wrapped (`module_utils.py`).
     """
 
-    def __init__(self, dim: int, ffn_dim: int, backend: str = "auto") -> None:
+    def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
-        self.backend = backend
         self.net = nn.Sequential(
             GELUProjection(dim, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, dim)
         )
@@ -70,7 +69,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim)."""
         if x.dim() == 3 and self.is_plain():
-            return fused([self], x, backend=self.backend)
+            return fused([self], x)
         return self.net(x)
 
     def is_plain(self) -> bool:
@@ -84,9 +83,6 @@ class FeedForward(nn.Module):
             and is_plain_linear(last)
         )
 
-    def extra_repr(self) -> str:
-        return f"backend={self.backend!r}"
-
 
 def fused(
     experts: Sequence[FeedForward],
@@ -95,9 +91,8 @@ def fused(
     weight: Tensor | None = None,
     *,
     text_len: int = 0,
-    backend: str,
 ) -> Tensor:
-    """`expert_ffn` of plain experts; (batch, seqlen, dim) -> (batch, seqlen, dim)."""
+    """`expert_ffn` of plain experts of one backend; (batch, seqlen, dim), and so its result."""
     ups = [e.net[0].get_submodule("proj") for e in experts]
     downs = [e.net[2] for e in experts]
 
@@ -113,7 +108,7 @@ def fused(
         index,
         weight,
         text_len=text_len,
-        backend=backend,
+        backend=experts[0].backend,
     )
 
 
@@ -131,17 +126,15 @@ class ExpertFeedForward(nn.Module):
         num_text_experts: int,
         num_video_experts: int,
         top_k: int = 1,
-        backend: str = "auto",
     ) -> None:
         super().__init__()
 
         def experts(count: int) -> nn.ModuleList:
-            return nn.ModuleList(FeedForward(dim, ffn_dim, backend) for _ in range(count))
+            return nn.ModuleList(FeedForward(dim, ffn_dim) for _ in range(count))
 
         def router(count: int) -> nn.Linear | None:
             return nn.Linear(dim, count, bias=False) if count > 1 else None
 
-        self.backend = backend
         self.top_k = top_k
         self.text = experts(num_text_experts)
         self.video = experts(num_video_experts)
@@ -175,10 +168,10 @@ class ExpertFeedForward(nn.Module):
             video = run_unfused(video, choices[modality.VIDEO], self.video)
             return modality.join(text, video), routing
         if self.text_router is None and self.video_router is None:
-            y = fused(experts, x, text_len=text_len, backend=self.backend)
+            y = fused(experts, x, text_len=text_len)
         else:
             index, weight = self._joint(x, choices, text_len)
-            y = fused(experts, x, index, weight, backend=self.backend)
+            y = fused(experts, x, index, weight)
         return y, routing
 
     def _choices(self, x: Tensor, text_len: int) -> list["Choice | None"]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cogvx_kernels import expert_adaln, gated_residual, gated_residual_adaln
+from cogvx_kernels import OpModule, expert_adaln, gated_residual, gated_residual_adaln
 
 from .module_utils import is_plain_linear
 
@@ -115,18 +115,15 @@ def _few(layers: list[nn.Module]) -> list[list[nn.Module]]:
     return runs
 
 
-class ExpertAdaLayerNorm(nn.Module):
+class ExpertAdaLayerNorm(OpModule):
     """Expert adaptive layer norm before a branch; also makes the gate after the branch.
 
     The rows of `linear` are shift, scale and gate of video, then of text, as released. Source:
     `docs/model.md`, section 2.3.
     """
 
-    def __init__(
-        self, dim: int, time_embed_dim: int, eps: float = 1e-5, backend: str = "auto"
-    ) -> None:
+    def __init__(self, dim: int, time_embed_dim: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.backend = backend
         self.linear = nn.Linear(time_embed_dim, 6 * dim)
         self.norm = nn.LayerNorm(dim, eps)
 
@@ -187,18 +184,12 @@ class ExpertAdaLayerNorm(nn.Module):
             x, y.to(x.dtype), gate, text_gate, text_len=text_len, backend=self.backend
         )
 
-    def extra_repr(self) -> str:
-        return f"backend={self.backend!r}"
 
-
-class AdaLayerNorm(nn.Module):
+class AdaLayerNorm(OpModule):
     """Final adaptive layer norm, of video tokens only, without a gate."""
 
-    def __init__(
-        self, dim: int, time_embed_dim: int, eps: float = 1e-5, backend: str = "auto"
-    ) -> None:
+    def __init__(self, dim: int, time_embed_dim: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.backend = backend
         self.linear = nn.Linear(time_embed_dim, 2 * dim)
         self.norm = nn.LayerNorm(dim, eps)
 

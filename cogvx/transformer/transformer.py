@@ -7,23 +7,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cogvx_kernels import BACKENDS, gated_residual, modality
+from cogvx_kernels import OpModule, gated_residual, modality
 
 from ..config import TransformerConfig
-from ..validation import check_choice
-from .attention import JointAttention, check_attention
+from .attention import check_attention
 from .block import ExpertBlock
 from .embedding import JointEmbedding, ProjectedText, TimestepEmbedding
-from .experts import ExpertFeedForward, FeedForward, Routing
+from .experts import ExpertFeedForward, Routing
 from .modulation import AdaLayerNorm, Branch, ExpertAdaLayerNorm, Modulation, Modulations, stacked
 from .patch import unpatchify
 from .positions import Tables, sincos_positions, token_grid
 from .validation import check_arguments, check_run, check_text
 
-WITH_BACKEND = (JointAttention, ExpertAdaLayerNorm, AdaLayerNorm, FeedForward, ExpertFeedForward)
 
-
-class ExpertTransformer(nn.Module):
+class ExpertTransformer(OpModule):
     """CogVideoX's transformer, released or with experts; see `TransformerConfig`.
 
     State-dict keys are diffusers' for a model with one feed-forward for text and video. With
@@ -31,26 +28,23 @@ class ExpertTransformer(nn.Module):
     of a modality, `ff.text_router.weight`, `ff.video_router.weight`.
 
     config     of the model
-    backend    of the kernels: "auto", "kernel" or "reference"
     attention  one of `ATTENTION_BACKENDS`
+
+    The ops run on the backend of `cogvx_kernels.module_backend` at construction.
 
     `gradient_checkpointing = True` keeps only the inputs of the blocks for the backward pass, which
     recomputes each block.
 
     A new model is initialised for training: modulations are zero, so that each block is the
     identity; patch embedding and last layer are Xavier uniform, routers small. Raises ValueError
-    for an unknown backend. Source: `docs/model.md`, sections 2 and 3.
+    for an unknown attention. Source: `docs/model.md`, sections 2 and 3.
     """
 
-    def __init__(
-        self, config: TransformerConfig, backend: str = "auto", attention: str = "auto"
-    ) -> None:
+    def __init__(self, config: TransformerConfig, attention: str = "auto") -> None:
         super().__init__()
-        check_choice("ExpertTransformer", "backend", backend, BACKENDS)
         check_attention("ExpertTransformer", attention)
         dim, time_embed_dim = config.hidden_size, config.time_embed_dim
         self.config = config
-        self.backend = backend
         self.attention = attention
         self.gradient_checkpointing = False
         self.patch = (config.patch_size_t or 1, config.patch_size, config.patch_size)
@@ -79,13 +73,12 @@ class ExpertTransformer(nn.Module):
                 config.num_text_experts,
                 config.num_video_experts,
                 config.expert_top_k,
-                backend,
                 attention,
             )
             for _ in range(config.num_layers)
         )
         self.norm_final = nn.LayerNorm(dim, config.norm_eps)
-        self.norm_out = AdaLayerNorm(dim, time_embed_dim, config.norm_eps, backend)
+        self.norm_out = AdaLayerNorm(dim, time_embed_dim, config.norm_eps)
         values = config.out_channels * self.patch[0] * self.patch[1] * self.patch[2]
         self.proj_out = nn.Linear(dim, values)
         self._initialise()
@@ -168,14 +161,6 @@ class ExpertTransformer(nn.Module):
         norms = [m for m in self.modules() if isinstance(m, (ExpertAdaLayerNorm, AdaLayerNorm))]
         rows = stacked([norm.linear for norm in norms], temb)
         return Modulations(rows.unflatten(1, (-1, self.config.hidden_size)))
-
-    def set_backend(self, backend: str) -> None:
-        """Set the backend of all ops of cogvx_kernels: "auto", "kernel" or "reference"."""
-        check_choice("ExpertTransformer.set_backend", "backend", backend, BACKENDS)
-        self.backend = backend
-        for module in self.modules():
-            if isinstance(module, WITH_BACKEND):
-                module.backend = backend
 
     def _run_blocks(
         self,

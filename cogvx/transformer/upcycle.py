@@ -6,6 +6,8 @@ import re
 import torch
 from torch import Tensor
 
+from cogvx_kernels import module_backend
+
 from .experts import ExpertFeedForward
 from .transformer import ExpertTransformer
 
@@ -44,8 +46,8 @@ def upcycle(
         num_video_experts=num_video_experts,
         expert_top_k=top_k,
     )
-    with torch.device("meta"):
-        result = ExpertTransformer(grown, model.backend, model.attention)
+    with torch.device("meta"), module_backend(model.backend):
+        result = ExpertTransformer(grown, model.attention)
     state = model.state_dict()
     weight = model.norm_final.weight
     result.load_state_dict(

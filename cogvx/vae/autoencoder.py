@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from cogvx_kernels import BACKENDS
 from cogvx_kernels.conv3d import ALGOS
 from cogvx_kernels.streaming import DecodeState, EncodeState
 
@@ -25,16 +24,15 @@ class CausalVAE(nn.Module):
     Latents are raw here: not yet multiplied by `config.scaling_factor`, as diffusion expects. The
     keys of the state dict are those of the released files. Source: `docs/model.md`, section 4.
 
-    backend: of the ops of cogvx_kernels, "auto", "kernel" or "reference".
+    The ops run on the backend of `cogvx_kernels.module_backend` at construction.
     """
 
-    def __init__(self, config: VAEConfig, backend: str = "auto") -> None:
+    def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
         options = Options()
         self.encoder = Encoder(config, options)
         self.decoder = Decoder(config, options)
-        self.set_backend(backend)
 
     @classmethod
     def of(cls, encoder: Encoder, decoder: Decoder) -> "CausalVAE":
@@ -48,17 +46,6 @@ class CausalVAE(nn.Module):
             vae = cls(encoder.config)
         vae.encoder, vae.decoder = encoder, decoder
         return vae
-
-    @property
-    def backend(self) -> str:
-        """Backend of the ops of cogvx_kernels."""
-        return self.decoder.options.backend
-
-    def set_backend(self, backend: str) -> None:
-        """Choose the backend of the ops of cogvx_kernels: "auto", "kernel" or "reference"."""
-        check_choice("set_backend", "backend", backend, BACKENDS)
-        for coder in (self.encoder, self.decoder):
-            coder.options.backend = backend
 
     def set_convolutions(self, algo: str = "auto", fold: bool = True) -> None:
         """Choose how convolutions are computed; values agree within rounding.

@@ -86,7 +86,7 @@ class ResnetBlock3D(nn.Module):
                 offset,
                 num_groups=norm.num_groups,
                 per_frame=norm.per_frame,
-                backend=norm.options.backend,
+                backend=norm.backend,
             )
         )
 

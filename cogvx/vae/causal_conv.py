@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cogvx_kernels import (
+    OpModule,
     conv3d,
     frame_cache_append,
     frame_cache_join,
@@ -27,7 +28,7 @@ from .options import Options, channels_last
 AnyNorm = Norm | SpatialNorm
 
 
-class CausalConv(nn.Module):
+class CausalConv(OpModule):
     """Base of the causal convolutions, over `kernel_size` frames.
 
     name: key of its frames in a cache, which is its path in the encoder or decoder.
@@ -84,8 +85,8 @@ class CausalConv(nn.Module):
 
     def _joined(self, past: Tensor | None, x: Tensor, cache: FrameCache) -> Tensor:
         """x with the frames `past` before it, for autograd; its last frames go into the cache."""
-        start, backend = "replicate" if past is None else None, self.options.backend
-        joined, past = frame_cache_join(past, x, kept=self.kept, start=start, backend=backend)
+        start = "replicate" if past is None else None
+        joined, past = frame_cache_join(past, x, kept=self.kept, start=start, backend=self.backend)
         cache.put(self.name, past)
         return joined
 
@@ -117,8 +118,8 @@ class CausalConv3d(CausalConv):
             x = self._joined(cache.take(self.name), x, cache)
         else:
             past, start = cache.slot(self.name, x, self.kept)
-            form, backend = torch.channels_last_3d, self.options.backend
-            x = frame_cache_append(past, x, start=start, memory_format=form, backend=backend)
+            form = torch.channels_last_3d
+            x = frame_cache_append(past, x, start=start, memory_format=form, backend=self.backend)
         return self._convolved(x, self.conv.bias)
 
     def after(
@@ -186,9 +187,9 @@ class FactorizedConv3d(CausalConv):
         past, start = cache.slot(self.name, x, self.kept)
         out = self._in_time(x, past if start is None else None, "replicate")
         if cache.keep:
-            frame_cache_push(past, x, start=start, backend=self.options.backend)
+            frame_cache_push(past, x, start=start, backend=self.backend)
         return out
 
     def _in_time(self, x: Tensor, past: Tensor | None, start: str) -> Tensor:
         weight, bias = weights_in(self.temporal, x.dtype)
-        return temporal_conv(x, weight, bias, cache=past, start=start, backend=self.options.backend)
+        return temporal_conv(x, weight, bias, cache=past, start=start, backend=self.backend)

@@ -32,11 +32,9 @@ class Decoder(nn.Module):
         self.options = options = options or Options()
         self.gradient_checkpointing = False
         groups = config.norm_num_groups
-        norm: MakeNorm = partial(
-            SpatialNorm, groups, zq_channels=config.latent_channels, options=options
-        )
+        norm: MakeNorm = partial(SpatialNorm, groups, zq_channels=config.latent_channels)
         if config.factorized:
-            norm = partial(FrameNorm, groups, eps=config.norm_eps, options=options)
+            norm = partial(FrameNorm, groups, eps=config.norm_eps)
         make_conv = FactorizedConv3d if config.factorized else CausalConv3d
         conv: MakeConv = partial(make_conv, options=options)
         widths = config.block_out_channels[::-1]

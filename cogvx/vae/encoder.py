@@ -31,7 +31,7 @@ class Encoder(nn.Module):
         self.options = options = options or Options()
         self.gradient_checkpointing = False
         groups = config.norm_num_groups
-        make_norm = partial(FrameNorm if config.factorized else Norm, groups, options=options)
+        make_norm = partial(FrameNorm if config.factorized else Norm, groups)
         norm: MakeNorm = partial(make_norm, eps=config.norm_eps)
         make_conv = FactorizedConv3d if config.factorized else CausalConv3d
         conv: MakeConv = partial(make_conv, options=options)

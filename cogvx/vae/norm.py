@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogvx_kernels import spatial_norm_silu
+from cogvx_kernels import OpModule, spatial_norm_silu
 
-from .options import Options, channels_last
+from .options import channels_last
 
 # Scale and shift by place, (batch, channels, latent frames, rows, columns) each; None without.
 Modulation = tuple[Tensor, Tensor] | None
@@ -26,16 +26,15 @@ class Flow(NamedTuple):
     moments: Tensor | None = None
 
 
-class _NormSiLU(nn.Module):
+class _NormSiLU(OpModule):
     """Base of the norms: forward."""
 
     per_frame = False
 
-    def __init__(self, num_groups: int, eps: float, options: Options | None) -> None:
+    def __init__(self, num_groups: int, eps: float) -> None:
         super().__init__()
         self.num_groups = num_groups
         self.eps = eps
-        self.options = options or Options()
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Weight and bias, (channels,) each."""
@@ -80,7 +79,7 @@ class _NormSiLU(nn.Module):
             moments=flow.moments,
             cache=cache,
             start=start,
-            backend=self.options.backend,
+            backend=self.backend,
         )
 
 
@@ -89,10 +88,8 @@ class Norm(_NormSiLU):
     part of what is computed. Source: `docs/model.md`, section 4.4.
     """
 
-    def __init__(
-        self, num_groups: int, channels: int, eps: float, options: Options | None = None
-    ) -> None:
-        super().__init__(num_groups, eps, options)
+    def __init__(self, num_groups: int, channels: int, eps: float) -> None:
+        super().__init__(num_groups, eps)
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
@@ -128,10 +125,8 @@ class SpatialNorm(_NormSiLU):
     Source: `docs/model.md`, section 4.3 (arXiv 2209.09002).
     """
 
-    def __init__(
-        self, num_groups: int, channels: int, zq_channels: int, options: Options | None = None
-    ) -> None:
-        super().__init__(num_groups, 1e-6, options)  # whatever the config's norm_eps
+    def __init__(self, num_groups: int, channels: int, zq_channels: int) -> None:
+        super().__init__(num_groups, 1e-6)  # whatever the config's norm_eps
         self.norm_layer = nn.GroupNorm(num_groups, channels, self.eps)
         self.conv_y = PointConv(zq_channels, channels)
         self.conv_b = PointConv(zq_channels, channels)

@@ -13,12 +13,10 @@ M = TypeVar("M", bound=nn.Module)
 class Options:
     """How the layers compute; results agree within rounding. Layers read it in each forward.
 
-    backend  of the ops of cogvx_kernels: "auto", "kernel" or "reference"
-    algo     of `cogvx_kernels.conv3d`: "auto", "conv3d" or "conv2d"
-    fold     upsample by four convolutions of the small picture, see `cogvx_kernels.resample`
+    algo  of `cogvx_kernels.conv3d`: "auto", "conv3d" or "conv2d"
+    fold  upsample by four convolutions of the small picture, see `cogvx_kernels.resample`
     """
 
-    backend: str = "auto"
     algo: str = "auto"
     fold: bool = True
 

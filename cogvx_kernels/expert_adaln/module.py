@@ -3,10 +3,11 @@
 from torch import Tensor, nn
 
 from .. import _checks
+from .._backend import OpModule
 from .op import expert_adaln, gated_residual_adaln
 
 
-class ExpertAdaLayerNorm(nn.Module):
+class ExpertAdaLayerNorm(OpModule):
     """`expert_adaln` and `gated_residual_adaln` as a module that owns the norm.
 
     The norm is a torch module: the keys of the state dict are `norm.weight` and `norm.bias`, as in
@@ -20,7 +21,6 @@ class ExpertAdaLayerNorm(nn.Module):
         norm: str = "layer",
         eps: float = 1e-5,
         affine: bool = True,
-        backend: str = "auto",
     ) -> None:
         super().__init__()
         _checks.choice("ExpertAdaLayerNorm", "norm", norm, ("layer", "rms"))
@@ -28,7 +28,6 @@ class ExpertAdaLayerNorm(nn.Module):
         self.norm = make(dim, eps=eps, elementwise_affine=affine)
         self.kind = norm
         self.eps = eps
-        self.backend = backend
 
     def forward(
         self,

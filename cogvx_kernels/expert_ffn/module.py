@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
+from .._backend import OpModule
 from ..module_utils import is_unmodified
 from .op import expert_ffn
 from .reference import ACTIVATIONS
 
 
-class ExpertFFN(nn.Module):
+class ExpertFFN(OpModule):
     """`expert_ffn` as a module: `num_experts` feed-forwards with stacked weights.
 
     Without an index one expert serves all tokens; of two, the first serves text and the second
@@ -33,7 +34,6 @@ class ExpertFFN(nn.Module):
         activation: str = "gelu_tanh",
         bias: bool = True,
         recompute: bool = True,
-        backend: str = "auto",
     ) -> None:
         super().__init__()
         _checks.integer("ExpertFFN", "num_experts", num_experts, 1, 2**15, "")
@@ -45,7 +45,6 @@ class ExpertFFN(nn.Module):
         self.down_bias = nn.Parameter(torch.empty(num_experts, dim)) if bias else None
         self.activation = activation
         self.recompute = recompute
-        self.backend = backend
         self.reset_parameters()
 
     @classmethod
@@ -54,7 +53,6 @@ class ExpertFFN(nn.Module):
         pairs: Sequence[tuple[nn.Linear, nn.Linear]],
         activation: str = "gelu_tanh",
         recompute: bool = True,
-        backend: str = "auto",
     ) -> "ExpertFFN":
         """Create a module from copies of linear layers, (up, down) of each expert.
 
@@ -62,7 +60,7 @@ class ExpertFFN(nn.Module):
             pairs: layers dim -> ffn_dim and ffn_dim -> dim of each expert, text before video; of
                 equal sizes, dtype and device, all with a bias or all without. For "swiglu" up has
                 2 · ffn_dim rows, values and then gates.
-            activation, recompute, backend: as in the constructor.
+            activation, recompute: as in the constructor.
 
         Returns:
             A module of their dtype, on their device; it computes down(activation(up(x))) for the
@@ -79,7 +77,7 @@ class ExpertFFN(nn.Module):
         with torch.device("meta"):
             module = cls(
                 ups[0].in_features, downs[0].in_features, len(pairs), activation,
-                ups[0].bias is not None, recompute, backend,
+                ups[0].bias is not None, recompute,
             )  # fmt: skip
         for name, layers in (("up", ups), ("down", downs)):
             for own, theirs in ((name, "weight"), (f"{name}_bias", "bias")):

@@ -1,22 +1,22 @@
 """Module that puts cached frames before the input of a causal convolution."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from .._backend import OpModule
 from .op import frame_cache_join
 
 
-class FrameCacheJoin(nn.Module):
+class FrameCacheJoin(OpModule):
     """`frame_cache_join` as a module: pads a chunk in time with the frames before it.
 
     No parameters and no state: the cache is an argument and a result. A convolution of `kernel`
     frames needs kept = `kernel` - 1.
     """
 
-    def __init__(self, kept: int = 2, start: str = "replicate", backend: str = "auto") -> None:
+    def __init__(self, kept: int = 2, start: str = "replicate") -> None:
         super().__init__()
         self.kept = kept
         self.start = start
-        self.backend = backend
 
     def forward(self, x: Tensor, cache: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Concatenate the cached frames and a chunk.

@@ -3,16 +3,16 @@
 from torch import Tensor, nn
 
 from .. import _checks
+from .._backend import OpModule
 from .op import qk_norm_rope3d, rope3d
 
 
-class RoPE3D(nn.Module):
+class RoPE3D(OpModule):
     """`rope3d` as a module; no parameters."""
 
-    def __init__(self, interleaved: bool = True, backend: str = "auto") -> None:
+    def __init__(self, interleaved: bool = True) -> None:
         super().__init__()
         self.interleaved = interleaved
-        self.backend = backend
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, text_len: int = 0) -> Tensor:
         """Rotate the video tokens of x.
@@ -33,7 +33,7 @@ class RoPE3D(nn.Module):
         return f"interleaved={self.interleaved}, backend={self.backend!r}"
 
 
-class QKNormRoPE3D(nn.Module):
+class QKNormRoPE3D(OpModule):
     """`qk_norm_rope3d` as a module that owns the norms of q and k.
 
     The norms are torch modules named as in diffusers: the keys of the state dict are
@@ -48,7 +48,6 @@ class QKNormRoPE3D(nn.Module):
         eps: float = 1e-6,
         affine: bool = True,
         interleaved: bool = True,
-        backend: str = "auto",
     ) -> None:
         super().__init__()
         _checks.choice("QKNormRoPE3D", "norm", norm, ("layer", "rms"))
@@ -58,7 +57,6 @@ class QKNormRoPE3D(nn.Module):
         self.norm = norm
         self.eps = eps
         self.interleaved = interleaved
-        self.backend = backend
 
     def forward(
         self,

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
+from .._backend import OpModule
 from .op import spatial_norm_silu
 
 
-class SpatialNormSiLU(nn.Module):
+class SpatialNormSiLU(OpModule):
     """`spatial_norm_silu` as a module with the norm's parameters and the 1x1 convolutions of y, b.
 
     With `zq_channels` the keys of the state dict are those of diffusers' CogVideoXSpatialNorm3D:
@@ -24,7 +25,6 @@ class SpatialNormSiLU(nn.Module):
         eps: float = 1e-6,
         per_frame: bool = False,
         silu: bool = True,
-        backend: str = "auto",
     ) -> None:
         super().__init__()
         _checks.integer("SpatialNormSiLU", "num_groups", num_groups, 1, channels, "(the channels)")
@@ -34,7 +34,6 @@ class SpatialNormSiLU(nn.Module):
         self.per_frame = per_frame
         self.silu = silu
         self.modulated = zq_channels is not None
-        self.backend = backend
         if zq_channels is None:
             self.weight = nn.Parameter(torch.ones(channels))
             self.bias = nn.Parameter(torch.zeros(channels))

@@ -5,10 +5,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import _checks
+from .._backend import OpModule
 from .op import STARTS, temporal_conv
 
 
-class TemporalConv(nn.Module):
+class TemporalConv(OpModule):
     """`temporal_conv` as a module, in place of a padded nn.Conv3d or nn.Conv1d.
 
     State dict: `weight`, `bias`, with the shapes and initial values of an nn.Conv3d of kernel
@@ -26,7 +27,6 @@ class TemporalConv(nn.Module):
         dims: int = 3,
         start: str = "replicate",
         activation: str | None = None,
-        backend: str = "auto",
     ) -> None:
         super().__init__()
         name = "TemporalConv"
@@ -51,7 +51,6 @@ class TemporalConv(nn.Module):
         self.stride = stride
         self.start = start
         self.activation = activation
-        self.backend = backend
 
     def forward(self, x: Tensor, cache: Tensor | None = None) -> Tensor:
         """Convolve a clip, or a chunk of it after cached frames.

@@ -279,10 +279,11 @@ def test_blocks_of_the_example():
 
 def modules(backend: str) -> Callable[..., tuple[Tensor, ...]]:
     """One call of every module, in the order of a model."""
-    norm, ffn = ck.ExpertAdaLayerNorm(DIM, backend=backend), ck.ExpertFFN(DIM, 16, backend=backend)
-    qk, rotary = ck.QKNormRoPE3D(DIM, backend=backend), ck.RoPE3D(backend=backend)
-    joins, conv = ck.FrameCacheJoin(backend=backend), ck.TemporalConv(4, 6, 3, backend=backend)
-    pixels = ck.SpatialNormSiLU(2, 4, zq_channels=5, backend=backend)
+    with ck.module_backend(backend):
+        norm, ffn = ck.ExpertAdaLayerNorm(DIM), ck.ExpertFFN(DIM, 16)
+        qk, rotary = ck.QKNormRoPE3D(DIM), ck.RoPE3D()
+        joins, conv = ck.FrameCacheJoin(), ck.TemporalConv(4, 6, 3)
+        pixels = ck.SpatialNormSiLU(2, 4, zq_channels=5)
     linear = nn.Linear(DIM, DIM)
 
     def model(x: Tensor, heads: Tensor, video: Tensor, zq: Tensor) -> tuple[Tensor, ...]:

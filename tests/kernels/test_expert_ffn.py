@@ -341,7 +341,8 @@ def test_infinities_in_fp16_are_those_of_torch(backend):
 
 @BACKENDS
 def test_module_equals_the_function(backend):
-    module = ck.ExpertFFN(DIM, FFN_DIM, 2, backend=backend).to(device())
+    with ck.module_backend(backend):
+        module = ck.ExpertFFN(DIM, FFN_DIM, 2).to(device())
     assert list(module.state_dict()) == ["up", "down", "up_bias", "down_bias"]
     own = module.up, module.up_bias, module.down, module.down_bias
     x = tokens()
@@ -466,7 +467,8 @@ def test_from_linears_equals_the_linears(count, activation, bias):
     pairs = [linears(bias, rows) for _ in range(count)]
     for layer in pairs[0]:
         layer.weight.requires_grad_(False)  # all experts have one parameter
-    module = ck.ExpertFFN.from_linears(pairs, activation, backend="reference")
+    with ck.module_backend("reference"):
+        module = ck.ExpertFFN.from_linears(pairs, activation)
     x = tokens()
     parts = x.split([TEXT, VIDEO], 1) if count == 2 else [x]
     expected = []

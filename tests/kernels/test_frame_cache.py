@@ -20,6 +20,7 @@ from cogvx_kernels import (
     frame_cache_append,
     frame_cache_join,
     frame_cache_push,
+    module_backend,
 )
 from tests.harness.fence import Fence
 from tests.harness.pages import PAGE, forbid, map_pages
@@ -341,7 +342,8 @@ def test_a_convolution_in_chunks_is_the_convolution_of_the_clip(backend, device)
     generator = torch.Generator().manual_seed(0)
     clip = torch.randint(-4, 5, (1, 3, 9, 5, 6), generator=generator).float().to(device)
     weight = torch.randint(-4, 5, (2, 3, 3, 3, 3), generator=generator).float().to(device)
-    pad = FrameCacheJoin(kept=2, backend=backend)
+    with module_backend(backend):
+        pad = FrameCacheJoin(kept=2)
     assert list(pad.state_dict()) == [] and repr(pad).startswith("FrameCacheJoin(kept=2, start=")
 
     def convolved(clip: Tensor, lengths: tuple[int, ...]) -> Tensor:

@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cogvx_kernels import TemporalConv, _backend, temporal_conv, temporal_conv_reference
+from cogvx_kernels import (
+    TemporalConv,
+    _backend,
+    module_backend,
+    temporal_conv,
+    temporal_conv_reference,
+)
 from cogvx_kernels.testing import check_close, grad_outputs_like
 
 if not _backend.HAS_TRITON:
@@ -108,7 +114,8 @@ def test_the_module_loads_weights_of_torch_convolutions(device, dims, depthwise,
     torch.manual_seed(3)
     fresh = TemporalConv(16, 16, 3, depthwise=depthwise, dims=1)
     assert torch.equal(fresh.weight, convs[1].weight.cpu())
-    ours = TemporalConv(16, 16, 3, depthwise=depthwise, dims=dims, start="zeros", backend=backend)
+    with module_backend(backend):
+        ours = TemporalConv(16, 16, 3, depthwise=depthwise, dims=dims, start="zeros")
     ours.to(device)
     pixels = (2, 3) if dims == 3 else ()
     x = integers((2, 16, 4, *pixels), device)

@@ -64,7 +64,6 @@ def no_weights(monkeypatch):
 def pipe(monkeypatch):
     """The model that a command loads, whichever it is."""
     pipe = tiny_pipeline.tiny()
-    pipe.vae.set_backend("reference")  # the interpreter is slow, and tested elsewhere
     monkeypatch.setattr(CogVideoX, "from_pretrained", lambda *rest, **more: pipe)
     return pipe
 

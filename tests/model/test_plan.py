@@ -27,6 +27,7 @@ from cogvx.plan import (
 )
 from cogvx.transformer import ExpertTransformer
 from cogvx.vae import CausalVAE, DecodeState, Tiling
+from cogvx_kernels import module_backend
 from tests.harness.selection import rest
 
 from . import tiny_pipeline
@@ -98,7 +99,8 @@ def test_a_step_of_the_transformer(name, cfg):
     config = TRANSFORMERS[name]
     plan = forecast(config, VAES["released"], frames=17, height=128, width=192, cfg=cfg,
                     dtype=torch.float32, backend="reference")  # fmt: skip
-    model = ExpertTransformer(config, backend="reference")
+    with module_backend("reference"):
+        model = ExpertTransformer(config)
     stage = plan.stage("denoise")
     assert stage.weights == module_bytes(model)
     copies = 2 if cfg == "batch" else 1
@@ -201,7 +203,8 @@ def test_two_layers_are_as_many_as_there_are():
     of_four_layers = 4 * 12 * config.hidden_size * 2  # bytes of their modulations at a step
     assert deeper.activations == shallow.activations + 50 * of_four_layers
     assert shallow.weights < deeper.weights
-    model = ExpertTransformer(deep, backend="reference").to(torch.bfloat16)
+    with module_backend("reference"):
+        model = ExpertTransformer(deep).to(torch.bfloat16)
     with torch.no_grad(), LiveBytes() as live:
         latents = torch.zeros(1, 5, 16, 32, 48, dtype=torch.bfloat16)
         text = model.project_text(torch.zeros(2, 16, 32, dtype=torch.bfloat16))
@@ -215,7 +218,8 @@ def test_modulations_of_a_small_clip_are_its_largest_moment():
     config = dataclasses.replace(TRANSFORMERS["2b-like"], num_layers=30)
     plan = forecast(config, VAES["released"], frames=1, height=16, width=16, dtype=torch.float32,
                     guidance=False, backend="reference")  # fmt: skip
-    model = ExpertTransformer(config, backend="reference")
+    with module_backend("reference"):
+        model = ExpertTransformer(config)
     with torch.no_grad(), LiveBytes() as live:
         ahead = model.modulations(torch.arange(50))
         assert ahead.values.shape == (50, 12 * 30 + 2, config.hidden_size)

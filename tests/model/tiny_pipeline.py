@@ -21,6 +21,7 @@ from cogvx.pipeline import CogVideoX
 from cogvx.text import T5TextEncoder
 from cogvx.transformer import ExpertTransformer
 from cogvx.vae import CausalVAE
+from cogvx_kernels import module_backend
 from tests.model.released_text import random_t5, write_text_encoder
 
 CHANNELS, DIM, TEXT_LEN = 4, 16, 6
@@ -112,7 +113,8 @@ def tiny(kind="5b", seed=0, **options):
 
     The kernels are tested elsewhere; here, where they would be interpreted, references run.
     """
-    transformer = ExpertTransformer(transformer_config(kind), backend="reference")
+    with module_backend("reference"):
+        transformer = ExpertTransformer(transformer_config(kind))
     vae = randomised(CausalVAE(vae_config(kind)), seed + 1)
     with torch.no_grad():
         for parameter in vae.decoder.conv_out.parameters():

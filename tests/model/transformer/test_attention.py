@@ -13,7 +13,7 @@ from cogvx.config import TransformerConfig
 from cogvx.memory import LiveBytes
 from cogvx.transformer import ATTENTION_BACKENDS, ExpertTransformer
 from cogvx.transformer.attention import JointAttention, attend
-from cogvx_kernels import _backend, rope3d_tables, slice_positions, split_headdim
+from cogvx_kernels import _backend, module_backend, rope3d_tables, slice_positions, split_headdim
 
 ON_CPU = ["auto", "flash", "math"]
 
@@ -76,7 +76,8 @@ def test_names_of_the_backends():
 def test_joint_attention_is_what_it_says(headdim):
     """Written out: project, normalise each head, turn the video, attend, project."""
     nheads, text_len, grid = 2, 3, (2, 1, 3)
-    layer = JointAttention(nheads * headdim, nheads, backend="reference").double()
+    with module_backend("reference"):
+        layer = JointAttention(nheads * headdim, nheads).double()
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -100,7 +101,8 @@ def test_joint_attention_is_what_it_says(headdim):
 
 
 def test_without_tables_nothing_turns():
-    layer = JointAttention(32, 2, backend="reference")
+    with module_backend("reference"):
+        layer = JointAttention(32, 2)
     x = torch.randn(1, 7, 32)
     none, still = torch.zeros(0, 8), (torch.ones(7, 8), torch.zeros(7, 8))
     assert torch.equal(layer(x, none, none), layer(x, *still))
@@ -152,13 +154,14 @@ def test_kernel_and_reference_agree(options, device):
     """Forward, and the gradient of every parameter, in fp32."""
     if not _backend.HAS_TRITON:
         pytest.skip("needs Triton")
-    model = shaken(ExpertTransformer(tiny(**options), "reference")).to(device)
+    weights = shaken(ExpertTransformer(tiny(**options))).state_dict()
     latents = torch.randn(2, 2, 4, 4, 6, device=device)
     text, timestep = torch.randn(2, 5, 10, device=device), torch.tensor([999, 37], device=device)
     outputs, grads = [], []
     for backend in ("reference", "kernel"):
-        model.set_backend(backend)
-        model.zero_grad()
+        with module_backend(backend):
+            model = ExpertTransformer(tiny(**options)).to(device)
+        model.load_state_dict(weights)
         output = model(latents, text, timestep)
         output.square().sum().backward()
         outputs.append(output.detach())
@@ -172,7 +175,8 @@ def test_kernel_and_reference_agree(options, device):
 def test_compiles_to_one_graph():
     torch._dynamo.reset()
     config = tiny(num_layers=1, patch_size_t=2, num_text_experts=1, num_video_experts=1)
-    model = shaken(ExpertTransformer(config, "reference", "math"))
+    with module_backend("reference"):
+        model = shaken(ExpertTransformer(config, "math"))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     arguments = torch.randn(2, 2, 4, 4, 6), torch.randn(2, 5, 10), torch.tensor([9, 1])
     wanted, got = model(*arguments), compiled(*arguments)

@@ -7,7 +7,7 @@ import torch
 
 from cogvx.config import TransformerConfig
 from cogvx.transformer import ExpertTransformer, load_balancing_loss
-from cogvx_kernels import _backend
+from cogvx_kernels import _backend, module_backend
 from tests.harness.selection import rest
 
 from .tiny import EXPERTS, ROPE, shaken
@@ -27,10 +27,8 @@ def inputs(device, dtype=torch.float32):
     return latents, text, torch.tensor([999, 37], device=device)
 
 
-def results(model, arguments, backend):
+def results(model, arguments):
     """The output, and the gradient of each parameter of a loss in which routers take part."""
-    model.set_backend(backend)
-    model.zero_grad()
     routing = []
     output = model(*arguments, routing=routing)
     loss = output.double().square().mean()
@@ -40,9 +38,11 @@ def results(model, arguments, backend):
     return output.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def copied(model, dtype):
-    """The model in another dtype, with the same numbers."""
-    other = ExpertTransformer(model.config).to(next(model.parameters()).device, dtype)
+def copied(model, backend, dtype=None):
+    """The model with another backend, in another dtype, with the same numbers."""
+    weight = model.proj_out.weight
+    with module_backend(backend):
+        other = ExpertTransformer(model.config).to(weight.device, dtype or weight.dtype)
     other.load_state_dict(model.state_dict())
     return other
 
@@ -58,9 +58,9 @@ def test_kernels_err_as_references_do(config: TransformerConfig, device):
     """
     model = shaken(ExpertTransformer(config)).to(device)
     arguments = inputs(device)
-    reference, kernel = (results(model, arguments, backend) for backend in ("reference", "kernel"))
+    reference, kernel = (results(copied(model, b), arguments) for b in ("reference", "kernel"))
     exact = arguments[0].double(), arguments[1].double(), arguments[2]
-    fp64 = results(copied(model, torch.float64), exact, "reference")
+    fp64 = results(copied(model, "reference", torch.float64), exact)
 
     def holds(got, wanted, true):
         return error(got, true) <= 2 * error(wanted, true) + 1e-6 * true.norm()
@@ -78,9 +78,9 @@ def test_kernels_in_half_err_as_references_do(name, dtype, device):
     """Likewise; where a router wavers a rounding changes its choice, so there is none here."""
     model = shaken(ExpertTransformer(MODELS[name])).to(device, dtype)
     arguments = inputs(device, dtype)
-    reference, kernel = (results(model, arguments, backend) for backend in ("reference", "kernel"))
+    reference, kernel = (results(copied(model, b), arguments) for b in ("reference", "kernel"))
     exact = arguments[0].double(), arguments[1].double(), arguments[2]
-    fp64 = results(copied(model, torch.float64), exact, "reference")
+    fp64 = results(copied(model, "reference", torch.float64), exact)
     assert error(kernel[0], fp64[0]) <= 2 * error(reference[0], fp64[0])
     for name, true in fp64[1].items():
         # A few numbers have an error by luck: half an ulp of the dtype is no disagreement.
@@ -93,7 +93,8 @@ def test_kernels_in_half_err_as_references_do(name, dtype, device):
 def test_compiles_to_one_graph(name, device):
     """With gradients, and with modulations made ahead and a projected text."""
     torch._dynamo.reset()
-    model = shaken(ExpertTransformer(MODELS[name], "kernel", "math")).to(device)
+    with module_backend("kernel"):
+        model = shaken(ExpertTransformer(MODELS[name], "math")).to(device)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     arguments = inputs(device)
     wanted, got = model(*arguments), compiled(*arguments)
@@ -117,7 +118,8 @@ def test_compiles_to_one_graph(name, device):
 @models
 def test_a_cuda_graph_holds_a_step(config):
     """Captured once, replayed with other latents, text and time."""
-    model = shaken(ExpertTransformer(config, "kernel")).cuda()
+    with module_backend("kernel"):
+        model = shaken(ExpertTransformer(config)).cuda()
     with torch.no_grad():
         ahead = model.modulations(torch.tensor([999, 37], device="cuda"))
         latents, text, _ = inputs("cuda")

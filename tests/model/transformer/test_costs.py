@@ -15,7 +15,7 @@ from cogvx.config import PRESETS
 from cogvx.transformer import ExpertTransformer
 from cogvx.transformer.block import ExpertBlock
 from cogvx.transformer.modulation import Branch, Modulation
-from cogvx_kernels import _backend, rope3d_tables, slice_positions, split_headdim
+from cogvx_kernels import _backend, module_backend, rope3d_tables, slice_positions, split_headdim
 from cogvx_kernels._opinfo import SIZES
 
 if not (_backend.HAS_TRITON and _backend.INTERPRETED):
@@ -32,10 +32,10 @@ TABLES = rope3d_tables(slice_positions(GRID), split_headdim(HEADDIM))
 
 
 def ours(dtype, experts=0):
-    block = ExpertBlock(
-        DIM, NHEADS, 4 * DIM, TIME, num_text_experts=experts, num_video_experts=experts,
-        backend="kernel",
-    )  # fmt: skip
+    with module_backend("kernel"):
+        block = ExpertBlock(
+            DIM, NHEADS, 4 * DIM, TIME, num_text_experts=experts, num_video_experts=experts
+        )
     return shaken(block).to(dtype)
 
 
@@ -101,8 +101,8 @@ def test_bytes_moved_are_near_the_fused_minimum():
     """
     config, size = PRESETS["5b"].transformer, SIZES["5b-480x720-49f"]
     batch, dim, dtype = 2, config.hidden_size, torch.bfloat16
-    with torch.device("meta"):
-        block = ExpertBlock(dim, config.num_attention_heads, config.ffn_dim, 512, backend="kernel")
+    with torch.device("meta"), module_backend("kernel"):
+        block = ExpertBlock(dim, config.num_attention_heads, config.ffn_dim, 512)
         block.to(dtype)
         x = torch.empty(batch, size.seqlen, dim, dtype=dtype)
         tables = torch.empty(2, size.video_len, config.attention_head_dim // 2).unbind(0)
@@ -148,7 +148,9 @@ def tokens():
 @pytest.mark.parametrize("config", [ROPE, EXPERTS], ids=["shared", "routed"])
 def test_nothing_waits_for_the_device(config):
     """Forward and backward, with what the kernels' launchers do; so a CUDA graph can hold them."""
-    model, arguments, routing = shaken(ExpertTransformer(config, "kernel")), tokens(), []
+    with module_backend("kernel"):
+        model = shaken(ExpertTransformer(config))
+    arguments, routing = tokens(), []
     model(*arguments)  # tables are made on the CPU, once
     with NoWait():
         model(*arguments, routing=routing).square().sum().backward()

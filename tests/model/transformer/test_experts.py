@@ -7,6 +7,7 @@ import torch
 
 from cogvx.transformer import ExpertTransformer, load_balancing_loss, upcycle
 from cogvx.transformer.experts import ExpertFeedForward, Routing
+from cogvx_kernels import module_backend
 
 from .tiny import ROPE, shaken
 
@@ -18,7 +19,8 @@ def made(text=0, video=0, top_k=1):
     config = dataclasses.replace(
         ROPE, num_text_experts=text, num_video_experts=video, expert_top_k=top_k
     )
-    return shaken(ExpertTransformer(config, backend="reference"))
+    with module_backend("reference"):
+        return shaken(ExpertTransformer(config))
 
 
 def layer(text=2, video=3, top_k=1):

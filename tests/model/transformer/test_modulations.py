@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogvx.config import PRESETS
 from cogvx.transformer import ExpertTransformer, Modulations, ProjectedText, modulation
+from cogvx_kernels import module_backend
 
 from .tiny import ROPE, SIN_COS, shaken
 
@@ -26,7 +27,8 @@ TIMES = torch.tensor([999, 749, 500, 250, 37])
 
 
 def made(config):
-    return shaken(ExpertTransformer(config, backend="reference"))
+    with module_backend("reference"):
+        return shaken(ExpertTransformer(config))
 
 
 def inputs(config, batch=2):

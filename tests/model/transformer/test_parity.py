@@ -10,6 +10,7 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import (
 
 from cogvx.config import PRESETS, TransformerConfig
 from cogvx.transformer import ExpertTransformer, rope_tables
+from cogvx_kernels import module_backend
 
 TINY = dict(
     num_attention_heads=2,
@@ -50,7 +51,8 @@ def theirs_and_ours(name, dtype=torch.float32):
     with torch.no_grad():
         for tensor in theirs.state_dict().values():
             tensor.add_(0.2 * torch.randn_like(tensor))
-    ours = ExpertTransformer(config, backend="reference")
+    with module_backend("reference"):
+        ours = ExpertTransformer(config)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return theirs.to(dtype), ours.to(dtype)
 

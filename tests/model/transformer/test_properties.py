@@ -16,6 +16,7 @@ from cogvx.transformer.embedding import JointEmbedding, timestep_sincos
 from cogvx.transformer.modulation import Branch, ExpertAdaLayerNorm
 from cogvx.transformer.patch import patchify, unpatchify
 from cogvx.transformer.positions import Tables, sincos_table
+from cogvx_kernels import module_backend
 
 from .tiny import ROPE, SIN_COS, shaken
 
@@ -26,7 +27,8 @@ models = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 
 def made(config, **options):
     """With weights that are not what training begins with, among which many are zero."""
-    return shaken(ExpertTransformer(config, backend="reference", **options))
+    with module_backend("reference"):
+        return shaken(ExpertTransformer(config, **options))
 
 
 def inputs(batch=2, dtype=torch.float32):
@@ -116,10 +118,9 @@ def test_modulation_written_out():
 
 @pytest.mark.parametrize("experts", [0, 2])
 def test_a_new_block_passes_its_input_on(experts):
-    model = ExpertTransformer(
-        dataclasses.replace(ROPE, num_text_experts=experts, num_video_experts=experts),
-        backend="reference",
-    )
+    config = dataclasses.replace(ROPE, num_text_experts=experts, num_video_experts=experts)
+    with module_backend("reference"):
+        model = ExpertTransformer(config)
     for block in model.transformer_blocks:
         assert isinstance(block, ExpertBlock)
         x = torch.randn(2, 9, SIN_COS.hidden_size)
@@ -205,7 +206,8 @@ def test_1_5_goes_beyond_the_size_of_its_training():
     small = dataclasses.replace(ROPE, patch_size_t=2)
     large = dataclasses.replace(small, sample_height=40, sample_width=60)
     model = made(small)
-    other = ExpertTransformer(large, backend="reference")
+    with module_backend("reference"):
+        other = ExpertTransformer(large)
     other.load_state_dict(model.state_dict())
     arguments = torch.randn(1, 2, 4, 12, 18), *(x[:1] for x in inputs()[1:])
     assert torch.equal(model(*arguments), other(*arguments))
@@ -295,12 +297,11 @@ def test_a_copy_is_a_model_of_its_own():
 
 
 @models
-def test_set_backend(config):
-    model = ExpertTransformer(config)
-    model.set_backend("reference")
+def test_every_op_is_on_the_backend_of_construction(config):
+    model = made(config)
     with_backend = [module for module in model.modules() if hasattr(module, "backend")]
-    # The model; of each block two norms, attention, and feed-forward or experts; the last norm.
-    experts = 1 + config.num_text_experts + config.num_video_experts
+    # The model; of each block two norms, attention, and feed-forwards; the last norm.
+    experts = max(1, config.num_text_experts + config.num_video_experts)
     assert len(with_backend) == 2 + (3 + experts) * config.num_layers
     assert {module.backend for module in with_backend} == {"reference"}
-    assert model.state_dict().keys() == ExpertTransformer(config, "kernel").state_dict().keys()
+    assert model.state_dict().keys() == ExpertTransformer(config).state_dict().keys()

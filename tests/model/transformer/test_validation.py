@@ -7,6 +7,7 @@ import torch
 
 from cogvx.transformer import ExpertTransformer
 from cogvx.transformer.positions import sincos_table
+from cogvx_kernels import module_backend
 
 from .tiny import ROPE, SIN_COS
 
@@ -80,34 +81,23 @@ WRONG = [
 @pytest.mark.parametrize("config, wrong, error, says", [case[1:] for case in WRONG],
                          ids=[case[0] for case in WRONG])  # fmt: skip
 def test_wrong_argument(config, wrong, error, says):
-    model = ExpertTransformer(config, backend="reference")
+    with module_backend("reference"):
+        model = ExpertTransformer(config)
     with pytest.raises(error, match=f"^ExpertTransformer: {says}"):
         model(**{**right(), **wrong})
 
 
 @pytest.mark.parametrize("config", [ROPE, SIN_COS, LEARNED, V15])
 def test_right_arguments(config):
-    model = ExpertTransformer(config, backend="reference")
+    with module_backend("reference"):
+        model = ExpertTransformer(config)
     assert model(**right()).shape == right()["latents"].shape
 
 
-@pytest.mark.parametrize(
-    "options, says",
-    [
-        ({"backend": "triton"}, 'backend must be one of "auto", "kernel", "reference"; got'),
-        ({"attention": "xformers"}, 'attention must be one of "auto", "flash", .*; got .xformers'),
-    ],
-)
-def test_wrong_choice(options, says):
-    with pytest.raises(ValueError, match=f"^ExpertTransformer: {says}"):
-        ExpertTransformer(ROPE, **options)
-
-
-def test_wrong_backend_later():
-    model = ExpertTransformer(ROPE)
-    with pytest.raises(ValueError, match="set_backend: backend must be one of .*; got 'fast'"):
-        model.set_backend("fast")
-    assert model.backend == "auto"
+def test_wrong_attention():
+    wanted = '^ExpertTransformer: attention must be one of "auto", "flash", .*; got .xformers'
+    with pytest.raises(ValueError, match=wanted):
+        ExpertTransformer(ROPE, "xformers")
 
 
 def test_a_table_of_an_odd_width():

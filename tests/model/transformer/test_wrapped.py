@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from cogvx.transformer import ExpertTransformer, experts
 from cogvx.transformer.module_utils import is_plain_linear
+from cogvx_kernels import module_backend
 
 from .tiny import EXPERTS, ROPE, shaken
 
@@ -23,7 +24,8 @@ models = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 
 
 def made(config):
-    return shaken(ExpertTransformer(config, backend="reference"))
+    with module_backend("reference"):
+        return shaken(ExpertTransformer(config))
 
 
 def inputs():

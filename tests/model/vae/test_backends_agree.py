@@ -1,14 +1,12 @@
 """A small VAE on the kernels, in Triton's interpreter, against the same on the references."""
 
-import copy
-
 import pytest
 import torch
 
 from cogvx import frames
 from cogvx.config import VAEConfig
 from cogvx.vae import CausalVAE, DecodeState
-from cogvx_kernels import _backend
+from cogvx_kernels import _backend, module_backend
 from tests.harness.selection import rest
 
 if not (_backend.HAS_TRITON and _backend.INTERPRETED):
@@ -32,7 +30,8 @@ CONFIGS = {
 
 def make(name):
     torch.manual_seed(0)
-    vae = CausalVAE(CONFIGS[name], backend="kernel")
+    with module_backend("kernel"):
+        vae = CausalVAE(CONFIGS[name])
     for parameter in vae.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape)
     return vae
@@ -45,8 +44,9 @@ def inputs(vae, latents):
 
 
 def on_reference(vae):
-    other = copy.deepcopy(vae)
-    other.set_backend("reference")
+    with module_backend("reference"):
+        other = CausalVAE(vae.config)
+    other.load_state_dict(vae.state_dict())
     return other
 
 

@@ -12,7 +12,7 @@ from cogvx.memory import LiveBytes
 from cogvx.vae import CausalVAE, DecodeState, FrameCache
 from cogvx.vae.blocks import ResnetBlock3D
 from cogvx.vae.norm import Flow
-from cogvx_kernels import _backend
+from cogvx_kernels import _backend, module_backend
 
 if not (_backend.HAS_TRITON and _backend.INTERPRETED):
     pytest.skip("launches are seen in Triton's interpreter", allow_module_level=True)
@@ -57,7 +57,8 @@ class Ops(TorchDispatchMode):
 def test_launches_of_a_chunk(latents, chunk):
     """The decoder of the released depth; the first chunk of a clip, and one with a cache."""
     config = SMALL
-    vae = CausalVAE(config, backend="kernel")
+    with module_backend("kernel"):
+        vae = CausalVAE(config)
     z = torch.randn(1, latents, 4, 2, 2)
     cache = FrameCache()
     if chunk == "later":
@@ -158,7 +159,8 @@ def order(x, other):
 @pytest.mark.parametrize("backend", ("kernel", "auto"))
 def test_layout_is_never_converted(half, backend):
     """But for a video's three channels as it comes in."""
-    vae = CausalVAE(SMALL, backend=backend)
+    with module_backend(backend):
+        vae = CausalVAE(SMALL)
     first, later = (3, 2) if half == "decoder" else (9, 8)
     sides = (4, 2, 2) if half == "decoder" else (3, 16, 16)
     cache = FrameCache()
