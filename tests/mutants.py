@@ -199,8 +199,6 @@ EXPERT_FFN_MUTANTS = tuple(
         (FFN_KERNEL, "a program too few",
          "return pairs // plan.BLOCK_ROWS + plan.EXPERTS + 1",
          "return pairs // plan.BLOCK_ROWS + plan.EXPERTS - 1"),
-        (FFN_KERNEL, "the gate of text for a video token",
-         "mask & (place < groups.text_len), P)", "mask & (place <= groups.text_len), P)"),
         (FFN_KERNEL, "one choice too few summed",
          "for choice in tl.static_range(TOP_K):", "for choice in tl.static_range(TOP_K - 1):"),
         (FFN_GRADIENTS, "the gradient of a weight without its bias",

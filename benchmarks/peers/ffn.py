@@ -14,8 +14,6 @@ from ..registry import Arguments, Function, Unavailable, compile_, provider
 def _only_tanh_gelu(arguments: Arguments) -> None:
     if arguments.get("activation", "gelu_tanh") != "gelu_tanh":
         raise Unavailable("it has tanh-GELU alone")
-    if arguments.get("residual") is not None:
-        raise Unavailable("it adds no residual")
 
 
 def _bias(biases: Tensor | None, expert: int) -> Tensor | None:

@@ -73,7 +73,7 @@ def _up_kernel(hidden_ptr, pre_ptr, x, groups, up, up_bias, tiles, P: tl.constex
 
 @triton.jit(do_not_specialize=["tiles"])
 def _down_kernel(
-    out_ptr, rows_ptr, groups, weights, bias, share_ptr, residual, gate, text_gate, tiles,
+    out_ptr, rows_ptr, groups, weights, bias, share_ptr, tiles,
     INNER: tl.constexpr, TRANSPOSED: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Compact rows (pairs, INNER) times their expert's weight, scattered to their tokens.
@@ -108,36 +108,11 @@ def _down_kernel(
             if share_ptr is not None:
                 acc *= tl.load(share_ptr + pair).to(P.COMPUTE)[:, None]
         stored = (row < count)[:, None] & mask[None, :]
-        if residual.ptr is not None:
-            acc = _gated(acc, residual, gate, text_gate, groups, pair[:, None], cols[None, :],
-                         stored, P)  # fmt: skip
         store(out_ptr + pair[:, None] * P.DIM + cols[None, :], acc, stored)
 
 
 @triton.jit
-def _gated(y, residual, gate, text_gate, groups, token, cols, mask, P: tl.constexpr):
-    """residual + gate · y, with the gate of the token's sample and modality."""
-    sample, place = token // groups.seqlen, token % groups.seqlen
-    at = (sample * residual.batch + place * residual.seq) * P.ALIGN + cols * residual.dim
-    g = _gates(text_gate, sample, cols, mask & (place < groups.text_len), P)
-    g += _gates(gate, sample, cols, mask & (place >= groups.text_len), P)
-    return tl.load(residual.ptr + at, mask=mask, other=0.0).to(P.COMPUTE) + y * g
-
-
-@triton.jit
-def _gates(gate, sample, cols, mask, P: tl.constexpr):
-    """Gates of a modality for the tokens in `mask`, 0 for the others.
-
-    The pointer of an absent modality is the other's, and its mask is empty.
-    """
-    at = sample * gate.batch * P.ALIGN + cols * gate.dim
-    return tl.load(gate.ptr + at, mask=mask, other=0.0).to(P.COMPUTE)
-
-
-@triton.jit
-def _combine_kernel(
-    out_ptr, slots_ptr, residual, gate, text_gate, groups, BLOCK: tl.constexpr, P: tl.constexpr
-):
+def _combine_kernel(out_ptr, slots_ptr, BLOCK: tl.constexpr, P: tl.constexpr):
     """Sum over the choices of a token. Grid (tokens,)."""
     token = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK).to(tl.int64)
@@ -147,8 +122,6 @@ def _combine_kernel(
     for choice in tl.static_range(TOP_K):
         at = slots_ptr + (token * TOP_K + choice) * P.DIM + cols
         total += tl.load(at, mask=mask, other=0.0).to(P.COMPUTE)
-    if residual.ptr is not None:
-        total = _gated(total, residual, gate, text_gate, groups, token, cols, mask, P)
     store(out_ptr + token * P.DIM + cols, total, mask)
 
 
@@ -234,17 +207,14 @@ def _options(plan: Plan) -> dict[str, int]:
 def expert_ffn_fwd(
     x: Tensor, up: Weights, up_bias: Weights, down: Weights, down_bias: Weights,
     index: Tensor | None, share: Tensor | None, order: Tensor | None, ends: Tensor | None,
-    residual: Tensor | None, gate: Tensor | None, text_gate: Tensor | None,
     text_len: int, activation: str, keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, pre-activation), the latter a row for each (token, choice) pair; empty without `keep`.
 
-    Without biases their tuple is empty; gates are (batch, dim).
+    Without biases their tuple is empty.
     """
     up, down = _alike(up), _alike(down)
-    gates = [g[:, None] for g in (text_gate, gate) if g is not None]
-    rows = [r for r in (residual, *gates) if r is not None]
-    plan = _plan(x, up, down, index, activation, *rows)
+    plan = _plan(x, up, down, index, activation)
     groups = _groups(x, order, ends, text_len)
     batch, seqlen, dim = x.shape
     pairs = batch * seqlen * plan.TOP_K
@@ -256,42 +226,34 @@ def expert_ffn_fwd(
     hidden = torch.empty((pairs, plan.FFN_DIM), dtype=x.dtype, device=x.device)
     tiles = _tiles(plan, groups)
     share = None if share is None else share.contiguous()
-    residuals = [as_rows(residual, plan), as_rows(None, plan), as_rows(None, plan)]
-    if gates:
-        residuals[1:] = [as_rows(gates[-1], plan), as_rows(gates[0], plan)]
     with on_device(x):
         _up_kernel[_grid(plan, tiles, plan.FFN_DIM)](
             hidden, pre if keep else None, as_rows(x, plan), groups, _experts(up, plan),
             _biases(up_bias), tiles, P=plan, **_options(plan),
         )  # fmt: skip
-        _to_tokens(
-            out, hidden, groups, down, down_bias, share, residuals, tiles, plan, transposed=False
-        )
+        _to_tokens(out, hidden, groups, down, down_bias, share, tiles, plan, transposed=False)
     return out, pre
 
 
 def _to_tokens(
     out: Tensor, rows: Tensor, groups: Groups, weights: Weights, bias: Weights,
-    share: Tensor | None, residuals: list[Rows], tiles: int, plan: Plan, transposed: bool,
+    share: Tensor | None, tiles: int, plan: Plan, transposed: bool,
 ) -> None:  # fmt: skip
     """Launch `_down_kernel`, and with several choices the sum over them."""
-    nothing = [Rows(None, 0, 0, 1)] * 3
-    several = plan.TOP_K > 1
     slots = out
-    if several:
+    if plan.TOP_K > 1:
         slots = torch.empty(
             (*out.shape[:2], plan.TOP_K, plan.DIM), dtype=out.dtype, device=out.device
         )
     _down_kernel[_grid(plan, tiles, plan.DIM)](
         slots, rows, groups, _experts(weights, plan), _biases(bias), share,
-        *(nothing if several else residuals), tiles, INNER=rows.shape[1], TRANSPOSED=transposed,
+        tiles, INNER=rows.shape[1], TRANSPOSED=transposed,
         P=plan, **_options(plan),
     )  # fmt: skip
-    if several:
+    if plan.TOP_K > 1:
         _combine_kernel[(out.shape[0] * out.shape[1],)](
-            out, slots, *residuals, groups,
-            BLOCK=triton.next_power_of_2(plan.DIM), P=plan, num_warps=4,
-        )  # fmt: skip
+            out, slots, BLOCK=triton.next_power_of_2(plan.DIM), P=plan, num_warps=4
+        )
 
 
 def expert_ffn_bwd(
@@ -340,8 +302,7 @@ def expert_ffn_bwd(
             _biases(down_bias), given, tiles, pairs, P=halved, **_options(halved),
         )  # fmt: skip
         if rows:
-            _to_tokens(dx, dpre, groups, up, (), None, [Rows(None, 0, 0, 1)] * 3, tiles, plan,
-                       transposed=True)  # fmt: skip
+            _to_tokens(dx, dpre, groups, up, (), None, tiles, plan, transposed=True)
         if weights:
             _weight_grad(dup, dup_bias, _compact(dpre, plan), as_rows(x, plan), None, groups, False,
                          plan)  # fmt: skip

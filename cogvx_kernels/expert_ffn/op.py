@@ -10,7 +10,7 @@ from .. import _autocast, _backend, _checks
 from .._custom_op import custom_op
 from . import torch_gemm
 from .heuristics import select_gemm
-from .reference import ACTIVATIONS, Weights, added, expert_ffn_reference
+from .reference import ACTIVATIONS, Weights, expert_ffn_reference
 from .routing import sort_by_expert
 
 ROWS = ("batch", "seqlen", "dim")
@@ -26,12 +26,11 @@ GEMMS = ("auto", "grouped", "dense")
 def _expert_ffn(
     x: Tensor, up: list[Tensor], up_bias: list[Tensor],
     down: list[Tensor], down_bias: list[Tensor], index: Tensor | None, weight: Tensor | None,
-    residual: Tensor | None, gate: Tensor | None, text_gate: Tensor | None,
     text_len: int, activation: str, recompute: bool, gemm: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The result, and the pre-activation of each (token, choice) pair, empty if `recompute`."""
     arguments: list[Any] = [x, tuple(up), tuple(up_bias), tuple(down), tuple(down_bias)]
-    settings: list[Any] = [residual, gate, text_gate, text_len, activation, not recompute]
+    settings: list[Any] = [text_len, activation, not recompute]
     if _gemm_backend(gemm, x, up, index) == "dense":
         return torch_gemm.expert_ffn_fwd(*arguments, *settings)
     from . import kernel
@@ -42,17 +41,14 @@ def _expert_ffn(
 
 @_expert_ffn.register_fake
 def _expert_ffn_fake(
-    x, up, up_bias, down, down_bias, index, weight, residual, gate, text_gate, text_len,
-    activation, recompute, gemm,
-):  # fmt: skip
+    x, up, up_bias, down, down_bias, index, weight, text_len, activation, recompute, gemm
+):
     pairs = x.shape[0] * x.shape[1] * (1 if index is None else index.shape[2])
     return x.new_empty(x.shape), x.new_empty((0,) if recompute else (pairs, up[0].shape[0]))
 
 
 def _setup(ctx, inputs, output):
-    x, up, up_bias, down, down_bias, index, weight, *_, text_len, activation, recompute, gemm = (
-        inputs
-    )
+    x, up, up_bias, down, down_bias, index, weight, text_len, activation, recompute, gemm = inputs
     ctx.lengths = len(up), len(up_bias), len(down), len(down_bias)
     ctx.settings = text_len, activation
     ctx.gemm = gemm
@@ -71,7 +67,7 @@ def _backward(ctx, dout, _):
     needs = ctx.needs_input_grad
     of_weights = any(any(need) if isinstance(need, list | tuple) else need for need in needs[1:5])
     if dout is None:
-        return None, *([None] * n for n in ctx.lengths), *(None,) * 9
+        return None, *([None] * n for n in ctx.lengths), *(None,) * 6
     dx, *grads, dweight = _expert_ffn_grads(
         dout, x, *experts, index, weight, pre, *ctx.settings, needs[0], of_weights, ctx.gemm
     )
@@ -80,7 +76,7 @@ def _backward(ctx, dout, _):
         for grad, length in zip(grads, ctx.lengths, strict=True)
     )
     dweight = None if weight is None else dweight
-    return dx if needs[0] else None, *lists, None, dweight, *(None,) * 7
+    return dx if needs[0] else None, *lists, None, dweight, *(None,) * 4
 
 
 _expert_ffn.register_autograd(_backward, setup_context=_setup)
@@ -208,51 +204,6 @@ def _check_index(op: str, x: Tensor, index: Tensor | None, weight: Tensor | None
         _checks.shape(op, "weight", weight, index.shape, "the shape of index")
 
 
-def _check_residual(
-    op: str,
-    x: Tensor,
-    dtype: torch.dtype,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    text_gate: Tensor | None,
-    text_len: int,
-    inputs: Sequence[Tensor | None],
-) -> None:
-    """Check residual and gates of a dtype.
-
-    Raises RuntimeError if a gradient is required: the product that the gates' needs is not kept.
-    """
-    if residual is None:
-        for name, value in (("gate", gate), ("text_gate", text_gate)):
-            if value is not None:
-                raise ValueError(f"{op}: {name} must be None without a residual; got a tensor")
-        return
-    _checks.tensor(op, "residual", residual, ROWS)
-    _checks.shape(op, "residual", residual, x.shape, "the shape of x")
-    gates = (("gate", gate, x.shape[1] - text_len), ("text_gate", text_gate, text_len))
-    for name, value, tokens in gates:
-        if value is None:
-            if tokens:
-                raise ValueError(
-                    f"{op}: {name} must be (batch, dim) for the {tokens} tokens of its modality; "
-                    "got None"
-                )
-            continue
-        _checks.tensor(op, name, value, ("batch", "dim"))
-        _checks.shape(op, name, value, (x.shape[0], x.shape[2]), "(batch, dim)")
-    for name, value in (("residual", residual), ("gate", gate), ("text_gate", text_gate)):
-        if value is not None:
-            _checks.dtype(op, name, value, (dtype,))
-            _checks.same_device(op, name, value, "x", x)
-    if torch.is_grad_enabled() and any(
-        value is not None and value.requires_grad for value in (residual, gate, text_gate, *inputs)
-    ):
-        raise RuntimeError(
-            f"{op}: residual is for inference, and a gradient is required: use gated_residual, or "
-            "torch.no_grad()"
-        )
-
-
 def _unsupported_reason(
     x: Tensor, experts: int, **others: Tensor | Sequence[Tensor] | None
 ) -> str | None:
@@ -260,34 +211,6 @@ def _unsupported_reason(
     if experts > KERNEL_EXPERTS:
         return f"there are {experts} experts; the kernel takes up to {KERNEL_EXPERTS}"
     return _backend.triton_reason("x", x) or _backend.transform_reason(x=x, **others)
-
-
-# --- under autocast --------------------------------------------------------------------------
-
-
-def _expert_ffn_under_autocast(
-    x: Tensor, experts: tuple[Any, ...], index: Any, weight: Any, residual: Any, gate: Any,
-    text_gate: Any, text_len: int, **settings: Any,
-) -> Tensor:  # fmt: skip
-    """Cast to autocast's dtype, as a linear layer; a wider residual is added in its own dtype."""
-    op = "expert_ffn"
-    wide = _autocast.promoted(residual, gate, text_gate)
-    product = _autocast.dtype(x)
-    x, *experts_cast = _autocast.cast(product, x, *experts)
-    (weight,) = _autocast.parameters(x.dtype, weight)
-    arguments = (x, *experts_cast, index, weight)
-    with _autocast.off(x):
-        if residual is None or torch.promote_types(wide, x.dtype) is x.dtype:
-            gates = _autocast.cast(x.dtype, residual, gate, text_gate)
-            return expert_ffn(*arguments, *gates, text_len=text_len, **settings)
-        wide = torch.promote_types(wide, x.dtype)
-        residual, gate, text_gate = _autocast.cast(wide, residual, gate, text_gate)
-        _checks.tensor(op, "x", x, ROWS)
-        _checks.integer(op, "text_len", text_len, 0, x.shape[1], "(the seqlen of x)")
-        needs = [x, weight, *(w for e in experts_cast if e is not None for w in e)]
-        _check_residual(op, x, wide, residual, gate, text_gate, text_len, needs)
-        y = expert_ffn(*arguments, text_len=text_len, **settings)
-        return added(y.to(wide), residual, gate, text_gate, text_len)
 
 
 # --- the public function ---------------------------------------------------------------------
@@ -301,9 +224,6 @@ def expert_ffn(
     down_bias: Weights | None = None,
     index: Tensor | None = None,
     weight: Tensor | None = None,
-    residual: Tensor | None = None,
-    gate: Tensor | None = None,
-    text_gate: Tensor | None = None,
     *,
     text_len: int = 0,
     activation: str = "gelu_tanh",
@@ -327,9 +247,6 @@ def expert_ffn(
             may have no token. None: a single expert serves all tokens; of two the first serves
             text and the second video.
         weight: (batch, seqlen, top_k), x's dtype or fp32: the weight of each expert; None for 1.
-        residual: the shape of x; the result is then residual + gate · sum, in the same pass. For
-            inference: an error if a gradient is required.
-        gate, text_gate: (batch, dim), of video and of text.
         text_len: number of text tokens.
         activation: "gelu_tanh", "gelu" (exact) or "swiglu".
         recompute: compute the pre-activation again in the backward (five products instead of
@@ -343,12 +260,11 @@ def expert_ffn(
     Returns:
         (batch, seqlen, dim), new, contiguous, of x's dtype. The hidden activation, the output of
         each of a token's experts, and the result are each rounded once. Under autocast x and the
-        experts are cast to autocast's dtype, which is the result's, as F.linear's is there; with a
-        residual the result has the dtype to which that, the gates and the product promote.
+        experts are cast to autocast's dtype, which is the result's, as F.linear's is there.
 
     Raises:
         TypeError, ValueError: an invalid argument, named in the message.
-        RuntimeError: backend="kernel" and the kernel cannot run; or a residual under grad.
+        RuntimeError: backend="kernel" and the kernel cannot run.
 
     One expert for all tokens is a plain matrix product, at which a Triton kernel is not expected to
     beat cuBLAS. With several experts, grouped saves launches, copies and the tails of small
@@ -358,10 +274,15 @@ def expert_ffn(
     """
     op = "expert_ffn"
     if _autocast.enabled(x):
-        return _expert_ffn_under_autocast(
-            x, (up, up_bias, down, down_bias), index, weight, residual, gate, text_gate, text_len,
-            activation=activation, recompute=recompute, gemm=gemm, backend=backend,
-        )  # fmt: skip
+        x, up, up_bias, down, down_bias = _autocast.cast(
+            _autocast.dtype(x), x, up, up_bias, down, down_bias
+        )
+        (weight,) = _autocast.parameters(x.dtype, weight)
+        with _autocast.off(x):
+            return expert_ffn(
+                x, up, up_bias, down, down_bias, index, weight, text_len=text_len,
+                activation=activation, recompute=recompute, gemm=gemm, backend=backend,
+            )  # fmt: skip
     _checks.tensor(op, "x", x, ROWS)
     _checks.integer(op, "text_len", text_len, 0, x.shape[1], "(the seqlen of x)")
     experts = (
@@ -377,21 +298,18 @@ def expert_ffn(
         raise ValueError(
             f"{op}: index must say which of the {count} experts each token goes to; got None"
         )
-    needs = [x, weight, *(w for e in experts for w in e)]
-    _check_residual(op, x, x.dtype, residual, gate, text_gate, text_len, needs)
     _checks.flag(op, "recompute", recompute)
     _checks.choice(op, "gemm", gemm, GEMMS)
     if gemm == "dense" and index is not None:
         raise ValueError(f'{op}: gemm must be "grouped" or "auto" with an index; got "dense"')
-    arguments = (x, *experts, index, weight, residual, gate, text_gate)
     reason = _unsupported_reason(
         x, count, up=experts[0], up_bias=experts[1], down=experts[2], down_bias=experts[3],
-        index=index, weight=weight, residual=residual, gate=gate, text_gate=text_gate,
+        index=index, weight=weight,
     )  # fmt: skip
     if _backend.choose(backend, op, reason, x):
-        return _expert_ffn(*arguments, text_len, activation, recompute, gemm)[0]
+        return _expert_ffn(x, *experts, index, weight, text_len, activation, recompute, gemm)[0]
     biases = (experts[1] or None, experts[3] or None)
     return expert_ffn_reference(
-        x, experts[0], biases[0], experts[2], biases[1], *arguments[5:],
+        x, experts[0], biases[0], experts[2], biases[1], index, weight,
         text_len=text_len, activation=activation,
     )  # fmt: skip

@@ -155,7 +155,7 @@ def _cost(arguments: Mapping[str, Any]) -> tuple[Cost, Cost]:
 
 
 def _launch(kernel: Any, a: Mapping[str, Any]) -> None:
-    """Launch forward and backward, with the pre-activation kept and with a residual.
+    """Launch forward and backward, with the pre-activation kept and without.
 
     A small call launches one of the two.
     """
@@ -169,13 +169,10 @@ def _launch(kernel: Any, a: Mapping[str, Any]) -> None:
     settings = a["text_len"], a["activation"]
     large = x.numel() > 2**20
     if large or index is not None:
-        _, pre = kernel.expert_ffn_fwd(
-            x, *experts, index, share, *routed, None, None, None, *settings, True
-        )
+        _, pre = kernel.expert_ffn_fwd(x, *experts, index, share, *routed, *settings, True)
         kernel.expert_ffn_bwd(x, x, *experts, share, index, *routed, pre, *settings, True, True)
     if large or (index is None and x.numel()):
-        residual = x, x[:, 0], x[:, 0]
-        kernel.expert_ffn_fwd(x, *experts, index, share, *routed, *residual, *settings, False)
+        kernel.expert_ffn_fwd(x, *experts, index, share, *routed, *settings, False)
         kernel.expert_ffn_bwd(x, x, *experts, share, index, *routed, None, *settings, True, True)
 
 

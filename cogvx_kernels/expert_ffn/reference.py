@@ -38,9 +38,6 @@ def expert_ffn_reference(
     down_bias: Weights | None = None,
     index: Tensor | None = None,
     weight: Tensor | None = None,
-    residual: Tensor | None = None,
-    gate: Tensor | None = None,
-    text_gate: Tensor | None = None,
     *,
     text_len: int = 0,
     activation: str = "gelu_tanh",
@@ -53,8 +50,6 @@ def expert_ffn_reference(
     down, down_bias    (num_experts, dim, ffn_dim), (num_experts, dim) or None
     index, weight      (batch, seqlen, top_k): the experts of each token and their weights, None
                        for 1; an index out of range adds nothing
-    residual           the shape of x; the result is residual + gate · sum
-    gate, text_gate    (batch, dim), of video and of text
     returns            the shape and dtype of x
 
     Without an index one expert serves all tokens, or the first of two serves text and the second
@@ -86,16 +81,4 @@ def expert_ffn_reference(
             for k in range(index.shape[2]):
                 part = output if weight is None else output * weight[..., k, None].to(wide)
                 y = y + torch.where(mine[..., k, None], part.to(x.dtype), 0)
-    if residual is not None:
-        y = added(y, residual, gate, text_gate, text_len)
     return y.to(x.dtype)
-
-
-def added(
-    y: Tensor, residual: Tensor, gate: Tensor | None, text_gate: Tensor | None, text_len: int
-) -> Tensor:
-    """residual + gate · y in y's dtype, with a gate for each modality."""
-    text, video = modality.split(y, text_len)
-    text = text if text_gate is None else text * text_gate[:, None].to(y.dtype)
-    video = video if gate is None else video * gate[:, None].to(y.dtype)
-    return residual.to(y.dtype) + modality.join(text, video)

@@ -68,7 +68,6 @@ def _hidden(x: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> Tens
 
 def expert_ffn_fwd(
     x: Tensor, up: Weights, up_bias: Weights, down: Weights, down_bias: Weights,
-    residual: Tensor | None, gate: Tensor | None, text_gate: Tensor | None,
     text_len: int, activation: str, keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `kernel.expert_ffn_fwd`, without routing."""
@@ -86,19 +85,7 @@ def expert_ffn_fwd(
             torch.addmm(down_bias[e], hidden, down[e].t(), out=to)
         else:
             torch.mm(hidden, down[e].t(), out=to)
-    if residual is not None:
-        _add_residual(out, residual, gate, text_gate, text_len)
     return out, pre.flatten(0, 1) if keep else pre.new_empty((0,))
-
-
-def _add_residual(
-    y: Tensor, residual: Tensor, gate: Tensor | None, text_gate: Tensor | None, text_len: int
-) -> None:
-    """Write residual + gate · y over y."""
-    parts = (modality.split(t, text_len) for t in (y, residual))
-    for to, of, by in zip(*parts, (text_gate, gate), strict=True):
-        if by is not None:
-            torch.addcmul(of, to, by[:, None], out=to)
 
 
 def expert_ffn_bwd(

@@ -233,27 +233,6 @@ def test_inplace_results_keep_their_dtype(backend):
     assert torch.equal(caches[2], normed[:, :, -2:].bfloat16())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_wider_residual_of_expert_ffn(backend):
-    """Added in its own dtype, and refused under grad as without autocast."""
-    case = CASES["expert_ffn"]
-    weights = {n: torch.randn(shape) / 2 for n, shape in case.parameters.items()}
-    x, stream = torch.randn(ROWS), torch.randn(ROWS)
-    gates = {n: torch.randn(PER_SAMPLE).bfloat16() for n in GATES}
-    with torch.no_grad(), torch.autocast("cpu", BF16):
-        ours = case.op(x, **weights, residual=stream, **gates, **TEXT_LEN, backend=backend)
-        y = case.op(x, **weights, **TEXT_LEN, backend=backend)
-        expected = residual(stream, y, **gates)
-        narrow = case.op(
-            x, **weights, residual=stream.bfloat16(), **gates, **TEXT_LEN, backend=backend
-        )
-    assert (y.dtype, ours.dtype, narrow.dtype) == (BF16, FP32, BF16)
-    for found in (ours, narrow):
-        assert (found - expected).norm() < 0.02 * expected.norm()
-    with torch.autocast("cpu", BF16), pytest.raises(RuntimeError, match="residual is for infer"):
-        case.op(x.requires_grad_(), **weights, residual=stream, **gates, **TEXT_LEN)
-
-
 def test_blocks_of_the_example():
     """An fp32 model in mixed precision, before and after its layers were replaced."""
     before, after = BeforeBlock(DIM * 2, 2, 32), AfterBlock(DIM * 2, 2, 32)

@@ -1,6 +1,5 @@
 """Properties of `expert_ffn`, and its GEMM backends."""
 
-import dataclasses
 import importlib
 from functools import partial
 
@@ -227,40 +226,6 @@ def test_saved_tensors(recompute):
     assert besides == (0 if recompute else pre)
 
 
-def with_residual(sample):
-    """The same call for inference, with a residual and gates."""
-    x = sample.arguments["x"]
-    text_len, (batch, seqlen, dim) = sample.arguments["text_len"], x.shape
-    gate = dataclasses.replace(x, shape=(batch, dim), layout="contiguous")
-    more = {
-        "residual": dataclasses.replace(x, layout="contiguous"),
-        "gate": gate if seqlen > text_len else None,
-        "text_gate": gate if text_len else None,
-    }
-    return dataclasses.replace(sample, arguments={**sample.arguments, **more})
-
-
-@TRITON
-@pytest.mark.parametrize("dtype", FFN.dtypes, ids=str)
-def test_residual_in_the_same_pass(dtype):
-    info = dataclasses.replace(FFN, differentiable=())
-    for sample in FFN.samples:
-        check(info, with_residual(sample), dtype)
-    for sample in RUNS:
-        check(info, with_residual(sample), dtype, gemm="dense")
-
-
-@BACKENDS
-@pytest.mark.parametrize("name", ["x", "up", "down_bias", "residual", "gate", "weight"])
-def test_residual_refuses_a_gradient(backend, name):
-    arguments = materialize(with_residual(FFN.samples[0]), torch.float32, device=device())
-    arguments[name].requires_grad_()
-    with pytest.raises(RuntimeError, match=r"expert_ffn: residual is for inference"):
-        FFN.op(**arguments, backend=backend)
-    with torch.no_grad():
-        FFN.op(**arguments, backend=backend)
-
-
 @BACKENDS
 def test_experts_may_be_separate_tensors(backend):
     """As the weights of linear layers, also with different strides; each has its own gradient."""
@@ -422,14 +387,6 @@ WRONG = {
     "a boolean index": (
         lambda: (*experts(2), torch.zeros(BATCH, SEQLEN, 1, dtype=torch.bool)),
         "index must be an int32 or int64 tensor",
-    ),
-    "a gate without a residual": (
-        lambda: (*experts(2), None, None, None, torch.zeros(BATCH, DIM)),
-        "gate must be None without a residual",
-    ),
-    "a residual without gates": (
-        lambda: (*experts(2), None, None, tokens()),
-        r"gate must be \(batch, dim\) for the",
     ),
 }
 
