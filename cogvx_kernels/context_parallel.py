@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed import _functional_collectives as collectives
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -182,17 +181,18 @@ class Part:
 class _Exchange(torch.autograd.Function):
     """`all_to_all_single` of uneven sizes, with a gradient, waited for.
 
-    That of torch gives an AsyncCollectiveTensor, which extensions without a dispatcher misread, and
-    has its gradient by another function in each version.
+    `torch.distributed._functional_collectives` has another function with a gradient in each
+    version, returns tensors that extensions without a dispatcher misread, and imports the compiler.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
         ctx.sizes, ctx.group = (received, sent), group
-        return collectives.wait_tensor(collectives.all_to_all_single(x, received, sent, group))
+        ops = torch.ops._c10d_functional
+        exchanged: Tensor = ops.wait_tensor(ops.all_to_all_single(x, received, sent, group))
+        return exchanged
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        sent, received = ctx.sizes
         x = gradients[0].contiguous()
-        return _Exchange.apply(x, sent, received, ctx.group), None, None, None
+        return _Exchange.apply(x, *ctx.sizes, ctx.group), None, None, None

@@ -1,6 +1,7 @@
 """Joint attention over text and video tokens, without a mask; attention backends."""
 
 import importlib.util
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cogvx_kernels import OpModule, qk_norm_rope3d
+from cogvx_kernels.context_parallel import Part
 
 from ..validation import check_choice
 
@@ -126,13 +128,14 @@ class JointAttention(OpModule):
         self.norm_k = nn.LayerNorm(dim // nheads, QK_NORM_EPS)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, part: Part | None = None) -> Tensor:
         """Project, normalise and rotate q and k, attend, project.
 
         Args:
             x: (batch, seqlen, dim), text tokens first.
             cos, sin: (rows, headdim // 2). q and k of the last `rows` tokens are rotated by them;
                 no rows in a model without RoPE.
+            part: of the sequence, if x, cos and sin are a rank's part.
 
         Returns:
             (batch, seqlen, dim).
@@ -153,7 +156,9 @@ class JointAttention(OpModule):
             inplace=not torch.is_grad_enabled(),
             backend=self.backend,
         )
-        return self.to_out(attend(q, k, v, self.attention).flatten(2))
+        own = partial(attend, attention=self.attention)
+        y = own(q, k, v) if part is None else part.attention(q, k, v, own)
+        return self.to_out(y.flatten(2))
 
     def extra_repr(self) -> str:
         return f"nheads={self.nheads}, backend={self.backend!r}, attention={self.attention!r}"

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from cogvx_kernels.context_parallel import Part
+
 from .attention import JointAttention
 from .experts import ExpertFeedForward, FeedForward, Routing
 from .modulation import Branch, ExpertAdaLayerNorm, Modulation
@@ -44,6 +46,7 @@ class ExpertBlock(nn.Module):
         cos: Tensor,
         sin: Tensor,
         text_len: int,
+        part: Part | None = None,
     ) -> tuple[Tensor, Branch, tuple[Routing, ...]]:
         """Run the block, except for its last residual sum.
 
@@ -55,6 +58,7 @@ class ExpertBlock(nn.Module):
                 norms.
             cos, sin: (rows, headdim // 2), as in `JointAttention`.
             text_len: number of text tokens.
+            part: of the sequence, if x, cos, sin and text_len are of a rank's part.
 
         Returns:
             x, (batch, text_len + video_len, dim); the branch still to be added to it; and a
@@ -65,7 +69,7 @@ class ExpertBlock(nn.Module):
         else:
             first, second = time
         x, h = self.norm1(x, branch, first, text_len)
-        y = self.attn1(h, cos, sin)
+        y = self.attn1(h, cos, sin, part)
         x, h = self.norm2(x, Branch(y, first.gate, first.text_gate), second, text_len)
         if isinstance(self.ff, ExpertFeedForward):
             y, routing = self.ff(h, text_len)
@@ -80,11 +84,12 @@ class ExpertBlock(nn.Module):
         cos: Tensor,
         sin: Tensor,
         text_len: int,
+        part: Part | None = None,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """Full block forward with the residual added.
 
         Returns:
             (batch, text_len + video_len, dim), and a `Routing` of each router.
         """
-        x, branch, routing = self(x, None, time, cos, sin, text_len)
+        x, branch, routing = self(x, None, time, cos, sin, text_len, part)
         return self.norm2.add(x, branch, text_len), routing

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cogvx_kernels import OpModule, expert_ffn, modality
+from cogvx_kernels.context_parallel import Part
 from cogvx_kernels.module_utils import is_unmodified
 
 from .module_utils import is_plain_linear
@@ -16,7 +17,10 @@ ROUTER_STD = 0.02
 
 
 class Routing(NamedTuple):
-    """Statistics of one router in one forward, one fp32 value per expert."""
+    """Statistics of one router in one forward, one value per expert, at least fp32.
+
+    Zeros if there are no tokens.
+    """
 
     fraction: Tensor  # (num_experts,): share of the choices; sums to 1
     probability: Tensor  # (num_experts,): mean router probability; has the gradient
@@ -39,6 +43,19 @@ def load_balancing_loss(routing: Iterable[Routing]) -> Tensor:
             "experts of a modality put there; got nothing"
         )
     return torch.stack(losses).mean()
+
+
+def gather_routing(
+    routing: Sequence[Routing], part: Part, shares: Sequence[float]
+) -> list[Routing]:
+    """Statistics of the tokens of all ranks, by one message.
+
+    shares  for each router, the tokens of this rank's part over those of all
+    """
+    values = [torch.cat(r) * share for r, share in zip(routing, shares, strict=True)]
+    flat = torch.cat(values).view(1, 1, -1)
+    total = part.gather(flat, [1] * len(part.sizes)).sum((0, 1))
+    return [Routing(*t.chunk(2)) for t in total.split([len(v) for v in values])]
 
 
 class GELUProjection(nn.Module):
@@ -222,15 +239,17 @@ def choose(logits: Tensor | None, top_k: int) -> Choice | None:
 
     The weights of a token sum to one. With top_k 1 the weight is exactly 1, but has a gradient.
     """
-    if logits is None or not logits.shape[1]:
+    if logits is None:
         return None
     wide = torch.promote_types(logits.dtype, torch.float32)
     probability = logits.softmax(-1, dtype=wide)  # (batch, any, experts)
     weight, expert = probability.topk(top_k, -1)
     weight = weight / (weight.detach() if top_k == 1 else weight.sum(-1, keepdim=True))
     which = torch.arange(logits.shape[-1], device=logits.device)
-    fraction = (expert[..., None] == which).sum((0, 1, 2)) / expert.numel()
-    return Choice(expert, weight, Routing(fraction, probability.mean((0, 1))))
+    count = (expert[..., None] == which).sum((0, 1, 2)).to(wide)
+    tokens = max(1, expert.numel() // top_k)  # a part of a sequence may have none
+    routing = Routing(count / (tokens * top_k), probability.sum((0, 1)) / tokens)
+    return Choice(expert, weight, routing)
 
 
 def run_unfused(x: Tensor, choice: Choice | None, experts: nn.ModuleList) -> Tensor:

@@ -8,12 +8,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cogvx_kernels import OpModule, gated_residual, modality
+from cogvx_kernels.context_parallel import Context, Part
 
 from ..config import TransformerConfig
 from .attention import check_attention
 from .block import ExpertBlock
 from .embedding import JointEmbedding, ProjectedText, TimestepEmbedding
-from .experts import ExpertFeedForward, Routing
+from .experts import ExpertFeedForward, Routing, gather_routing
 from .modulation import AdaLayerNorm, Branch, ExpertAdaLayerNorm, Modulation, Modulations, stacked
 from .patch import unpatchify
 from .positions import Tables, sincos_positions, token_grid
@@ -33,7 +34,8 @@ class ExpertTransformer(OpModule):
     The ops run on the backend of `cogvx_kernels.module_backend` at construction.
 
     `gradient_checkpointing = True` keeps only the inputs of the blocks for the backward pass, which
-    recomputes each block.
+    recomputes each block. `context` is a `Context` of ranks that share each sequence, or None; see
+    `cogvx.parallel.context_parallel`.
 
     A new model is initialised for training: modulations are zero, so that each block is the
     identity; patch embedding and last layer are Xavier uniform, routers small. Raises ValueError
@@ -47,6 +49,7 @@ class ExpertTransformer(OpModule):
         self.config = config
         self.attention = attention
         self.gradient_checkpointing = False
+        self.context: Context | None = None
         self.patch = (config.patch_size_t or 1, config.patch_size, config.patch_size)
         self.tables = Tables(config)
         self.patch_embed = JointEmbedding(
@@ -130,8 +133,15 @@ class ExpertTransformer(OpModule):
             last_modulation = self._time(timestep, ofs, batch, latents.device, latents.dtype)
             block_modulations = [last_modulation] * len(self.transformer_blocks)
         text_len = (text.tokens if isinstance(text, ProjectedText) else text).shape[1]
-        video = self._run_blocks(x, block_modulations, cos, sin, text_len, routing)
+        part = None if self.context is None else self.context.part(x.shape[1])
+        if part is not None:
+            x, (cos, sin) = part.narrow(x, 1), part.tables(cos, sin)
+        video, routed = self._run_blocks(x, block_modulations, cos, sin, text_len, part)
+        if routing is not None:
+            routing.extend(routed if part is None else self._all_routing(routed, part, text_len))
         video = self.proj_out(self.norm_out(self.norm_final(video), last_modulation))
+        if part is not None:
+            video = part.gather(video, part.video_sizes(text_len))
         return unpatchify(video, token_grid(self.config, frames, height, width), self.patch)
 
     def project_text(self, text: Tensor) -> ProjectedText:
@@ -169,27 +179,43 @@ class ExpertTransformer(OpModule):
         cos: Tensor,
         sin: Tensor,
         text_len: int,
-        routing: list[Routing] | None,
-    ) -> Tensor:
-        """Run the joint sequence through all blocks; returns video tokens, (batch, video_len, dim).
+        part: Part | None,
+    ) -> tuple[Tensor, list[Routing]]:
+        """Run the joint sequence, or a rank's part of it, through all blocks.
 
-        Each block leaves its last residual sum to the next; not with gradient checkpointing, so
-        that one tensor per block is kept, not two.
+        text_len is that of the whole sequence. Each block leaves its last residual sum to the next;
+        not with gradient checkpointing, so that one tensor per block is kept, not two.
+
+        Returns video tokens, (batch, video_len, dim), and a `Routing` of each router.
         """
         branch: Branch | None = None
+        routing: list[Routing] = []
+        if part is not None:
+            text_len = part.text_len(text_len)
         for block, time in zip(self.transformer_blocks, block_modulations, strict=True):
-            inputs = time, cos, sin, text_len
+            inputs = time, cos, sin, text_len, part
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, routed = checkpoint(block.whole, x, *inputs, use_reentrant=False)
             else:
                 x, branch, routed = block(x, branch, *inputs)
-            if routing is not None:
-                routing.extend(routed)
+            routing.extend(routed)
         video = modality.split(x, text_len)[1]
         if branch is None:
-            return video
+            return video, routing
         y = modality.split(branch.y, text_len)[1].to(x.dtype)
-        return gated_residual(video, y, branch.gate, None, backend=self.backend)
+        return gated_residual(video, y, branch.gate, None, backend=self.backend), routing
+
+    def _all_routing(self, routing: list[Routing], part: Part, text_len: int) -> list[Routing]:
+        """Routing of the tokens of all ranks; text_len is that of the whole sequence."""
+        if not routing:
+            return []
+        own, config = part.text_len(text_len), self.config
+        shares = []
+        if config.num_text_experts > 1:
+            shares.append(own / max(1, text_len))
+        if config.num_video_experts > 1:
+            shares.append((part.length - own) / (sum(part.sizes) - text_len))
+        return gather_routing(routing, part, shares * config.num_layers)
 
     def _time(
         self,
