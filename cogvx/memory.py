@@ -67,7 +67,9 @@ def _storages(*tensors: Any) -> list[torch.UntypedStorage]:
     while left:
         x = left.pop()
         if isinstance(x, Tensor):
-            if x.layout is torch.strided:
+            if hasattr(x, "__tensor_flatten__"):  # a wrapper, such as DTensor, has no storage
+                left.extend(getattr(x, name) for name in x.__tensor_flatten__()[0])
+            elif x.layout is torch.strided:
                 found.append(x.untyped_storage())
         elif isinstance(x, list | tuple | set):
             left.extend(x)

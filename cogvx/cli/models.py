@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from ..assets import located
 from ..config import PRESETS, TransformerConfig, VAEConfig
 from ..factorized import build_transformer, build_vae
 from ..pipeline import default_size
-from ..plan import forecast
+from ..plan import forecast, forecast_meshes
 from ..transformer import ExpertTransformer
 from ..vae import CausalVAE
 from . import loading
@@ -35,19 +36,24 @@ def plan(options: argparse.Namespace, console: Console) -> None:
     if options.model is not None:
         text = loading.text_encoder_bytes(_folder(options))
     console.progress("plan")
-    made = forecast(
-        transformer,
-        vae,
-        frames=frames if options.frames is None else options.frames,
-        height=size[0] if options.height is None else options.height,
-        width=size[1] if options.width is None else options.width,
-        guidance=not options.no_guidance,
-        cfg=options.cfg,
-        dtype=dtype,
-        tiling=loading.tiling_of(options),
-        text_bytes=0 if options.no_text_encoder else text,
-        budget=options.vram_budget,
-    )
+    clip: dict[str, Any] = {
+        "frames": frames if options.frames is None else options.frames,
+        "height": size[0] if options.height is None else options.height,
+        "width": size[1] if options.width is None else options.width,
+        "guidance": not options.no_guidance,
+        "cfg": options.cfg,
+        "dtype": dtype,
+        "tiling": loading.tiling_of(options),
+        "text_bytes": 0 if options.no_text_encoder else text,
+        "budget": options.vram_budget,
+    }
+    if options.gpus is not None:
+        if transformer is None:
+            raise ValueError(f"{options.model}: must have a transformer/ for --gpus")
+        meshes = forecast_meshes(transformer, vae, gpus=options.gpus, **clip)
+        console.print_summary(meshes.to_dict(), str(meshes))
+        return
+    made = forecast(transformer, vae, **clip)
     console.print_summary(made.to_dict(), str(made))
 
 

@@ -224,6 +224,9 @@ def _plan(commands: Any) -> None:
     arguments.add_tiling(parser)
     parser.add_argument("--vram-budget", type=arguments.size_in_bytes, metavar="BYTES",
                         help="fail if it needs more, such as 10G; by default no limit")  # fmt: skip
+    parser.add_argument("--gpus", type=arguments.count, metavar="N",
+                        help="instead, for each mesh of so many GPUs: memory, messages, predicted "
+                        "times, and the best one; by default one GPU")  # fmt: skip
 
 
 def _params(commands: Any) -> None:

@@ -249,6 +249,14 @@ def test_plan(capsys, model):
     assert status == 1 and "nearest 9 or 16; got 12" in err
 
 
+def test_plan_of_several_gpus(capsys, model):
+    summary = facts(capsys, "plan", "--model", model, "--gpus", 2)
+    assert [mesh["context"] for mesh in summary["meshes"]] == [2, 1, 1]
+    assert summary["recommended"] == "2x1x1"  # it is too small to be shared
+    status, out, _ = run(capsys, "plan", "--model", model, "--gpus", 2, "--no-guidance")
+    assert status == 0 and "not 1x2x1: without guidance" in out and "PREDICTED" in out
+
+
 def test_params(capsys, model):
     assert facts(capsys, "params", "--preset", "5b")["transformer"] == 5_570_283_072
     counts = facts(capsys, "params", "--model", model)

@@ -4,6 +4,7 @@ import gc
 
 import torch
 from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from cogvx.memory import LiveBytes, module_bytes
 
@@ -29,6 +30,13 @@ def test_views_are_not_new():
         y.add_(1)
     assert live.peak == live.now == 400
     del x, y, z
+
+
+def test_a_wrapper_is_not_counted_beside_its_tensor():
+    with LiveBytes() as live:
+        x = AsyncCollectiveTensor(torch.zeros(100))
+    assert live.peak == live.now == 400
+    del x
 
 
 def test_shapes_are_enough():

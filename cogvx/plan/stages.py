@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from cogvx_kernels import module_backend
+from cogvx_kernels.context_parallel import Context, Part
 
-from . import frames as frame_rule
-from .config import TransformerConfig, VAEConfig
-from .memory import LiveBytes, module_bytes
-from .transformer import STEPS_AHEAD, ExpertTransformer, Modulations
-from .vae import CausalVAE, Decoder, DecodeState, Encoder, EncodeState, Tiling
+from .. import frames as frame_rule
+from ..config import TransformerConfig, VAEConfig
+from ..memory import LiveBytes, module_bytes
+from ..transformer import STEPS_AHEAD, ExpertTransformer, Modulations
+from ..vae import CausalVAE, Decoder, DecodeState, Encoder, EncodeState, Tiling
 
 MIB, GIB = 1 << 20, 1 << 30
 LAYERS_COUNTED, CHUNKS_COUNTED = 2, 3
@@ -140,6 +141,7 @@ def forecast(
     text_bytes: int = 0,
     encoded: int | None = None,
     backend: str | None = None,
+    context: int = 1,
     budget: int | None = None,
 ) -> Plan:
     """Forecast generating a clip; without a transformer, encoding and decoding it.
@@ -152,6 +154,7 @@ def forecast(
     encoded: number of frames encoded first: 1 for an image, all for video-to-video. By default 1 if
         the transformer takes an image, else none; all without a transformer.
     backend: as in `load_transformer`; "reference", plain torch, as on a CPU, needs more.
+    context: ranks that share a clip's tokens; the denoising of the first of them is forecast.
     budget: bytes; `Plan.check` is called with it.
 
     Raises ValueError for a clip that the models cannot take, PlanError if it does not fit.
@@ -177,7 +180,7 @@ def forecast(
             padded = latents + -latents % (transformer.patch_size_t or 1)
             shape = (batch, padded, transformer.in_channels, height // ratio, width // ratio)
             copies = 2 if guidance and cfg == "batch" else 1
-            stages.append(_denoise(transformer, shape, copies, dtype))
+            stages.append(_denoise(transformer, shape, copies, dtype, context))
             grid = padded // (transformer.patch_size_t or 1), *(n // patch for n in shape[3:])
             tokens = (transformer.max_text_seq_length, grid[0] * grid[1] * grid[2])
         stages.append(_decode(model, batch, latents, height, width, tiling))
@@ -187,61 +190,23 @@ def forecast(
     return plan
 
 
-def denoise_flops(config: TransformerConfig, frames: int, height: int, width: int) -> float:
-    """Floating-point operations of one forward of the transformer, for latents of this size.
-
-    Matrix products of the blocks, and attention; the rest is less than 1 %.
-    """
-    patch, patch_t = config.patch_size, config.patch_size_t or 1
-    tokens = config.max_text_seq_length
-    tokens += -(-frames // patch_t) * (height // patch) * (width // patch)
-    weights = (4 + 2 * config.mlp_ratio * config.expert_top_k) * config.hidden_size**2
-    return config.num_layers * (2 * weights * tokens + 4 * config.hidden_size * tokens**2)
-
-
-def vae_flops(config: VAEConfig, frames: int, height: int, width: int, *, decode: bool) -> float:
-    """Floating-point operations of the convolutions to decode latents of this size, or to encode
-    to them."""
-    kernel = 9 + 3 if config.factorized else 27  # of a frame, then of time
-    ratio, levels = config.spatial_compression_ratio, len(config.block_out_channels)
-    widths = config.block_out_channels[:: -1 if decode else 1]
-    layers = config.layers_per_block + decode
-
-    first = config.factorized or frames % 2 == 1  # which stays one frame at every level
-
-    def positions(level: int) -> tuple[int, int]:
-        """Number of (frames, pixels in a frame) at a level."""
-        halved = 2 ** min(level, config.time_levels)
-        times = halved if decode else config.temporal_compression_ratio // halved
-        scale = 2**level if decode else ratio >> level
-        return frames * times - (times - 1) * first, height * width * scale**2
-
-    total = 0.0
-    for level, (source, width_of) in enumerate(itertools.pairwise((widths[0], *widths))):
-        in_time, in_frame = positions(level)
-        weights = kernel * width_of * (source + (2 * layers - 1) * width_of)
-        total += weights * in_time * in_frame
-        if level + 1 < levels:  # a convolution of frames, in time where there are fewer
-            next_time, next_frame = positions(level + 1)
-            total += 9 * width_of**2 * min(in_time, next_time) * next_frame
-    total += 4 * kernel * widths[0 if decode else -1] ** 2 * frames * height * width  # the middle
-    in_time, in_frame = positions(levels - 1 if decode else 0)
-    ends = config.out_channels if decode else config.in_channels
-    total += kernel * config.block_out_channels[0] * ends * in_time * in_frame
-    return 2 * total
-
-
 def size(count: int) -> str:
     """Format bytes: 2.62 GiB, 411 MiB."""
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / MIB:.4g} MiB"
 
 
 def _denoise(
-    config: TransformerConfig, shape: tuple[int, ...], copies: int, dtype: torch.dtype
+    config: TransformerConfig,
+    shape: tuple[int, ...],
+    copies: int,
+    dtype: torch.dtype,
+    context: int,
 ) -> Stage:
     whole = ExpertTransformer(config).to(dtype)
     few = dataclasses.replace(config, num_layers=min(config.num_layers, LAYERS_COUNTED))
     model = ExpertTransformer(few).to(dtype)
+    if context > 1:
+        model.context = _Ranks("", rank=0, size=context)
     with LiveBytes() as live:
         text = torch.empty(copies * shape[0], config.max_text_seq_length, config.text_embed_dim,
                            dtype=dtype)  # fmt: skip
@@ -253,6 +218,18 @@ def _denoise(
         rows = ahead.at(0).values[:, -(12 * few.num_layers + 2) :]
         model(torch.cat([latents] * copies), projected, modulations=Modulations(rows)).float()
     return Stage("denoise", module_bytes(whole), live.peak)
+
+
+class _Ranks(Context):
+    """A context without a process group: its messages are allocated, and not sent."""
+
+    def part(self, length: int) -> Part:
+        return _Part(self, super().part(length).sizes)
+
+
+class _Part(Part):
+    def _exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        return x.new_empty(sum(received))
 
 
 def _encode(
