@@ -2,53 +2,51 @@
 
 import json
 import os
-import subprocess
-import sys
+import socket
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from torch.multiprocessing import start_processes
+
+from cogvx.training import train
+from tests.harness.workers import run_cases
 
 from .recipes import small
 
-PROGRAM = """
-import sys
 
-sys.path[:0] = sys.argv[1:]
-from accelerate.state import AcceleratorState
-from cogvx.training import train
-from tests.model.training.recipes import small
+def launched(rank, folder, port):
+    """Train twice, with what a launcher tells a process; forked, which imports nothing anew."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a training before the fork
+    for name in ("one", "two"):
+        train(small(), folder / name)
+    state = AcceleratorState()
+    who = f"{state.distributed_type.value}-{state.process_index}/{state.num_processes}"
+    (folder / f"{rank}.txt").write_text(who)
+    torch.distributed.destroy_process_group()
 
-for folder in ("one", "two"):
-    train(small(), folder)
-state = AcceleratorState()
-who = f"{state.distributed_type.value}-{state.process_index}/{state.num_processes}"
-sys.stdout.write(who + "\\n")  # in one piece: print writes the end of a line apart
-"""
 
-
-def launch(tmp_path):
+def launch(folder):
     """Two trainings of the small recipe in two processes, into the folders "one" and "two"."""
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    options = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *options, str(program), *sys.path],
-        cwd=tmp_path,
-        env={**plain, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert sorted(done.stdout.split()) == ["MULTI_CPU-0/2", "MULTI_CPU-1/2"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start_processes(launched, (folder, port), 2, start_method="fork")
 
 
 @pytest.mark.slow
 def test_two_processes_train_one_model(tmp_path):
     """Twice the same bits; and a model, a curve and checkpoints as one process leaves them."""
-    launch(tmp_path)
+    [outcome] = run_cases(launch, [tmp_path], timeout=300)
+    assert outcome.ok, outcome
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == [
+        "MULTI_CPU-0/2",
+        "MULTI_CPU-1/2",
+    ]
     found = []
     for name in ("one", "two"):
         files = sorted((tmp_path / name).glob("*/diffusion_pytorch_model.safetensors"))

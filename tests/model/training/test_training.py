@@ -4,9 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from functools import partial
 
 import pytest
@@ -23,6 +20,7 @@ from cogvx.training import train, trainer
 from cogvx.training.checkpointing import RunFolder
 from cogvx.training.losses import VelocityLoss
 from cogvx.video import probe
+from tests.harness.workers import run_cases
 
 from ..clips import BIKES
 from .recipes import STEPS, small
@@ -145,29 +143,34 @@ def test_resume_after_any_step_gives_the_same_bits(whole, tmp_path, stage):
     assert curve(whole, stage) == curve(tmp_path, stage)
 
 
-@pytest.mark.slow
 def test_resume_after_sigkill_gives_the_same_bits(whole, tmp_path):
-    """SIGKILL during steps, checkpoints and plots."""
-    program = (
-        "import sys; sys.path[:0] = sys.argv[2:]\n"
-        "from cogvx.training import train\n"
-        "from tests.model.training.recipes import small\n"
-        "train(small(), sys.argv[1])\n"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path), *sys.path]
-    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    plain["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # sums have another order with others
-    newest = tmp_path / "training" / "vae" / "checkpoints" / "00000002"
-    for wait in (0.0, 0.2, 0.8):
-        process = subprocess.Popen(command, env=plain)
-        while process.poll() is None and not newest.exists():
-            time.sleep(0.01)
-        time.sleep(wait)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    assert subprocess.run(command, env=plain, check=False).returncode == 0
+    """SIGKILL during a step, two checkpoints and a plot, each in a process of its own."""
+
+    def training(end):
+        """Train up to the step or the file of that name, which is written but not yet in place."""
+
+        def reached(name):
+            if end in name:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def synced(handle, sync=os.fsync):
+            reached(os.readlink(f"/proc/self/fd/{handle}"))
+            sync(handle)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fsync", synced)
+            train(small(), tmp_path, progress=lambda stage, done, _: reached(f"{stage} {done}"))
+
+    ends = ["vae/checkpoints/.00000002.part/model", "vae 3", "vae/.losses",
+            "transformer/checkpoints/.00000004.part/optimizer"]  # fmt: skip
+    for end in ends:
+        [outcome] = run_cases(training, [end])
+        assert (outcome.status, outcome.detail) == ("crashed", "SIGKILL"), outcome
+    [outcome] = run_cases(training, ["/no such file"])
+    assert outcome.ok, outcome
     assert_same(weights(whole), weights(tmp_path))
-    assert curve(whole, "vae") == curve(tmp_path, "vae")
+    for stage in ("vae", "transformer"):
+        assert curve(whole, stage) == curve(tmp_path, stage)
 
 
 def test_another_recipe_is_refused(whole, tmp_path):
