@@ -45,7 +45,7 @@ def make() -> Parser:
 
 
 def _command(commands: Any, name: str, module: str, what: str, more: str, example: str) -> Parser:
-    """Add a command that runs the function of its name in a module, relative to this.
+    """Add a command that runs the function of its name in a module of cogvx.
 
     what, more  its line in the list of commands, and the rest of its description
     """
@@ -67,17 +67,17 @@ def _command(commands: Any, name: str, module: str, what: str, more: str, exampl
 
 
 def _later(module: str, function: str) -> Run:
-    """Import a module of this package when its function is called."""
+    """Import a module of cogvx when its function is called."""
 
     def run(options: argparse.Namespace, console: Console) -> None:
-        getattr(importlib.import_module(f".{module}", __package__), function)(options, console)
+        getattr(importlib.import_module(f"cogvx.{module}"), function)(options, console)
 
     return run
 
 
 def _demo(commands: Any) -> None:
     parser = _command(
-        commands, "demo", ".shapes.commands", "Watch a model of the procedural clips.",
+        commands, "demo", "shapes.commands", "Watch a model of the procedural clips.",
         "Each sentence becomes a video, a GIF and a sheet of frames.",
         'cogvx demo --prompt "a red circle moves right" --out out',
     )  # fmt: skip
@@ -97,7 +97,7 @@ def _demo(commands: Any) -> None:
 
 def _generate(commands: Any) -> None:
     parser = _command(
-        commands, "generate", "generate", "Generate a video from a prompt.",
+        commands, "generate", "cli.generate", "Generate a video from a prompt.",
         "Also from an image or a video.\nThe latents are saved beside the video, so that nothing "
         "is lost if decoding fails.",
         'cogvx generate --model THUDM/CogVideoX-5b --prompt "A red kite over a lake" '
@@ -161,7 +161,7 @@ def _generate(commands: Any) -> None:
 
 def _encode(commands: Any) -> None:
     parser = _command(
-        commands, "encode", "clips", "Encode a video to a file of latents.",
+        commands, "encode", "cli.clips", "Encode a video to a file of latents.",
         "Or a folder of videos with\ncaptions, for training: clip.mp4 has its caption in clip.txt.",
         "cogvx encode clip.mp4 --model THUDM/CogVideoX-5b --out clip.safetensors",
     )  # fmt: skip
@@ -177,7 +177,7 @@ def _encode(commands: Any) -> None:
 
 def _decode(commands: Any) -> None:
     parser = _command(
-        commands, "decode", "clips", "Decode a file of latents to a video.",
+        commands, "decode", "cli.clips", "Decode a file of latents to a video.",
         "From cogvx encode or cogvx generate.",
         "cogvx decode clip.safetensors --model THUDM/CogVideoX-5b --out clip.mp4",
     )  # fmt: skip
@@ -192,7 +192,7 @@ def _decode(commands: Any) -> None:
 
 def _reconstruct(commands: Any) -> None:
     parser = _command(
-        commands, "reconstruct", "clips", "Reconstruct a video by a VAE, and measure it.",
+        commands, "reconstruct", "cli.clips", "Reconstruct a video by a VAE, and measure it.",
         "The clip is streamed through the VAE;\nprints PSNR and peak memory.",
         "cogvx reconstruct clip.mp4 --model THUDM/CogVideoX-5b --frames 49 --out back.mp4",
     )  # fmt: skip
@@ -207,7 +207,7 @@ def _reconstruct(commands: Any) -> None:
 
 def _plan(commands: Any) -> None:
     parser = _command(
-        commands, "plan", "models", "Plan the memory that a video needs.",
+        commands, "plan", "cli.models", "Plan the memory that a video needs.",
         "Nothing is loaded or run.\nPrints weights and activations of each stage; streamed: "
         "activations if the clip is streamed from and to\na file; cache: kept between two chunks; "
         "chunks: frames of each (latent frames for decode).",
@@ -231,7 +231,7 @@ def _plan(commands: Any) -> None:
 
 def _params(commands: Any) -> None:
     parser = _command(
-        commands, "params", "models", "Print the exact numbers of parameters.",
+        commands, "params", "cli.models", "Print the exact numbers of parameters.",
         "Of a released model, a folder,\nor a factorised model of the sizes given.",
         "cogvx params --preset 5b",
     )  # fmt: skip
@@ -247,7 +247,7 @@ def _params(commands: Any) -> None:
 
 def _convert(commands: Any) -> None:
     parser = _command(
-        commands, "convert", "models", "Convert a SAT checkpoint to a model's folder.",
+        commands, "convert", "cli.models", "Convert a SAT checkpoint to a model's folder.",
         "SAT is the format in which CogVideoX\nwas first published.",
         "cogvx convert CogVideoX-2b-sat/transformer --vae 3d-vae.pt --out CogVideoX-2b",
     )  # fmt: skip
@@ -264,7 +264,7 @@ def _convert(commands: Any) -> None:
 
 def _train(commands: Any) -> None:
     parser = _command(
-        commands, "train", "train", "Train a VAE, a transformer or a LoRA by a recipe.",
+        commands, "train", "cli.train", "Train a VAE, a transformer or a LoRA by a recipe.",
         "The same command continues\na training that was stopped.",
         "cogvx train lora.toml --out run --set transformer_training.steps=500",
     )  # fmt: skip
@@ -283,7 +283,7 @@ def _train(commands: Any) -> None:
 
 def _score(commands: Any) -> None:
     parser = _command(
-        commands, "score", ".shapes.commands", "Score a model of the procedural clips.",
+        commands, "score", "shapes.commands", "Score a model of the procedural clips.",
         "A program reads off its clips how often they\nshow what held-out sentences say.",
         "cogvx score --prompts 50",
     )  # fmt: skip
@@ -299,7 +299,7 @@ def _score(commands: Any) -> None:
 
 def _completion(commands: Any) -> None:
     parser = _command(
-        commands, "completion", "completion", "Print a shell's completion script.",
+        commands, "completion", "cli.completion", "Print a shell's completion script.",
         "", 'eval "$(cogvx completion bash)"    # in ~/.bashrc; for zsh in ~/.zshrc\n'
         "  cogvx completion fish > ~/.config/fish/completions/cogvx.fish",
     )  # fmt: skip
