@@ -260,13 +260,17 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
-        """Make a recipe from nested dicts."""
+        """Make a recipe from nested dicts. Errors in a table begin with its name."""
         taken: dict[str, Any] = {}
         for key, value in values.items():
             if key in TABLES:
                 if not isinstance(value, Mapping):
                     raise TypeError(f"Recipe: {key} must be a table; got {value!r}")
-                taken[key] = TABLES[key].from_dict(value)
+                try:
+                    taken[key] = TABLES[key].from_dict(value)
+                except (TypeError, ValueError) as error:
+                    message = str(error).removeprefix(f"{TABLES[key].__name__}: ")
+                    raise type(error)(f"{key}: {message}") from error
             elif key in ("seed", "model"):
                 taken[key] = value
             else:
@@ -293,7 +297,7 @@ class Recipe:
                 _set(values, setting)
             return cls.from_dict(values)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}: {str(error).removeprefix('Recipe: ')}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """All values, with the defaults, as JSON types."""
