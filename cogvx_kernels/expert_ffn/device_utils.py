@@ -11,17 +11,19 @@ from torch import Tensor
 
 
 class Experts(NamedTuple):
-    """A weight (rows, cols) of each expert, with the same strides."""
+    """A weight (rows, cols) of each expert, with the same strides, and its bias."""
 
     ptrs: tuple[Tensor, ...]
     row: int  # in units of ALIGN elements
     col: int
+    bias: tuple[Tensor, ...] | None
 
 
 class Groups(NamedTuple):
     """The rows of each expert.
 
     order, ends  of `routing.Routing`; None without routing
+    share        weights of the pairs, (batch, seqlen, TOP_K), contiguous; None for 1
     seqlen       of the joint sequence
     text_len     tokens of the first of two experts, without routing
     samples      in the batch
@@ -29,6 +31,7 @@ class Groups(NamedTuple):
 
     order: Tensor | None
     ends: Tensor | None
+    share: Tensor | None
     seqlen: int
     text_len: int
     samples: int
@@ -129,8 +132,9 @@ def of_expert(ptrs, expert, P: tl.constexpr):
 
 
 @triton.jit
-def bias_of(ptrs, expert, cols, mask, P: tl.constexpr):
-    return tl.load(of_expert(ptrs, expert, P) + cols, mask=mask, other=0.0).to(P.COMPUTE)
+def bias_of(experts, expert, cols, mask, P: tl.constexpr):
+    bias = of_expert(experts.bias, expert, P)
+    return tl.load(bias + cols, mask=mask, other=0.0).to(P.COMPUTE)
 
 
 @triton.jit
@@ -148,48 +152,36 @@ def tile_of(tiles, NCOLS: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def product(
-    acc, a, a_step, b, b_step, cols_mask, INNER: tl.constexpr, EVEN: tl.constexpr, P: tl.constexpr
-):
-    """acc + a·b for addresses a (rows, block) and b (block, cols), in steps over INNER."""
+def matmul(
+    rows, step, experts, expert, cols, mask, COLS: tl.constexpr, INNER: tl.constexpr,
+    TRANSPOSED: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """rows · weight, or rows · weightᵀ, at the masked of COLS columns; a sum over INNER.
+
+    `rows` are addresses, with `step` from one element to the next.
+    """
+    BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
+    BLOCK_COLS: tl.constexpr = P.BLOCK_COLS
     inner = tl.arange(0, P.BLOCK_INNER)
+    col_step, inner_step = tl.cast(experts.col, tl.int64), tl.cast(experts.row, tl.int64) * P.ALIGN
+    if TRANSPOSED:
+        col_step, inner_step = inner_step, col_step
+    a = rows[:, None] + inner.to(tl.int64)[None, :] * step
+    b = of_expert(experts.ptrs, expert, P)
+    b += cols[None, :] * col_step + inner.to(tl.int64)[:, None] * inner_step
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
     for begin in range(0, INNER, P.BLOCK_INNER):
-        if EVEN and INNER % P.BLOCK_INNER == 0:
+        if COLS % P.BLOCK_COLS == 0 and INNER % P.BLOCK_INNER == 0:
             left = tl.load(a)
             right = tl.load(b)
         else:
-            mask = inner < INNER - begin
-            left = tl.load(a, mask=mask[None, :], other=0.0)
-            right = tl.load(b, mask=mask[:, None] & cols_mask[None, :], other=0.0)
+            inside = inner < INNER - begin
+            left = tl.load(a, mask=inside[None, :], other=0.0)
+            right = tl.load(b, mask=inside[:, None] & mask[None, :], other=0.0)
         acc = tl.dot(left, right, acc, input_precision="ieee", out_dtype=P.COMPUTE)
-        a += tl.cast(a_step, tl.int64) * P.BLOCK_INNER
-        b += tl.cast(b_step, tl.int64) * P.BLOCK_INNER
+        a += tl.cast(step, tl.int64) * P.BLOCK_INNER
+        b += inner_step * P.BLOCK_INNER
     return acc
-
-
-@triton.jit
-def matmul_wt(acc, rows, step, ptrs, experts, expert, cols, mask, N: tl.constexpr,
-           INNER: tl.constexpr, P: tl.constexpr):  # fmt: skip
-    """acc + rows · weightᵀ: columns are rows of the weight. `rows` are addresses."""
-    inner = tl.arange(0, P.BLOCK_INNER).to(tl.int64)
-    a = rows[:, None] + inner[None, :] * step
-    b = of_expert(ptrs, expert, P) + (
-        cols[None, :] * experts.row * P.ALIGN + inner[:, None] * experts.col
-    )
-    return product(acc, a, step, b, experts.col, mask, INNER, N % P.BLOCK_COLS == 0, P)
-
-
-@triton.jit
-def matmul_w(acc, rows, step, ptrs, experts, expert, cols, mask, N: tl.constexpr,
-          INNER: tl.constexpr, P: tl.constexpr):  # fmt: skip
-    """acc + rows · weight: columns are those of the weight. `rows` are addresses."""
-    inner = tl.arange(0, P.BLOCK_INNER).to(tl.int64)
-    a = rows[:, None] + inner[None, :] * step
-    b = of_expert(ptrs, expert, P) + (
-        inner[:, None] * experts.row * P.ALIGN + cols[None, :] * experts.col
-    )
-    step_b = tl.cast(experts.row, tl.int64) * P.ALIGN
-    return product(acc, a, step, b, step_b, mask, INNER, N % P.BLOCK_COLS == 0, P)
 
 
 # --- activations -----------------------------------------------------------------------------
@@ -245,22 +237,18 @@ def slopes(pre, gate, P: tl.constexpr):
 
 
 @triton.jit
-def pre_activation(x, groups, pair, expert, up, up_bias, cols, mask, P: tl.constexpr):
+def pre_activation(x, groups, pair, expert, up, cols, mask, P: tl.constexpr):
     """x · upᵀ + bias at some columns, and at the columns of their gates."""
-    BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
-    BLOCK_COLS: tl.constexpr = P.BLOCK_COLS
     rows = x.ptr + token_rows(x, groups, pair, P)
-    pre = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
-    pre = matmul_wt(pre, rows, x.dim, up.ptrs, up, expert, cols, mask, P.FFN_DIM, P.DIM, P)
-    if up_bias is not None:
-        pre += bias_of(up_bias, expert, cols, mask, P)[None, :]
+    pre = matmul(rows, x.dim, up, expert, cols, mask, P.FFN_DIM, P.DIM, True, P)
+    if up.bias is not None:
+        pre += bias_of(up, expert, cols, mask, P)[None, :]
     gate = pre
     if P.GATED:
         cols += P.FFN_DIM
-        gate = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
-        gate = matmul_wt(gate, rows, x.dim, up.ptrs, up, expert, cols, mask, P.FFN_DIM, P.DIM, P)
-        if up_bias is not None:
-            gate += bias_of(up_bias, expert, cols, mask, P)[None, :]
+        gate = matmul(rows, x.dim, up, expert, cols, mask, P.FFN_DIM, P.DIM, True, P)
+        if up.bias is not None:
+            gate += bias_of(up, expert, cols, mask, P)[None, :]
     return pre, gate
 
 

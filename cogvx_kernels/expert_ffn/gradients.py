@@ -10,7 +10,7 @@ from .device_utils import (
     activate,
     bias_of,
     locate,
-    matmul_w,
+    matmul,
     pairs_of,
     pre_activation,
     slopes,
@@ -20,35 +20,30 @@ from .device_utils import (
 )
 
 
-@triton.jit(do_not_specialize=["tiles", "npairs"])
+@triton.jit(do_not_specialize=["tiles"])
 def hidden_grad_kernel(
-    dpre_ptr, hidden_ptr, dshare_ptr, dout, x, pre_ptr, groups, up, up_bias, down, down_bias,
-    share_ptr, tiles, npairs, P: tl.constexpr,
-):  # fmt: skip
+    dpre_ptr, hidden_ptr, dshare_ptr, dout, x, pre_ptr, groups, up, down, tiles, P: tl.constexpr
+):
     """The gradient of the pre-activation, and the hidden activation recomputed, times the share.
 
     dshare (tiles of columns, pairs) is each program's part of dout · y. Grid as in the forward.
     """
     NCOLS: tl.constexpr = (P.FFN_DIM + P.BLOCK_COLS - 1) // P.BLOCK_COLS
-    BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
-    BLOCK_COLS: tl.constexpr = P.BLOCK_COLS
     WIDTH: tl.constexpr = P.FFN_DIM * (1 + P.GATED)
     tile, col_tile = tile_of(tiles, NCOLS, P)
     expert, first, begin, count = locate(tile, groups, P.EXPERTS, P)
     if expert >= 0:
-        row = begin + tl.arange(0, BLOCK_ROWS)
-        cols = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+        row = begin + tl.arange(0, P.BLOCK_ROWS)
+        cols = col_tile * P.BLOCK_COLS + tl.arange(0, P.BLOCK_COLS)
         mask = cols < P.FFN_DIM
         there = row < count
         pair = pairs_of(groups, expert, first, tl.minimum(row, count - 1), P)
         at = (first + row)[:, None]
         stored = there[:, None] & mask[None, :]
         rows = dout.ptr + token_rows(dout, groups, pair, P)
-        grad = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
-        grad = matmul_w(grad, rows, dout.dim, down.ptrs, down, expert, cols, mask, P.FFN_DIM,
-                     P.DIM, P)  # fmt: skip
+        grad = matmul(rows, dout.dim, down, expert, cols, mask, P.FFN_DIM, P.DIM, False, P)
         if pre_ptr is None:
-            pre, gate = pre_activation(x, groups, pair, expert, up, up_bias, cols, mask, P)
+            pre, gate = pre_activation(x, groups, pair, expert, up, cols, mask, P)
         else:
             kept = pre_ptr + at * WIDTH + cols[None, :]
             pre = tl.load(kept, mask=stored, other=0.0).to(P.COMPUTE)
@@ -56,13 +51,14 @@ def hidden_grad_kernel(
             if P.GATED:
                 gate = tl.load(kept + P.FFN_DIM, mask=stored, other=0.0).to(P.COMPUTE)
         hidden = activate(pre, gate, P)
-        if share_ptr is not None:
+        if groups.share is not None:
             dot = tl.sum(grad * hidden, 1)
-            if down_bias is not None:
+            if down.bias is not None:
                 if col_tile == 0:
-                    dot += _dot_bias(dout, rows, down_bias, expert, P)
-            tl.store(dshare_ptr + col_tile * npairs + pair, dot, mask=there)
-            share = tl.load(share_ptr + pair).to(P.COMPUTE)[:, None]
+                    dot += _dot_bias(dout, rows, down, expert, P)
+            pairs = tl.cast(groups.samples, tl.int64) * groups.seqlen * P.TOP_K
+            tl.store(dshare_ptr + col_tile * pairs + pair, dot, mask=there)
+            share = tl.load(groups.share + pair).to(P.COMPUTE)[:, None]
             grad *= share
             hidden *= share
         slope, gate_slope = slopes(pre, gate, P)
@@ -75,7 +71,7 @@ def hidden_grad_kernel(
 
 
 @triton.jit
-def _dot_bias(dout, rows, bias, expert, P: tl.constexpr):
+def _dot_bias(dout, rows, experts, expert, P: tl.constexpr):
     """dout · bias of each row; `rows` are addresses."""
     BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
     total = tl.zeros((BLOCK_ROWS,), P.COMPUTE)
@@ -83,7 +79,7 @@ def _dot_bias(dout, rows, bias, expert, P: tl.constexpr):
         cols = begin + tl.arange(0, P.BLOCK_INNER).to(tl.int64)
         mask = cols < P.DIM
         part = tl.load(rows[:, None] + cols[None, :] * dout.dim, mask=mask[None, :], other=0.0)
-        total += tl.sum(part.to(P.COMPUTE) * bias_of(bias, expert, cols, mask, P)[None, :], 1)
+        total += tl.sum(part.to(P.COMPUTE) * bias_of(experts, expert, cols, mask, P)[None, :], 1)
     return total
 
 
@@ -103,12 +99,13 @@ def _rows_at(x, groups, sample, run, first, row, TOKENS: tl.constexpr, P: tl.con
 
 @triton.jit
 def weight_grad_kernel(
-    dweight_ptr, dbias_ptr, left, right, share_ptr, groups,
+    dweight_ptr, dbias_ptr, left, right, groups,
     ROWS: tl.constexpr, COLS: tl.constexpr, LEFT_TOKENS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """dweight (experts, ROWS, COLS) = leftᵀ · right over each expert's rows; dbias = leftᵀ · share.
+    """dweight (experts, ROWS, COLS) = leftᵀ · right over each expert's rows; dbias sums left.
 
-    One of left and right has a row for each token, the other is compact. Grid (experts · tiles,).
+    One of left and right has a row for each token, the other is compact, and has the share in it:
+    so must dbias, if left has tokens. Grid (experts · tiles,).
     """
     BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
     BLOCK_COLS: tl.constexpr = P.BLOCK_COLS
@@ -147,9 +144,9 @@ def weight_grad_kernel(
                     a = tl.load(left.ptr + at[None, :] + rows[:, None] * left.dim,
                                 mask=there[None, :] & row_mask[:, None], other=0.0)  # fmt: skip
                     a = a.to(P.COMPUTE)
-                    if share_ptr is not None:
+                    if LEFT_TOKENS and groups.share is not None:
                         pair = tl.load(groups.order + first + place, mask=there, other=0)
-                        share = tl.load(share_ptr + pair, mask=there, other=0.0)
+                        share = tl.load(groups.share + pair, mask=there, other=0.0)
                         a *= share.to(P.COMPUTE)[None, :]
                     total += tl.sum(a, 1)
             store(dbias_ptr + expert * ROWS + rows, total, row_mask)

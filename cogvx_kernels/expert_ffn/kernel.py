@@ -26,14 +26,14 @@ from .device_utils import (
     activate,
     bias_of,
     locate,
-    matmul_w,
-    matmul_wt,
+    matmul,
     pairs_of,
     pre_activation,
     store,
     tile_of,
 )
 from .gradients import hidden_grad_kernel, weight_grad_kernel
+from .routing import ExpertWeights, Routing, Weights
 
 # Not yet measured; the largest that compile without spills.
 BLOCK_ROWS = 128
@@ -48,7 +48,7 @@ BAND = 8  # tiles of rows that reuse tiles of weights in the L2 cache
 
 
 @triton.jit(do_not_specialize=["tiles"])
-def _up_kernel(hidden_ptr, pre_ptr, x, groups, up, up_bias, tiles, P: tl.constexpr):
+def _up_kernel(hidden_ptr, pre_ptr, x, groups, up, tiles, P: tl.constexpr):
     """hidden = act(x · upᵀ + bias), a row for each pair. Grid (tiles of rows · of columns,)."""
     NCOLS: tl.constexpr = (P.FFN_DIM + P.BLOCK_COLS - 1) // P.BLOCK_COLS
     WIDTH: tl.constexpr = P.FFN_DIM * (1 + P.GATED)
@@ -59,7 +59,7 @@ def _up_kernel(hidden_ptr, pre_ptr, x, groups, up, up_bias, tiles, P: tl.constex
         cols = col_tile * P.BLOCK_COLS + tl.arange(0, P.BLOCK_COLS)
         mask = cols < P.FFN_DIM
         pair = pairs_of(groups, expert, first, tl.minimum(row, count - 1), P)
-        pre, gate = pre_activation(x, groups, pair, expert, up, up_bias, cols, mask, P)
+        pre, gate = pre_activation(x, groups, pair, expert, up, cols, mask, P)
         at = (first + row)[:, None]
         stored = (row < count)[:, None] & mask[None, :]
         hidden = activate(pre, gate, P)
@@ -73,13 +73,13 @@ def _up_kernel(hidden_ptr, pre_ptr, x, groups, up, up_bias, tiles, P: tl.constex
 
 @triton.jit(do_not_specialize=["tiles"])
 def _down_kernel(
-    out_ptr, rows_ptr, groups, weights, bias, share_ptr, tiles,
-    INNER: tl.constexpr, TRANSPOSED: tl.constexpr, P: tl.constexpr,
+    out_ptr, rows_ptr, groups, weights, tiles, INNER: tl.constexpr, FORWARD: tl.constexpr,
+    P: tl.constexpr,
 ):  # fmt: skip
     """Compact rows (pairs, INNER) times their expert's weight, scattered to their tokens.
 
-    out (batch, seqlen, TOP_K, dim), contiguous. Grid as above. The product is with the transposed
-    weight, with TRANSPOSED with the weight itself. A pair without an expert gets zeros.
+    out (batch, seqlen, TOP_K, dim), contiguous. Grid as above. FORWARD: times the transposed
+    weight, plus the bias, times the share. A pair without an expert gets zeros.
     """
     NCOLS: tl.constexpr = (P.DIM + P.BLOCK_COLS - 1) // P.BLOCK_COLS
     BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
@@ -95,18 +95,11 @@ def _down_kernel(
         acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
         if expert < P.EXPERTS:
             rows = rows_ptr + (first + safe) * INNER
-            if TRANSPOSED:
-                acc = matmul_w(
-                    acc, rows, 1, weights.ptrs, weights, expert, cols, mask, P.DIM, INNER, P
-                )
-            else:
-                acc = matmul_wt(
-                    acc, rows, 1, weights.ptrs, weights, expert, cols, mask, P.DIM, INNER, P
-                )
-            if bias is not None:
-                acc += bias_of(bias, expert, cols, mask, P)[None, :]
-            if share_ptr is not None:
-                acc *= tl.load(share_ptr + pair).to(P.COMPUTE)[:, None]
+            acc = matmul(rows, 1, weights, expert, cols, mask, P.DIM, INNER, FORWARD, P)
+            if FORWARD and weights.bias is not None:
+                acc += bias_of(weights, expert, cols, mask, P)[None, :]
+            if FORWARD and groups.share is not None:
+                acc *= tl.load(groups.share + pair).to(P.COMPUTE)[:, None]
         stored = (row < count)[:, None] & mask[None, :]
         store(out_ptr + pair[:, None] * P.DIM + cols[None, :], acc, stored)
 
@@ -127,8 +120,6 @@ def _combine_kernel(out_ptr, slots_ptr, BLOCK: tl.constexpr, P: tl.constexpr):
 
 # --- launchers -------------------------------------------------------------------------------
 
-Weights = tuple[Tensor, ...]
-
 
 def _compact(x: Tensor | None, plan: Plan) -> Rows:
     return Rows(x, 0, 0, 1) if x is None else Rows(x, 0, x.stride(0) // plan.ALIGN, 1)
@@ -140,21 +131,19 @@ def _alike(weights: Weights) -> Weights:
     return weights if same else tuple(w.contiguous() for w in weights)
 
 
-def _experts(weights: Weights, plan: Plan) -> Experts:
+def _experts(weights: Weights, biases: Weights, plan: Plan) -> Experts:
     row, col = weights[0].stride()
-    return Experts(weights, row // plan.ALIGN, col)
+    return Experts(weights, row // plan.ALIGN, col, tuple(b.contiguous() for b in biases) or None)
 
 
-def _biases(biases: Weights) -> Weights | None:
-    return tuple(b.contiguous() for b in biases) or None
-
-
-def _groups(x: Tensor, order: Tensor | None, ends: Tensor | None, text_len: int) -> Groups:
-    return Groups(order, ends, x.shape[1], text_len, x.shape[0])
+def _groups(x: Tensor, routing: Routing | None, text_len: int) -> Groups:
+    order, ends, share = (None, None, None) if routing is None else routing[:3]
+    share = None if share is None else share.contiguous()
+    return Groups(order, ends, share, x.shape[1], text_len, x.shape[0])
 
 
 def _plan(
-    x: Tensor, up: Weights, down: Weights, index: Tensor | None, activation: str, *rows: Tensor
+    x: Tensor, up: Weights, down: Weights, routing: Routing | None, activation: str, *rows: Tensor
 ) -> Plan:
     """The constants of launches over x, the experts' weights, and other tensors of rows."""
     dim, ffn_dim = down[0].shape
@@ -163,8 +152,8 @@ def _plan(
     block = 1 if small else 2  # fp32 is multiplied without tensor cores, in smaller tiles
     return Plan(
         EXPERTS=len(up),
-        ROUTED=index is not None,
-        TOP_K=1 if index is None else index.shape[2],
+        ROUTED=routing is not None,
+        TOP_K=1 if routing is None else routing.top_k,
         DIM=dim,
         FFN_DIM=ffn_dim,
         ACTIVATION=activation,
@@ -205,17 +194,13 @@ def _options(plan: Plan) -> dict[str, int]:
 
 
 def expert_ffn_fwd(
-    x: Tensor, up: Weights, up_bias: Weights, down: Weights, down_bias: Weights,
-    index: Tensor | None, share: Tensor | None, order: Tensor | None, ends: Tensor | None,
-    text_len: int, activation: str, keep: bool,
+    x: Tensor, experts: ExpertWeights, routing: Routing | None, text_len: int, activation: str,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y, pre-activation), the latter a row for each (token, choice) pair; empty without `keep`.
-
-    Without biases their tuple is empty.
-    """
-    up, down = _alike(up), _alike(down)
-    plan = _plan(x, up, down, index, activation)
-    groups = _groups(x, order, ends, text_len)
+    """(y, pre-activation), the latter a row for each (token, choice) pair; empty without `keep`."""
+    up, down = _alike(experts.up), _alike(experts.down)
+    plan = _plan(x, up, down, routing, activation)
+    groups = _groups(x, routing, text_len)
     batch, seqlen, dim = x.shape
     pairs = batch * seqlen * plan.TOP_K
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -225,30 +210,28 @@ def expert_ffn_fwd(
         return out, pre
     hidden = torch.empty((pairs, plan.FFN_DIM), dtype=x.dtype, device=x.device)
     tiles = _tiles(plan, groups)
-    share = None if share is None else share.contiguous()
     with on_device(x):
         _up_kernel[_grid(plan, tiles, plan.FFN_DIM)](
-            hidden, pre if keep else None, as_rows(x, plan), groups, _experts(up, plan),
-            _biases(up_bias), tiles, P=plan, **_options(plan),
+            hidden, pre if keep else None, as_rows(x, plan), groups,
+            _experts(up, experts.up_bias, plan), tiles, P=plan, **_options(plan),
         )  # fmt: skip
-        _to_tokens(out, hidden, groups, down, down_bias, share, tiles, plan, transposed=False)
+        _to_tokens(out, hidden, groups, _experts(down, experts.down_bias, plan), plan, forward=True)
     return out, pre
 
 
 def _to_tokens(
-    out: Tensor, rows: Tensor, groups: Groups, weights: Weights, bias: Weights,
-    share: Tensor | None, tiles: int, plan: Plan, transposed: bool,
-) -> None:  # fmt: skip
+    out: Tensor, rows: Tensor, groups: Groups, weights: Experts, plan: Plan, forward: bool
+) -> None:
     """Launch `_down_kernel`, and with several choices the sum over them."""
+    tiles = _tiles(plan, groups)
     slots = out
     if plan.TOP_K > 1:
         slots = torch.empty(
             (*out.shape[:2], plan.TOP_K, plan.DIM), dtype=out.dtype, device=out.device
         )
     _down_kernel[_grid(plan, tiles, plan.DIM)](
-        slots, rows, groups, _experts(weights, plan), _biases(bias), share,
-        tiles, INNER=rows.shape[1], TRANSPOSED=transposed,
-        P=plan, **_options(plan),
+        slots, rows, groups, weights, tiles, INNER=rows.shape[1], FORWARD=forward, P=plan,
+        **_options(plan),
     )  # fmt: skip
     if plan.TOP_K > 1:
         _combine_kernel[(out.shape[0] * out.shape[1],)](
@@ -257,21 +240,20 @@ def _to_tokens(
 
 
 def expert_ffn_bwd(
-    dout: Tensor, x: Tensor, up: Weights, up_bias: Weights, down: Weights, down_bias: Weights,
-    share: Tensor | None, index: Tensor | None, order: Tensor | None, ends: Tensor | None,
-    pre: Tensor | None, text_len: int, activation: str, rows: bool, weights: bool,
+    dout: Tensor, x: Tensor, experts: ExpertWeights, routing: Routing | None, pre: Tensor | None,
+    text_len: int, activation: str, needs: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dup, dup_bias, ddown, ddown_bias, dshare); those absent or not required are empty.
 
-    Gradients of the experts' weights are (num_experts, …). `rows`: compute the gradient of x;
-    `weights`: those of the weights.
+    Gradients of the experts' weights are (num_experts, …). needs: that of x, those of the weights.
     """
-    up, down = _alike(up), _alike(down)
+    up, down = _alike(experts.up), _alike(experts.down)
+    rows, weights = needs
     dout, x = _flat(dout), _flat(x)
-    plan = _plan(x, up, down, index, activation, dout)
+    plan = _plan(x, up, down, routing, activation, dout)
     # Half as wide, so that the tiles of the pre-activation and its gradient both fit in registers.
     halved = plan._replace(BLOCK_COLS=max(16, plan.BLOCK_COLS // 2))
-    groups = _groups(x, order, ends, text_len)
+    groups, share = _groups(x, routing, text_len), None if routing is None else routing.share
     pairs, width = x.shape[0] * x.shape[1] * plan.TOP_K, up[0].shape[0]
 
     def new(*shape: int, when: bool = True) -> Tensor:
@@ -281,7 +263,7 @@ def expert_ffn_bwd(
     dup, ddown = (new(len(w), *w[0].shape, when=weights) for w in (up, down))
     dup_bias, ddown_bias = (
         new(len(b), *(b[0].shape if b else ()), when=weights and bool(b))
-        for b in (up_bias, down_bias)
+        for b in (experts.up_bias, experts.down_bias)
     )
     if share is not None:
         wide = torch.promote_types(share.dtype, torch.float32)
@@ -294,33 +276,32 @@ def expert_ffn_bwd(
     dpre = new(pairs, width)
     hidden = new(pairs, plan.FFN_DIM) if weights else None
     tiles = _tiles(plan, groups)
-    given = None if share is None else share.contiguous()
+    first, second = _experts(up, experts.up_bias, plan), _experts(down, experts.down_bias, plan)
     with on_device(x):
         hidden_grad_kernel[_grid(halved, tiles, plan.FFN_DIM)](
             dpre, hidden, None if share is None else dshare, as_rows(dout, plan), as_rows(x, plan),
-            pre, groups, _experts(up, plan), _biases(up_bias), _experts(down, plan),
-            _biases(down_bias), given, tiles, pairs, P=halved, **_options(halved),
+            pre, groups, first, second, tiles, P=halved, **_options(halved),
         )  # fmt: skip
         if rows:
-            _to_tokens(dx, dpre, groups, up, (), None, tiles, plan, transposed=True)
+            _to_tokens(dx, dpre, groups, first, plan, forward=False)
         if weights:
-            _weight_grad(dup, dup_bias, _compact(dpre, plan), as_rows(x, plan), None, groups, False,
-                         plan)  # fmt: skip
-            _weight_grad(ddown, ddown_bias, as_rows(dout, plan), _compact(hidden, plan), given,
-                         groups, True, plan)  # fmt: skip
+            _weight_grad(dup, dup_bias, _compact(dpre, plan), as_rows(x, plan), groups, False, plan)
+            _weight_grad(
+                ddown, ddown_bias, as_rows(dout, plan), _compact(hidden, plan), groups, True, plan
+            )
     if share is None:
         return dx, dup, dup_bias, ddown, ddown_bias, x.new_empty((0,))
     return dx, dup, dup_bias, ddown, ddown_bias, dshare.sum(0).to(share.dtype).view(share.shape)
 
 
 def _weight_grad(
-    dweight: Tensor, dbias: Tensor, left: Rows, right: Rows, share: Tensor | None, groups: Groups,
-    left_tokens: bool, plan: Plan,
+    dweight: Tensor, dbias: Tensor, left: Rows, right: Rows, groups: Groups, left_tokens: bool,
+    plan: Plan,
 ) -> None:  # fmt: skip
     experts, rows, cols = dweight.shape
     grid = experts * triton.cdiv(rows, plan.BLOCK_ROWS) * triton.cdiv(cols, plan.BLOCK_COLS)
     weight_grad_kernel[(grid,)](
-        dweight, dbias if dbias.numel() else None, left, right, share, groups,
+        dweight, dbias if dbias.numel() else None, left, right, groups,
         ROWS=rows, COLS=cols, LEFT_TOKENS=left_tokens, P=plan, **_options(plan),
     )  # fmt: skip
 

@@ -1,7 +1,6 @@
 """Public API: argument checks, backend dispatch, custom-op registration, autograd."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,9 +8,8 @@ from torch import Tensor
 from .. import _autocast, _backend, _checks
 from .._custom_op import custom_op
 from . import torch_gemm
-from .heuristics import select_gemm
 from .reference import ACTIVATIONS, Weights, expert_ffn_reference
-from .routing import sort_by_expert
+from .routing import ExpertWeights, sort_by_expert
 
 ROWS = ("batch", "seqlen", "dim")
 CHOICES = ("batch", "seqlen", "top_k")
@@ -29,14 +27,13 @@ def _expert_ffn(
     text_len: int, activation: str, recompute: bool, gemm: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The result, and the pre-activation of each (token, choice) pair, empty if `recompute`."""
-    arguments: list[Any] = [x, tuple(up), tuple(up_bias), tuple(down), tuple(down_bias)]
-    settings: list[Any] = [text_len, activation, not recompute]
-    if _gemm_backend(gemm, x, up, index) == "dense":
-        return torch_gemm.expert_ffn_fwd(*arguments, *settings)
+    experts = ExpertWeights(tuple(up), tuple(up_bias), tuple(down), tuple(down_bias))
+    if _select_gemm(gemm, x, len(up), index) == "dense":
+        return torch_gemm.expert_ffn_fwd(x, experts, text_len, activation, not recompute)
     from . import kernel
 
-    arguments += [index, weight, *_sorted_pairs(index, len(up)), *settings]
-    return kernel.expert_ffn_fwd(*arguments)
+    routing = None if index is None else sort_by_expert(index, len(up), weight)
+    return kernel.expert_ffn_fwd(x, experts, routing, text_len, activation, not recompute)
 
 
 @_expert_ffn.register_fake
@@ -82,15 +79,15 @@ def _backward(ctx, dout, _):
 _expert_ffn.register_autograd(_backward, setup_context=_setup)
 
 
-def _gemm_backend(gemm, x, up, index):
-    """The GEMM backend, chosen in the op because a compiler traces it without a device."""
+def _select_gemm(gemm, x, num_experts, index):
+    """The GEMM backend, chosen in the op because a compiler traces it without a device.
+
+    One expert on a GPU is "dense", because cuBLAS is hard to beat at a plain product; two are
+    "grouped", because "dense" needs a launch for each expert and sample. Not measured.
+    """
     if gemm != "auto":
         return gemm
-    return "grouped" if index is not None else select_gemm(x, up[0], len(up))
-
-
-def _sorted_pairs(index, num_experts):
-    return (None, None) if index is None else sort_by_expert(index, num_experts)
+    return "dense" if x.is_cuda and index is None and num_experts == 1 else "grouped"
 
 
 @custom_op("expert_ffn_backward")
@@ -99,14 +96,14 @@ def _expert_ffn_grads(
     down: list[Tensor], down_bias: list[Tensor], index: Tensor | None, weight: Tensor | None,
     pre: Tensor | None, text_len: int, activation: str, rows: bool, weights: bool, gemm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    arguments: list[Any] = [dout, x, tuple(up), tuple(up_bias), tuple(down), tuple(down_bias)]
-    settings: list[Any] = [pre, text_len, activation, rows, weights]
-    if _gemm_backend(gemm, x, up, index) == "dense":
-        return torch_gemm.expert_ffn_bwd(*arguments, *settings)
+    experts = ExpertWeights(tuple(up), tuple(up_bias), tuple(down), tuple(down_bias))
+    settings = pre, text_len, activation, (rows, weights)
+    if _select_gemm(gemm, x, len(up), index) == "dense":
+        return torch_gemm.expert_ffn_bwd(dout, x, experts, *settings)
     from . import kernel
 
-    arguments += [weight, index, *_sorted_pairs(index, len(up)), *settings]
-    return kernel.expert_ffn_bwd(*arguments)
+    routing = None if index is None else sort_by_expert(index, len(up), weight)
+    return kernel.expert_ffn_bwd(dout, x, experts, routing, *settings)
 
 
 @_expert_ffn_grads.register_fake
@@ -253,8 +250,8 @@ def expert_ffn(
             four). False: keep it, batch · seqlen · top_k rows as wide as up has rows, in x's
             dtype; at 5B, 49 frames of 480x720 and batch 2 that is 874 MB a layer in bf16.
         gemm: "grouped", one Triton launch for each product, over all experts; "dense", torch's
-            matrix products (cuBLAS), one expert at a time, without an index; "auto", the faster by
-            the measurements in `heuristics.py`.
+            matrix products (cuBLAS), one expert at a time, without an index; "auto", dense for one
+            expert on a GPU, else grouped.
         backend: "auto", "kernel" or "reference".
 
     Returns:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._opinfo import Budget, Cost, OpInfo, Sample, Size, TensorSpec
 from .op import expert_ffn
 from .reference import expert_ffn_reference
-from .routing import sort_by_expert
+from .routing import ExpertWeights, sort_by_expert
 
 LAYOUTS = ("contiguous", "packed", "transposed", "offset", "strided", "expanded")
 WEIGHTS = ("contiguous", "transposed", "chunk", "offset", "strided")
@@ -163,17 +163,17 @@ def _launch(kernel: Any, a: Mapping[str, Any]) -> None:
     def listed(name: str) -> tuple[Any, ...]:
         return () if a[name] is None else a[name].unbind(0)
 
-    x, index, share = a["x"], a["index"], a["weight"]
-    experts = listed("up"), listed("up_bias"), listed("down"), listed("down_bias")
-    routed = (None, None) if index is None else sort_by_expert(index, len(a["up"]))
+    x, index = a["x"], a["index"]
+    experts = ExpertWeights(listed("up"), listed("up_bias"), listed("down"), listed("down_bias"))
+    routing = None if index is None else sort_by_expert(index, len(a["up"]), a["weight"])
     settings = a["text_len"], a["activation"]
     large = x.numel() > 2**20
-    if large or index is not None:
-        _, pre = kernel.expert_ffn_fwd(x, *experts, index, share, *routed, *settings, True)
-        kernel.expert_ffn_bwd(x, x, *experts, share, index, *routed, pre, *settings, True, True)
-    if large or (index is None and x.numel()):
-        kernel.expert_ffn_fwd(x, *experts, index, share, *routed, *settings, False)
-        kernel.expert_ffn_bwd(x, x, *experts, share, index, *routed, None, *settings, True, True)
+    for keep in (True, False):
+        if large or (index is not None) == keep:
+            _, pre = kernel.expert_ffn_fwd(x, experts, routing, *settings, keep)
+            kernel.expert_ffn_bwd(
+                x, x, experts, routing, pre if keep else None, *settings, (True, True)
+            )
 
 
 _SIZES = ("2b-480x720-49f", "5b-480x720-49f", "1.5-5b-768x1360-81f", "card-480x720-49f")

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from .. import modality
 from .reference import ACTIVATIONS
-
-Weights = tuple[Tensor, ...]
+from .routing import ExpertWeights
 
 
 def _gelu_tanh_grad(grad: Tensor, pre: Tensor) -> Tensor:
@@ -67,10 +66,10 @@ def _hidden(x: Tensor, up: Tensor, bias: Tensor | None, activation: str) -> Tens
 
 
 def expert_ffn_fwd(
-    x: Tensor, up: Weights, up_bias: Weights, down: Weights, down_bias: Weights,
-    text_len: int, activation: str, keep: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor, experts: ExpertWeights, text_len: int, activation: str, keep: bool
+) -> tuple[Tensor, Tensor]:
     """As `kernel.expert_ffn_fwd`, without routing."""
+    up, up_bias, down, down_bias = experts
     batch, seqlen, _ = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     pre = x.new_empty((batch, seqlen, len(up[0])) if keep else (batch, seqlen, 0))
@@ -89,10 +88,12 @@ def expert_ffn_fwd(
 
 
 def expert_ffn_bwd(
-    dout: Tensor, x: Tensor, up: Weights, up_bias: Weights, down: Weights, down_bias: Weights,
-    pre: Tensor | None, text_len: int, activation: str, rows: bool, weights: bool,
+    dout: Tensor, x: Tensor, experts: ExpertWeights, pre: Tensor | None, text_len: int,
+    activation: str, needs: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As `kernel.expert_ffn_bwd`, without routing; the gradient of the share is empty."""
+    up, up_bias, down, down_bias = experts
+    rows, weights = needs
     nothing = x.new_empty((0,))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     kept = x[..., :0] if pre is None else pre.view(*x.shape[:2], pre.shape[1])

@@ -1,6 +1,7 @@
 """Properties of `expert_ffn`, and its GEMM backends."""
 
 import importlib
+import sys
 from functools import partial
 
 import pytest
@@ -10,7 +11,6 @@ from torch.nn import functional as F
 
 import cogvx_kernels as ck
 from cogvx_kernels import _backend
-from cogvx_kernels.expert_ffn import heuristics
 from cogvx_kernels.expert_ffn.routing import sort_by_expert
 from cogvx_kernels.testing import OPS, compare, evaluate, materialize
 
@@ -325,7 +325,7 @@ def test_module_equals_the_function(backend):
 
 def test_pairs_are_sorted_by_expert_then_token():
     where = torch.tensor([[[2, 0], [-1, 2], [0, 7], [2, 0]]])
-    order, ends = sort_by_expert(where, 3)
+    order, ends, *_ = sort_by_expert(where, 3)
     assert order.tolist() == [
         1,
         4,
@@ -342,7 +342,7 @@ def test_pairs_are_sorted_by_expert_then_token():
 @pytest.mark.parametrize("count", [2, 254, 300])
 def test_pairs_of_many_experts(count):
     where = torch.randint(-1, count + 1, (2, 50, 3), generator=torch.Generator().manual_seed(0))
-    order, ends = sort_by_expert(where, count)
+    order, ends, *_ = sort_by_expert(where, count)
     known = torch.where((where < 0) | (where >= count), count, where).flatten()
     assert torch.equal(order, known.argsort(stable=True))
     assert torch.equal(ends, known.bincount(minlength=count + 1).cumsum(0))
@@ -350,23 +350,19 @@ def test_pairs_of_many_experts(count):
 
 def test_routing_does_not_sync_with_the_device():
     """The meta device has no values to read."""
-    order, ends = sort_by_expert(torch.empty(2, 5, 2, dtype=torch.int64, device="meta"), 4)
+    order, ends, *_ = sort_by_expert(torch.empty(2, 5, 2, dtype=torch.int64, device="meta"), 4)
     assert order.shape == (20,) and ends.shape == (5,)
 
 
-def test_select_gemm_looks_up_the_faster_backend(monkeypatch):
-    x, up = torch.empty(1, 1, 8), torch.empty(16, 8)
-    assert heuristics.select_gemm(x, up, 2) == "grouped"  # not on a GPU
-
+def test_one_expert_on_a_gpu_is_left_to_cublas():
     class OnGPU:
-        is_cuda, device, dtype, shape = True, torch.device("cuda"), torch.bfloat16, (2, 100, 8)
+        is_cuda = True
 
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
-    assert heuristics.select_gemm(OnGPU, up, 2) == "grouped"  # nothing was measured
-    assert heuristics.select_gemm(OnGPU, up, 1) == "dense"
-    row = heuristics.Measured("H200", "bfloat16", 8, 16, 2, "dense", 1.1, "2026-01-01")
-    monkeypatch.setattr(heuristics, "MEASURED", (row,))
-    assert heuristics.select_gemm(OnGPU, up, 2) == "dense"
+    select = sys.modules["cogvx_kernels.expert_ffn.op"]._select_gemm
+    assert select("auto", tokens().cpu(), 1, None) == "grouped"  # not on a GPU
+    assert [select("auto", OnGPU, n, None) for n in (1, 2)] == ["dense", "grouped"]
+    assert select("auto", OnGPU, 1, index(1)) == "grouped"
+    assert [select(gemm, OnGPU, 1, None) for gemm in ("dense", "grouped")] == ["dense", "grouped"]
 
 
 WRONG = {

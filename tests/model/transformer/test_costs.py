@@ -68,7 +68,7 @@ def test_a_block_is_at_most_12_launches(gemm, monkeypatch):
 
     (torch has no product with tanh-GELU behind it on a CPU, so that dense has one more.)
     """
-    monkeypatch.setattr(sys.modules["cogvx_kernels.expert_ffn.op"], "select_gemm", lambda *_: gemm)
+    monkeypatch.setattr(sys.modules["cogvx_kernels.expert_ffn.op"], "_select_gemm", lambda *_: gemm)
     block, x = ours(torch.bfloat16), stream(torch.bfloat16)
     branch, modulations = what_a_block_is_given(x)
     with torch.no_grad(), Launches() as seen:
