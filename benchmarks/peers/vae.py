@@ -79,7 +79,7 @@ def cat_conv3d(info: OpInfo, arguments: Arguments) -> Function:
 
     def temporal_conv(
         x: Tensor, weight: Tensor, bias: Tensor | None = None, *, cache: Tensor | None = None,
-        stride: int = 1, start: str | None = "replicate", activation: str | None = None,
+        stride: int = 1, start: str | None = "replicate",
     ) -> Tensor:  # fmt: skip
         weight = weight.flatten(2)[..., None, None]
         past = cache
@@ -87,8 +87,7 @@ def cat_conv3d(info: OpInfo, arguments: Arguments) -> Function:
             past = x[:, :, :1].expand(-1, -1, weight.shape[2] - 1, -1, -1)
             past = torch.zeros_like(past) if start == "zeros" else past
         groups = x.shape[1] // weight.shape[1]
-        out = F.conv3d(torch.cat([past, x], 2), weight, bias, (stride, 1, 1), groups=groups)
-        return out if activation is None else F.silu(out)
+        return F.conv3d(torch.cat([past, x], 2), weight, bias, (stride, 1, 1), groups=groups)
 
     return temporal_conv
 

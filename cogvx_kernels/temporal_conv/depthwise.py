@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from .device_utils import (
-    activate_and_store,
     first_tap,
     frame_address,
     pixel_count,
@@ -25,9 +24,8 @@ from .device_utils import (
 
 @triton.jit(do_not_specialize=["nframes"])
 def depthwise_fwd_kernel(
-    out, x, cache, weight_ptr, bias_ptr, dout, sizes, nframes, FRAMES: tl.constexpr,
-    P: tl.constexpr,
-):  # fmt: skip
+    out, x, cache, weight_ptr, bias_ptr, sizes, nframes, FRAMES: tl.constexpr, P: tl.constexpr
+):
     """FRAMES output frames, each frame that they read loaded once; else as the dense kernel.
 
     weight (channels, KERNEL). Grid (batch · tiles of pixels · nframes runs · tiles of channels,).
@@ -62,10 +60,7 @@ def depthwise_fwd_kernel(
             acc += bias.to(P.COMPUTE)[None, :]
         frame = begin + i
         at = pixel_offsets(pixel[:, None], cols[None, :], tl.cast(out.inner, tl.int64), P)
-        activate_and_store(
-            acc, frame_address(out, batch, frame, P), dout, batch, frame, pixel[:, None],
-            cols[None, :], mask & (frame < sizes.out_frames), at, P,
-        )  # fmt: skip
+        store(frame_address(out, batch, frame, P) + at, acc, mask & (frame < sizes.out_frames))
 
 
 @triton.jit(do_not_specialize=["nframes"])

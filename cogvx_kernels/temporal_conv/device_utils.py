@@ -43,7 +43,6 @@ class Plan(NamedTuple):
     KERNEL: int
     STRIDE: int
     PAST: str  # "cache", "replicate" or "zeros"
-    SILU: bool
     CHANNELS_LAST: bool
     BLOCK_ROWS: int  # pixels
     BLOCK_COLS: int  # channels
@@ -72,12 +71,10 @@ def with_even_strides(x: Tensor | None, last: bool) -> Tensor | None:
     even = height == 1 or width == 1 or x.stride(3) == width * x.stride(4)
     single = (x.shape[1] if last else height * width) == 1
     dense = single or (x.stride(1) if last else _pixel_stride(x)) == 1
-    return x if even and dense else new_like(x, last).copy_(x)
-
-
-def new_like(x: Tensor, last: bool, dtype: torch.dtype | None = None) -> Tensor:
+    if even and dense:
+        return x
     form = torch.channels_last_3d if last else torch.contiguous_format
-    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device, memory_format=form)
+    return torch.empty_like(x, memory_format=form).copy_(x)
 
 
 def strides_of(x: Tensor, last: bool) -> tuple[int, int, int]:
@@ -231,39 +228,6 @@ def unit_tile(unit, sizes):
     return unit // sizes.tiles, unit % sizes.tiles, frame
 
 
-# --- values ----------------------------------------------------------------------------------
-
-
-@triton.jit
-def dot_accumulate(acc, left, right, P: tl.constexpr):
-    """acc + left · right; a wider left is split into a part in right's dtype and the remainder.
-
-    Tensor cores thus multiply the gradient of a pre-activation as if it were not rounded.
-    """
-    high = left.to(right.dtype)
-    acc = tl.dot(high, right, acc, input_precision="ieee", out_dtype=P.COMPUTE)
-    if left.dtype != right.dtype:
-        low = left - high.to(left.dtype)
-        low = tl.where(tl.abs(low) < float("inf"), low, 0.0)  # inf - inf is NaN
-        acc = tl.dot(low.to(right.dtype), right, acc, out_dtype=P.COMPUTE)
-    return acc
-
-
 @triton.jit
 def store(ptr, x, mask):
     tl.store(ptr, x.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def activate_and_store(pre, ptr, dout, batch, frame, pixel, channel, mask, at, P: tl.constexpr):
-    """Store the activation of a pre-activation; given dout, the gradient of the pre-activation."""
-    if dout.ptr is not None:
-        inner = tl.cast(dout.inner, tl.int64)
-        grad_at = frame_address(dout, batch, frame, P) + pixel_offsets(pixel, channel, inner, P)
-        grad = tl.load(grad_at, mask=mask, other=0.0).to(P.COMPUTE)
-        gate = 1.0 / (1.0 + tl.exp(-pre))
-        # 1 - sigmoid(z) is computed as sigmoid(-z), which does not cancel for large z
-        pre = grad * gate * (1.0 + pre * (1.0 / (1.0 + tl.exp(pre))))
-    elif P.SILU:
-        pre = pre * (1.0 / (1.0 + tl.exp(-pre)))
-    store(ptr + at, pre, mask)

@@ -5,8 +5,7 @@ and input channels. The frame that a tap reads, of x or of the cache, is chosen 
 (`device_utils.py`), so nothing is padded, concatenated or unfolded. Depthwise is elementwise
 (`depthwise.py`). The gradient of x is the same product with the taps reversed; a replicated first
 frame also gets the gradients of its copies. Gradients of weights are sums over strips of rows, then
-over strips (`gradients.py`). With an activation, the backward first recomputes the forward to get
-the gradient of the pre-activation. Every sum has a fixed order; there are no atomics.
+over strips (`gradients.py`). Every sum has a fixed order; there are no atomics.
 """
 
 import math
@@ -23,12 +22,9 @@ from .depthwise import depthwise_bwd_kernel, depthwise_fwd_kernel, depthwise_wei
 from .device_utils import (
     Plan,
     Sizes,
-    activate_and_store,
-    dot_accumulate,
     first_tap,
     frame_address,
     is_channels_last,
-    new_like,
     pixel_offsets,
     program_tile,
     source_frame,
@@ -63,21 +59,21 @@ STRIPS = 512  # programs, about, for the gradient of the weight
 
 @triton.jit(do_not_specialize=["units"])
 def _dense_fwd_kernel(
-    out, x, cache, weight_ptr, bias_ptr, dout, sizes, units, UNITS: tl.constexpr, P: tl.constexpr
+    out, x, cache, weight_ptr, bias_ptr, sizes, units, UNITS: tl.constexpr, P: tl.constexpr
 ):
-    """Output frames; given dout, the gradient of the pre-activation instead.
+    """Output frames.
 
     weight (KERNEL, OUT, IN). A unit is a tile of pixels of one output frame. Grid (units · tiles of
     channels,); with a weight that is stationary for UNITS units, (runs of UNITS,).
     """
     if UNITS == 0:
-        _streamed_weight(out, x, cache, weight_ptr, bias_ptr, dout, sizes, P)
+        _streamed_weight(out, x, cache, weight_ptr, bias_ptr, sizes, P)
     else:
-        _stationary_weight(out, x, cache, weight_ptr, bias_ptr, dout, sizes, units, UNITS, P)
+        _stationary_weight(out, x, cache, weight_ptr, bias_ptr, sizes, units, UNITS, P)
 
 
 @triton.jit
-def _streamed_weight(out, x, cache, weight_ptr, bias_ptr, dout, sizes, P: tl.constexpr):
+def _streamed_weight(out, x, cache, weight_ptr, bias_ptr, sizes, P: tl.constexpr):
     """One tile, over all taps and input channels; frames and weight are streamed in steps."""
     NCOLS: tl.constexpr = (P.OUT + P.BLOCK_COLS - 1) // P.BLOCK_COLS
     STEPS: tl.constexpr = (P.IN + P.BLOCK_INNER - 1) // P.BLOCK_INNER
@@ -94,26 +90,23 @@ def _streamed_weight(out, x, cache, weight_ptr, bias_ptr, dout, sizes, P: tl.con
         a = ptr + pixel_offsets(pixel[:, None], channel[None, :], stride, P)
         b = weight_ptr + (tap * (P.OUT * P.IN) + cols[None, :] * P.IN + channel[:, None])
         acc = _dot_step(acc, a, b, pixel_mask, channel, cols, P.IN, P.OUT, P)
-    _epilogue(acc, out, bias_ptr, dout, batch, frame, pixel, pixel_mask, cols, P)
+    _epilogue(acc, out, bias_ptr, batch, frame, pixel, pixel_mask, cols, P)
 
 
 @triton.jit
-def _epilogue(acc, out, bias_ptr, dout, batch, frame, pixel, pixel_mask, cols, P: tl.constexpr):
-    """Add the bias, activate, store."""
+def _epilogue(acc, out, bias_ptr, batch, frame, pixel, pixel_mask, cols, P: tl.constexpr):
+    """Add the bias, store."""
     mask = pixel_mask[:, None] & (cols < P.OUT)[None, :]
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + cols, mask=cols < P.OUT, other=0.0)
         acc += bias.to(P.COMPUTE)[None, :]
     at = pixel_offsets(pixel[:, None], cols[None, :], tl.cast(out.inner, tl.int64), P)
-    activate_and_store(
-        acc, frame_address(out, batch, frame, P), dout, batch, frame, pixel[:, None],
-        cols[None, :], mask, at, P,
-    )  # fmt: skip
+    store(frame_address(out, batch, frame, P) + at, acc, mask)
 
 
 @triton.jit
 def _stationary_weight(
-    out, x, cache, weight_ptr, bias_ptr, dout, sizes, units, UNITS: tl.constexpr, P: tl.constexpr
+    out, x, cache, weight_ptr, bias_ptr, sizes, units, UNITS: tl.constexpr, P: tl.constexpr
 ):
     """UNITS tiles in turn, of few channels; the weight is loaded once and stays on the chip."""
     KERNEL: tl.constexpr = P.KERNEL
@@ -136,8 +129,8 @@ def _stationary_weight(
             a = ptr + pixel_offsets(pixel[:, None], channel[None, :], stride, P)
             mask = (pixel_mask & (j >= first_tap(frame, P)))[:, None] & (channel < P.IN)[None, :]
             rows = tl.load(a, mask=mask, other=0.0)
-            acc = dot_accumulate(acc, rows, taps[j], P)
-        _epilogue(acc, out, bias_ptr, dout, batch, frame, pixel, pixel_mask, cols, P)
+            acc = tl.dot(rows, taps[j], acc, input_precision="ieee", out_dtype=P.COMPUTE)
+        _epilogue(acc, out, bias_ptr, batch, frame, pixel, pixel_mask, cols, P)
 
 
 @triton.jit(do_not_specialize=["nframes"])
@@ -181,7 +174,7 @@ def _dot_step(
         right = tl.load(b)
     else:
         right = tl.load(b, mask=b_mask, other=0.0)
-    return dot_accumulate(acc, left, right, P)
+    return tl.dot(left, right, acc, input_precision="ieee", out_dtype=P.COMPUTE)
 
 
 # --- launchers -------------------------------------------------------------------------------
@@ -189,31 +182,28 @@ def _dot_step(
 
 def temporal_conv_fwd(
     out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor | None, stride: int,
-    start: str, silu: bool, dout: Tensor | None = None, channels_last: bool | None = None,
+    start: str,
 ) -> None:  # fmt: skip
-    """Write the result to out (batch, out_channels, …); given dout, the pre-activation's gradient.
+    """Write the result to out (batch, out_channels, …).
 
     weight (out_channels, in_channels or 1, kernel).
     """
     if out.numel() == 0:
         return
-    channels_last = is_channels_last(x) if channels_last is None else channels_last
-    x, cache, dout = (with_even_strides(t, channels_last) for t in (x, cache, dout))
+    channels_last = is_channels_last(x)
+    x, cache = (with_even_strides(t, channels_last) for t in (x, cache))
     depthwise = _depthwise(x, weight)
     bias = None if bias is None else bias.contiguous()
     channels = weight.shape[0], x.shape[1]
-    plan = _plan(
-        x, weight, cache, stride, start, silu, *channels, [x, cache, out, dout], channels_last
-    )
+    plan = _plan(x, weight, cache, stride, start, channels, [x, cache, out], channels_last)
     sizes = _sizes(x, out.shape[2], plan)
     videos = [video_of(t, plan) for t in (out, x, cache)]
-    grad = video_of(dout, plan)
     cols = triton.cdiv(weight.shape[0], plan.BLOCK_COLS)
     with on_device(x):
         if depthwise:
             runs = triton.cdiv(out.shape[2], FRAMES)
             depthwise_fwd_kernel[(x.shape[0] * sizes.tiles * runs * cols,)](
-                *videos, weight.contiguous(), bias, grad, sizes, runs, FRAMES=FRAMES, P=plan,
+                *videos, weight.contiguous(), bias, sizes, runs, FRAMES=FRAMES, P=plan,
                 **_options(plan, depthwise),
             )  # fmt: skip
         else:
@@ -227,14 +217,14 @@ def temporal_conv_fwd(
                 sizes = _sizes(x, out.shape[2], plan)
             units = x.shape[0] * sizes.tiles * out.shape[2]
             _dense_fwd_kernel[(triton.cdiv(units, tiles) if tiles else units * cols,)](
-                *videos, _taps_first(weight), bias, grad, sizes, units, UNITS=tiles, P=plan,
+                *videos, _taps_first(weight), bias, sizes, units, UNITS=tiles, P=plan,
                 **options,
             )  # fmt: skip
 
 
 def temporal_conv_bwd(
     grads: tuple[Tensor, Tensor, Tensor, Tensor], dout: Tensor, x: Tensor, weight: Tensor,
-    bias: Tensor | None, cache: Tensor | None, stride: int, start: str, silu: bool,
+    cache: Tensor | None, stride: int, start: str,
 ) -> None:  # fmt: skip
     """Write the gradients to grads, (dx, dweight, dbias, dcache); empty ones are not wanted."""
     dx, dweight, dbias, dcache = grads
@@ -245,11 +235,6 @@ def temporal_conv_bwd(
     channels_last = is_channels_last(x)
     x, cache, dout = (with_even_strides(t, channels_last) for t in (x, cache, dout))
     assert dout is not None
-    if silu:
-        wide = torch.promote_types(x.dtype, torch.float32)  # rounded only after the sums
-        dpre = new_like(dout, channels_last, wide)
-        temporal_conv_fwd(dpre, x, weight, bias, cache, stride, start, silu, dout, channels_last)
-        dout = dpre
     if dx.numel():
         _input_grad(dx, dcache, dout, weight, cache, stride, start, channels_last)
     if dweight.numel():
@@ -262,9 +247,7 @@ def _input_grad(
 ) -> None:  # fmt: skip
     past = dcache if dcache.numel() else None
     channels = dx.shape[1], weight.shape[0]
-    plan = _plan(
-        dx, weight, cache, stride, start, False, *channels, [dx, past, dout], channels_last
-    )
+    plan = _plan(dx, weight, cache, stride, start, channels, [dx, past, dout], channels_last)
     sizes = _sizes(dx, dout.shape[2], plan)
     frames = dx.shape[2] + (0 if past is None else past.shape[2])
     cols = triton.cdiv(dx.shape[1], plan.BLOCK_COLS)
@@ -284,9 +267,8 @@ def _weight_grad(
 ) -> None:  # fmt: skip
     out, inner, taps = weight.shape
     pixels = x.shape[3] * x.shape[4]
-    plan = _plan(
-        x, weight, cache, stride, start, False, inner, pixels, [x, cache, dout], channels_last
-    )
+    channels = inner, pixels
+    plan = _plan(x, weight, cache, stride, start, channels, [x, cache, dout], channels_last)
     depthwise = _depthwise(x, weight)
     tiles, rows = triton.cdiv(x.shape[1], plan.BLOCK_COLS), plan.BLOCK_ROWS
     if not depthwise:
@@ -313,13 +295,13 @@ def _weight_grad(
 
 
 def _plan(
-    x: Tensor, weight: Tensor, cache: Tensor | None, stride: int, start: str, silu: bool,
-    col_channels: int, inner_channels: int, videos: list[Tensor | None], channels_last: bool,
+    x: Tensor, weight: Tensor, cache: Tensor | None, stride: int, start: str,
+    channels: tuple[int, int], videos: list[Tensor | None], channels_last: bool,
 ) -> Plan:  # fmt: skip
     """Plan a launch over videos that are all channels-last or all contiguous.
 
-    A tensor of one pixel and one frame alone does not show which. BLOCK_COLS is for `col_channels`,
-    BLOCK_INNER for a sum over `inner_channels`.
+    A tensor of one pixel and one frame alone does not show which. `channels`: those of the columns
+    of a tile, and those that are summed over.
     """
     out, _, taps = weight.shape
     inner = x.shape[1]
@@ -330,21 +312,19 @@ def _plan(
         cols = min(BLOCK_COLS, triton.next_power_of_2(inner)) if channels_last else 1
         rows = _block(ELEMENTS // cols, pixels)
     else:
-        rows, cols = _block(rows, pixels), _block(cols, col_channels)
+        rows, cols = _block(rows, pixels), _block(cols, channels[0])
     present = [t for t in videos if t is not None]
     strides = [stride for t in present for stride in strides_of(t, channels_last)]
-    widest = max(t.element_size() for t in present)
     return Plan(
         IN=inner,
         OUT=out,
         KERNEL=taps,
         STRIDE=stride,
         PAST=start if cache is None or taps == 1 else "cache",
-        SILU=silu,
         CHANNELS_LAST=channels_last,
         BLOCK_ROWS=rows,
         BLOCK_COLS=cols,
-        BLOCK_INNER=_block(2 * BLOCK_INNER // widest, inner_channels),
+        BLOCK_INNER=_block(2 * BLOCK_INNER // x.element_size(), channels[1]),
         ALIGN=math.gcd(16, *strides, 0 if channels_last else pixels),
         COMPUTE=tl.float64 if x.dtype is torch.float64 else tl.float32,
     )
@@ -354,7 +334,7 @@ def _is_stationary(plan: Plan, x: Tensor) -> bool:
     """True if a dense weight fits in shared memory beside two tiles of each tap, on Hopper.
 
     Its tensor cores read operands from shared memory. Older GPUs would hold the weight in
-    registers; newer ones ran out of those with an activation.
+    registers; newer ones ran out of those.
     """
     inner = _block(BLOCK_COLS, plan.IN)
     columns = plan.BLOCK_COLS + 2 * STATIONARY_ROWS

@@ -26,7 +26,6 @@ class TemporalConv(OpModule):
         bias: bool = True,
         dims: int = 3,
         start: str = "replicate",
-        activation: str | None = None,
     ) -> None:
         super().__init__()
         name = "TemporalConv"
@@ -50,7 +49,6 @@ class TemporalConv(OpModule):
         self.bias = like.bias
         self.stride = stride
         self.start = start
-        self.activation = activation
 
     def forward(self, x: Tensor, cache: Tensor | None = None) -> Tensor:
         """Convolve a clip, or a chunk of it after cached frames.
@@ -65,7 +63,7 @@ class TemporalConv(OpModule):
         """
         return temporal_conv(
             x, self.weight, self.bias, cache=cache, stride=self.stride, start=self.start,
-            activation=self.activation, backend=self.backend,
+            backend=self.backend,
         )  # fmt: skip
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -18,17 +18,17 @@ MOST_TAPS = 5
 @custom_op("temporal_conv", constants=("stride",))
 def _temporal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor | None,
-    stride: int, start: str, silu: bool,
+    stride: int, start: str,
 ) -> Tensor:  # fmt: skip
     from . import kernel
 
     out = empty_video(x, weight.shape[0], (x.shape[2] - 1) // stride + 1)
-    kernel.temporal_conv_fwd(out, x, weight, bias, cache, stride, start, silu)
+    kernel.temporal_conv_fwd(out, x, weight, bias, cache, stride, start)
     return out
 
 
 @_temporal_conv.register_fake
-def _temporal_conv_fake(x, weight, bias, cache, stride, start, silu):
+def _temporal_conv_fake(x, weight, bias, cache, stride, start):
     return empty_video(x, weight.shape[0], (x.shape[2] - 1) // stride + 1)
 
 
@@ -43,7 +43,7 @@ def _backward(ctx, dout):
     grads = _temporal_conv_grads(
         dout, x, weight, bias, cache, *ctx.settings, needs[0] or needs[3], needs[1] or needs[2]
     )
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
 _temporal_conv.register_autograd(_backward, setup_context=_setup)
@@ -52,18 +52,18 @@ _temporal_conv.register_autograd(_backward, setup_context=_setup)
 @custom_op("temporal_conv_backward", constants=("stride",))
 def _temporal_conv_grads(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor | None,
-    stride: int, start: str, silu: bool, frames: bool, weights: bool,
+    stride: int, start: str, frames: bool, weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight, bias and cache; empty if not wanted."""
     from . import kernel
 
     grads = _empty_grads(x, weight, bias, cache, frames, weights)
-    kernel.temporal_conv_bwd(grads, dout, x, weight, bias, cache, stride, start, silu)
+    kernel.temporal_conv_bwd(grads, dout, x, weight, cache, stride, start)
     return grads
 
 
 @_temporal_conv_grads.register_fake
-def _temporal_conv_grads_fake(dout, x, weight, bias, cache, stride, start, silu, frames, weights):
+def _temporal_conv_grads_fake(dout, x, weight, bias, cache, stride, start, frames, weights):
     return _empty_grads(x, weight, bias, cache, frames, weights)
 
 
@@ -114,7 +114,7 @@ def _check_weight(op: str, x: Tensor, weight: Tensor) -> None:
 
 def _check(
     op: str, x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor | None, stride: int,
-    start: str | None, activation: str | None,
+    start: str | None,
 ) -> None:  # fmt: skip
     dims = VIDEO[:3] if isinstance(x, Tensor) and x.dim() == 3 else VIDEO
     _checks.tensor(op, "x", x, dims)
@@ -142,8 +142,6 @@ def _check(
     _checks.integer(op, "stride", stride, 1, 2, "(frames for each frame of the result)")
     if cache is None or start is not None:
         _checks.choice(op, "start", start, STARTS)
-    if activation is not None:
-        _checks.choice(op, "activation", activation, ("silu",))
 
 
 # --- public function -------------------------------------------------------------------------
@@ -157,12 +155,11 @@ def temporal_conv(
     cache: Tensor | None = None,
     stride: int = 1,
     start: str | None = "replicate",
-    activation: str | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Causal temporal convolution, dense or depthwise, without padded copies.
 
-    out[t] = act(bias + the sum over j of weight[j] · sequence[stride · t + j]), where the sequence
+    out[t] = bias + the sum over j of weight[j] · sequence[stride · t + j], where the sequence
     is the kernel - 1 frames before x and then x.
 
     Args:
@@ -179,15 +176,13 @@ def temporal_conv(
         stride: 1 or 2.
         start: padding before the first frame without a cache: copies of it ("replicate") or
             "zeros". Ignored with a cache, and may then be None.
-        activation: None or "silu".
         backend: "auto", "kernel" or "reference".
 
     Returns:
         (batch, out_channels, (frames - 1) // stride + 1, …), new, of x's dtype; channels-last if
         x is, else contiguous. Sums in at least fp32, rounded once. Gradients for x, weight, bias
-        and cache. The backward saves the arguments as they are; with an activation it recomputes
-        the pre-activation. Under autocast all of them are cast to its dtype, which is the
-        result's, as in F.conv3d.
+        and cache. The backward saves the arguments as they are. Under autocast all of them are cast
+        to its dtype, which is the result's, as in F.conv3d.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -200,18 +195,15 @@ def temporal_conv(
         x, weight, bias, cache = _autocast.cast(_autocast.dtype(x), x, weight, bias, cache)
         with _autocast.off(x):
             return temporal_conv(
-                x, weight, bias, cache=cache, stride=stride, start=start, activation=activation,
-                backend=backend,
-            )  # fmt: skip
-    _check(op, x, weight, bias, cache, stride, start, activation)
+                x, weight, bias, cache=cache, stride=stride, start=start, backend=backend
+            )
+    _check(op, x, weight, bias, cache, stride, start)
     reason = _backend.triton_reason("x", x) or _backend.transform_reason(
         x=x, weight=weight, bias=bias, cache=cache
     )
     if not _backend.choose(backend, op, reason, x):
-        return temporal_conv_reference(
-            x, weight, bias, cache=cache, stride=stride, start=start, activation=activation
-        )
-    settings = stride, "zeros" if cache is not None else start, activation == "silu"
+        return temporal_conv_reference(x, weight, bias, cache=cache, stride=stride, start=start)
+    settings = stride, "zeros" if cache is not None else start
     taps = weight.flatten(2)
     if x.dim() == 5:
         return _temporal_conv(x, taps, bias, cache, *settings)

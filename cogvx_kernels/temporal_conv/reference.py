@@ -5,7 +5,6 @@ gradients come from autograd.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._launch import dense
@@ -19,9 +18,8 @@ def temporal_conv_reference(
     cache: Tensor | None = None,
     stride: int = 1,
     start: str | None = "replicate",
-    activation: str | None = None,
 ) -> Tensor:
-    """out[t] = act(bias + the sum over j of weight[j] · sequence[stride · t + j]).
+    """out[t] = bias + the sum over j of weight[j] · sequence[stride · t + j].
 
     The sequence is kernel - 1 frames and then x. These are the cache, or, if the clip begins with
     x, copies of its first frame (start="replicate") or zeros ("zeros").
@@ -39,9 +37,8 @@ def temporal_conv_reference(
     if x.dim() == 3:
         past = None if cache is None else cache[..., None, None]
         return temporal_conv_reference(
-            x[..., None, None], weight, bias,
-            cache=past, stride=stride, start=start, activation=activation,
-        )[..., 0, 0]  # fmt: skip
+            x[..., None, None], weight, bias, cache=past, stride=stride, start=start
+        )[..., 0, 0]
     wide = torch.promote_types(x.dtype, torch.float32)
     taps = weight.flatten(2).to(wide)  # (out_channels, in_channels or 1, kernel)
     cache_len = taps.shape[2] - 1
@@ -68,5 +65,4 @@ def temporal_conv_reference(
         y = y + tap(j)
     if bias is not None:
         y = y + bias.to(wide)[:, None, None, None]
-    y = (F.silu(y) if activation == "silu" else y).to(x.dtype)
-    return dense(y, x.shape[1] > 1 and x.stride(1) == 1)
+    return dense(y.to(x.dtype), x.shape[1] > 1 and x.stride(1) == 1)
