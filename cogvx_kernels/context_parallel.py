@@ -70,6 +70,27 @@ class Context:
             )
         return Part(self, tuple(split_sizes(length, self.size)))
 
+    def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Concatenate the tensors of all ranks.
+
+        x        (batch, sizes[rank], ...)
+        sizes    of each rank's tensor along dim 1; 0 is allowed
+        returns  (batch, sum of sizes, ...), on each rank
+        """
+        rows = x.transpose(0, 1)
+        row = math.prod(rows.shape[1:])
+        flat = self.exchange(
+            rows.flatten().repeat(self.size),
+            sent=[sizes[self.rank] * row] * self.size,
+            received=[length * row for length in sizes],
+        )
+        return flat.view(sum(sizes), *rows.shape[1:]).transpose(0, 1)
+
+    def exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """`all_to_all_single` of a flat tensor: values to and from each rank."""
+        exchanged: Tensor = _Exchange.apply(x, sent, received, self.group)
+        return exchanged
+
 
 @dataclass(frozen=True)
 class Part:
@@ -128,7 +149,7 @@ class Part:
         nheads, size = q.shape[2], self.context.size
         method = self.context.method
         if method == "tokens" or (method == "auto" and nheads < size):
-            keys, values = self.gather(torch.stack([k, v], 2), self.sizes).unbind(2)
+            keys, values = self.context.gather(torch.stack([k, v], 2), self.sizes).unbind(2)
             return attend(q, keys, values)
         if nheads < size:
             raise ValueError(
@@ -140,7 +161,7 @@ class Part:
         # Token-major, so that what arrives from all ranks is in the order of the sequence.
         qkv = torch.stack([q, k, v], 2).transpose(0, 1)  # (part, batch, 3, nheads, headdim)
         row = batch * 3 * headdim
-        came = self._exchange(
+        came = self.context.exchange(
             torch.cat([x.flatten() for x in qkv.split(heads, 3)]),
             sent=[self.length * h * row for h in heads],
             received=[length * own * row for length in self.sizes],
@@ -149,33 +170,12 @@ class Part:
         out = attend(*came.unbind(2)).transpose(0, 1)  # (all tokens, batch, own, headdim)
         row = batch * headdim
         received = [self.length * h * row for h in heads]
-        back = self._exchange(
+        back = self.context.exchange(
             out.flatten(), sent=[length * own * row for length in self.sizes], received=received
         )
         shares = zip(back.split(received), heads, strict=True)
         shaped = [x.view(self.length, batch, h, headdim) for x, h in shares]
         return torch.cat(shaped, 2).transpose(0, 1)
-
-    def gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Concatenate a tensor's parts on all ranks.
-
-        x        (batch, sizes[rank], ...)
-        sizes    of each rank's part along dim 1; 0 is allowed
-        returns  (batch, sum of sizes, ...), on each rank
-        """
-        rows = x.transpose(0, 1)
-        row = math.prod(rows.shape[1:])
-        size = self.context.size
-        flat = self._exchange(
-            rows.flatten().repeat(size),
-            sent=[sizes[self.context.rank] * row] * size,
-            received=[length * row for length in sizes],
-        )
-        return flat.view(sum(sizes), *rows.shape[1:]).transpose(0, 1)
-
-    def _exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        exchanged: Tensor = _Exchange.apply(x, sent, received, self.context.group)
-        return exchanged
 
 
 class _Exchange(torch.autograd.Function):

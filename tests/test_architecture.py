@@ -66,7 +66,7 @@ MODEL_LAYERS = (
     {"assets"},
     {"vae", "transformer", "schedulers", "video"},
     {"checkpoint", "generation", "plan"},
-    {"text"},
+    {"parallel", "text"},
     {"sat", "data"},
     {"shapes"},
     {"pipeline", "words"},
@@ -113,6 +113,7 @@ IMPORTS_IN_FUNCTIONS["cogvx_kernels/tools/verify.py"] = "from . import interpret
 
 # Files that may use environment variables: settings of Triton, OpenMP and the platform.
 READS_THE_ENVIRONMENT = {
+    "cogvx/parallel/launch.py",  # set by torchrun
     "cogvx/__main__.py",  # OMP_WAIT_POLICY
     "cogvx_kernels/_backend.py",  # TRITON_INTERPRET
     "cogvx_kernels/tools/passed.py",  # where the cache folder is; Triton's settings
@@ -346,7 +347,7 @@ assert main(["doctor"]) == 0
 
 def test_public_names_are_there_and_sorted():
     folders = ("data", "vae", "transformer", "schedulers", "video", "checkpoint", "pipeline")
-    folders = (*folders, "shapes", "training")
+    folders = (*folders, "parallel", "shapes", "training")
     packages = ("cogvx", *(f"cogvx.{name}" for name in folders), "cogvx_kernels")
     for name in (*packages, *(f"cogvx_kernels.{name}" for name in (*OP_PACKAGES, "patching"))):
         module = importlib.import_module(name)

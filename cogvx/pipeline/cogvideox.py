@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -40,12 +40,16 @@ from ..transformer import ExpertTransformer
 from ..vae import CausalVAE, Tiling
 from . import resume
 from .conditioning import Progress, decode, embeddings, encoded, image_condition, noisy_video
-from .denoise import Conditioning, State, denoise, each, make_generator
+from .denoise import Conditioning, State, denoise, drawn_seed, each, make_generator
 from .lora import Adapters
 from .options import documents_options, merge_options
 from .params import Request, default_size, resolve
 from .pictures import to_tensor
+from .ranks import begin_together, guides_of
 from .resume import Saved
+
+if TYPE_CHECKING:
+    from ..parallel import Ranks
 
 PathLike = str | os.PathLike[str]
 LARGE = 3072  # the hidden size of the models of 5 billion parameters
@@ -101,6 +105,7 @@ class CogVideoX:
         self.scheduler = scheduler
         self.text_encoder = text_encoder
         self.solver = solver
+        self.ranks: Ranks | None = None  # see `cogvx.parallel.context_parallel`
         self._adapters: Adapters | None = None
 
     @classmethod
@@ -320,25 +325,27 @@ class CogVideoX:
             self.solver,
             self.scheduler.num_train_timesteps,
         )
-        resume.check_saving(request.save_latents, request.checkpoint_every)
+        ranks, path = self.ranks, request.save_latents
+        guides = guides_of(ranks, request)
+        if ranks is not None and not ranks.first:
+            path = None  # the first rank writes files
+        else:
+            resume.check_saving(path, request.checkpoint_every)
         self._warn_of_half()
         _warn_of_range({"image": params.image, "video": params.video})
-        progress, path, every = request.progress, request.save_latents, request.checkpoint_every
-        progress = progress or _no_progress
+        progress, every = request.progress or _no_progress, request.checkpoint_every
         solver = SOLVERS[request.solver](self.scheduler, request.compat)
         timesteps = solver.timestep_schedule(request.steps, request.strength)
-        generator = make_generator(request.seed, request.generator, request.batch)
-        record = {} if path is None and request.resume is None else self._record(request, generator)
-        conditioning: Conditioning | None
-        if request.resume is None:
-            conditioning, state = self._prepare(request, solver, timesteps, generator, progress)
-        else:
-            saved = self._resume(request, record, generator)
-            record, conditioning, state = saved.record, saved.conditioning, saved.state
+        seed = request.seed
+        if ranks is not None and seed is None and request.generator is None:
+            seed = ranks.shared(drawn_seed)
+        generator = make_generator(seed, request.generator, request.batch)
+        saved = self._begin(request, solver, timesteps, generator, progress)
+        record, conditioning, state = saved.record, saved.conditioning, saved.state
         if conditioning is not None:  # None: the file had all steps
             progress("denoise", state.done, len(timesteps))
             run = denoise(
-                self.transformer, solver, timesteps, state, conditioning, request, generator
+                self.transformer, solver, timesteps, state, conditioning, request, generator, guides
             )
             for state in run:
                 now = every is not None and state.done % every == 0 and state.done < len(timesteps)
@@ -384,6 +391,28 @@ class CogVideoX:
             width=usual[1] if width is None else width,
             **{"dtype": weight.dtype, "backend": backend, **options},
         )
+
+    def _begin(
+        self,
+        request: Request,
+        solver: Solver,
+        timesteps: TimestepSchedule,
+        generator: Generators,
+        progress: Progress,
+    ) -> Saved:
+        """All that the first remaining step needs; of a finished run, its latents."""
+        recorded = request.save_latents is not None or request.resume is not None
+        record = self._record(request, generator) if recorded or self.ranks is not None else {}
+
+        def begin() -> Saved:
+            if request.resume is not None:
+                return self._resume(request, record, generator)
+            conditioning, state = self._prepare(request, solver, timesteps, generator, progress)
+            return Saved(record, len(timesteps), state, conditioning, _states(generator))
+
+        if self.ranks is None:
+            return begin()
+        return begin_together(self.ranks, record, begin, generator, self.device)
 
     def _prepare(
         self,
@@ -437,11 +466,8 @@ class CogVideoX:
             if request.seed is not None or name != "seed"
         }
         check_record(request.resume, saved.record, wanted)
-        if saved.generator_states is not None:
-            states = saved.generator_states.view(len(each(generator)), -1)
-            for one, state in zip(each(generator), states, strict=True):
-                one.set_state(state.clone())  # torch crashes on a view
-        return saved.to(next(self.transformer.parameters()).device)
+        saved.restore(each(generator))
+        return saved.to(self.device)
 
     def _model_index(self) -> dict[str, Any]:
         """Contents of model_index.json: diffusers' classes for the folders."""

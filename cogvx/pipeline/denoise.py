@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cogvx_kernels.context_parallel import Context
+
 from ..generation import WHERE
 from ..schedulers import Generators, Solver, TimestepSchedule, dynamic_guidance
 from ..threads import suited_threads
@@ -49,8 +51,11 @@ def denoise(
     conditioning: Conditioning,
     request: Request,
     generator: Generators,
+    guides: Context | None = None,
 ) -> Iterator[State]:
     """Yield the state after each remaining step.
+
+    guides  two ranks, or groups of them, of which each computes one prediction of guidance
 
     Text projections are computed once, modulations for `STEPS_AHEAD` steps at a time.
 
@@ -61,13 +66,14 @@ def denoise(
     the device at each step, as a progress bar needs it, too.)
     """
     latents, prev_x0 = state.latents, state.prev_x0
-    texts = prepare_text(transformer, conditioning, request.cfg == "batch")
+    together = request.cfg == "batch" and guides is None
+    texts = prepare_text(transformer, conditioning, together)
     for index, modulations in iter_modulations(transformer, timesteps, state.done):
         timestep = timesteps.timesteps[index]
         guidance = request.guidance
         if request.dynamic_guidance:
             guidance = dynamic_guidance(guidance, timestep, len(timesteps))
-        v = predict(transformer, latents, conditioning.image, texts, modulations, guidance)
+        v = predict(transformer, latents, conditioning.image, texts, modulations, guidance, guides)
         latents, prev_x0 = solver.step(latents, v, index, timesteps, prev_x0, generator)
         check_finite(latents, f"step {index + 1} of {len(timesteps)}, timestep {timestep},")
         if request.callback is not None:
@@ -115,6 +121,7 @@ def predict(
     texts: list[ProjectedText],
     modulations: Modulations,
     guidance: float,
+    guides: Context | None = None,
 ) -> Tensor:
     """Predict v at a step, with guidance, in float32.
 
@@ -128,7 +135,10 @@ def predict(
             v: Tensor = transformer(latents, text, modulations=modulations)
         return v.float()
 
-    if len(texts) == 2:
+    if guides is not None:
+        v = forward(latents, texts[guides.rank])
+        negative, positive = guides.gather(v[None], [len(v)] * 2)[0].chunk(2)
+    elif len(texts) == 2:
         negative, positive = (forward(latents, text) for text in texts)
     elif len(texts[0].tokens) == len(latents):
         return forward(latents, texts[0])
@@ -143,10 +153,15 @@ def _values(transformer: ExpertTransformer, latents: Tensor, text: ProjectedText
     return text.tokens.numel() + patches * transformer.config.hidden_size
 
 
+def drawn_seed() -> int:
+    """A seed that torch draws."""
+    return int(torch.randint(2**63 - 1, ()))
+
+
 def make_generator(seed: int | None, generator: Generators | None, batch: int) -> Generators:
     """The caller's generator; or a CPU one with the seed, or a seed that torch draws."""
     if generator is None:
-        seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
+        seed = drawn_seed() if seed is None else seed
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise invalid(WHERE, "seed", "an integer", repr(seed), TypeError)
         return torch.Generator().manual_seed(seed)

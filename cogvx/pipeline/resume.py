@@ -8,6 +8,7 @@ options; a file is only used if the record agrees.
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,6 +62,13 @@ class Saved:
         """Move everything except the generator states, which stay on the CPU."""
         state, conditioning = _to(self.state, device), self.conditioning
         return replace(self, state=state, conditioning=conditioning and _to(conditioning, device))
+
+    def restore(self, generators: Sequence[torch.Generator]) -> None:
+        """Set the states of the generators, if steps are left."""
+        if self.generator_states is not None:
+            states = self.generator_states.view(len(generators), -1)
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state.clone())  # torch crashes on a view
 
 
 def _to(value: T, device: torch.device) -> T:

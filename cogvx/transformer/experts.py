@@ -54,7 +54,7 @@ def gather_routing(
     """
     values = [torch.cat(r) * share for r, share in zip(routing, shares, strict=True)]
     flat = torch.cat(values).view(1, 1, -1)
-    total = part.gather(flat, [1] * len(part.sizes)).sum((0, 1))
+    total = part.context.gather(flat, [1] * len(part.sizes)).sum((0, 1))
     return [Routing(*t.chunk(2)) for t in total.split([len(v) for v in values])]
 
 

@@ -141,7 +141,7 @@ class ExpertTransformer(OpModule):
             routing.extend(routed if part is None else self._all_routing(routed, part, text_len))
         video = self.proj_out(self.norm_out(self.norm_final(video), last_modulation))
         if part is not None:
-            video = part.gather(video, part.video_sizes(text_len))
+            video = part.context.gather(video, part.video_sizes(text_len))
         return unpatchify(video, token_grid(self.config, frames, height, width), self.patch)
 
     def project_text(self, text: Tensor) -> ProjectedText:

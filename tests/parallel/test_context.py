@@ -67,7 +67,7 @@ def attention_and_gradients(length, nheads, method):
     gradients = torch.autograd.grad((expected * weight).sum(), qkv)
     part = Context.of(dist.group.WORLD, method).part(length)
     out = part.attention(*(part.narrow(x, 1) for x in qkv), attend)
-    out = part.gather(out, part.sizes)
+    out = part.context.gather(out, part.sizes)
     found = torch.autograd.grad((out * weight).sum(), qkv)
     for gradient in found:
         dist.all_reduce(gradient)
@@ -94,7 +94,7 @@ def test_attention_of_parts_is_that_of_the_whole(size):
 
 def gathered(sizes):
     own = torch.full((BATCH, sizes[dist.get_rank()], 3), float(dist.get_rank()))
-    return Context.of(dist.group.WORLD).part(9).gather(own, sizes)
+    return Context.of(dist.group.WORLD).gather(own, sizes)
 
 
 def test_gather_takes_ranks_without_tokens():

@@ -1,0 +1,94 @@
+"""Process group and device mesh of the processes that torchrun started."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ..validation import check_integer, invalid
+
+WHERE = "parallel.start"
+# Outermost first: ranks of a context exchange most, and are on one machine.
+DIMENSIONS = ("data", "guidance", "context")
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TIMEOUT = timedelta(minutes=10)  # longer than the first step of a compiled model
+
+
+def start(
+    guidance: int = 1,
+    context: int | None = None,
+    data: int = 1,
+    device: str | None = None,
+    timeout: timedelta = TIMEOUT,
+) -> DeviceMesh:
+    """Start torch.distributed and arrange its processes in a mesh.
+
+    Args:
+        guidance: groups of ranks for the two predictions of guidance, 1 or 2.
+        context: ranks that share a sequence; by default all that are left.
+        data: groups that make videos of their own.
+        device: "cuda", with NCCL, or "cpu", with gloo; by default "cuda" if there is a GPU. A
+            process takes the GPU of its number on its machine.
+        timeout: of a message. A rank that is frozen ends the others after it.
+
+    Returns:
+        A mesh of three dimensions, "data", "guidance" and "context". A process group that has been
+        started already is used as it is.
+
+    Raises:
+        RuntimeError: the processes were not started by torchrun, or there are fewer GPUs than
+            processes on this machine.
+        ValueError: the product of the sizes is not the number of processes.
+    """
+    guidance, data = check_integer(WHERE, "guidance", guidance), check_integer(WHERE, "data", data)
+    if guidance not in (1, 2):
+        raise invalid(WHERE, "guidance", "1 or 2, the predictions of guidance", guidance)
+    if device not in (None, "cpu", "cuda"):
+        raise invalid(WHERE, "device", '"cpu", "cuda" or None', repr(device))
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    world = _world()
+    if context is None:
+        context = max(1, world // (guidance * max(1, data)))
+    sizes = data, guidance, check_integer(WHERE, "context", context)
+    if min(sizes) < 1 or data * guidance * context != world:
+        product = f"{data} x {guidance} x {context} = {data * guidance * context}"
+        wanted = f"the number of processes, {world}"
+        raise invalid(WHERE, "data x guidance x context", wanted, product)
+    if kind == "cuda":
+        _take_gpu()
+    if not dist.is_initialized():
+        # Objects are sent by gloo, tensors of a GPU by NCCL.
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout)
+    return init_device_mesh(kind, sizes, mesh_dim_names=DIMENSIONS)
+
+
+def stop() -> None:
+    """End the process group, after the last message. Not after an error: it would wait."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _world() -> int:
+    """Number of processes."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    missing = [name for name in VARIABLES if name not in os.environ]
+    if missing:
+        raise RuntimeError(
+            f"{WHERE}: must be called by processes of torchrun; {', '.join(missing)} not set. Type "
+            "torchrun --nproc-per-node GPUS program.py"
+        )
+    return int(os.environ["WORLD_SIZE"])
+
+
+def _take_gpu() -> None:
+    local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= count:
+        raise RuntimeError(
+            f"{WHERE}: must have a GPU for each process of this machine; got {count} for process "
+            f"{local + 1}: lower torchrun's --nproc-per-node"
+        )
+    torch.cuda.set_device(local)

@@ -1,0 +1,97 @@
+"""The ranks that make one video, and what they share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from cogvx_kernels.context_parallel import Context
+
+from ..transformer import ExpertTransformer
+
+T = TypeVar("T")
+WITHIN = ("context", "guidance")  # dimensions of the ranks of one video, innermost first
+
+
+def context_parallel(model: Any, mesh: DeviceMesh | None) -> None:
+    """Run a pipeline, or a transformer alone, on the ranks of a mesh of `start`.
+
+    Each rank has the whole model, and calls it with the same arguments. The sequence is split over
+    the dimension "context"; a pipeline computes the predictions of guidance on the two groups of
+    "guidance", if there are two. None takes it out again.
+
+    Raises TypeError for another model, ValueError for a mesh on another device or without these
+    dimensions.
+    """
+    transformer = getattr(model, "transformer", model)
+    if not isinstance(transformer, ExpertTransformer):
+        raise TypeError(
+            "context_parallel: model must be a CogVideoX or an ExpertTransformer; got "
+            f"{type(model).__name__}"
+        )
+    ranks = None if mesh is None else Ranks(mesh)
+    if ranks is not None:
+        place = next(transformer.parameters()).device.type
+        if ranks.mesh.device_type != place:
+            raise ValueError(
+                f"context_parallel: model must be on the mesh's device, {ranks.mesh.device_type}; "
+                f"got {place}"
+            )
+    transformer.context = None if ranks is None else ranks.along("context")
+    if model is not transformer:
+        model.ranks = ranks
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a mesh that make one video with this one."""
+
+    mesh: DeviceMesh
+
+    def __post_init__(self) -> None:
+        names = self.mesh.mesh_dim_names or ()
+        if not set(WITHIN) <= set(names):
+            raise ValueError(
+                "context_parallel: mesh must have the dimensions guidance and context, as of "
+                f"parallel.start; got {', '.join(names) or 'none with a name'}"
+            )
+
+    def along(self, dimension: str) -> Context | None:
+        """Context of this rank's group along a dimension; None for a group of one."""
+        group = self.mesh.get_group(dimension)
+        return Context.of(group) if group.size() > 1 else None
+
+    @property
+    def first(self) -> bool:
+        """True for the rank that encodes text, writes files and prints."""
+        return not any(self.mesh.get_local_rank(name) for name in WITHIN)
+
+    def gather(self, value: T) -> list[T]:
+        """The (picklable) values of all ranks, in order."""
+        values = [value]
+        for name in WITHIN:
+            group = self.mesh.get_group(name)
+            several: list[Any] = [None] * group.size()
+            dist.all_gather_object(several, values, group)
+            values = [value for part in several for value in part]
+        return values
+
+    def shared(self, function: Callable[[], T]) -> T:
+        """Call a function on the first rank; its (picklable) result, or error, is every rank's.
+
+        Tensors of the result must be on the CPU.
+        """
+        done: list[Any] = [None, None]
+        if self.first:
+            try:
+                done[0] = function()
+            except Exception as error:
+                done[1] = error
+        for name in WITHIN:
+            dist.broadcast_object_list(done, group=self.mesh.get_group(name), group_src=0)
+        value: T = done[0]
+        if done[1] is not None:
+            raise done[1]
+        return value

@@ -1,0 +1,166 @@
+"""`generate` on ranks: the result, what is shared, and what is refused."""
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from cogvx import CogVideoX
+from cogvx.parallel import Ranks, context_parallel, start
+from tests.harness.selection import rest
+
+from . import models, ranks
+
+PROMPT = "two small blue squares on white, one moving down"
+OPTIONS = {"steps": 3, "guidance": 2.0, "output": "latents", "num_frames": 5, "solver": "dpm"}
+
+
+@functools.cache
+def tiny():
+    return CogVideoX.from_pretrained("tiny", backend="reference")
+
+
+@functools.cache
+def one_process(**options):
+    return tiny().generate(PROMPT, **{"seed": 0, "cfg": "two_pass", **OPTIONS, **options})
+
+
+def generated(groups, prompt=PROMPT, **options):
+    """Latents of this rank; the text encoder is the first rank's alone."""
+    pipe = tiny()
+    context_parallel(pipe, start(guidance=groups, device="cpu"))
+    if not pipe.ranks.first:
+        pipe.text_encoder = None
+    if callable(prompt):
+        prompt = prompt(dist.get_rank())
+    return pipe.generate(prompt, **{**OPTIONS, **options})
+
+
+@pytest.mark.parametrize("size, guidance", [(2, 2), (2, 1), (4, 2), rest(3, 1), rest(1, 1)])
+def test_ranks_generate_what_one_process_does(size, guidance):
+    expected = one_process()
+    found = ranks.run(functools.partial(generated, guidance, seed=0), size)
+    assert all(torch.equal(latents, found[0]) for latents in found)
+    if size == guidance:
+        assert torch.equal(found[0], expected)
+    else:
+        assert (found[0] - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_without_a_seed_ranks_take_that_of_the_first():
+    def run():
+        torch.manual_seed(dist.get_rank())
+        return generated(2)
+
+    torch.manual_seed(0)
+    expected = tiny().generate(PROMPT, cfg="two_pass", **OPTIONS)
+    assert all(torch.equal(latents, expected) for latents in ranks.run(run, 2))
+
+
+def test_embeddings_without_a_text_are_taken():
+    embeds = tiny().text_encoder.encode([PROMPT], tiny().transformer.config.max_text_seq_length)
+    run = functools.partial(
+        generated, 1, None, seed=0, prompt_embeds=embeds, negative_prompt_embeds=0 * embeds
+    )
+    first, second = ranks.run(run, 2)
+    assert torch.equal(first, second)
+
+
+def refusal(function):
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_ranks_whose_inputs_differ_are_refused_by_name():
+    run = functools.partial(generated, 1, lambda rank: f"{rank} squares", seed=0)
+    for message in ranks.run(refusal, 2, run):
+        assert "ValueError: CogVideoX.generate: prompt must be the same on each rank" in message
+        assert "['0 squares'] on the first and ['1 squares'] on rank 1" in message
+
+    def seeds():
+        generated(2, seed=dist.get_rank())
+
+    for message in ranks.run(refusal, 2, seeds):
+        assert "seed must be the same on each rank; got seed 0 on the first" in message
+
+    def latents():
+        generated(2, seed=0, latents=torch.full((1, 2, 8, 16, 16), 1.0 + dist.get_rank()))
+
+    for message in ranks.run(refusal, 2, latents):
+        assert "latents must be the same on each rank" in message
+
+
+def test_an_error_of_the_first_rank_is_raised_on_all():
+    def run():
+        tiny().text_encoder.encode = None
+        generated(1, seed=0)
+
+    assert len(set(ranks.run(refusal, 2, run))) == 1
+
+
+def test_groups_for_guidance_need_guidance():
+    run = functools.partial(generated, 2, guidance=1.0, seed=0)
+    for message in ranks.run(refusal, 2, run):
+        assert "guidance must be above 1 on two groups of ranks" in message
+
+
+def saved_and_resumed(folder):
+    path = folder / "run.latents.safetensors"
+    halted = functools.partial(generated, 1, seed=0, save_latents=path, checkpoint_every=1)
+
+    def stop(index, timestep, latents):
+        if index == 1:
+            raise KeyboardInterrupt
+
+    try:
+        halted(callback=stop)
+    except KeyboardInterrupt:
+        pass
+    dist.barrier()
+    return generated(1, seed=0, resume=path)
+
+
+def test_a_run_is_saved_by_the_first_rank_and_resumed_by_all(tmp_path):
+    whole = ranks.run(functools.partial(generated, 1, seed=0), 2)
+    for latents in ranks.run(saved_and_resumed, 2, tmp_path):
+        assert torch.equal(latents, whole[0])
+
+
+def refused_meshes():
+    transformer = models.build("5B")
+    mesh = start(device="cpu")
+    context_parallel(transformer, mesh)
+    assert transformer.context.size == 2
+    context_parallel(transformer, None)
+    assert transformer.context is None
+    return [
+        refusal(lambda: start(context=3, device="cpu")),
+        refusal(lambda: start(guidance=3)),
+        refusal(lambda: start(device="tpu")),
+        refusal(lambda: context_parallel(torch.nn.Linear(1, 1), mesh)),
+        refusal(lambda: context_parallel(transformer.to("meta"), mesh)),
+        refusal(lambda: Ranks(mesh["context"])),
+    ]
+
+
+def test_what_does_not_fit_is_refused_by_name():
+    messages = ranks.run(refused_meshes, 2)[0]
+    wanted = [
+        "data x guidance x context must be the number of processes, 2; got 1 x 1 x 3 = 3",
+        "guidance must be 1 or 2, the predictions of guidance; got 3",
+        'device must be "cpu", "cuda" or None; got \'tpu\'',
+        "model must be a CogVideoX or an ExpertTransformer; got Linear",
+        "model must be on the mesh's device, cpu; got meta",
+        "mesh must have the dimensions guidance and context, as of parallel.start; got context",
+    ]
+    for message, part in zip(messages, wanted, strict=True):
+        assert part in message
+
+
+def test_without_torchrun_the_command_is_named(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(RuntimeError, match="RANK.* not set. Type torchrun --nproc-per-node GPUS"):
+        start(guidance=2)
