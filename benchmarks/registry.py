@@ -199,13 +199,9 @@ def provider(
 
 
 def providers_of(info: OpInfo) -> list[Provider]:
-    """The registered providers of an op, eager first, and the peers in its OpInfo."""
-    peers = [
-        Provider(name, "another library's", lambda info, arguments, f=function: f)
-        for name, function in info.peers.items()
-    ]
+    """The registered providers of an op, eager first."""
     fit = (p for p in PROVIDERS if (not p.ops or info.name in p.ops) and p.applies(info))
-    return [*sorted(fit, key=lambda p: p.name != "eager"), *peers]
+    return sorted(fit, key=lambda p: p.name != "eager")
 
 
 def compile_(function: Function, mode: str | None = None) -> Function:

@@ -3,9 +3,6 @@
 Each choice is compared, not the fastest alone: a compiler that gets a single tile size wrong is a
 thing that happens. The winner is written into the kernel's module by hand; nothing is tuned at run
 time, so the same input gives the same bits on the same GPU. Exit status 1 if a choice is wrong.
-
-`--op expert_ffn --dense` times the grouped kernel beside the dense one instead, where no sorting is
-needed, and prints the rows of `cogvx_kernels.expert_ffn.heuristics`.
 """
 
 import argparse
@@ -24,10 +21,9 @@ import torch
 from cogvx_kernels._backend import INTERPRETED
 from cogvx_kernels.testing import OPS, SIZES
 
-from . import conditions, inputs, ops, report
+from . import conditions, inputs, ops
 from .__main__ import DTYPES, publish
 from .registry import (
-    BENCHMARKS,
     MODEL,
     MODEL_SIZE,
     PASSES,
@@ -38,10 +34,8 @@ from .registry import (
     Entry,
     Options,
 )
-from .run import Wrong, run
 
 Choice = Mapping[str, int]
-GROUPED, DENSE = "cogvx-grouped", "cogvx-dense"
 
 
 @dataclass(frozen=True)
@@ -131,7 +125,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--size", choices=tuple(SIZES), default=MODEL_SIZE)
     add("--dtype", choices=DTYPES, default="bfloat16")
     add("--convention", default=MODEL, help="of the call (%(default)s)")
-    add("--dense", action="store_true", help="grouped beside dense, and the rows of the table")
     add("--pass", dest="which", choices=(*PASSES, "both"), default="both")
     add("--out", type=Path, metavar="DIR", help="write JSON and a plot there, add to results.csv")
     add("--quick", action="store_true", help="a third of the time for each")
@@ -144,16 +137,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     calls = inputs.conventions(OPS[arguments.op], SIZES[arguments.size])
     if arguments.convention not in calls:
         parser.error(f"argument --convention: no such call; there are {', '.join(calls)}")
-    if arguments.dense and arguments.op != "expert_ffn":
-        parser.error("argument --dense: only expert_ffn has two kernels")
     passes = PASSES if arguments.which == "both" else (arguments.which,)
     options = Options(getattr(torch, arguments.dtype), device, arguments.size, passes)
     budget = 0.05 if arguments.quick else 0.15
     options = replace(options, conventions=(arguments.convention,), budget=budget, repeats=1)
     command = f"benchmarks.tune --op {arguments.op} --size {arguments.size}"
-    found = conditions.conditions(device, command + " --dense" * arguments.dense)
-    if arguments.dense:
-        return compare_gemms(options, found)
+    found = conditions.conditions(device, command)
 
     def cases(options: Options) -> Iterator[Case]:
         yield from (_case(arguments.op, which, options) for which in options.passes)
@@ -195,49 +184,6 @@ def _case(op: str, which: str, options: Options) -> Case:
 
     case.entries = [entry(choice) for choice in fitting]
     return case
-
-
-# --- grouped or dense ------------------------------------------------------------------------
-
-
-def compare_gemms(options: Options, found: report.Conditions) -> int:
-    """Print both kernels of expert_ffn at a size and the rows of the table; 1 if one is wrong."""
-    calls = inputs.conventions(OPS["expert_ffn"], SIZES[options.size])
-    unsorted = {name: call for name, call in calls.items() if call.arguments["index"] is None}
-    options = Options(
-        options.dtype, options.device, options.size, options.passes, (GROUPED, DENSE),
-        tuple(unsorted), budget=2 * options.budget,
-    )  # fmt: skip
-    try:
-        outcome = run(BENCHMARKS["expert_ffn"], options)
-    except Wrong as wrong:
-        print(f"outside the rule of numerics; nothing was timed.\n{wrong}")
-        return 1
-    print(report.table(outcome.rows))
-    for name, call in unsorted.items():
-        rows = [row for row in outcome.rows if row.convention == name]
-        print(f"\n{name}: {_measured(rows, call.specs()['up'].shape, found)}")
-    return 0
-
-
-def _measured(rows: Sequence[report.Row], up: Sequence[int], found: report.Conditions) -> str:
-    """The row, by the sum of the passes' medians; or why there is none."""
-    grouped, dense = (_sum(rows, name) for name in (GROUPED, DENSE))
-    if not grouped or not dense:
-        return "not timed, so there is no row"
-    faster, ratio = ("grouped", dense / grouped) if grouped <= dense else ("dense", grouped / dense)
-    experts, ffn_dim, dim = up
-    device, dtype, date = found["device_name"], rows[0].dtype, found["date"][:10]
-    return (
-        f"Measured({device!r}, {dtype!r}, {dim}, {ffn_dim}, {experts}, {faster!r}, "
-        f"{ratio:.2f}, {date!r}),"
-    )
-
-
-def _sum(rows: Sequence[report.Row], provider: str) -> float:
-    """Milliseconds of all passes; 0 if one has none."""
-    times = [row.median_ms for row in rows if row.provider == provider]
-    return sum(t for t in times if t) if all(times) else 0.0
 
 
 if __name__ == "__main__":

@@ -156,7 +156,6 @@ class OpInfo:
     resized         for an op on videos: a small call with a batch size and a number of frames
     gradcheck       for an op on videos: a call small enough for finite differences
     budgets         of its kernels, compiled ahead of time
-    peers           name -> the same op from another library, if installed
     """
 
     name: str
@@ -183,7 +182,6 @@ class OpInfo:
     variants: tuple[Mapping[str, Any], ...] = ()
     budgets: tuple[Budget, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
-    peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.name

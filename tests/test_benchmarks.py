@@ -128,10 +128,12 @@ def wrong(monkeypatch):
     def rolled(x, cos, sin, *, backend="", **options):
         return info.reference(x, cos, sin, **options).roll(1, 1)
 
-    def put(**changes):
+    def put(peers=(), **changes):
         benchmark = registry.BENCHMARKS["rope3d"]
         cases = ops.partial(ops.cases, replace(info, **changes))
-        names = ["eager", "cogvx-auto", *changes.get("peers", ())]
+        names = ["eager", "cogvx-auto", *peers]
+        others = [registry.Provider(name, "", lambda *_: rolled) for name in peers]
+        monkeypatch.setattr(registry, "PROVIDERS", [*registry.PROVIDERS, *others])
         planted = replace(benchmark, cases=cases, entries=lambda: names)
         monkeypatch.setitem(registry.BENCHMARKS, "rope3d", planted)
 
@@ -150,7 +152,7 @@ def test_wrong_kernel_is_not_timed(plain, wrong, tmp_path, capsys):
 
 def test_wrong_peer_has_no_row(wrong, tmp_path, capsys):
     rolled, put = wrong
-    put(peers={"them": rolled})
+    put(peers=["them"])
     words = ("--op", "rope3d", *ON_CPU, "--providers", "them", "--out", str(tmp_path))
     assert main(words) == 1
     assert "refused, its results are wrong: them" in capsys.readouterr().out
@@ -339,26 +341,6 @@ def test_wrong_choice_is_refused(monkeypatch, capsys):
     assert tune.main((*words, "--pass", "forward", "--quick")) == 1
     refused = re.findall("refused.*wrong: (.*)", capsys.readouterr().out)
     assert len(refused) == 8 and sum("too small" in line for line in refused) == 4
-
-
-def test_dense_is_of_expert_ffn_alone(monkeypatch, capsys):
-    monkeypatch.setattr(tune, "INTERPRETED", True)
-    with pytest.raises(SystemExit) as stopped:
-        tune.main(("--op", "rope3d", "--dense"))
-    assert stopped.value.code == 2
-    assert "only expert_ffn has two kernels" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_grouped_and_dense_are_compared_where_nothing_is_timed(capsys):
-    pytest.importorskip("triton")
-    if not _backend.INTERPRETED:
-        pytest.skip("kernels are not interpreted")
-    words = ("--op", "expert_ffn", "--dense", "--size", "tiny", "--dtype", "float32", "--quick")
-    assert tune.main((*words, "--pass", "forward")) == 0
-    printed = capsys.readouterr().out
-    assert printed.count("not timed, so there is no row") == 2
-    assert "cogvx-grouped" in printed and "cogvx-dense" in printed
 
 
 def test_tune_needs_a_gpu(plain, monkeypatch, capsys):
