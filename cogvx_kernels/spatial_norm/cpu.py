@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._launch import empty_video
 from .reference import latent_of_frame
-from .validation import update_cache
+from .validation import Parameters, Settings, update_cache
 
 PIECE = 1 << 18  # elements: a megabyte in fp32
 
@@ -21,17 +21,18 @@ Maps = tuple[Tensor, Tensor, Tensor]
 
 
 def spatial_norm_silu_cpu(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor | None, b: Tensor | None,
-    pre_bias: Tensor | None, moments: Tensor | None, num_groups: int, eps: float, per_frame: bool,
-    leads: bool, silu: bool, cache: Tensor | None, start: str | None,
+    x: Tensor, parameters: Parameters, moments: Tensor | None, settings: Settings,
+    cache: Tensor | None, start: str | None,
 ) -> Tensor:  # fmt: skip
     """`spatial_norm_silu_reference`."""
+    weight, bias, y, b, offset = parameters
+    num_groups, eps, per_frame, leads, silu = settings
     frames, cache_len = x.shape[2], 0 if cache is None else cache.shape[2]
     joined = empty_video(x, frames=cache_len + frames)
     if x.numel():
         if moments is None:
-            moments = _moments(x, pre_bias, num_groups, per_frame)
-        modulation = y if y is not None else b
+            moments = _moments(x, offset, num_groups, per_frame)
+        modulation = parameters.latents
         latents = [0] * frames
         if modulation is not None:
             latents = latent_of_frame(frames, modulation.shape[2], leads)
@@ -42,7 +43,7 @@ def spatial_norm_silu_cpu(
                 at = (None if z is None else z[:, :, latent] for z in (y, b))
                 maps = _maps(x, moments[:, key[1]], eps, weight, bias, *at)
             assert maps is not None
-            _apply(joined[:, :, cache_len + frame], x[:, :, frame], pre_bias, maps, silu)
+            _apply(joined[:, :, cache_len + frame], x[:, :, frame], offset, maps, silu)
     if cache is not None and cache_len:
         update_cache(joined, cache, start)
     return joined

@@ -13,6 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._launch import contiguous
+from .validation import Parameters, Settings
+
 # Estimated, not measured: two 16-byte loads for each thread of four warps, which is 16 elements of
 # fp16 or bf16, and where there are sums, two fp32 accumulators for each element.
 TILE = 4096  # bytes
@@ -110,6 +113,25 @@ def video_of(x: Tensor | None, align: int, channels_last: bool) -> Video:
     return Video(x, batch, channel, frame, row, col)
 
 
+class Modulation(NamedTuple):
+    """`validation.Parameters` for a kernel."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    y: Video
+    b: Video
+    offset: Tensor | None
+
+
+def latent_video(x: Tensor | None, plan: Plan) -> Video:
+    return video_of(x, plan.LATENT_ALIGN, plan.CHANNELS_LAST)
+
+
+def modulation_of(of: Parameters, plan: Plan) -> Modulation:
+    weight, bias, offset = (contiguous(v) for v in (of.weight, of.bias, of.offset))
+    return Modulation(weight, bias, latent_video(of.y, plan), latent_video(of.b, plan), offset)
+
+
 def _rows_are_dense(*tensors: Tensor | None) -> bool:
     """True if no frame has gaps between its rows: a frame is one run of pixels."""
     return all(
@@ -129,9 +151,8 @@ def _tile_shape(x: Tensor, across: int, channels_last: bool) -> tuple[int, int]:
 
 
 def plan_of(
-    x: Tensor, num_groups: int, like: tuple[Tensor | None, ...],
-    latents: tuple[Tensor | None, ...] = (), per_frame: bool = False, leads: bool = False,
-    silu: bool = False, eps: float = 0.0, cache: str = "none",
+    x: Tensor, settings: Settings, like: tuple[Tensor | None, ...],
+    latents: tuple[Tensor | None, ...] = (), cache: str = "none",
 ) -> Plan:  # fmt: skip
     """Plan a launch over x, `like` (videos of its height and width) and `latents` (y and b)."""
     channels, width = x.shape[1], x.shape[4]
@@ -145,8 +166,8 @@ def plan_of(
         cells = pixels // run
     return Plan(
         CHANNELS=channels,
-        GROUPS=num_groups,
-        GROUP_SIZE=channels // num_groups,
+        GROUPS=settings.num_groups,
+        GROUP_SIZE=channels // settings.num_groups,
         CELLS=cells,
         RUN=run,
         LANES=lanes,
@@ -156,10 +177,10 @@ def plan_of(
         CHANNELS_LAST=channels_last,
         ALIGN=_stride_alignment(channels_last, x, *like),
         LATENT_ALIGN=_stride_alignment(channels_last, *latents),
-        PER_FRAME=per_frame,
-        LEADS=leads and x.shape[2] > 1,
-        SILU=silu,
-        EPS=eps,
+        PER_FRAME=settings.per_frame,
+        LEADS=settings.leads and x.shape[2] > 1,
+        SILU=settings.silu,
+        EPS=settings.eps,
         CACHE=cache,
         COMPUTE=tl.float64 if x.dtype is torch.float64 else tl.float32,
     )
@@ -194,10 +215,6 @@ def span_of(x: Tensor, plan: Plan, most: int) -> int:
     frames, height, width = x.shape[2:]
     tiles = frames * triton.cdiv(height * width, plan.RUN * plan.CELLS) * plan.TILES
     return min(most, max(SPAN, tiles // PROGRAMS))
-
-
-def contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 # --- axes of a tile --------------------------------------------------------------------------
@@ -260,29 +277,32 @@ def tile_mask(mask, channel_mask, P: tl.constexpr):
 
 
 @triton.jit
-def address(video, batch, frame, row, col, channel, ALIGN: tl.constexpr, P: tl.constexpr):
-    """Addresses of a tile's elements; `row` and `col` are of its pixels, in 64 bits."""
-    start = (batch * video.batch + frame * video.frame) * ALIGN
+def address(video, at, P: tl.constexpr):
+    """Addresses of a tile at (batch, frame, row, col, channel).
+
+    `row` and `col` are of its pixels, in 64 bits.
+    """
+    batch, frame, row, col, channel = at
+    start = (batch * video.batch + frame * video.frame) * P.ALIGN
     if P.CHANNELS_LAST:
-        pixels = (row * video.row + col * video.col) * ALIGN
+        pixels = (row * video.row + col * video.col) * P.ALIGN
         offset = expand_pixels(pixels, P) + expand_channels(channel * video.channel, P)
     else:
-        pixels = row * video.row * ALIGN + col * video.col
-        offset = expand_pixels(pixels, P) + expand_channels(channel * video.channel * ALIGN, P)
+        pixels = row * video.row * P.ALIGN + col * video.col
+        offset = expand_pixels(pixels, P) + expand_channels(channel * video.channel * P.ALIGN, P)
     return video.ptr + (start + offset)
 
 
 @triton.jit
-def load(video, batch, frame, row, col, channel, mask, P: tl.constexpr):
-    addr = address(video, batch, frame, row, col, channel, P.ALIGN, P)
-    return tl.load(addr, mask=mask, other=0.0).to(P.COMPUTE)
+def load(video, at, mask, P: tl.constexpr):
+    return tl.load(address(video, at, P), mask=mask, other=0.0).to(P.COMPUTE)
 
 
 @triton.jit
-def store(video, batch, frame, row, col, channel, mask, x, P: tl.constexpr):
+def store(video, at, mask, x, P: tl.constexpr):
     """Round to the tensor's dtype and store; returns the rounded tile."""
     rounded = x.to(video.ptr.dtype.element_ty)
-    tl.store(address(video, batch, frame, row, col, channel, P.ALIGN, P), rounded, mask=mask)
+    tl.store(address(video, at, P), rounded, mask=mask)
     return rounded
 
 
@@ -298,22 +318,21 @@ def load_vector(ptr, channel, channel_mask, default: tl.constexpr, P: tl.constex
 
 
 @triton.jit
-def load_latent(
-    video, batch, frame, row, cell, channel, mask, default: tl.constexpr, P: tl.constexpr
-):
+def load_latent(video, at, mask, default: tl.constexpr, P: tl.constexpr):
     """Load y or b for a row of cells, (cells, channels); the constant `default` without them."""
     CELLS: tl.constexpr = P.CELLS
     LANES: tl.constexpr = P.LANES
     if video.ptr is None:
         values = tl.full((CELLS, LANES), default, P.COMPUTE)
     else:
-        addr = latent_address(video, batch, frame, row, cell, channel, P)
-        values = tl.load(addr, mask=mask, other=0.0).to(P.COMPUTE)
+        values = tl.load(latent_address(video, at, P), mask=mask, other=0.0).to(P.COMPUTE)
     return values
 
 
 @triton.jit
-def latent_address(video, batch, frame, row, cell, channel, P: tl.constexpr):
+def latent_address(video, at, P: tl.constexpr):
+    """Addresses of a row of cells at (batch, frame, row, cell, channel)."""
+    batch, frame, row, cell, channel = at
     start = (batch * video.batch + frame * video.frame + row * video.row) * P.LATENT_ALIGN
     if P.CHANNELS_LAST:
         cells, channels = cell * video.col * P.LATENT_ALIGN, channel * video.channel

@@ -12,6 +12,8 @@ from .cpu import residual_moments_cpu, spatial_norm_silu_cpu
 from .reference import residual_moments_reference, spatial_norm_silu_reference
 from .validation import (
     VIDEO,
+    Parameters,
+    Settings,
     check_cache,
     check_latents,
     check_moments,
@@ -48,7 +50,7 @@ def _spatial_norm_silu(
         kernel.moments_fwd(computed, None, x, None, offset, num_groups, per_frame)
     kernel.spatial_norm_fwd(
         out, None, x, computed if moments is None else moments.contiguous(),
-        weight, bias, y, b, offset, num_groups, eps, per_frame, leads, silu,
+        Parameters(weight, bias, y, b, offset), Settings(num_groups, eps, per_frame, leads, silu),
     )  # fmt: skip
     return out, computed
 
@@ -107,8 +109,8 @@ def _spatial_norm_silu_grads(
     dx, dweight, dbias, dy, db, doffset, dmoments = grads
     sums = kernel.spatial_norm_bwd(
         (dx if to_x else None, None if y is None else dy, None if b is None else db),
-        dout, x, moments.contiguous(), given, weight, bias, y, b, offset,
-        num_groups, eps, per_frame, leads, silu,
+        dout, x, moments.contiguous(), given, Parameters(weight, bias, y, b, offset),
+        Settings(num_groups, eps, per_frame, leads, silu),
     )  # fmt: skip
     for grad, total in zip((dweight, dbias, doffset, dmoments), sums, strict=True):
         if grad.numel():
@@ -153,9 +155,8 @@ def _spatial_norm_silu_cached(
     if moments is None:
         moments = new_moments(x, num_groups, per_frame)
         kernel.moments_fwd(moments, None, x, None, offset, num_groups, per_frame)
-    arguments = (
-        x, moments.contiguous(), weight, bias, y, b, offset, num_groups, eps, per_frame, leads, silu
-    )  # fmt: skip
+    settings = Settings(num_groups, eps, per_frame, leads, silu)
+    arguments = x, moments.contiguous(), Parameters(weight, bias, y, b, offset), settings
     if frames >= cache_len:
         kernel.spatial_norm_fwd(joined, cache, *arguments, start)
     else:
@@ -321,24 +322,20 @@ def spatial_norm_silu(
     if moments is not None:
         check_moments(op, x, moments, num_groups, per_frame)
     check_cache(op, x, cache, start)
-    tensors = (x, weight, bias, y, b, offset, moments)
-    settings = (num_groups, float(eps), per_frame, leads, silu)
+    parameters = Parameters(weight, bias, y, b, offset)
+    tensors = (x, *parameters, moments)
+    settings = Settings(num_groups, float(eps), per_frame, leads, silu)
     if cache is not None:
-        refuse_grad(
-            op, cache=cache, x=x, weight=weight, bias=bias, y=y, b=b, offset=offset, moments=moments
-        )
-    transform = _backend.transform_reason(
-        x=x, weight=weight, bias=bias, y=y, b=b, offset=offset, moments=moments, cache=cache
-    )
+        refuse_grad(op, cache=cache, x=x, **parameters._asdict(), moments=moments)
+    transform = _backend.transform_reason(x=x, **parameters._asdict(), moments=moments, cache=cache)
     if _backend.choose(backend, op, unsupported_reason(x) or transform, x):
         if cache is None:
             return _spatial_norm_silu(*tensors, *settings)[0]
         return _spatial_norm_silu_cached(cache, *tensors, *settings, start or "")
     if transform is None and _use_cpu_path(*tensors):
-        return spatial_norm_silu_cpu(*tensors, *settings, cache, start)
+        return spatial_norm_silu_cpu(x, parameters, moments, settings, cache, start)
     out = spatial_norm_silu_reference(
-        *tensors[:-1], num_groups=num_groups, eps=eps, per_frame=per_frame, leads=leads, silu=silu,
-        moments=moments, cache=cache, start=start,
+        x, *parameters, **settings._asdict(), moments=moments, cache=cache, start=start
     )  # fmt: skip
     return match_memory_format(x, out)
 

@@ -10,7 +10,7 @@ from .._launch import empty_video
 from .._opinfo import Budget, Cost, OpInfo, Sample, Size, TensorSpec
 from .op import residual_moments, spatial_norm_silu
 from .reference import residual_moments_reference, spatial_norm_silu_reference
-from .validation import new_moments
+from .validation import Parameters, Settings, new_moments
 
 LAYOUTS = (
     "contiguous", "channels_last", "behind", "inset", "transposed", "offset", "strided", "expanded",
@@ -176,16 +176,16 @@ def _launch(kernel: Any, a: Mapping[str, Any]) -> None:
     if moments is None:
         moments = new_moments(x, a["num_groups"], a["per_frame"])
         kernel.moments_fwd(moments, None, x, None, offset, a["num_groups"], a["per_frame"])
-    tensors = tuple(a[name] for name in ("weight", "bias", "y", "b", "offset"))
-    settings = (a["num_groups"], 1e-6, a["per_frame"], a["leads"], a["silu"])
-    kernel.spatial_norm_fwd(empty_video(x), None, x, moments, *tensors, *settings)
+    parameters = Parameters(*(a[name] for name in Parameters._fields))
+    settings = Settings(a["num_groups"], 1e-6, a["per_frame"], a["leads"], a["silu"])
+    kernel.spatial_norm_fwd(empty_video(x), None, x, moments, parameters, settings)
     if x.shape[2] > 1:
         for start in ("", "replicate"):
             joined, cache = empty_video(x, frames=x.shape[2] + 2), empty_video(x, frames=2)
-            kernel.spatial_norm_fwd(joined, cache, x, moments, *tensors, *settings, start)
+            kernel.spatial_norm_fwd(joined, cache, x, moments, parameters, settings, start)
     grads = empty_video(x), *(None if z is None else empty_video(z) for z in (a["y"], a["b"]))
     given = a["moments"] is not None
-    kernel.spatial_norm_bwd(grads, x, x, moments, given, *tensors, *settings)
+    kernel.spatial_norm_bwd(grads, x, x, moments, given, parameters, settings)
 
 
 _SIZES = ("2b-480x720-49f", "1.5-5b-768x1360-81f")

@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import on_device
+from .._launch import contiguous, on_device
 from .device_utils import (
     WARPS,
-    contiguous,
     expand_channels,
     load,
     load_vector,
@@ -29,6 +28,7 @@ from .device_utils import (
     tile_pixels,
     video_of,
 )
+from .validation import Settings
 
 # Estimated, not measured: so long that the parts of a strip are a hundredth of its bytes.
 STRIP = 1024  # pixels
@@ -36,31 +36,34 @@ MERGED = 4096  # parts merged by one program
 
 
 @triton.jit
-def _load_tile(
-    total, x, h, pre_bias, batch, frame, strip, step, sizes, channel, channel_mask, P: tl.constexpr
-):
+def _load_tile(videos, pre_bias, program, step, sizes, lanes, P: tl.constexpr):
     """A tile of x + pre_bias and its mask; with h, of x + h + pre_bias, rounded and stored."""
+    total, x, h = videos
+    batch, frame, strip = program
+    channel, channel_mask = lanes
     row, col, mask = tile_pixels(strip, step, sizes, P)
     mask = tile_mask(mask, channel_mask, P)
-    tile = load(x, batch, frame, row, col, channel, mask, P)
+    at = batch, frame, row, col, channel
+    tile = load(x, at, mask, P)
     if h.ptr is not None:
-        tile += load(h, batch, frame, row, col, channel, mask, P)
+        tile += load(h, at, mask, P)
         tile += expand_channels(pre_bias, P)
-        tile = store(total, batch, frame, row, col, channel, mask, tile, P).to(P.COMPUTE)
+        tile = store(total, at, mask, tile, P).to(P.COMPUTE)
     else:
         tile += expand_channels(pre_bias, P)
     return tile, mask
 
 
 @triton.jit(do_not_specialize=["strips"])
-def _moments_kernel(parts_ptr, total, x, h, pre_bias_ptr, strips, sizes, P: tl.constexpr):
-    """Grid (batch · frames · strips · tiles of channels,).
+def _moments_kernel(parts_ptr, videos, pre_bias_ptr, strips, sizes, P: tl.constexpr):
+    """Grid (batch · frames · strips · tiles of channels,). videos: total, x, h.
 
     parts_ptr: (batch, frames, strips, 3, channels): for each strip and channel a shift, the mean
     minus the shift, and m2, the sum of squared differences from the mean.
     """
     RUN: tl.constexpr = P.RUN
-    channel, channel_mask = tile_channels(tl.program_id(0) % P.TILES, P)
+    lanes = tile_channels(tl.program_id(0) % P.TILES, P)
+    channel, channel_mask = lanes
     block = tl.program_id(0) // P.TILES
     strip = block % strips
     frame = tl.cast(block // strips, tl.int64) % sizes.frames
@@ -68,9 +71,8 @@ def _moments_kernel(parts_ptr, total, x, h, pre_bias_ptr, strips, sizes, P: tl.c
     pre_bias = load_vector(pre_bias_ptr, channel, channel_mask, 0.0, P)
     pixels = tl.cast(sizes.height, tl.int64) * sizes.width
     first = tl.cast(strip, tl.int64) * sizes.span * RUN
-    tile, mask = _load_tile(
-        total, x, h, pre_bias, batch, frame, strip, 0, sizes, channel, channel_mask, P
-    )
+    program = batch, frame, strip
+    tile, mask = _load_tile(videos, pre_bias, program, 0, sizes, lanes, P)
     tile = tl.where(mask, tile, 0.0)
     shift = sum_pixels(tile, P) / tl.minimum(pixels - first, RUN).to(P.COMPUTE)
     # inf - inf would be NaN: an infinity must reach the mean as one.
@@ -79,9 +81,7 @@ def _moments_kernel(parts_ptr, total, x, h, pre_bias_ptr, strips, sizes, P: tl.c
     sums = tile
     squares = tile * tile
     for step in range(1, tl.minimum(sizes.span, (pixels - first + (RUN - 1)) // RUN)):
-        tile, mask = _load_tile(
-            total, x, h, pre_bias, batch, frame, strip, step, sizes, channel, channel_mask, P
-        )
+        tile, mask = _load_tile(videos, pre_bias, program, step, sizes, lanes, P)
         tile = tl.where(mask, tile - expand_channels(shift, P), 0.0)
         sums += tile
         squares += tile * tile
@@ -182,8 +182,8 @@ def moments_fwd(
     batch, channels, frames, height, width = x.shape
     if x.numel() == 0:
         return
-    plan = plan_of(x, num_groups, (h, total))
-    videos = [video_of(z, plan.ALIGN, plan.CHANNELS_LAST) for z in (total, x, h)]
+    plan = plan_of(x, Settings(num_groups), (h, total))
+    videos = tuple(video_of(z, plan.ALIGN, plan.CHANNELS_LAST) for z in (total, x, h))
     pixels = height * width
     span = span_of(x, plan, STRIP // plan.RUN)
     sizes = sizes_of(x, None, plan, span)
@@ -191,7 +191,7 @@ def moments_fwd(
     parts = torch.empty((batch, frames, strips, 3, channels), dtype=moments.dtype, device=x.device)
     with on_device(x):
         _moments_kernel[(batch * frames * strips * plan.TILES,)](
-            parts, *videos, contiguous(pre_bias), strips, sizes, P=plan,
+            parts, videos, contiguous(pre_bias), strips, sizes, P=plan,
             num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
         units, rows = (batch * frames, strips) if per_frame else (batch, frames * strips)

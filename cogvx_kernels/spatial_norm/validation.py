@@ -1,4 +1,6 @@
-"""Argument checks of spatial_norm, limits of its kernels, and allocation of results."""
+"""Arguments of spatial_norm: groups, checks, limits of the kernels; allocation of results."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +12,31 @@ VIDEO = ("batch", "channels", "frames", "height", "width")
 LATENTS = ("batch", "channels", "latent_frames", "latent_height", "latent_width")
 MAX_PIXELS = 2**31 - 1  # of a frame: counted in 32 bits
 MAX_CHANNELS = 16384
+
+
+class Parameters(NamedTuple):
+    """What modulates the norm: vectors (channels,) and latents y, b; offset is added to x first."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    y: Tensor | None
+    b: Tensor | None
+    offset: Tensor | None
+
+    @property
+    def latents(self) -> Tensor | None:
+        """y, or without it b: the two have one shape."""
+        return self.b if self.y is None else self.y
+
+
+class Settings(NamedTuple):
+    """Numbers and flags of `spatial_norm_silu`."""
+
+    num_groups: int
+    eps: float = 0.0
+    per_frame: bool = False
+    leads: bool = False
+    silu: bool = False
 
 
 # --- results ---------------------------------------------------------------------------------
