@@ -62,7 +62,7 @@ ROPE3D_MUTANTS = (
     ),
     Mutant(
         "backward rotates forward", ROPE3D,
-        "dq_out, dk_out, inverse=True)", "dq_out, dk_out)",
+        "*douts, inverse=True)", "*douts)",
     ),
     Mutant(
         "gradient of the mean forgotten", ROPE3D, "da, db = da - mean, db - mean", "da, db = da, db"
@@ -72,7 +72,7 @@ ROPE3D_MUTANTS = (
     ),
     Mutant(
         "k normalised with q's weights", ROPE3D,
-        "k_out, k, k_affine, token", "k_out, k, q_affine, token",
+        "k_out, k, None, *affine[2:])", "k_out, k, None, *affine[:2])",
     ),
     Mutant(
         "partial sums of dweight overlap", ROPE3D,
@@ -115,7 +115,7 @@ ADALN_MUTANTS = tuple(
     for name, old, new in (
         (
             "text modulated as video",
-            "bias_ptr, text, batch, place, P)", "bias_ptr, video, batch, place, P)",
+            "_forward_strip(tensors, text,", "_forward_strip(tensors, video,",
         ),
         (
             "the last token of a strip left out",
@@ -139,10 +139,10 @@ ADALN_MUTANTS = tuple(
         ("padding lanes in the variance",
          "x = tl.where(mask, x - mean, 0.0)", "x = x - mean"),
         ("the norm of an unrounded stream",
-         "row = _store(stream, batch, token, cols, mask, row, P)",
-         "_store(stream, batch, token, cols, mask, row, P)"),
+         "row = _store(tensors.stream, batch, token, cols, mask, row, P)",
+         "_store(tensors.stream, batch, token, cols, mask, row, P)"),
         ("the stream's own gradient forgotten",
-         "grad += _load(dstream, batch, token, cols, mask, P)", "grad += 0.0"),
+         "grad += _load(tensors.dstream, batch, token, cols, mask, P)", "grad += 0.0"),
         ("gradient of the mean forgotten",
          "grad -= tl.sum(grad, axis=0) * (1.0 / P.DIM)", "grad -= 0.0"),
         ("gradient of y without its gate", "mask, grad * gate, P)", "mask, grad, P)"),

@@ -54,7 +54,7 @@ SPATIAL_NORM_MUTANTS = tuple(
          "        if frame == 0:\n", "        if frame == sizes.frames - 1:\n",
          PROPERTIES),
         (KERNEL, "zeros before the clip not written",
-         "tl.zeros_like(value), mask=mask)", "tl.zeros_like(value), mask=mask & (slot > 0))", PROPERTIES),
+         "zeros_like(value), mask=mask)", "zeros_like(value), mask=mask & (slot > 0))", PROPERTIES),
         (KERNEL, "the gradient does not go through the mean",
          "grad -= expand_channels(mean_grad, P) + centered", "grad -= centered",
          SAMPLES),

@@ -27,8 +27,48 @@ BACKWARD_TOKENS = 40
 LANES_PER_WARP = 512
 
 
-# shift, scale and gate of a modality, each (batch, groups, dim) or None
-Modulation = tuple[Tensor | None, Tensor | None, Tensor | None]
+class Modulation(NamedTuple):
+    """Modulation of a modality, each (batch, groups, dim) or None."""
+
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+    gate: Tensor | None = None
+
+    @property
+    def groups(self) -> int:
+        """The number of groups; 0 without modulation."""
+        return next((x.shape[1] for x in self if x is not None), 0)
+
+
+class Settings(NamedTuple):
+    """norm: "layer", "rms" or "none"."""
+
+    text_len: int
+    norm: str
+    eps: float
+
+
+class Forward(NamedTuple):
+    """Tensors of a forward launch; weight and bias are vectors (dim,) or None."""
+
+    out: Rows
+    stream: Rows
+    x: Rows
+    y: Rows
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class Backward(NamedTuple):
+    """Tensors of a backward launch, as `Forward`."""
+
+    dx: Rows
+    dy: Rows
+    dout: Rows
+    dstream: Rows
+    stream: Rows
+    y: Rows
+    weight: Tensor | None
 
 
 class Modality(NamedTuple):
@@ -105,9 +145,7 @@ def _normalise(x, mask, P: tl.constexpr):
 
 
 @triton.jit
-def _forward_strip(
-    out, stream, x, y, weight_ptr, bias_ptr, modality, batch, place, P: tl.constexpr
-):
+def _forward_strip(tensors, modality, batch, place, P: tl.constexpr):
     """Compute one strip; `place` is its index within the sample and modality."""
     cols = tl.arange(0, P.LANES).to(tl.int64)
     mask = cols < P.DIM
@@ -116,41 +154,36 @@ def _forward_strip(
     if P.NORM != "none":
         factor = 1.0 + _load(modality.scale, batch, group, cols, mask, P)
         term = _load(modality.shift, batch, group, cols, mask, P)
-        term += _vector(bias_ptr, cols, mask, 0.0, P) * factor
-        factor *= _vector(weight_ptr, cols, mask, 1.0, P)
+        term += _vector(tensors.bias, cols, mask, 0.0, P) * factor
+        factor *= _vector(tensors.weight, cols, mask, 1.0, P)
     if P.GATED:
         gate = _load(modality.gate, batch, group, cols, mask, P)
     first = modality.first + group * modality.run + begin
     for step in range(0, tl.minimum(modality.run - begin, P.TOKENS)):
         token = first + step
-        row = _load(x, batch, token, cols, mask, P)
+        row = _load(tensors.x, batch, token, cols, mask, P)
         if P.GATED:
-            row += gate * _load(y, batch, token, cols, mask, P)
-            row = _store(stream, batch, token, cols, mask, row, P)
+            row += gate * _load(tensors.y, batch, token, cols, mask, P)
+            row = _store(tensors.stream, batch, token, cols, mask, row, P)
         if P.NORM != "none":
             xhat, _ = _normalise(row, mask, P)
-            _store(out, batch, token, cols, mask, xhat * factor + term, P)
+            _store(tensors.out, batch, token, cols, mask, xhat * factor + term, P)
 
 
 @triton.jit(do_not_specialize=["programs"])
-def _expert_adaln_fwd_kernel(
-    out, stream, x, y, weight_ptr, bias_ptr, text, video, programs, P: tl.constexpr
-):
+def _expert_adaln_fwd_kernel(tensors, text, video, programs, P: tl.constexpr):
     """Grid (batch · programs,); in each sample text strips come first."""
     batch = tl.program_id(0) // programs
     place = tl.program_id(0) % programs
     if place < text.programs:
-        _forward_strip(out, stream, x, y, weight_ptr, bias_ptr, text, batch, place, P)
+        _forward_strip(tensors, text, batch, place, P)
     else:
         place -= text.programs
-        _forward_strip(out, stream, x, y, weight_ptr, bias_ptr, video, batch, place, P)
+        _forward_strip(tensors, video, batch, place, P)
 
 
 @triton.jit
-def _backward_strip(
-    dx, dy, dout, dstream, stream, y, weight_ptr, sums_ptr, modality, batch, place,
-    P: tl.constexpr,
-):  # fmt: skip
+def _backward_strip(tensors, sums_ptr, modality, batch, place, P: tl.constexpr):
     """Gradients of one strip; its sums of dout, dout·x̂ and dx·y go to a row of `sums`."""
     cols = tl.arange(0, P.LANES).to(tl.int64)
     mask = cols < P.DIM
@@ -162,15 +195,16 @@ def _backward_strip(
     sum_dx_y = tl.zeros((LANES,), P.COMPUTE)
     if P.NORM != "none":
         factor = 1.0 + _load(modality.scale, batch, group, cols, mask, P)
-        factor *= _vector(weight_ptr, cols, mask, 1.0, P)
+        factor *= _vector(tensors.weight, cols, mask, 1.0, P)
     if P.GATED:
         gate = _load(modality.gate, batch, group, cols, mask, P)
     first = modality.first + group * modality.run + begin
     for step in range(0, tl.minimum(modality.run - begin, P.TOKENS)):
         token = first + step
         if P.NORM != "none":
-            xhat, rstd = _normalise(_load(stream, batch, token, cols, mask, P), mask, P)
-            grad = _load(dout, batch, token, cols, mask, P)
+            row = _load(tensors.stream, batch, token, cols, mask, P)
+            xhat, rstd = _normalise(row, mask, P)
+            grad = _load(tensors.dout, batch, token, cols, mask, P)
             sum_dout += grad
             sum_dout_xhat += grad * xhat
             grad *= factor
@@ -179,13 +213,13 @@ def _backward_strip(
                 grad -= tl.sum(grad, axis=0) * (1.0 / P.DIM)
             grad = (grad - xhat * dot) * rstd
             if P.GATED:
-                grad += _load(dstream, batch, token, cols, mask, P)
-            _store(dx, batch, token, cols, mask, grad, P)
+                grad += _load(tensors.dstream, batch, token, cols, mask, P)
+            _store(tensors.dx, batch, token, cols, mask, grad, P)
         else:
-            grad = _load(dstream, batch, token, cols, mask, P)
+            grad = _load(tensors.dstream, batch, token, cols, mask, P)
         if P.GATED:
-            sum_dx_y += grad * _load(y, batch, token, cols, mask, P)
-            _store(dy, batch, token, cols, mask, grad * gate, P)
+            sum_dx_y += grad * _load(tensors.y, batch, token, cols, mask, P)
+            _store(tensors.dy, batch, token, cols, mask, grad * gate, P)
     if P.NORM != "none":
         tl.store(sums_ptr + cols, sum_dout, mask=mask)
         tl.store(sums_ptr + P.DIM + cols, sum_dout_xhat, mask=mask)
@@ -196,61 +230,48 @@ def _backward_strip(
 
 @triton.jit(do_not_specialize=["programs"])
 def _expert_adaln_bwd_kernel(
-    dx, dy, dout, dstream, stream, y, weight_ptr, sums_ptr, text, video, programs,
-    VECTORS: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
+    tensors, sums_ptr, text, video, programs, VECTORS: tl.constexpr, P: tl.constexpr
+):
     """Grid as in the forward. sums_ptr: (programs of all samples, VECTORS, dim)."""
     batch = tl.program_id(0) // programs
     place = tl.program_id(0) % programs
     sums_ptr += tl.program_id(0).to(tl.int64) * (VECTORS * P.DIM)
     if place < text.programs:
-        _backward_strip(
-            dx, dy, dout, dstream, stream, y, weight_ptr, sums_ptr, text, batch, place, P
-        )
+        _backward_strip(tensors, sums_ptr, text, batch, place, P)
     else:
         place -= text.programs
-        _backward_strip(
-            dx, dy, dout, dstream, stream, y, weight_ptr, sums_ptr, video, batch, place, P
-        )
+        _backward_strip(tensors, sums_ptr, video, batch, place, P)
 
 
-def _alike(text: Modulation, video: Modulation) -> tuple[Modulation, Modulation]:
-    """Both; an absent one is replaced by the other, because both branches are compiled."""
-    if _groups(*text) and _groups(*video):
-        return text, video
-    present = text if _groups(*text) else video
-    return present, present
+def _modalities(
+    text: Modulation, video: Modulation, text_len: int, seqlen: int, plan: Plan
+) -> tuple[Modality, Modality]:
+    """The launch's text and video.
+
+    An absent one has the modulation of the other, which is not read: both branches are compiled.
+    """
+    if not text.groups or not video.groups:
+        text = video = text if text.groups else video
+    both = (text, 0, text_len), (video, text_len, seqlen - text_len)
+    modalities = []
+    for modulation, first, tokens in both:
+        run = tokens // max(modulation.groups, 1)
+        strips = triton.cdiv(run, plan.TOKENS)
+        rows = (as_rows(x, plan) for x in modulation)
+        modalities.append(Modality(*rows, first, run, strips, modulation.groups * strips))
+    return modalities[0], modalities[1]
 
 
-def _modality(
-    shift: Tensor | None, scale: Tensor | None, gate: Tensor | None, first: int, tokens: int,
-    plan: Plan,
-) -> Modality:  # fmt: skip
-    """A modality of `tokens` tokens; absent modulation is not read."""
-    groups = _groups(shift, scale, gate)
-    run = tokens // max(groups, 1)
-    strips = triton.cdiv(run, plan.TOKENS)
-    rows = (as_rows(x, plan) for x in (shift, scale, gate))
-    return Modality(*rows, first, run, strips, groups * strips)
-
-
-def _groups(*modulation: Tensor | None) -> int:
-    """The number of groups in a modality's modulation; 0 without modulation."""
-    return next((x.shape[1] for x in modulation if x is not None), 0)
-
-
-def _plan(
-    x: Tensor, tokens: int, norm: str, gated: bool, eps: float, *others: Tensor | None
-) -> Plan:
+def _plan(x: Tensor, tokens: int, gated: bool, settings: Settings, *others: Tensor | None) -> Plan:
     """The constants of a launch over x and others, outputs and modulation included."""
     return Plan(
         DIM=x.shape[2],
         LANES=triton.next_power_of_2(x.shape[2]),
         TOKENS=tokens,
         ALIGN=alignment(x, *(other for other in others if other is not None)),
-        NORM=norm,
+        NORM=settings.norm,
         GATED=gated,
-        EPS=eps,
+        EPS=settings.eps,
         COMPUTE=tl.float64 if x.dtype is torch.float64 else tl.float32,
     )
 
@@ -260,80 +281,66 @@ def _num_warps(plan: Plan) -> int:
 
 
 def expert_adaln_fwd(
-    x: Tensor, y: Tensor | None,
-    gate: Tensor | None, text_gate: Tensor | None,
-    shift: Tensor | None, scale: Tensor | None,
-    text_shift: Tensor | None, text_scale: Tensor | None,
-    weight: Tensor | None, bias: Tensor | None,
-    text_len: int, norm: str, eps: float, *, inplace: bool = False,
+    x: Tensor, y: Tensor | None, video: Modulation, text: Modulation,
+    weight: Tensor | None, bias: Tensor | None, settings: Settings, *, inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(x + gate·y, its modulated norm).
 
     Without y the first is x itself; with norm="none" the second is empty. `inplace` writes the
-    residual stream over x. Modulation is (batch, groups, dim).
+    residual stream over x.
     """
     stream = x if y is None or inplace else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    shape = (0,) if norm == "none" else x.shape
+    shape = (0,) if settings.norm == "none" else x.shape
     out = torch.empty(shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return stream, out
     batch, seqlen, _ = x.shape
-    written = None if norm == "none" else out
-    modulation = (gate, text_gate, shift, scale, text_shift, text_scale)
-    plan = _plan(x, TOKENS, norm, y is not None, eps, y, stream, written, *modulation)
-    of_text, of_video = _alike((text_shift, text_scale, text_gate), (shift, scale, gate))
-    text = _modality(*of_text, 0, text_len, plan)
-    video = _modality(*of_video, text_len, seqlen - text_len, plan)
-    programs = text.programs + video.programs
+    written = None if settings.norm == "none" else out
+    plan = _plan(x, TOKENS, y is not None, settings, y, stream, written, *video, *text)
+    of_text, of_video = _modalities(text, video, settings.text_len, seqlen, plan)
+    programs = of_text.programs + of_video.programs
+    rows = (as_rows(z, plan) for z in (written, stream, x, y))
     with on_device(x):
         _expert_adaln_fwd_kernel[(batch * programs,)](
-            as_rows(written, plan), as_rows(stream, plan), as_rows(x, plan), as_rows(y, plan),
-            contiguous(weight), contiguous(bias), text, video, programs, P=plan,
-            num_warps=_num_warps(plan), enable_fp_fusion=True,
+            Forward(*rows, contiguous(weight), contiguous(bias)), of_text, of_video, programs,
+            P=plan, num_warps=_num_warps(plan), enable_fp_fusion=True,
         )  # fmt: skip
     return stream, out
 
 
 def expert_adaln_bwd(
     dstream: Tensor | None, dout: Tensor | None, stream: Tensor, y: Tensor | None,
-    gate: Tensor | None, text_gate: Tensor | None,
-    scale: Tensor | None, text_scale: Tensor | None,
-    weight: Tensor | None, text_len: int, norm: str, eps: float,
+    video: Modulation, text: Modulation, weight: Tensor | None, settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dy, sums), where sums are (batch, groups, vectors, dim), text's groups first.
 
     Vectors, summed over the tokens of a group: dout and dout·x̂ with a norm, then dx·y with a gate;
     in fp32 (fp64 for fp64 inputs). `stream` is the norm's input. Without a norm dx is empty,
-    because it is dstream; without a gate dy is empty.
+    because it is dstream; without a gate dy is empty. A shift is not read.
     """
-    gated, normed = y is not None, norm != "none"
+    gated, normed = y is not None, settings.norm != "none"
     dx = torch.empty(stream.shape if normed else (0,), dtype=stream.dtype, device=stream.device)
     dy = torch.empty(stream.shape if gated else (0,), dtype=stream.dtype, device=stream.device)
-    to_dx, to_dy = dx if normed else None, dy if gated else None
     batch, seqlen, dim = stream.shape
     vectors = 2 * normed + gated
-    rows = (dstream, dout, y, to_dx, to_dy, gate, text_gate, scale, text_scale)
-    plan = _plan(stream, BACKWARD_TOKENS, norm, gated, eps, *rows)
-    of_text, of_video = _alike((None, text_scale, text_gate), (None, scale, gate))
-    text = _modality(*of_text, 0, text_len, plan)
-    video = _modality(*of_video, text_len, seqlen - text_len, plan)
-    programs = text.programs + video.programs
+    tensors = (dx if normed else None, dy if gated else None, dout, dstream, stream, y)
+    plan = _plan(stream, BACKWARD_TOKENS, gated, settings, *tensors, *video, *text)
+    of_text, of_video = _modalities(text, video, settings.text_len, seqlen, plan)
+    programs = of_text.programs + of_video.programs
     wide = torch.promote_types(dx.dtype, torch.float32)
     sums = torch.empty((batch, programs, vectors, dim), dtype=wide, device=dx.device)
     if stream.numel():
         with on_device(stream):
             _expert_adaln_bwd_kernel[(batch * programs,)](
-                as_rows(to_dx, plan), as_rows(to_dy, plan),
-                as_rows(dout, plan), as_rows(dstream, plan), as_rows(stream, plan),
-                as_rows(y, plan), contiguous(weight), sums, text, video, programs,
-                VECTORS=vectors, P=plan, num_warps=_num_warps(plan), enable_fp_fusion=True,
+                Backward(*(as_rows(z, plan) for z in tensors), contiguous(weight)), sums,
+                of_text, of_video, programs, VECTORS=vectors, P=plan,
+                num_warps=_num_warps(plan), enable_fp_fusion=True,
             )  # fmt: skip
     of_groups = [
         sums.narrow(1, first, modality.programs).unflatten(1, (groups, modality.strips)).sum(2)
         for first, modality, groups in (
-            (0, text, _groups(text_scale, text_gate)),
-            (text.programs, video, _groups(scale, gate)),
+            (0, of_text, text.groups), (of_text.programs, of_video, video.groups)
         )
         if groups
-    ]
+    ]  # fmt: skip
     return dx, dy, torch.cat([sums[:, :0], *of_groups], 1)

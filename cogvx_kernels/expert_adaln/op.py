@@ -28,9 +28,9 @@ def _expert_adaln(
 ) -> Tensor:  # fmt: skip
     from . import kernel
 
-    modulation = shift, scale, text_shift, text_scale
-    tensors = x, None, None, None, *modulation, weight, bias
-    return kernel.expert_adaln_fwd(*tensors, text_len, norm, eps)[1]
+    video, text = kernel.Modulation(shift, scale), kernel.Modulation(text_shift, text_scale)
+    settings = kernel.Settings(text_len, norm, eps)
+    return kernel.expert_adaln_fwd(x, None, video, text, weight, bias, settings)[1]
 
 
 @_expert_adaln.register_fake
@@ -60,8 +60,9 @@ def _gated_residual(
 ) -> Tensor:
     from . import kernel
 
-    nothing = (None,) * 6
-    return kernel.expert_adaln_fwd(x, y, gate, text_gate, *nothing, text_len, "none", 0.0)[0]
+    video, text = kernel.Modulation(gate=gate), kernel.Modulation(gate=text_gate)
+    settings = kernel.Settings(text_len, "none", 0.0)
+    return kernel.expert_adaln_fwd(x, y, video, text, None, None, settings)[0]
 
 
 @_gated_residual.register_fake
@@ -75,8 +76,9 @@ def _gated_residual_inplace(
 ) -> None:
     from . import kernel
 
-    nothing = (None,) * 6
-    kernel.expert_adaln_fwd(x, y, gate, text_gate, *nothing, text_len, "none", 0.0, inplace=True)
+    video, text = kernel.Modulation(gate=gate), kernel.Modulation(gate=text_gate)
+    settings = kernel.Settings(text_len, "none", 0.0)
+    kernel.expert_adaln_fwd(x, y, video, text, None, None, settings, inplace=True)
 
 
 def _gated_residual_setup(ctx, inputs, output):
@@ -105,8 +107,10 @@ def _gated_residual_adaln(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from . import kernel
 
-    modulation = gate, text_gate, shift, scale, text_shift, text_scale
-    return kernel.expert_adaln_fwd(x, y, *modulation, weight, bias, text_len, norm, eps)
+    video = kernel.Modulation(shift, scale, gate)
+    text = kernel.Modulation(text_shift, text_scale, text_gate)
+    settings = kernel.Settings(text_len, norm, eps)
+    return kernel.expert_adaln_fwd(x, y, video, text, weight, bias, settings)
 
 
 @_gated_residual_adaln.register_fake
@@ -141,10 +145,9 @@ def _expert_adaln_grads(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from . import kernel
 
-    modulation = gate, text_gate, scale, text_scale
-    return kernel.expert_adaln_bwd(
-        dstream, dout, stream, y, *modulation, weight, text_len, norm, eps
-    )
+    video, text = (kernel.Modulation(None, *of) for of in ((scale, gate), (text_scale, text_gate)))
+    settings = kernel.Settings(text_len, norm, eps)
+    return kernel.expert_adaln_bwd(dstream, dout, stream, y, video, text, weight, settings)
 
 
 @_expert_adaln_grads.register_fake

@@ -162,16 +162,17 @@ def _launch(kernel: Any, a: Mapping[str, Any]) -> None:
         x = a.get(name)
         return x[:, None] if x is not None and x.dim() == 2 else x
 
-    gates = grouped("gate"), grouped("text_gate")
-    shift, scale, text_shift, text_scale = map(grouped, _SHIFTS)
-    weight, bias = a.get("weight"), a.get("bias")
-    settings = a["text_len"], a.get("norm", "none"), 1e-5
-    x, y = a["x"], a.get("y")
-    kernel.expert_adaln_fwd(
-        x, y, *gates, shift, scale, text_shift, text_scale, weight, bias, *settings
+    video, text = (
+        kernel.Modulation(*(grouped(of + name) for name in ("shift", "scale", "gate")))
+        for of in ("", "text_")
     )
+    weight, bias = a.get("weight"), a.get("bias")
+    settings = kernel.Settings(a["text_len"], a.get("norm", "none"), 1e-5)
+    x, y = a["x"], a.get("y")
+    kernel.expert_adaln_fwd(x, y, video, text, weight, bias, settings)
     dstream, dout = x if y is not None else None, x if "norm" in a else None
-    kernel.expert_adaln_bwd(dstream, dout, x, y, *gates, scale, text_scale, weight, *settings)
+    video, text = (of._replace(shift=None) for of in (video, text))
+    kernel.expert_adaln_bwd(dstream, dout, x, y, video, text, weight, settings)
 
 
 # A thread holds 16 lanes of each vector that is kept for a strip: forward factor, term and gate,

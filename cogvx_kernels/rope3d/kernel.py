@@ -51,14 +51,33 @@ class Plan(NamedTuple):
     ALIGN: int  # elements that strides are multiples of
     NORM: str  # "layer", "rms" or "none"
     EPS: float
+    Q_HEADS: int
+    K_HEADS: int  # 0: there is no k
     COMPUTE: tl.dtype
 
 
-class Affine(NamedTuple):
-    """Weight and bias of a norm, (headdim,) and contiguous, or None."""
+class Side(NamedTuple):
+    """q or k of a launch: what is written, what is read, and the norm's weight and bias.
 
+    x           the input, of which a backward takes the statistics
+    dout        the gradient of the result, in a backward
+    weight, bias  (headdim,) and contiguous, or None
+    """
+
+    out: Heads
+    x: Heads
+    dout: Heads | None
     weight: Tensor | None
     bias: Tensor | None
+
+
+class Settings(NamedTuple):
+    """norm: "layer", "rms" or "none"."""
+
+    text_len: int
+    norm: str
+    eps: float
+    interleaved: bool
 
 
 @triton.jit
@@ -137,11 +156,12 @@ def _store_partial_sum(ptr, a, b, P: tl.constexpr):
 
 
 @triton.jit
-def _load_angles(cos_ptr, sin_ptr, token, seqlen, text_len, P: tl.constexpr):
+def _load_angles(tables, token, seqlen, text_len, P: tl.constexpr):
     """cos and sin of the token's pairs, and the mask of rotated pairs: none for a text token."""
     position = token % seqlen - text_len
     j = tl.arange(0, P.HALF)
     turning = (j < P.ROTARY // 2) & (position >= 0)
+    cos_ptr, sin_ptr = tables
     at = position.to(tl.int64) * (P.ROTARY // 2) + j
     cos = tl.load(cos_ptr + at, mask=turning, other=0.0).to(P.COMPUTE)
     sin = tl.load(sin_ptr + at, mask=turning, other=0.0).to(P.COMPUTE)
@@ -173,14 +193,14 @@ def _normalise(a, b, P: tl.constexpr):
 
 
 @triton.jit
-def _forward_heads(
-    out, x, affine, token, seqlen, cos, sin, turning, NHEADS: tl.constexpr, P: tl.constexpr
-):
+def _forward_heads(side, token, seqlen, angles, NHEADS: tl.constexpr, P: tl.constexpr):
     """Normalise and rotate all heads of one token of one tensor."""
-    if affine.weight is not None:
-        weight_a, weight_b = _load_weight(affine.weight, P)
-    if affine.bias is not None:
-        bias_a, bias_b = _load_weight(affine.bias, P)
+    cos, sin, turning = angles
+    x, out = side.x, side.out
+    if side.weight is not None:
+        weight_a, weight_b = _load_weight(side.weight, P)
+    if side.bias is not None:
+        bias_a, bias_b = _load_weight(side.bias, P)
     for first in range(0, NHEADS, P.BLOCK_H):
         head = first + tl.arange(0, P.BLOCK_H)
         mask = head < NHEADS
@@ -188,9 +208,9 @@ def _forward_heads(
         a, b = _load_pairs(x.ptr, rows, mask, x.dim, P)
         if P.NORM != "none":
             a, b, _ = _normalise(a, b, P)
-        if affine.weight is not None:
+        if side.weight is not None:
             a, b = a * weight_a, b * weight_b
-        if affine.bias is not None:
+        if side.bias is not None:
             a, b = a + bias_a, b + bias_b
         a, b = _rotate(a, b, cos, sin, turning)
         rows = _rows(out, token, seqlen, head, P)
@@ -198,26 +218,23 @@ def _forward_heads(
 
 
 @triton.jit(do_not_specialize=["seqlen", "text_len"])
-def _rope3d_fwd_kernel(
-    q_out, k_out, q, k, q_affine, k_affine, cos_ptr, sin_ptr, seqlen, text_len,
-    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
-    """Grid (tokens,). No k if K_HEADS is 0."""
+def _rope3d_fwd_kernel(q, k, tables, seqlen, text_len, P: tl.constexpr):
+    """Grid (tokens,)."""
     token = tl.program_id(0)
-    cos, sin, turning = _load_angles(cos_ptr, sin_ptr, token, seqlen, text_len, P)
-    _forward_heads(q_out, q, q_affine, token, seqlen, cos, sin, turning, Q_HEADS, P)
-    if K_HEADS > 0:
-        _forward_heads(k_out, k, k_affine, token, seqlen, cos, sin, turning, K_HEADS, P)
+    angles = _load_angles(tables, token, seqlen, text_len, P)
+    _forward_heads(q, token, seqlen, angles, P.Q_HEADS, P)
+    if P.K_HEADS > 0:
+        _forward_heads(k, token, seqlen, angles, P.K_HEADS, P)
 
 
 @triton.jit
 def _backward_heads(
-    dx, dweight_ptr, dout, x, weight_ptr, cos_ptr, sin_ptr, ntokens, seqlen, text_len,
-    NHEADS: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
+    side, dweight_ptr, tables, ntokens, seqlen, text_len, NHEADS: tl.constexpr, P: tl.constexpr
+):
     """dx of all heads of every num_programs-th token, and partial sums of dweight and dbias."""
-    if weight_ptr is not None:
-        weight_a, weight_b = _load_weight(weight_ptr, P)
+    dx, x, dout = side.out, side.x, side.dout
+    if side.weight is not None:
+        weight_a, weight_b = _load_weight(side.weight, P)
     BLOCK_H: tl.constexpr = P.BLOCK_H
     HALF: tl.constexpr = P.HALF
     dweight_a = tl.zeros((BLOCK_H, HALF), P.COMPUTE)
@@ -225,7 +242,7 @@ def _backward_heads(
     dbias_a = tl.zeros((BLOCK_H, HALF), P.COMPUTE)
     dbias_b = tl.zeros((BLOCK_H, HALF), P.COMPUTE)
     for token in range(tl.program_id(0), ntokens, tl.num_programs(0)):
-        cos, sin, turning = _load_angles(cos_ptr, sin_ptr, token, seqlen, text_len, P)
+        cos, sin, turning = _load_angles(tables, token, seqlen, text_len, P)
         for first in range(0, NHEADS, P.BLOCK_H):
             head = first + tl.arange(0, P.BLOCK_H)
             mask = head < NHEADS
@@ -240,7 +257,7 @@ def _backward_heads(
                 dweight_b += db * b
                 dbias_a += da
                 dbias_b += db
-            if weight_ptr is not None:
+            if side.weight is not None:
                 da, db = da * weight_a, db * weight_b
             dot = (tl.sum(da * a + db * b, axis=1) * (1.0 / P.HEADDIM))[:, None]
             if P.NORM == "layer":
@@ -256,24 +273,16 @@ def _backward_heads(
 
 @triton.jit(do_not_specialize=["ntokens", "seqlen", "text_len"])
 def _qk_norm_rope3d_bwd_kernel(
-    dq, dk, dweight_ptr, dq_out, dk_out, q, k, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
-    ntokens, seqlen, text_len,
-    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
+    q, k, dweight_ptr, tables, ntokens, seqlen, text_len, P: tl.constexpr
+):
     """Grid (programs, 2); the second axis is q or k. dweight_ptr: (2, programs, 2, headdim)."""
     if dweight_ptr is not None:
         program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
         dweight_ptr += program * (2 * P.HEADDIM)
     if tl.program_id(1) == 0:
-        _backward_heads(
-            dq, dweight_ptr, dq_out, q, q_weight_ptr, cos_ptr, sin_ptr, ntokens, seqlen, text_len,
-            Q_HEADS, P,
-        )  # fmt: skip
+        _backward_heads(q, dweight_ptr, tables, ntokens, seqlen, text_len, P.Q_HEADS, P)
     else:
-        _backward_heads(
-            dk, dweight_ptr, dk_out, k, k_weight_ptr, cos_ptr, sin_ptr, ntokens, seqlen, text_len,
-            K_HEADS, P,
-        )  # fmt: skip
+        _backward_heads(k, dweight_ptr, tables, ntokens, seqlen, text_len, P.K_HEADS, P)
 
 
 def _heads(x: Tensor, plan: Plan) -> Heads:
@@ -281,27 +290,35 @@ def _heads(x: Tensor, plan: Plan) -> Heads:
     return Heads(x, *(stride // plan.ALIGN for stride in outer), dim)
 
 
-def _affine(weight: Tensor | None, bias: Tensor | None) -> Affine:
-    return Affine(contiguous(weight), contiguous(bias))
+def _side(
+    plan: Plan, out: Tensor, x: Tensor, dout: Tensor | None, weight: Tensor | None,
+    bias: Tensor | None = None,
+) -> Side:  # fmt: skip
+    grad = None if dout is None else _heads(dout, plan)
+    return Side(_heads(out, plan), _heads(x, plan), grad, contiguous(weight), contiguous(bias))
 
 
 def _plan(
-    cos: Tensor, interleaved: bool, norm: str, eps: float, *heads: Tensor, inverse: bool = False
-) -> Plan:
+    cos: Tensor, settings: Settings, q: Tensor, k: Tensor | None, *others: Tensor,
+    inverse: bool = False,
+) -> Plan:  # fmt: skip
     """The constants of a launch over these tensors, outputs included."""
-    dtype, headdim = heads[0].dtype, heads[0].shape[3]
+    heads = (q, *(() if k is None else (k,)), *others)
+    dtype, headdim = q.dtype, q.shape[3]
     lanes = triton.next_power_of_2(headdim)
     nheads = triton.next_power_of_2(max(x.shape[2] for x in heads))
     return Plan(
         HEADDIM=headdim,
         ROTARY=2 * cos.shape[1],
         HALF=lanes // 2,
-        INTERLEAVED=interleaved,
+        INTERLEAVED=settings.interleaved,
         INVERSE=inverse,
         BLOCK_H=min(nheads, max(1, TILE // lanes)),
         ALIGN=alignment(*heads),
-        NORM=norm,
-        EPS=eps,
+        NORM=settings.norm,
+        EPS=settings.eps,
+        Q_HEADS=q.shape[2],
+        K_HEADS=0 if k is None else k.shape[2],
         COMPUTE=tl.float64 if dtype is torch.float64 else tl.float32,
     )
 
@@ -313,69 +330,64 @@ def rope3d_fwd(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
-    batch, seqlen, nheads, _ = x.shape
-    plan = _plan(cos, interleaved, "none", 0.0, x, out, inverse=inverse)
+    batch, seqlen = x.shape[:2]
+    plan = _plan(cos, Settings(text_len, "none", 0.0, interleaved), x, None, out, inverse=inverse)
     with on_device(x):
         _rope3d_fwd_kernel[(batch * seqlen,)](
-            _heads(out, plan), None, _heads(x, plan), None, _affine(None, None), None,
-            cos.contiguous(), sin.contiguous(), seqlen, text_len,
-            Q_HEADS=nheads, K_HEADS=0, P=plan, num_warps=NUM_WARPS, enable_fp_fusion=True,
+            _side(plan, out, x, None, None), None, (cos.contiguous(), sin.contiguous()),
+            seqlen, text_len, P=plan, num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
 
 def qk_norm_rope3d_fwd(
-    q: Tensor, k: Tensor,
-    q_weight: Tensor | None, q_bias: Tensor | None,
-    k_weight: Tensor | None, k_bias: Tensor | None,
-    cos: Tensor, sin: Tensor, text_len: int, norm: str, eps: float, interleaved: bool,
-    *, inplace: bool,
+    q: Tensor, k: Tensor, affine: tuple[Tensor | None, ...], cos: Tensor, sin: Tensor,
+    settings: Settings, *, inplace: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q and k normalised and rotated, in place or as new contiguous tensors."""
+    """q and k normalised and rotated, in place or as new contiguous tensors.
+
+    affine: weight and bias of q's norm, then of k's.
+    """
     q_out = q if inplace else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = k if inplace else torch.empty(k.shape, dtype=k.dtype, device=k.device)
     if q.numel() + k.numel() == 0:
         return q_out, k_out
-    batch, seqlen, q_heads, _ = q.shape
-    plan = _plan(cos, interleaved, norm, eps, q, k, q_out, k_out)
+    batch, seqlen = q.shape[:2]
+    plan = _plan(cos, settings, q, k, q_out, k_out)
     with on_device(q):
         _rope3d_fwd_kernel[(batch * seqlen,)](
-            _heads(q_out, plan), _heads(k_out, plan), _heads(q, plan), _heads(k, plan),
-            _affine(q_weight, q_bias), _affine(k_weight, k_bias),
-            cos.contiguous(), sin.contiguous(), seqlen, text_len,
-            Q_HEADS=q_heads, K_HEADS=k.shape[2], P=plan,
+            _side(plan, q_out, q, None, *affine[:2]), _side(plan, k_out, k, None, *affine[2:]),
+            (cos.contiguous(), sin.contiguous()), seqlen, settings.text_len, P=plan,
             num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return q_out, k_out
 
 
 def qk_norm_rope3d_bwd(
-    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor,
-    q_weight: Tensor | None, k_weight: Tensor | None,
-    cos: Tensor, sin: Tensor, text_len: int, norm: str, eps: float, interleaved: bool,
+    douts: tuple[Tensor, Tensor], q: Tensor, k: Tensor,
+    weights: tuple[Tensor | None, Tensor | None], cos: Tensor, sin: Tensor, settings: Settings,
     affine_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, of k, and of (q_weight, q_bias, k_weight, k_bias) as rows of one tensor.
 
     The rows are (4, headdim) in fp32 (fp64 for fp64 inputs), (0, headdim) without `affine_grads`.
+    douts, weights: of q and of k.
     """
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    batch, seqlen, q_heads, headdim = q.shape
+    batch, seqlen, _, headdim = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     rows = 4 if affine_grads else 0
     if q.numel() + k.numel() == 0:
         return dq, dk, torch.zeros((rows, headdim), dtype=wide, device=q.device)
     programs = min(batch * seqlen, BACKWARD_PROGRAMS)
     partials = torch.empty((2, programs, rows // 2, headdim), dtype=wide, device=q.device)
-    plan = _plan(cos, interleaved, norm, eps, q, k, dq, dk, dq_out, dk_out, inverse=True)
+    plan = _plan(cos, settings, q, k, dq, dk, *douts, inverse=True)
     with on_device(q):
         _qk_norm_rope3d_bwd_kernel[(programs, 2)](
-            _heads(dq, plan), _heads(dk, plan), partials if affine_grads else None,
-            _heads(dq_out, plan), _heads(dk_out, plan), _heads(q, plan), _heads(k, plan),
-            contiguous(q_weight), contiguous(k_weight),
-            cos.contiguous(), sin.contiguous(), batch * seqlen, seqlen, text_len,
-            Q_HEADS=q_heads, K_HEADS=k.shape[2], P=plan,
+            _side(plan, dq, q, douts[0], weights[0]), _side(plan, dk, k, douts[1], weights[1]),
+            partials if affine_grads else None, (cos.contiguous(), sin.contiguous()),
+            batch * seqlen, seqlen, settings.text_len, P=plan,
             num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return dq, dk, partials.sum(1).view(rows, headdim)

@@ -56,9 +56,8 @@ def _qk_norm_rope3d(
     from . import kernel
 
     affine = q_weight, q_bias, k_weight, k_bias
-    return kernel.qk_norm_rope3d_fwd(
-        q, k, *affine, cos, sin, text_len, norm, eps, interleaved, inplace=False
-    )
+    settings = kernel.Settings(text_len, norm, eps, interleaved)
+    return kernel.qk_norm_rope3d_fwd(q, k, affine, cos, sin, settings, inplace=False)
 
 
 @_qk_norm_rope3d.register_fake
@@ -75,9 +74,8 @@ def _qk_norm_rope3d_inplace(
     from . import kernel
 
     affine = q_weight, q_bias, k_weight, k_bias
-    kernel.qk_norm_rope3d_fwd(
-        q, k, *affine, cos, sin, text_len, norm, eps, interleaved, inplace=True
-    )
+    settings = kernel.Settings(text_len, norm, eps, interleaved)
+    kernel.qk_norm_rope3d_fwd(q, k, affine, cos, sin, settings, inplace=True)
 
 
 @custom_op("qk_norm_rope3d_backward")
@@ -88,8 +86,9 @@ def _qk_norm_rope3d_grads(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from . import kernel
 
-    tensors = dq_out, dk_out, q, k, q_weight, k_weight, cos, sin
-    return kernel.qk_norm_rope3d_bwd(*tensors, text_len, norm, eps, interleaved, affine_grads)
+    douts, weights = (dq_out, dk_out), (q_weight, k_weight)
+    settings = kernel.Settings(text_len, norm, eps, interleaved)
+    return kernel.qk_norm_rope3d_bwd(douts, q, k, weights, cos, sin, settings, affine_grads)
 
 
 @_qk_norm_rope3d_grads.register_fake

@@ -169,10 +169,11 @@ def _rope_launch(kernel: Any, a: Mapping[str, Any]) -> None:
 
 
 def _qk_norm_rope_launch(kernel: Any, a: Mapping[str, Any]) -> None:
-    settings = a["cos"], a["sin"], a["text_len"], a["norm"], 1e-6, a["interleaved"]
+    settings = kernel.Settings(a["text_len"], a["norm"], 1e-6, a["interleaved"])
     affine = a["q_weight"], a["q_bias"], a["k_weight"], a["k_bias"]
-    q, k = kernel.qk_norm_rope3d_fwd(a["q"], a["k"], *affine, *settings, inplace=True)
-    kernel.qk_norm_rope3d_bwd(q, k, q, k, affine[0], affine[2], *settings, True)
+    tables = a["cos"], a["sin"]
+    q, k = kernel.qk_norm_rope3d_fwd(a["q"], a["k"], affine, *tables, settings, inplace=True)
+    kernel.qk_norm_rope3d_bwd((q, k), q, k, affine[::2], *tables, settings, True)
 
 
 # 64 registers let 16 programs of the forward share an SM of 65,536: 32 KiB of loads in flight. The
