@@ -6,6 +6,7 @@ is not kept.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,14 +17,6 @@ from .reference import ACTIVATIONS
 from .routing import ExpertWeights
 
 
-def _gelu_tanh_grad(grad: Tensor, pre: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(grad, pre, approximate="tanh")
-
-
-def _gelu_grad(grad: Tensor, pre: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(grad, pre)
-
-
 def _swiglu_grad(grad: Tensor, pre: Tensor) -> Tensor:
     values, gates = pre.chunk(2, -1)
     dgates = torch.ops.aten.silu_backward(grad * values, gates)
@@ -32,8 +25,8 @@ def _swiglu_grad(grad: Tensor, pre: Tensor) -> Tensor:
 
 # By activation: (gradient of the activation, pre-activation) -> gradient of the pre-activation.
 GRADIENTS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "gelu_tanh": _gelu_tanh_grad,
-    "gelu": _gelu_grad,
+    "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    "gelu": torch.ops.aten.gelu_backward,
     "swiglu": _swiglu_grad,
 }
 

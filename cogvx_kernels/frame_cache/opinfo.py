@@ -3,7 +3,6 @@
 Elements are only copied, so every tolerance means equal bits.
 """
 
-import math
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -96,18 +95,10 @@ def _cost(arguments: Mapping[str, Any]) -> tuple[Cost, Cost]:
     In the backward the gradients of the first and last frames are sums of two.
     """
     cache, frames, kept = (arguments[name] for name in ("cache", "frames", "kept"))
-    frame = _bytes(frames) // max(1, frames.shape[2])
-    inputs = _bytes(frames) + (0 if cache is None else _bytes(cache))
-    outputs = _bytes(frames) + 2 * kept * frame  # joined and the next cache
-    return Cost(inputs + outputs, 0), Cost(outputs + inputs, _elements(frames))
-
-
-def _elements(x: Any) -> int:
-    return int(math.prod(x.shape))
-
-
-def _bytes(x: Any) -> int:
-    return int(_elements(x) * x.element_size())
+    frame = frames.nbytes // max(1, frames.shape[2])
+    inputs = frames.nbytes + (0 if cache is None else cache.nbytes)
+    outputs = frames.nbytes + 2 * kept * frame  # joined and the next cache
+    return Cost(inputs + outputs, 0), Cost(outputs + inputs, frames.numel())
 
 
 FRAME_CACHE_JOIN = OpInfo(

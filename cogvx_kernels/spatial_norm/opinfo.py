@@ -1,10 +1,11 @@
 """Test samples, cost model and compile budgets of `spatial_norm_silu` and `residual_moments`."""
 
-import math
 import random
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from .._launch import empty_video
 from .._opinfo import Budget, Cost, OpInfo, Sample, Size, TensorSpec
@@ -156,16 +157,12 @@ _CONVENTIONS: Mapping[str, dict[str, Any]] = {
 }
 
 
-def _bytes(*tensors: Any) -> int:
-    return sum(int(math.prod(x.shape) * x.element_size()) for x in tensors if x is not None)
-
-
 def _cost(a: Mapping[str, Any]) -> tuple[Cost, Cost]:
     """Forward: x for its statistics, x again, the result. Backward: x and dout for the sums over
     pixels, both again, dx."""
     x = a["x"]
-    small = _bytes(*(a[name] for name in ("weight", "bias", "y", "b", "offset", "moments")))
-    once, elements = _bytes(x), math.prod(x.shape)
+    once, elements = x.nbytes, x.numel()
+    small = sum(v.nbytes for v in a.values() if isinstance(v, Tensor) and v is not x)
     passes = 2 if a["moments"] is not None else 3
     return Cost(passes * once + small, 14 * elements), Cost(5 * once + 2 * small, 34 * elements)
 
@@ -308,9 +305,10 @@ def _residual_at_size(size: Size, channels: int = 1, smaller: int = 1) -> Sample
 def _residual_cost(a: Mapping[str, Any]) -> tuple[Cost, Cost]:
     """Forward: x, h and their sum. Backward: a pass-through; one read for the offset's gradient."""
     x = a["x"]
-    once, elements = _bytes(x), math.prod(x.shape)
+    once, elements = x.nbytes, x.numel()
     backward = 0 if a["offset"] is None else once
-    return Cost(3 * once + _bytes(a["offset"]), 6 * elements), Cost(backward, elements)
+    small = 0 if a["offset"] is None else a["offset"].nbytes
+    return Cost(3 * once + small, 6 * elements), Cost(backward, elements)
 
 
 def _launch_residual(kernel: Any, a: Mapping[str, Any]) -> None:

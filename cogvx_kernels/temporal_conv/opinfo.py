@@ -5,6 +5,8 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from .._launch import empty_video
 from .._opinfo import Budget, Cost, OpInfo, Sample, Size, TensorSpec
 from .op import as_pixels, temporal_conv
@@ -135,14 +137,9 @@ def _cost(arguments: Mapping[str, Any]) -> tuple[Cost, Cost]:
     batch, _, frames, *pixels = x.shape
     outputs = batch * ((frames - 1) // stride + 1) * math.prod(pixels)
     flops = 2 * outputs * math.prod(weight.shape)
-    tensors = [v for v in arguments.values() if hasattr(v, "element_size")]
-    moved = sum(_bytes(v) for v in tensors)
+    moved = sum(v.nbytes for v in arguments.values() if isinstance(v, Tensor))
     out = outputs * weight.shape[0] * x.element_size()
     return Cost(moved + out, flops), Cost(2 * moved + out, 2 * flops)
-
-
-def _bytes(x: Any) -> int:
-    return int(math.prod(x.shape) * x.element_size())
 
 
 def _launch(kernel: Any, a: Mapping[str, Any]) -> None:
