@@ -194,20 +194,18 @@ def moments_fwd(
             parts, videos, contiguous(pre_bias), strips, sizes, P=plan,
             num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
-        units, rows = (batch * frames, strips) if per_frame else (batch, frames * strips)
-        _merge(
-            moments, parts, units, rows, 3, channels, num_groups, plan.RUN * span, strips, pixels
-        )
+        units = parts.view(batch * frames if per_frame else batch, -1, 3, channels)
+        _merge(moments, units, num_groups, plan.RUN * span, strips, pixels)
 
 
 def _merge(
-    moments: Tensor, parts: Tensor, units: int, rows: int, kinds: int, width: int, num_groups: int,
-    strip: int, strips: int, pixels: int,
-) -> None:  # fmt: skip
+    moments: Tensor, parts: Tensor, num_groups: int, strip: int, strips: int, pixels: int
+) -> None:
     """Merge parts (units, rows, kinds, width) into moments (units, groups, 2).
 
     In as many rounds as it takes for no program to merge more than `MERGED`.
     """
+    units, rows, kinds, width = parts.shape
     group_size = width // num_groups
     cols = triton.next_power_of_2(group_size)
     block = max(1, 1024 // cols)
@@ -222,4 +220,4 @@ def _merge(
         num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     if chunks > 1:
-        _merge(moments, out, units, chunks, 4, num_groups, num_groups, strip, strips, pixels)
+        _merge(moments, out, num_groups, strip, strips, pixels)
