@@ -81,6 +81,9 @@ class FrameCache:
         self.put(name, frames)
         return frames, start
 
+    def replaced(self, name: str) -> None:
+        """Called once the frames of a `slot` have been replaced by those of this chunk."""
+
     def tensors(self) -> list[Tensor]:
         """All cached frames."""
         found: list[Tensor] = []
@@ -162,6 +165,10 @@ class StreamState:
         """Context of the run of a chunk, counted at the end; an exception breaks the cache."""
         with self.cache.guard():
             yield
+        self.count(frames)
+
+    def count(self, frames: int) -> None:
+        """Count a chunk that has been run."""
         self.taken += frames
         self.chunks += 1
         if self.taken == self.total:

@@ -2,5 +2,6 @@
 
 from .launch import start, stop
 from .ranks import Ranks, context_parallel
+from .vae import vae_parallel
 
-__all__ = ["Ranks", "context_parallel", "start", "stop"]
+__all__ = ["Ranks", "context_parallel", "start", "stop", "vae_parallel"]

@@ -120,6 +120,7 @@ class CausalConv3d(CausalConv):
             past, start = cache.slot(self.name, x, self.kept)
             form = torch.channels_last_3d
             x = frame_cache_append(past, x, start=start, memory_format=form, backend=self.backend)
+            cache.replaced(self.name)
         return self._convolved(x, self.conv.bias)
 
     def after(
@@ -136,6 +137,7 @@ class CausalConv3d(CausalConv):
             return super().after(norm, flow, modulation, cache, offset=offset)
         past, start = cache.slot(self.name, flow.x, self.kept)
         x = norm(flow, modulation, cache.leads, offset=offset, cache=past, start=start)
+        cache.replaced(self.name)
         later = not biased and self.pending_bias(x) is not None
         return self._convolved(x, None if later else self.conv.bias)
 
@@ -188,6 +190,7 @@ class FactorizedConv3d(CausalConv):
         out = self._in_time(x, past if start is None else None, "replicate")
         if cache.keep:
             frame_cache_push(past, x, start=start, backend=self.backend)
+            cache.replaced(self.name)
         return out
 
     def _in_time(self, x: Tensor, past: Tensor | None, start: str) -> Tensor:

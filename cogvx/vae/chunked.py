@@ -7,14 +7,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cogvx_kernels.streaming import CoderSpec, DecodeState, EncodeState, StreamState
+from cogvx_kernels.streaming import CoderSpec, DecodeState, EncodeState, FrameCache, StreamState
 
 from .. import frames
 from ..threads import suited_threads
 from .decoder import Decoder
 from .distribution import DiagonalGaussian
 from .encoder import Encoder
-from .tiling import Tiling, tiled
+from .ranks import Ranks
+from .tiling import Each, Tiling, tiled
 
 Coder = Encoder | Decoder
 Progress = Callable[[int, int], None]
@@ -56,7 +57,8 @@ def stream_encode(
 ) -> Iterator[DiagonalGaussian]:
     """`encode` as a stream; see `CausalVAE.stream_encode`."""
     spec = _spec(encoder, Encoder, "stream_encode")
-    return map(DiagonalGaussian, _stream(encoder, spec, video, state, total, last))
+    moments = _stream(encoder, spec, video, encoder.ranks, state, total, last)
+    return map(DiagonalGaussian, moments)
 
 
 def stream_decode(
@@ -69,7 +71,7 @@ def stream_decode(
 ) -> Iterator[Tensor]:
     """`decode` as a stream; see `CausalVAE.stream_decode`."""
     spec = _spec(decoder, Decoder, "stream_decode")
-    return _stream(decoder, spec, latents, state, total, last)
+    return _stream(decoder, spec, latents, decoder.ranks, state, total, last)
 
 
 def _spec(coder: Coder, kind: type[Coder], where: str) -> CoderSpec:
@@ -94,20 +96,51 @@ def _stream(
     coder: Coder,
     spec: CoderSpec,
     x: Tensor | Iterable[Tensor],
-    state: StreamState | None = None,
+    relay: Ranks | None,
+    given: StreamState | None = None,
     total: int | None = None,
     last: bool = True,
 ) -> Iterator[Tensor]:
-    """The output of each chunk."""
-    state = spec.open(state)
+    """The output of each chunk; `relay`: ranks that run the chunks in turn."""
+    state = spec.open(given)
+    if relay is not None:
+        relay.check_method(spec.where, None)
+        if given is not None or not last or (total is None and not isinstance(x, Tensor)):
+            raise ValueError(
+                f"{spec.where}: {spec.name} must be a whole clip, a tensor or with total=, without "
+                f"a state, where chunks are on {relay.size} ranks; got a part, or no total"
+            )
 
-    def run(chunk: Tensor) -> Tensor:
+    def run(chunk: Tensor, cache: FrameCache) -> Tensor:
         compiling = torch.compiler.is_compiling()
         threads = None if compiling else suited_threads(_largest(coder, chunk), chunk.device)
-        with state.running(chunk.shape[1]), threads or nullcontext():
-            return coder(chunk, state.cache)
+        with threads or nullcontext():
+            return coder(chunk, cache)
 
-    return map(run, spec.chunks(x, state, total, last))  # map holds neither input nor output
+    def run_next(chunk: Tensor) -> Tensor:
+        with state.running(chunk.shape[1]):
+            return run(chunk, state.cache)
+
+    chunks = spec.chunks(x, state, total, last)
+    if relay is None:
+        return map(run_next, chunks)  # map holds neither input nor output
+    relay.check_alike(spec.where, spec.name, x)
+
+    def shape(chunk: Tensor) -> tuple[int, ...]:
+        return _output_shape(coder, chunk, state.taken - chunk.shape[1])
+
+    return relay.relay(run, chunks, state, shape)
+
+
+def _output_shape(coder: Coder, x: Tensor, before: int = 0) -> tuple[int, ...]:
+    """Shape of the output of a piece of a clip that comes after `before` frames."""
+    config, decodes = coder.config, isinstance(coder, Decoder)
+    count = frames.video_frames if decodes else frames.latent_frames
+    made = count(before + x.shape[1], config) - (count(before, config) if before else 0)
+    channels = config.out_channels if decodes else 2 * config.latent_channels
+    ratio = config.spatial_compression_ratio
+    sides = (side * ratio if decodes else side // ratio for side in x.shape[3:])
+    return (x.shape[0], made, channels, *sides)
 
 
 def _largest(coder: Coder, chunk: Tensor) -> int:
@@ -138,14 +171,26 @@ def _run_clip(
     steps = len(spec.chunking.plan(x.shape[1]))
     if tiling is not None:
         tiling.check(spec.where, ratio)
-    tiles = tiling is not None and tiling.cuts(height, width)
-    if tiling is not None and tiles:
-        steps *= tiling.count(height, width, ratio)
+    ranks = coder.ranks
+    if ranks is not None:
+        ranks.check_method(spec.where, tiling)
+    cuts = tiling is not None and tiling.cuts(height, width)
+    tiles = range(tiling.count(height, width, ratio) if tiling is not None and cuts else 1)
+    each: Each = map
+    if tiling is not None and ranks is not None:
+        ranks.check_alike(spec.where, spec.name, x)
+        each = partial(ranks.share, shape=partial(_output_shape, coder))
+        tiles = tiles[ranks.rank :: ranks.size]
     slices = x.split(1) if slicing else (x,)
-    tick = _ticker(steps * len(slices), progress)
-    run = partial(_run_chunks, coder, spec, tick)
-    if tiling is not None and tiles:
-        run = partial(tiled, run, tiling=tiling, ratio=ratio, scale=scale)
+    tick = _ticker(steps * len(tiles) * len(slices), progress)
+    chunks = partial(_run_chunks, coder, spec, tick, ranks if tiling is None else None)
+
+    def run(clip: Tensor) -> Tensor:
+        if tiling is None or not cuts:
+            [result] = each(chunks, [clip])
+            return result
+        return tiled(chunks, clip, tiling, ratio, scale, each)
+
     if len(slices) == 1:
         return run(x)
     out = _Concat(x.shape[0], dim=0)
@@ -154,10 +199,12 @@ def _run_clip(
     return out.result()
 
 
-def _run_chunks(coder: Coder, spec: CoderSpec, tick: Callable[[], None], x: Tensor) -> Tensor:
-    count = frames.video_frames if isinstance(coder, Decoder) else frames.latent_frames
-    out = _Concat(count(x.shape[1], coder.config), dim=1)
-    for piece in _stream(coder, spec, x):
+def _run_chunks(
+    coder: Coder, spec: CoderSpec, tick: Callable[[], None], relay: Ranks | None, x: Tensor
+) -> Tensor:
+    count = _output_shape(coder, x)[1]
+    out = _Concat(count if relay is None or relay.receives else 0, dim=1)
+    for piece in _stream(coder, spec, x, relay):
         out.append(piece)
         del piece  # before the next one is made
         tick()

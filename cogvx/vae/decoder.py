@@ -14,6 +14,7 @@ from .blocks import Level, MakeConv, MakeNorm, resnets, run_levels
 from .causal_conv import CausalConv3d, FactorizedConv3d
 from .norm import Flow, FrameNorm, SpatialNorm
 from .options import Options
+from .ranks import Ranks
 from .resample import Upsample3D
 
 
@@ -24,6 +25,7 @@ class Decoder(nn.Module):
         config: the VAE's.
         options: of execution, shared by all layers.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+        ranks: that share a clip's chunks or tiles; None for this process alone.
     """
 
     def __init__(self, config: VAEConfig, options: Options | None = None) -> None:
@@ -31,6 +33,7 @@ class Decoder(nn.Module):
         self.config = config
         self.options = options = options or Options()
         self.gradient_checkpointing = False
+        self.ranks: Ranks | None = None
         groups = config.norm_num_groups
         norm: MakeNorm = partial(SpatialNorm, groups, zq_channels=config.latent_channels)
         if config.factorized:

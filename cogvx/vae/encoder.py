@@ -13,6 +13,7 @@ from .blocks import Level, MakeConv, MakeNorm, resnets, run_levels
 from .causal_conv import CausalConv3d, FactorizedConv3d
 from .norm import Flow, FrameNorm, Norm
 from .options import Options
+from .ranks import Ranks
 from .resample import Downsample3D
 
 
@@ -23,6 +24,7 @@ class Encoder(nn.Module):
         config: the VAE's.
         options: of execution, shared by all layers.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+        ranks: that share a clip's chunks or tiles; None for this process alone.
     """
 
     def __init__(self, config: VAEConfig, options: Options | None = None) -> None:
@@ -30,6 +32,7 @@ class Encoder(nn.Module):
         self.config = config
         self.options = options = options or Options()
         self.gradient_checkpointing = False
+        self.ranks: Ranks | None = None
         groups = config.norm_num_groups
         make_norm = partial(FrameNorm if config.factorized else Norm, groups)
         norm: MakeNorm = partial(make_norm, eps=config.norm_eps)

@@ -4,14 +4,18 @@ Norms take their statistics over a tile, so the result differs from that of the 
 is for frames that do not fit otherwise. Source: `docs/model.md`, section 4.10.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import product, starmap
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..frames import nearest_multiples
+
+Run = Callable[[Tensor], Tensor]
+Each = Callable[[Run, Iterable[Tensor]], Iterable[Tensor]]  # as `map`
 
 
 @dataclass(frozen=True)
@@ -87,37 +91,42 @@ class _Side:
 
 
 def tiled(
-    run: Callable[[Tensor], Tensor], x: Tensor, tiling: Tiling, ratio: int, scale: tuple[int, int]
+    run: Run,
+    x: Tensor,
+    tiling: Tiling,
+    ratio: int,
+    scale: tuple[int, int],
+    each: Each = map,
 ) -> Tensor:
     """`run` on every tile of x (batch, frames, channels, height, width), blended into one result.
 
     ratio: pixels of a latent's side. scale: sizes of x and of the result, in units of a latent:
-    (ratio, 1) to encode, (1, ratio) to decode.
+    (ratio, 1) to encode, (1, ratio) to decode. each: called as `map`, which runs the tiles here.
     """
     before, after = scale
     rows, columns = tiling._sides(ratio)
     height, width = x.shape[3] // before, x.shape[4] // before
+    corners = list(product(range(0, height, rows.step), range(0, width, columns.step)))
+
+    def cut(top: int, start: int) -> Tensor:
+        down = slice(top * before, (top + rows.size) * before)
+        return x[..., down, start * before : (start + columns.size) * before]
+
     result: Tensor | None = None
     above: dict[int, Tensor] = {}  # the lowest rows of the tiles above, by column
-    for top in range(0, height, rows.step):
-        left: Tensor | None = None  # the last columns of the tile to the left
-        for start in range(0, width, columns.step):
-            place = (
-                slice(top * before, (top + rows.size) * before),
-                slice(start * before, (start + columns.size) * before),
-            )
-            tile = run(x[..., place[0], place[1]])
-            if start in above:
-                _blend(above.pop(start), tile, dim=3)
-            if left is not None:
-                _blend(left, tile, dim=4)
-            if result is None:
-                result = tile.new_empty([*tile.shape[:3], height * after, width * after])
-            above[start] = _end(tile, rows.overlap * after, dim=3)
-            left = _end(tile, columns.overlap * after, dim=4)
-            kept = tile[..., : rows.step * after, : columns.step * after]
-            down, right = top * after, start * after
-            result[..., down : down + kept.shape[3], right : right + kept.shape[4]] = kept
+    left = x  # the last columns of the tile to the left
+    for (top, start), tile in zip(corners, each(run, starmap(cut, corners)), strict=True):
+        if start in above:
+            _blend(above.pop(start), tile, dim=3)
+        if start:
+            _blend(left, tile, dim=4)
+        if result is None:
+            result = tile.new_empty([*tile.shape[:3], height * after, width * after])
+        above[start] = _end(tile, rows.overlap * after, dim=3)
+        left = _end(tile, columns.overlap * after, dim=4)
+        kept = tile[..., : rows.step * after, : columns.step * after]
+        down, right = top * after, start * after
+        result[..., down : down + kept.shape[3], right : right + kept.shape[4]] = kept
     assert result is not None
     return result
 
