@@ -2,8 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from ..vae import Decoder, Encoder
-from ..vae.ranks import GATHERS, METHODS, Ranks
+from ..vae.ranks import GATHERS, METHODS, VAERanks
 from ..validation import check_choice
 
 if TYPE_CHECKING:
@@ -25,7 +27,8 @@ def vae_parallel(
     needs the whole clip, as one tensor or with `total`, and no state.
 
     Args:
-        target: a pipeline, `CausalVAE`, `Encoder` or `Decoder`.
+        target: a `CausalVAE`, `Encoder` or `Decoder`; or a pipeline, of which only the decoder is
+            changed, since one rank encodes the image or video that `generate` is given.
         ranks: a mesh of `start`, all its dimensions but "data"; or a process group. None undoes it.
         method: "relay": chunk i on rank i, round by round, and each convolution passes the frames
             that the next chunk needs to the next rank: bit for bit the result of one process.
@@ -41,8 +44,8 @@ def vae_parallel(
     where = "vae_parallel"
     check_choice(where, "method", method, METHODS)
     check_choice(where, "gather", gather, GATHERS)
-    vae = getattr(target, "vae", target)
-    modules = vae.modules() if hasattr(vae, "modules") else ()
+    part = target.vae.decoder if hasattr(target, "vae") else target
+    modules = part.modules() if isinstance(part, nn.Module) else ()
     coders = [module for module in modules if isinstance(module, (Encoder, Decoder))]
     if not coders:
         raise TypeError(
@@ -52,7 +55,7 @@ def vae_parallel(
     group = None if ranks is None else _group(ranks)
     for coder in coders:
         to = gather if isinstance(coder, Decoder) else "all"
-        coder.ranks = None if group is None else Ranks(group, method, to)
+        coder.ranks = None if group is None else VAERanks(group, method, to)
 
 
 def _group(ranks: "DeviceMesh | ProcessGroup") -> "ProcessGroup":

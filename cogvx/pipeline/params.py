@@ -277,6 +277,8 @@ def _check_tensors(transformer: TransformerConfig, request: Request) -> None:
 
 def check_finite(tensor: Tensor, stage: str) -> None:
     """Raises FloatingPointError, naming the stage, if a value is NaN or infinite."""
+    if tensor.numel() == 0:  # the video is on another rank
+        return
     low, high = tensor.aminmax()  # NaN is the least and the most; no copy is made
     if not (math.isfinite(low) and math.isfinite(high)):
         dtype = dtype_name(tensor.dtype)

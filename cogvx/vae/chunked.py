@@ -14,7 +14,7 @@ from ..threads import suited_threads
 from .decoder import Decoder
 from .distribution import DiagonalGaussian
 from .encoder import Encoder
-from .ranks import Ranks
+from .ranks import VAERanks
 from .tiling import Each, Tiling, tiled
 
 Coder = Encoder | Decoder
@@ -96,7 +96,7 @@ def _stream(
     coder: Coder,
     spec: CoderSpec,
     x: Tensor | Iterable[Tensor],
-    relay: Ranks | None,
+    relay: VAERanks | None,
     given: StreamState | None = None,
     total: int | None = None,
     last: bool = True,
@@ -200,7 +200,7 @@ def _run_clip(
 
 
 def _run_chunks(
-    coder: Coder, spec: CoderSpec, tick: Callable[[], None], relay: Ranks | None, x: Tensor
+    coder: Coder, spec: CoderSpec, tick: Callable[[], None], relay: VAERanks | None, x: Tensor
 ) -> Tensor:
     count = _output_shape(coder, x)[1]
     out = _Concat(count if relay is None or relay.receives else 0, dim=1)

@@ -14,7 +14,7 @@ from .blocks import Level, MakeConv, MakeNorm, resnets, run_levels
 from .causal_conv import CausalConv3d, FactorizedConv3d
 from .norm import Flow, FrameNorm, SpatialNorm
 from .options import Options
-from .ranks import Ranks
+from .ranks import VAERanks
 from .resample import Upsample3D
 
 
@@ -33,7 +33,7 @@ class Decoder(nn.Module):
         self.config = config
         self.options = options = options or Options()
         self.gradient_checkpointing = False
-        self.ranks: Ranks | None = None
+        self.ranks: VAERanks | None = None
         groups = config.norm_num_groups
         norm: MakeNorm = partial(SpatialNorm, groups, zq_channels=config.latent_channels)
         if config.factorized:

@@ -13,7 +13,7 @@ from .blocks import Level, MakeConv, MakeNorm, resnets, run_levels
 from .causal_conv import CausalConv3d, FactorizedConv3d
 from .norm import Flow, FrameNorm, Norm
 from .options import Options
-from .ranks import Ranks
+from .ranks import VAERanks
 from .resample import Downsample3D
 
 
@@ -32,7 +32,7 @@ class Encoder(nn.Module):
         self.config = config
         self.options = options = options or Options()
         self.gradient_checkpointing = False
-        self.ranks: Ranks | None = None
+        self.ranks: VAERanks | None = None
         groups = config.norm_num_groups
         make_norm = partial(FrameNorm if config.factorized else Norm, groups)
         norm: MakeNorm = partial(make_norm, eps=config.norm_eps)

@@ -30,8 +30,8 @@ Shape = Sequence[int]  # of a video or latents, (batch, frames, channels, height
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """Ranks that share the chunks or tiles of a clip.
+class VAERanks:
+    """VAERanks that share the chunks or tiles of a clip.
 
     method  one of `METHODS`, see `cogvx.parallel.vae_parallel`
     gather  who gets the result: "first", rank 0, while the others get 0 frames; or "all"
@@ -161,7 +161,7 @@ class RelayedCache(FrameCache):
     The buffers stay for the next round: they are received into, replaced by the chunk, and sent.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: VAERanks) -> None:
         super().__init__()
         self.ranks = ranks
         self.first, self.last = ranks.rank == 0, ranks.rank == ranks.size - 1
