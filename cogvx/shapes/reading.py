@@ -53,7 +53,11 @@ def score(video: Tensor, scene: Scene) -> Score:
 
     Things are matched so that most is right. With a wrong number of things nothing is right.
     """
-    seen = read(video).things
+    return score_things(read(video).things, scene)
+
+
+def score_things(seen: tuple[Thing, ...], scene: Scene) -> Score:
+    """`score` of a clip that has been read."""
     if len(seen) != len(scene.things):
         return Score(False, False, False, False)
 
@@ -82,7 +86,7 @@ def read(video: Tensor) -> Seen:
     video = video.detach().float().cpu().add(1).div(2).clamp(0, 1)
     edge = torch.cat([video[:, :, 0], video[:, :, -1], video[..., 0], video[..., -1]], -1)
     color = edge.movedim(1, -1).flatten(0, 1).median(0).values
-    masks = (video - color.view(1, 3, 1, 1)).norm(dim=1) > OFF_GROUND
+    masks = (video - color.view(1, 3, 1, 1)).square().sum(1) > OFF_GROUND**2
     frames = [
         _patches(frame, mask, labels, color)
         for frame, mask, labels in zip(video, masks, _labels(masks), strict=True)
@@ -99,10 +103,18 @@ def _labels(masks: Tensor) -> Tensor:
     numbers = torch.arange(1, masks[0].numel() + 1, dtype=torch.float32).view(masks[0].shape)
     labels = numbers * masks
     while True:
-        grown = F.max_pool2d(labels[:, None], 3, 1, 1)[:, 0] * masks
+        grown = _widened(_widened(labels).mT).mT * masks
         if torch.equal(grown, labels):
             return labels
         labels = grown
+
+
+def _widened(x: Tensor) -> Tensor:
+    """Maximum of each number and its neighbors in a row; `F.max_pool2d` takes ten times as long."""
+    wide = x.clone()
+    torch.maximum(wide[..., 1:], x[..., :-1], out=wide[..., 1:])
+    torch.maximum(wide[..., :-1], x[..., 1:], out=wide[..., :-1])
+    return wide
 
 
 def _patches(frame: Tensor, there: Tensor, labels: Tensor, ground: Tensor) -> list[Patch]:

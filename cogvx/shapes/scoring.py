@@ -9,7 +9,7 @@ from ..pipeline import CogVideoX
 from ..vae import CausalVAE
 from ..video import PSNR
 from .procedural import ProceduralClips
-from .reading import Score, score
+from .reading import Score, read, score_things
 from .scenes import Scene, describe
 
 NAMES = ("color", "shape", "motion", "count", "all")
@@ -81,8 +81,9 @@ def score_model(
         number = seed + first // BATCH
         videos = pipe.generate(batch, steps=steps, guidance=guidance, seed=number)
         for index, video in enumerate(videos, first):
-            own.append(score(video, wanted[index]))
-            others.append(score(video, wanted[(index + prompts // 2) % prompts]))
+            seen = read(video).things
+            own.append(score_things(seen, wanted[index]))
+            others.append(score_things(seen, wanted[(index + prompts // 2) % prompts]))
         if progress is not None:
             progress(len(own), prompts)
     return Scores.of(own), Scores.of(others)
