@@ -5,7 +5,8 @@ and b are folded into one scale and one shift at latent resolution; then a piece
 its rows (channels-last) or channels (contiguous), is normalized, modulated and activated at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from .validation import Parameters, Settings, update_cache
 PIECE = 1 << 18  # elements: a megabyte in fp32
 
 Maps = tuple[Tensor, Tensor, Tensor]
+Piece = tuple[slice, slice, slice]
+Item = TypeVar("Item")
 
 
 def spatial_norm_silu_cpu(
@@ -54,9 +57,9 @@ def residual_moments_cpu(
 ) -> tuple[Tensor, Tensor]:
     """`residual_moments_reference`."""
     total, wide = empty_video(x), torch.promote_types(x.dtype, torch.float32)
-    for frame in range(x.shape[2]):
+    for frame in _worked(range(x.shape[2]), x):
         into, left, right = (z[:, :, frame] for z in (total, x, h))
-        for piece in _pieces(into):
+        for piece in _worked(_pieces(into), x):
             part = left[piece].to(wide) + right[piece]
             if pre_bias is not None:
                 part += _column(pre_bias, part)[:, piece[1]]
@@ -64,16 +67,21 @@ def residual_moments_cpu(
     return total, _moments(total, None, num_groups, per_frame)
 
 
-def _pieces(frame: Tensor, rows: int = 1) -> Iterator[tuple[slice, slice, slice]]:
+def _worked(items: Sequence[Item], x: Tensor) -> Sequence[Item]:
+    """All items, or of a meta tensor two: those behind them need no more memory, and it has no
+    numbers."""
+    return items[:2] if x.is_meta else items
+
+
+def _pieces(frame: Tensor, rows: int = 1) -> list[Piece]:
     """Slices of a frame (batch, channels, height, width), its height in multiples of `rows`."""
     batch, channels, height, width = frame.shape
     every = slice(None)
     if channels > 1 and frame.stride(1) == 1:
         step = max(rows, PIECE // max(batch * channels * width, 1) // rows * rows)
-        yield from ((every, every, slice(r, min(r + step, height))) for r in range(0, height, step))
-    else:
-        step = max(1, PIECE // max(batch * height * width, 1))
-        yield from ((every, slice(c, c + step), every) for c in range(0, channels, step))
+        return [(every, every, slice(r, min(r + step, height))) for r in range(0, height, step)]
+    step = max(1, PIECE // max(batch * height * width, 1))
+    return [(every, slice(c, c + step), every) for c in range(0, channels, step)]
 
 
 def _apply(out: Tensor, x: Tensor, pre_bias: Tensor | None, maps: Maps, silu: bool) -> None:
@@ -84,7 +92,7 @@ def _apply(out: Tensor, x: Tensor, pre_bias: Tensor | None, maps: Maps, silu: bo
     mean, scale, shift = maps
     rows = scale.shape[2]
     ratio = x.shape[2] // rows
-    for piece in _pieces(x, ratio):
+    for piece in _worked(_pieces(x, ratio), x):
         _, channels, lines = piece
         latents = slice(None)
         if rows > 1 and lines != latents:
@@ -138,11 +146,11 @@ def _moments(f: Tensor, pre_bias: Tensor | None, num_groups: int, per_frame: boo
     """
     wide = torch.promote_types(f.dtype, torch.float32)
     batch, channels, frames, _, width = f.shape
-    pieces = list(_pieces(f[:, :, 0])) if frames else []
+    pieces = _pieces(f[:, :, 0]) if frames else []
     runs = list(dict.fromkeys((piece[2].start, piece[2].stop) for piece in pieces))
     parts = f.new_empty((3, batch, frames, max(len(runs), 1), channels), dtype=wide)
-    for frame in range(frames):
-        for piece in pieces:
+    for frame in _worked(range(frames), f):
+        for piece in _worked(pieces, f):
             part = f[:, :, frame][piece].to(wide)
             part = part if pre_bias is None else part + _column(pre_bias, part)[:, piece[1]]
             # torch.var_mean is one pass, but ten times slower on a CPU.
