@@ -119,7 +119,8 @@ def test_a_worse_kernel_is_over_budget(what, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", "import sys; sys.path.insert(0, '.'); import os; "
          "os.environ.pop('TRITON_INTERPRET', None); from cogvx_kernels.__main__ import main; "
-         "sys.exit(main(['aot', '--op', 'rope3d', '--target', 'sm_90']))"],
+         "sys.exit(main(sys.argv[1:]))", "aot", "--op", "rope3d", "--target", "sm_90",
+         "--size", "5b-480x720-49f"],
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr

@@ -151,7 +151,7 @@ KILLED = """
                 fill(value)
                 save_transformer(model, folder, chance.choice([30_000, 10**9]))
             os._exit(1)
-        time.sleep(chance.uniform(0, 0.3))
+        time.sleep(chance.uniform(0, 0.1))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), status

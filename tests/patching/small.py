@@ -4,9 +4,21 @@ import contextlib
 import copy
 
 import torch
+from diffusers import AutoencoderKLCogVideoX
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-from tests.model.tiny_pipeline import CHANNELS, DIM, TEXT_LEN, embeds, picture, theirs, tiny
+from cogvx.checkpoint.folder import vae_values
+from tests.model.tiny_pipeline import (
+    CHANNELS,
+    DIM,
+    TEXT_LEN,
+    embeds,
+    picture,
+    randomised,
+    theirs,
+    tiny,
+    vae_config,
+)
 
 HEADDIM = 16
 FRAMES, SIDE = 3, 4  # of latents
@@ -23,6 +35,15 @@ def transformer(kind="5b"):
 
 def vae():
     return pipeline().vae
+
+
+def small_vae():
+    """Of two levels, the first of which doubles time: every kind of layer."""
+    config = vae_config(
+        "5b", block_out_channels=(8, 8), temporal_compression_ratio=2,
+        num_sample_frames_batch_size=4,
+    )  # fmt: skip
+    return randomised(AutoencoderKLCogVideoX.from_config(vae_values(config)))
 
 
 def inputs(model, batch=2, frames=FRAMES, dtype=torch.float32, seed=0):

@@ -5,7 +5,7 @@ import torch
 
 import cogvx_kernels as ck
 from tests.harness.selection import rest
-from tests.patching.small import NEAR, inputs, latents, predicted, relative, transformer, vae
+from tests.patching.small import NEAR, inputs, latents, predicted, relative, small_vae, transformer
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_patched_after_it_was_compiled_and_has_run(recompiles):
 @pytest.mark.parametrize("mode", ["exact", rest("fast")])
 def test_a_compiled_decoder(mode, recompiles):
     backend, seen = recompiles
-    model = vae()
+    model = small_vae()
     with torch.no_grad():
         wanted = model.decode(latents(7)).sample
         ck.patch(model, mode=mode)

@@ -59,7 +59,7 @@ def test_peak_memory_of_decode_on_cpu():
     model = AutoencoderKLCogVideoX(
         block_out_channels=(16, 32, 32, 64), norm_num_groups=4, latent_channels=4
     ).eval()
-    z = torch.randn(1, 4, 13, 6, 8)
+    z = torch.randn(1, 4, 5, 6, 8)
     before = peak(lambda: model.decode(z))
     with ck.patched(model):
         assert peak(lambda: model.decode(z)) <= 0.6 * before
@@ -73,7 +73,7 @@ def test_stream_memory_does_not_grow_with_the_clip():
         z = latents(frames).transpose(1, 2)
         return peak(lambda: sum(len(chunk) for chunk in ck.stream_decode(model, z)))
 
-    assert needed(41) == needed(7)
+    assert needed(21) == needed(7)
 
 
 def test_state_size():

@@ -22,6 +22,7 @@ from tests.patching.small import (
     latents,
     pipeline,
     relative,
+    small_vae,
     transformer,
     vae,
 )
@@ -157,6 +158,7 @@ def _gradients(model, x):
 def test_on_the_kernels_too():
     """In Triton's interpreter, where there is no GPU: a step, and a decode with its cache."""
     pipe = pipeline()
+    pipe.vae = small_vae()
     arguments, z = inputs(pipe.transformer, batch=1), latents(3, side=2)
     with torch.no_grad():
         fp64 = double(pipe.vae).decode(z.double()).sample

@@ -1,5 +1,7 @@
 """A small VAE on the kernels, in Triton's interpreter, against the same on the references."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -50,28 +52,33 @@ def on_reference(vae):
     return other
 
 
+@cache
+def on_kernels(name, latents):
+    """(VAE, latents, video, what they decode and encode to)."""
+    vae = make(name)
+    z, video = inputs(vae, latents)
+    with torch.no_grad():
+        return vae, z, video, vae.decode(z), vae.encode(video).moments
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("latents", (1, 2, 5))
 def test_decode_and_encode(name, latents):
-    vae = make(name)
+    vae, z, video, decoded, moments = on_kernels(name, latents)
     other = on_reference(vae)
-    z, video = inputs(vae, latents)
     with torch.no_grad():
-        torch.testing.assert_close(vae.decode(z), other.decode(z), rtol=1e-5, atol=1e-5)
-        ours, expected = (v.encode(video).moments for v in (vae, other))
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(decoded, other.decode(z), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(moments, other.encode(video).moments, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["released", rest("factorized")])
 def test_stream_on_kernels_equals_decode_bitwise(name):
-    vae = make(name)
-    z, video = inputs(vae, 5)
+    vae, z, video, decoded, encoded = on_kernels(name, 5)
     with torch.no_grad():
-        whole = vae.decode(z)
-        assert torch.equal(torch.cat(list(vae.stream_decode(z)), dim=1), whole)
+        assert torch.equal(torch.cat(list(vae.stream_decode(z)), dim=1), decoded)
         pieces = iter(video.split(1, dim=1))
         moments = [g.moments for g in vae.stream_encode(pieces, total=video.shape[1])]
-        assert torch.equal(torch.cat(moments, dim=1), vae.encode(video).moments)
+        assert torch.equal(torch.cat(moments, dim=1), encoded)
 
 
 @pytest.mark.parametrize("name", [rest("released"), "factorized"])
