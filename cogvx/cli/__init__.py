@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.close()
             if options.traceback:
                 traceback.print_exception(error)
-            return _end(console, 1, f"error: {_message(error, options)}")
+            return _end(console, 1, f"error: {message_of(error, options)}")
     return 0
 
 
@@ -105,7 +105,8 @@ def _warnings() -> Iterator[None]:
         yield
 
 
-def _message(error: BaseException, options: argparse.Namespace) -> str:
+def message_of(error: BaseException, options: argparse.Namespace) -> str:
+    """The error in a line, with arguments of the library named as options."""
     if type(error).__name__ == "OutOfMemoryError":
         return (
             "out of memory on the GPU. cogvx plan prints what a clip needs; --tiling, --cfg "

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checkpoint import load_scheduler
 from ..checkpoint.lora import read_lora
+from ..checkpoint.record import Record
 from ..config import SchedulerConfig, TransformerConfig, VAEConfig
 from ..generation import GenerationParams
 from ..pipeline import CogVideoX, default_size, resume
@@ -78,8 +79,8 @@ class Model:
 class Job:
     """One video, checked before anything is computed.
 
-    params   options of `CogVideoX.generate`
     latents  the file beside the video
+    params   options of `CogVideoX.generate`, and `record` those that decide the video
     flops    floating-point operations to denoise and decode it
     """
 
@@ -87,6 +88,7 @@ class Job:
     latents: Path
     seed: int | None
     params: GenerationParams
+    record: Record
     fps: float
     flops: float
 
@@ -109,11 +111,20 @@ class Job:
         flops = vae_flops(vae, frames, height, width, decode=True)
         step = denoise_flops(transformer, frames, height, width)
         flops += len(steps) * (1 + request.guided) * step
-        return cls(options.out, latents_of(options.out), options.seed, params, fps, flops)
+        record = {**resume.record_of(request), "seed": options.seed}
+        latents = latents_of(options.out)
+        return cls(options.out, latents, options.seed, params, record, fps, flops)
 
 
 @torch.no_grad()
 def generate(options: argparse.Namespace, console: Console) -> None:
+    if options.prompts is not None:
+        from .prompts import generate_all
+
+        generate_all(options, console)
+        return
+    if options.ray is not None:
+        raise ValueError("--ray must come with --prompts; got one --prompt")
     latents = latents_of(options.out)
     console.hold(output(options.out, options.force, clips.VIDEOS))
     console.hold(output(latents, options.force or options.resume, (".safetensors",)))

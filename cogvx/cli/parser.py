@@ -104,10 +104,43 @@ def _generate(commands: Any) -> None:
         "--out kite.mp4",
     )  # fmt: skip
     arguments.add_model(parser)
-    parser.add_argument("--prompt", required=True, metavar="TEXT",
-                        help="text of the video; for the released models English, best long and "
-                        "detailed")  # fmt: skip
-    arguments.add_output(parser, "the video, .mp4, .mov, .mkv or .gif")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--prompt", metavar="TEXT",
+                       help="text of the video; for the released models English, best long and "
+                       "detailed")  # fmt: skip
+    which.add_argument("--prompts", type=Path, metavar="FILE.jsonl",
+                       help="a video for each line, such as "
+                       '{"prompt": "A red kite", "seed": 1}, which may have any option of a '
+                       "video; --out is their folder. The same command goes on where it was "
+                       "stopped; under torchrun the ranks share the lines")  # fmt: skip
+    parser.add_argument("--ray", nargs="?", const="", metavar="ADDRESS",
+                        help="share the lines of --prompts over the GPUs of a Ray cluster, by "
+                        "default of RAY_ADDRESS or else of this machine")  # fmt: skip
+    arguments.add_output(parser, "the video, .mp4, .mov, .mkv or .gif; a folder with --prompts")
+    add_video(parser)
+    lora = parser.add_argument_group("LoRA")
+    lora.add_argument("--lora", type=Path, action="append", default=[], metavar="FILE",
+                      help="an adapter of cogvx train, diffusers, peft or kohya's scripts; may be "
+                      "repeated; by default none")  # fmt: skip
+    lora.add_argument("--lora-scale", type=arguments.number, action="append", default=[],
+                      metavar="SCALE",
+                      help="factor, once for all or once for each; default 1")  # fmt: skip
+    arguments.add_machine(parser)
+    arguments.add_backend(parser)
+    parser.add_argument("--vram-budget", type=arguments.size_in_bytes, metavar="BYTES",
+                        help="fail before weights are read if more memory is needed, such as "
+                        "10G; by default no limit")  # fmt: skip
+    arguments.add_hub(parser)
+    safe = parser.add_argument_group("checkpoints")
+    arguments.add_param(safe, "checkpoint_every", type=arguments.count, metavar="N",
+        help="save the latents every N steps; by default after the last")  # fmt: skip
+    safe.add_argument("--resume", action="store_true",
+                      help="continue from the latents beside the output")  # fmt: skip
+
+
+def add_video(parser: Parser) -> None:
+    """Add the options that a line of `--prompts` may have, too."""
+    add = arguments.add_param
     parser.add_argument("--negative", default="", metavar="TEXT",
                         help="what the video should not show; by default nothing")  # fmt: skip
     source = parser.add_mutually_exclusive_group()
@@ -115,7 +148,6 @@ def _generate(commands: Any) -> None:
                         help="the first frame, for image-to-video models")  # fmt: skip
     source.add_argument("--video", type=Path, metavar="FILE",
                         help="source of video-to-video, for other models")  # fmt: skip
-    add = arguments.add_param
     add(parser, "strength", type=arguments.part, metavar="PART",
         help="how much of --video is changed, above 0 and at most 1; default "
         "%(default)s")  # fmt: skip
@@ -139,24 +171,6 @@ def _generate(commands: Any) -> None:
     add(steps, "image_latent_scale", metavar=arguments.one_of(CHOICES["image_latent_scale"]),
         help="scale of --image's latents with CogVideoX 1.5: as in diffusers, SAT or the training; "
         "default %(default)s")  # fmt: skip
-    lora = parser.add_argument_group("LoRA")
-    lora.add_argument("--lora", type=Path, action="append", default=[], metavar="FILE",
-                      help="an adapter of cogvx train, diffusers, peft or kohya's scripts; may be "
-                      "repeated; by default none")  # fmt: skip
-    lora.add_argument("--lora-scale", type=arguments.number, action="append", default=[],
-                      metavar="SCALE",
-                      help="factor, once for all or once for each; default 1")  # fmt: skip
-    arguments.add_machine(parser)
-    arguments.add_backend(parser)
-    parser.add_argument("--vram-budget", type=arguments.size_in_bytes, metavar="BYTES",
-                        help="fail before weights are read if more memory is needed, such as "
-                        "10G; by default no limit")  # fmt: skip
-    arguments.add_hub(parser)
-    safe = parser.add_argument_group("checkpoints")
-    add(safe, "checkpoint_every", type=arguments.count, metavar="N",
-        help="save the latents every N steps; by default after the last")  # fmt: skip
-    safe.add_argument("--resume", action="store_true",
-                      help="continue from the latents beside the output")  # fmt: skip
 
 
 def _encode(commands: Any) -> None:

@@ -1,6 +1,6 @@
 """Install the wheel with one extra at a time into a new environment, and do that extra's job there.
 
-    python -m tests.install.check            no extra, text, video, train, bench, generate
+    python -m tests.install.check            no extra, text, video, train, bench, ray, generate
     python -m tests.install.check text       these alone
 
 "generate" is no extra but text and video together, with diffusers, as for a released model.
@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = ROOT / "tests" / "install" / "jobs.py"
-EXTRAS = ("text", "video", "train", "bench", "generate")
+EXTRAS = ("text", "video", "train", "bench", "ray", "generate")
 TOGETHER = {"generate": ("text,video", "diffusers")}  # extras, and what else is installed
 NONE = "none"
 AT_ONCE = 2  # environments; pip and Python use one core each

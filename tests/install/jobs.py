@@ -94,6 +94,16 @@ def bench():
     assert list(Path("out").glob("*.png"))
 
 
+def ray():
+    """A list of prompts on a cluster of this machine."""
+    Path("list.jsonl").write_text('{"prompt": "a red circle moves right"}\n' * 2)
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    command = (sys.executable, "-I", "-m", "cogvx", "generate", "--model", "tiny", "--ray")
+    lines = ("--prompts", "list.jsonl", "--out", "videos", "--steps", "1")
+    made = json.loads(output(*command, *lines, "--json"))
+    assert (made["made"], made["failed"]) == (2, 0)
+
+
 def generate():
     """A model as it is released, by path and by hub name: `cogvx generate` with a LoRA, and patch.
 
@@ -133,7 +143,7 @@ def generate():
         )
 
 
-JOBS = {job.__name__: job for job in (none, text, video, train, bench, generate)}
+JOBS = {job.__name__: job for job in (none, text, video, train, bench, ray, generate)}
 
 if __name__ == "__main__":
     JOBS[sys.argv[1]]()

@@ -56,7 +56,8 @@ def test_help_explains_every_option(name):
         assert action.help, action.dest
         takes_value = action.option_strings and action.nargs != 0
         if takes_value and not action.required and action.dest not in FAMILY:
-            optional = ("model", "vae", "preset", "image", "video", "out", "clip", "base_channels")
+            optional = ("model", "vae", "preset", "image", "video", "out", "clip", "base_channels",
+                        "prompt", "prompts")  # fmt: skip
             assert "default" in action.help or action.dest in optional, action.dest
     assert parser.description.endswith(".") and len(parser.description) > 20
     for example in re.findall(r"^  (cogvx .*)$", parser.epilog, re.MULTILINE):
@@ -128,7 +129,7 @@ def test_keys_of_a_table(capsys, tmp_path):
 )
 def test_errors_name_options(message, typed):
     options = make().parse_args(["generate", "--model", "m", "--prompt", "x", "--out", "a.mp4"])
-    assert cli._message(ValueError(message), options) == typed
+    assert cli.message_of(ValueError(message), options) == typed
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1001", "nan", "inf", "x", ""])
