@@ -266,7 +266,7 @@ def _block(size: Size, options: Options) -> Iterator[Case]:
     douts = tuple(_noise(tuple(part.shape), options) for part in apart)
 
     def in_fp32() -> Results:
-        """Of 16-bit sums of 16-bit numbers each entry has its own."""
+        """Gradients in fp32: each entry of 16-bit sums of 16-bit numbers has its own error."""
         block = copy.deepcopy(theirs).float()
         inputs = tuple(part.detach().float().requires_grad_(True) for part in apart)
         call = partial(call_theirs, block, temb=temb.float())
@@ -300,7 +300,7 @@ class _Block:
         return dict(zip(("text", "video"), self.call(*self.inputs), strict=True))
 
     def gradients(self, douts: Pair) -> dict[str, Tensor]:
-        """Of the two streams and of every parameter."""
+        """Gradients of the two streams and of every parameter."""
         names, parameters = zip(*self.block.named_parameters(), strict=True)
         of = torch.autograd.grad(self.call(*self.inputs), (*self.inputs, *parameters), douts)
         streams, weights = of[: len(self.inputs)], of[len(self.inputs) :]

@@ -66,7 +66,7 @@ class Oracle:
                 self.fp64[name] += part[name]
 
     def __str__(self) -> str:
-        """What is compared, in words."""
+        """Name of the quantities compared."""
         if self.seqlen is None:
             steps = sorted({_step(x) for x in self.baseline.values()} - {1})
             what = f"one in {' or '.join(map(str, steps))} rows and columns"

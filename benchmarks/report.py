@@ -227,7 +227,7 @@ def plot(path: Path, rows: Sequence[Row], conditions: Conditions) -> str | None:
 
 
 def _percent(row: Row) -> float | None:
-    """Of the ceiling that bounds the row."""
+    """Share of the ceiling that bounds the row."""
     return row.percent_of_copy if row.tflop_per_s is None else row.percent_of_matmul
 
 

@@ -1,4 +1,4 @@
-"""How long calls take: warm-up, batches, medians, rotation among inputs, the two ceilings."""
+"""Timing of calls: warm-up, batches, medians, rotation among inputs, the two ceilings."""
 
 import functools
 import statistics
@@ -89,7 +89,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def sets_to_rotate(nbytes: int, device: torch.device) -> int:
-    """How many sets of inputs of `nbytes` each the cache cannot serve; at least 2."""
+    """Number of input sets of `nbytes` each that the cache cannot hold; at least 2."""
     enough = -(-CACHES_TO_ROTATE * cache_bytes(device) // max(1, nbytes))
     return min(MOST_SETS, max(2, enough))
 

@@ -74,7 +74,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @functools.cache
 def _speed() -> str:
-    """What a time of this run is to be compared by: how fast a script of Python's adds."""
+    """Speed of this machine, to compare times by: a Python loop that adds."""
     started = time.process_time()
     exec("total = 0\nfor i in range(2_000_000):\n    total += i", {})
     seconds = 10 * (time.process_time() - started)
@@ -116,19 +116,19 @@ def pytest_collection() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """Where kernels run."""
+    """Device that kernels run on."""
     return "cuda" if ON_GPU else "cpu"
 
 
 @pytest.fixture(scope="session")
 def seed(pytestconfig: pytest.Config) -> int:
-    """Of all that is random in this run: --seed, or the one in the header."""
+    """Seed of all that is random in this run: --seed, or the one in the header."""
     return pytestconfig.option.seed
 
 
 @pytest.fixture(scope="session")
 def fuzz(pytestconfig: pytest.Config) -> int:
-    """How many random cases to try: --fuzz."""
+    """Number of random cases to try: --fuzz."""
     return pytestconfig.option.fuzz
 
 

@@ -262,7 +262,7 @@ def test_transformer_has_rows(diffusers, plain, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", rest("bfloat16")])
 def test_block_on_kernels_saves_little(diffusers, tmp_path, dtype):
-    """Of what diffusers keeps for the backward at most 0.6, with equal gradients."""
+    """At most 0.6 of what diffusers keeps for the backward, with equal gradients."""
     pytest.importorskip("triton")
     words = ("--part", "block", *ON_CPU, "--providers", "cogvx", "--dtype", dtype)
     assert main((*words, "--out", str(tmp_path)), "model") == 0

@@ -44,7 +44,7 @@ class Row:
 
 
 class Report:
-    """What was patched. Counts are read when they are accessed.
+    """The modules that were patched. Counts are read when they are accessed.
 
     Attributes:
         mode: "exact" or "fast"; None if nothing is patched.

@@ -15,7 +15,7 @@ MAX_CHANNELS = 16384
 
 
 class Parameters(NamedTuple):
-    """What modulates the norm: vectors (channels,) and latents y, b; offset is added to x first."""
+    """Modulation of the norm: vectors (channels,) and latents y, b; offset is added to x first."""
 
     weight: Tensor | None
     bias: Tensor | None

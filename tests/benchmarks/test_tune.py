@@ -18,7 +18,7 @@ def test_present_constants_are_among_the_choices(op):
 
 
 def test_every_op_with_a_kernel_has_a_sweep():
-    """Of Triton's; the extension has no choices to make."""
+    """Launch settings of Triton's kernels; the extension has no choices to make."""
     assert tune.SWEEPS.keys() == {name for name, info in OPS.items() if info.launch is not None}
 
 

@@ -1,4 +1,4 @@
-"""What each extra is for, done once: `python -I jobs.py EXTRA`, in an empty folder.
+"""The job of each extra, done once: `python -I jobs.py EXTRA`, in an empty folder.
 
 Python is that of an environment that holds the package with this extra alone, which
 `tests.install.check` makes.

@@ -267,7 +267,7 @@ def test_under_autocast(grad, algo):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "behind", "inset", "strided"])
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
 def test_without_gradients_the_result_is_the_same(kernel, layout):
-    """Where oneDNN is called by name: bit for bit on integers, with and without a bias."""
+    """oneDNN, called by name: bit for bit on integers, with and without a bias."""
     for batch, with_bias in ((1, True), (2, False)):
         x, (weight, bias) = filled((batch, 4, 6, 5, 7), layout), weights((3, 4, *kernel))
         bias = bias if with_bias else None

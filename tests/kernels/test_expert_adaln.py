@@ -113,7 +113,7 @@ def test_modulation_of_a_frame_is_that_of_its_tokens(backend, groups):
 @BACKENDS
 @pytest.mark.parametrize("groups", [1, 3, VIDEO])
 def test_gradient_of_a_frames_modulation_is_the_sum_over_its_tokens(backend, groups):
-    """Of gates, shifts and scales of video."""
+    """Gradients of gates, shifts and scales of video."""
     x, y, *grad_outputs = on_device(rows(0), rows(2), rows(4), rows(6))
     text = on_device(*modulation(3, seed=3))
 

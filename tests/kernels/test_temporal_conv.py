@@ -106,7 +106,7 @@ def test_the_reference_is_a_convolution_over_padded_frames(taps, depthwise, stri
 @pytest.mark.parametrize("depthwise", [False, True], ids=["dense", "depthwise"])
 @pytest.mark.parametrize("dims", [1, 3])
 def test_the_module_loads_weights_of_torch_convolutions(device, dims, depthwise, backend):
-    """Of nn.Conv1d and nn.Conv3d, in both directions; the same initial values."""
+    """State dicts of nn.Conv1d and nn.Conv3d, in both directions; the same initial values."""
     groups = 16 if depthwise else 1
     options = {"groups": groups, "device": device}
     torch.manual_seed(3)
@@ -416,7 +416,7 @@ if _backend.INTERPRETED:
 
     @pytest.mark.parametrize("stride", [1, 2])
     def test_bytes_of_depthwise_columns(device, stride):
-        """Of 8 frames and 2 cached, 12 are loaded; with stride 2, 10 and a half."""
+        """12 frames are loaded of 8 and 2 cached; with stride 2, 10 and a half."""
         x, weight, _ = made(device, 3, True, frames=8, channels=128, pixels=(1, 64), batch=1)
         cache = x[:, :, :2].contiguous(memory_format=torch.channels_last_3d)
         with observe() as seen:

@@ -1,4 +1,4 @@
-"""What a piece of a model costs, counted: launches, bytes, what the backward keeps, waits."""
+"""Counted cost of a part of a model: launches, bytes, bytes kept for the backward, waits."""
 
 import contextlib
 from collections import Counter

@@ -152,7 +152,7 @@ def test_old_names_of_options(capsys):
 
 
 def completed(script, *words):
-    """What bash suggests for the last word."""
+    """Suggestions of bash for the last word."""
     line = " ".join(f"'{word}'" for word in words)
     ask = f'COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _cogvx; echo "${{COMPREPLY[@]}}"'
     return subprocess.run(

@@ -1,4 +1,4 @@
-"""What a command refuses before weights are read, and what it holds, says and leaves meanwhile."""
+"""Refusals of a command before weights are read; its locks, messages and files meanwhile."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""What is loaded before a command runs: no torch."""
+"""Modules loaded before a command runs: no torch."""
 
 import ast
 import importlib

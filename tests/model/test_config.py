@@ -76,7 +76,7 @@ def test_presets_survive_json(name):
     ],
 )
 def test_the_defaults_are_those_of_diffusers(ours, theirs):
-    """Of the models; its schedulers' defaults are those of no release."""
+    """Defaults of the models; those of diffusers' schedulers are of no release."""
     parameters = inspect.signature(theirs.__init__).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     assert len(defaults) > 15

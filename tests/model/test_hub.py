@@ -40,7 +40,7 @@ def names_under(folder, *parts):
 
 
 def point_to(monkeypatch, url, cache):
-    """What HF_ENDPOINT, HF_HUB_CACHE and HF_HUB_OFFLINE=0 do, which are read at import."""
+    """Effect of HF_ENDPOINT, HF_HUB_CACHE and HF_HUB_OFFLINE=0, which are read at import."""
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "ENDPOINT", url)
     template = url + "/{repo_id}/resolve/{revision}/{filename}"

@@ -155,7 +155,7 @@ def test_sizes_come_from_the_config_or_the_source():
 
 
 def test_a_sample_size_of_300_is_not_a_size_to_generate():
-    """What the converter of 1.5 writes is the bound of a table; nobody wants 2400x2400."""
+    """The size that 1.5's converter writes bounds a table; nobody wants 2400x2400."""
     config = transformer_config("1.5", sample_height=300, sample_width=300)
     assert default_size(config, vae_config("1.5")) == (768, 1360)
 

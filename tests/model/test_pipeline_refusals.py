@@ -1,4 +1,4 @@
-"""What `generate` refuses, before anything is computed; and parts that do not fit one another."""
+"""Arguments that `generate` refuses before anything is computed; parts that do not fit together."""
 
 import numpy as np
 import pytest
@@ -91,7 +91,7 @@ def test_what_cannot_be_is_refused_before_anything_is_computed(name):
 
 
 def test_configs_are_enough_to_know_a_request():
-    """What a command refuses before it reads gigabytes of weights."""
+    """Refused by a command before it reads gigabytes of weights."""
     preset = PRESETS["1.5-5b"]
     request = resolve(preset.transformer, preset.vae, GenerationParams("a"))
     assert request.shape == (1, 22, 16, 96, 170) and request.padding == 1

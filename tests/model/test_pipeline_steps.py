@@ -1,4 +1,4 @@
-"""What the steps of a generation share: computed once, and no more of it for more steps."""
+"""Work that the steps of a generation share: done once, and no more of it for more steps."""
 
 from collections import Counter
 

@@ -104,7 +104,7 @@ def test_a_variable_frame_rate_is_read_by_its_times(tmp_path):
 
 
 def test_the_total_is_known_and_true(tmp_path):
-    """Of files whose header does not count frames, too."""
+    """Also for files whose header does not count frames."""
     for name in ("a.mkv", "a.gif"):
         write_video(tmp_path / name, read_video(CARPHONE, frames=9), 8)
         clip = open_video(tmp_path / name)

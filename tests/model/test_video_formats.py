@@ -150,7 +150,7 @@ MID_GOP = {
 
 @pytest.mark.parametrize("name", MID_GOP)
 def test_recordings_that_begin_in_the_middle_of_a_group(tmp_path, name):
-    """What cannot be decoded is neither counted nor read; the rest is, and is in its place."""
+    """Frames that cannot be decoded are neither counted nor read; the others keep their places."""
     muxer, codec, options = MID_GOP[name]
     levels = list(range(20, 220, 5))
     whole = write_levels(tmp_path / f"whole.{name}", levels, codec=codec, format=muxer,

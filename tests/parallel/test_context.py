@@ -58,7 +58,7 @@ def attend(q, k, v):
 
 
 def attention_and_gradients(length, nheads, method):
-    """Of all tokens: the part's output gathered, and the mean of the ranks' gradients."""
+    """Gathered outputs of the parts, and the mean of the ranks' gradients."""
     torch.manual_seed(0)
     qkv = [torch.randn(BATCH, length, nheads, HEADDIM, dtype=torch.float64) for _ in range(3)]
     qkv = [x.requires_grad_() for x in qkv]

@@ -38,7 +38,7 @@ def vae():
 
 
 def small_vae():
-    """Of two levels, the first of which doubles time: every kind of layer."""
+    """A decoder of two levels, the first of which doubles time: every kind of layer."""
     config = vae_config(
         "5b", block_out_channels=(8, 8), temporal_compression_ratio=2,
         num_sample_frames_batch_size=4,

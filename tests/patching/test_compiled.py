@@ -10,7 +10,7 @@ from tests.patching.small import NEAR, inputs, latents, predicted, relative, sma
 
 @pytest.fixture
 def recompiles():
-    """How often anything has been compiled since."""
+    """Count of compilations since."""
     torch._dynamo.reset()
     seen = []
 

@@ -118,7 +118,7 @@ def test_control_pipeline_generates_the_same_video():
 
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 def test_gradients_equal_the_models(mode):
-    """Of a decode in chunks and of a transformer: to inputs and to every weight."""
+    """Gradients of a decode in chunks and of a transformer, to inputs and to every weight."""
     for model, run in ((vae(), _decoded), (transformer(), _predicted)):
         wide = double(model)
         fp64, theirs = run(wide), run(model)
@@ -302,7 +302,7 @@ def test_tables_written_in_place_are_converted_again():
 
 
 def test_two_live_tables_are_distinguished():
-    """Of another size, and of the same size with other values: by turns, as two resolutions are."""
+    """Tables of another size, or of the same size with other values, by turns."""
     model = transformer()
     calls = [inputs(model), inputs(model, frames=5), inputs(model)]
     calls[2]["image_rotary_emb"] = tuple(-x for x in calls[2]["image_rotary_emb"])

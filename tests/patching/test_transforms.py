@@ -73,7 +73,7 @@ def test_transforms_of_a_patched_model(name, transform, mode):
 
 @pytest.mark.parametrize("transform", [jvp, vmap])
 def test_transforms_of_one_weight(transform):
-    """Of a norm in the second block: all before it is computed with plain tensors."""
+    """A norm in the second block: all before it is computed with plain tensors."""
     model = transformer()
     arguments, weight = inputs(model, batch=1), model.transformer_blocks[1].norm1.norm.weight
 

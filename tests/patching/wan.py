@@ -81,7 +81,7 @@ def latents(dtype=torch.float32, frames=3):
 
 
 def conv(*kernel, backend="auto", **options):
-    """Of the VAE, patched, with the one that it was."""
+    """The patched VAE beside the original one."""
     model = vae()
     torch.manual_seed(5)
     ours = model.encoder.conv_in = WanCausalConv3d(3, 4, *kernel, **options)
@@ -94,13 +94,13 @@ def run(model, inputs):
 
 
 def there_and_back(model, dtype):
-    """Of several chunks, so that what is before one counts."""
+    """Several chunks, so that the frames before one count."""
     return model.encode(clip(dtype)).latent_dist.parameters, model.decode(latents(dtype)).sample
 
 
 @contextmanager
 def wide():
-    """What a model casts to fp32 is cast to fp64."""
+    """Casts of a model to fp32 become casts to fp64."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
         yield
@@ -114,7 +114,7 @@ VARIABLES = ("hidden_states", "encoder_hidden_states")
 
 
 def gradients(model, inputs):
-    """Of every parameter, of the video and of the text."""
+    """Gradients of every parameter, of the video and of the text."""
     model.zero_grad()
     video, text = (inputs[k].clone().requires_grad_() for k in VARIABLES)
     out = run(model, {**inputs, "hidden_states": video, "encoder_hidden_states": text})

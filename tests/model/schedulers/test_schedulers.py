@@ -207,7 +207,7 @@ def test_the_last_step_gives_x0(name, num_steps):
 
 
 def test_compat_leaves_noise_after_60_steps():
-    """What the default corrects: diffusers' last step of 60 ends at timestep 0."""
+    """The default corrects diffusers, whose last step of 60 ends at timestep 0."""
     assert timestep_schedule(60, compat=True).next_timesteps[-1] == 0
     assert timestep_schedule(60).next_timesteps[-1] == -1
     mismatched = zip(
@@ -342,7 +342,7 @@ def test_steps_share_no_memory_with_their_inputs():
 
 
 def test_one_trajectory_of_another_schedule():
-    """Of 10 training timesteps, n steps of 1 to 10 and not one more."""
+    """10 training timesteps allow 1 to 10 steps and no more."""
     config = SchedulerConfig(num_train_timesteps=10)
     assert DDIM(config).timesteps(10) == list(range(9, -1, -1))
     assert DPMSolver(config).timesteps(3) == [9, 6, 2]

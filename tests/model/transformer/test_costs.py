@@ -1,4 +1,4 @@
-"""What a block costs beside diffusers' block: launches, bytes moved, bytes kept, and no waits.
+"""Cost of a block beside diffusers' block: launches, bytes moved, bytes kept, and no waits.
 
 Launches and waits are those of the kernels as well, seen in Triton's interpreter; bytes moved are
 counted from the shapes of the released model.
@@ -40,7 +40,7 @@ def ours(dtype, experts=0):
 
 
 def what_a_block_is_given(x):
-    """What the block before left, and the modulations made ahead, for a stream x."""
+    """Output of the block before, and the modulations made ahead, for a stream x."""
     batch, _, dim = x.shape
     gates, first, second = (x.new_zeros(n, batch, dim).unbind(0) for n in (2, 6, 6))
     return Branch(torch.zeros_like(x), *gates), (Modulation(*first), Modulation(*second))

@@ -52,7 +52,7 @@ def written_out(x, experts, router, top_k):
 @pytest.mark.parametrize("called", [False, True])
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_routing_written_out(top_k, called):
-    """Whether weights are read, or experts called, because one of them is wrapped."""
+    """Experts are called, or their weights read, depending on whether one of them is wrapped."""
     ff, x = layer(2, 3, top_k), tokens()
     if called:
         ff.video[1].net[2].register_forward_hook(lambda *_: None)

@@ -90,7 +90,7 @@ def run_theirs(theirs, latents, text, timestep, ofs):
 
 
 def larger_slice_tables(theirs, latents):
-    """Where diffusers' finite table ends, its own table for a model of larger sample size."""
+    """Beyond the end of diffusers' finite table: its table for a model of larger sample size."""
     _, frames, _, height, width = latents.shape
     return get_3d_rotary_pos_embed(
         embed_dim=theirs.config.attention_head_dim,

@@ -1,4 +1,4 @@
-"""What holds for every transformer, whatever its weights."""
+"""Properties of every transformer, whatever its weights."""
 
 import copy
 import dataclasses

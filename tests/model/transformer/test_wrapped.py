@@ -34,7 +34,7 @@ def inputs():
 
 @pytest.fixture
 def read(monkeypatch):
-    """How often weights of feed-forwards were read instead of modules called."""
+    """Count of the times that a feed-forward's weights were read instead of its module called."""
     counts, fused = [], experts.fused
     monkeypatch.setattr(experts, "fused", lambda *a, **k: counts.append(1) or fused(*a, **k))
     return counts

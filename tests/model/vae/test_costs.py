@@ -228,7 +228,7 @@ def test_cache_size(height, width, most):
 @pytest.mark.parametrize("batch", (1, 4, 12))
 @pytest.mark.parametrize(("height", "width"), ((480, 720), (768, 1360), (1088, 1920), (1536, 2720)))
 def test_any_size_decodes_and_encodes(batch, height, width):
-    """Where diffusers' convolution cuts a chunk into pieces shorter than its kernel."""
+    """Chunks that diffusers' convolution cuts into pieces shorter than its kernel."""
     with torch.device("meta"):
         vae = CausalVAE(RELEASED).bfloat16()
         z = torch.empty(batch, 2, 16, height // 8, width // 8, dtype=torch.bfloat16)

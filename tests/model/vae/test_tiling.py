@@ -52,7 +52,7 @@ def test_any_tiling_gives_the_right_size_or_a_value_error(meta, seed):
 @pytest.mark.parametrize("overlap", (0.0, 1 / 6, 0.2, 0.5, 0.8))
 @pytest.mark.parametrize("size", (1, 2, 5, 6, 11))
 def test_blended_tiles_of_a_pointwise_function_equal_it(overlap, size):
-    """Where tiles agree, blending changes nothing and every place comes from its own place."""
+    """If tiles agree, blending changes nothing and every pixel comes from its own place."""
     x = torch.randn(1, 2, 3, 8 * size, 8 * (size + 1), dtype=torch.float64)
     tiling = Tiling(40, 24, overlap, overlap)
     torch.testing.assert_close(tiled(lambda tile: tile.clone(), x, tiling, 8, (8, 8)), x)
