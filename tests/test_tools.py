@@ -85,10 +85,10 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 def written_rows(folder, jobs):
-    """(stdout, --json report) of verify on two ops, with a number of processes."""
+    """(stdout, --json report) of verify on two quick ops, with a number of processes."""
     report = folder / f"{jobs}.json"
     options = ("--device", "cpu", "--quick", "--all-rows", "--jobs", jobs, "--json", str(report))
-    done = run_tool("verify", "--op", "rope3d", "--op", "residual_moments", *options)
+    done = run_tool("verify", "--op", "gated_residual", "--op", "residual_moments", *options)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(report.read_text())
 
@@ -99,9 +99,9 @@ def test_verify_starts_the_interpreter_in_each_process(tmp_path):
     output, written = written_rows(tmp_path, "1")
     assert written_rows(tmp_path, "2") == (output, written)
     assert "0 rows missed the rule" in output
-    rows = [row for row in written["rows"] if row["op"] == "rope3d"]
+    rows = [row for row in written["rows"] if row["op"] == "gated_residual"]
     assert {row["dtype"] for row in rows} == {"float32", "float16", "bfloat16"}
-    assert {row["tensor"] for row in rows} == {"out0", "dx"}
+    assert {row["tensor"] for row in rows} == {"out0", "dx", "dy", "dgate", "dtext_gate"}
     assert all(row["ok"] for row in written["rows"]) and len(written["rows"]) > 50
 
 

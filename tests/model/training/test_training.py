@@ -211,7 +211,7 @@ def test_options_give_about_the_same_losses(whole, tmp_path, options):
 
 
 def test_losses_fall(tmp_path):
-    often = {"steps": 60, "log_every": 10, "save_every": 60, "sample_every": 60,
+    often = {"steps": 30, "log_every": 10, "save_every": 30, "sample_every": 30,
              "learning_rate": 1e-2}  # fmt: skip
     curves = train(small(vae_training=often, transformer_training=often), tmp_path)
     for points in curves.values():

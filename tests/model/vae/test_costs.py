@@ -191,7 +191,7 @@ def peaks(config, latents, height, width, dtype, device, chunks=None):
 
 
 def test_peak_memory_of_decode_on_cpu():
-    ours, other = peaks(SMALL, 5, 64, 96, torch.float32, "cpu")
+    ours, other = peaks(SMALL, 5, 32, 48, torch.float32, "cpu")
     assert ours <= 0.55 * other, ours / other
 
 
@@ -204,7 +204,8 @@ def test_peak_memory_of_decode_at_released_size():
 @pytest.mark.parametrize(("height", "width", "most"), ((480, 720, 2679), (768, 1360, 8097)))
 def test_cache_size(height, width, most):
     """bf16: as the formula has it, and no more than the least that there can be."""
-    vae = CausalVAE(RELEASED).bfloat16().to("meta")
+    with torch.device("meta"):
+        vae = CausalVAE(RELEASED).bfloat16()
     state = DecodeState()
     z = torch.empty(1, 3, 16, height // 8, width // 8, dtype=torch.bfloat16, device="meta")
     next(vae.stream_decode(z, state, last=False))
