@@ -55,6 +55,7 @@ TRITON_FILES = ("depthwise", "device_utils", "gradients", "kernel", "statistics"
 NAMES_TRITON = {
     "cogvx_kernels/tools/aot.py",
     "cogvx_kernels/tools/interpreter.py",
+    "cogvx_kernels/tools/interpreter_speed.py",
     *(f"cogvx_kernels/{op}/{file}.py" for op in OP_PACKAGES for file in TRITON_FILES),
 } - {"cogvx_kernels/frame_cache/kernel.py"}
 # The model's layers, lowest first: a file or folder imports from lower layers only. A file that is
@@ -198,7 +199,7 @@ def test_kernel_imports_point_down(path):
         allowed |= {f"{place}.{name}" for name in WITHIN_AN_OP_PACKAGE[file]}
         allowed |= {"_C"} if file == "kernel" else set()
     elif place == "tools":
-        allowed |= {"", "testing", "tools.doctor", "tools.interpreter"}
+        allowed |= {"", "testing", "tools.doctor", "tools.interpreter", "tools.interpreter_speed"}
         allowed |= {"tools.options", "tools.passed"}
     elif place == "patching":
         inside = {name for name in own(path) if name.startswith("patching.")}

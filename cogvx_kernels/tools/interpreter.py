@@ -1,4 +1,4 @@
-"""Patches for Triton's interpreter: correct bfloat16, and less time for each call.
+"""Patches for Triton's interpreter: correct bfloat16, and (`interpreter_speed`) less time.
 
 With TRITON_INTERPRET=1 Triton runs kernels on the CPU, in NumPy. Triton 3.6.0 and 3.7.1
 
@@ -12,14 +12,12 @@ With TRITON_INTERPRET=1 Triton runs kernels on the CPU, in NumPy. Triton 3.6.0 a
 TypeError.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import triton.language as tl
 import triton.runtime.interpreter as triton_interpreter
-from triton.language.semantic import TritonSemantic
 from triton.runtime.interpreter import (
     GridExecutor,
     InterpretedFunction,
@@ -28,6 +26,7 @@ from triton.runtime.interpreter import (
 )
 
 from .. import _backend
+from . import interpreter_speed
 
 
 def round_to_bfloat16(x: np.ndarray) -> np.ndarray:
@@ -47,9 +46,8 @@ def install() -> None:
     if not hasattr(InterpreterBuilder.cast_impl, "fixed"):
         _fix_casts()
         _fix_arithmetic()
-        _fix_indices()
         _fix_launches()
-        _save_time()
+        interpreter_speed.install()
         _backend.interprets_bfloat16 = True
 
 
@@ -66,8 +64,8 @@ def _fix_casts() -> None:
         if dst_type.scalar == tl.bfloat16 and src.dtype.scalar.is_floating():
             narrow = src.data.astype(np.float32)
             return TensorHandle(round_to_bfloat16(narrow), tl.bfloat16)
-        if src.dtype.scalar == dst_type.scalar:
-            return src
+        if src.dtype.scalar == dst_type.scalar and src.data.dtype != np.bool_:
+            return src  # a comparison's handle has the dtype of its operands
         return original(self, src, dst_type)
 
     cast_impl.fixed = True  # type: ignore[attr-defined]
@@ -99,97 +97,30 @@ def _fix_arithmetic() -> None:
     InterpreterBuilder.create_dot = dot
 
 
-def _fix_indices() -> None:
-    patch = triton_interpreter._patch_lang_tensor
-
-    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    triton_interpreter._patch_lang_tensor = patch_lang_tensor
-
-
 def _fix_launches() -> None:
-    patched: set[int] = set()  # modules that this launch has patched
+    """Patch `triton.language` now, not for each launch and device function; ignore NaN."""
+
+    def patch_attribute(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            kwargs["_semantic"] = triton_interpreter.interpreter_semantic
+            return member(*args, **kwargs)
+
+        scope.set_attr(owner, name, call)
+
+    triton_interpreter._patch_attr = patch_attribute
+    everything = eval("lambda: None", {"tl": tl, "core": tl.core})
+    triton_interpreter._patch_lang(everything)
+    triton_interpreter._patch_lang = lambda fn: triton_interpreter._LangPatchScope()
+    # Triton 3.6.0's, at a loop to a runtime bound, fails with NumPy 2.4.
+    tl.tensor.__index__ = lambda self: int(self.handle.data.item())
     launch = GridExecutor.__call__
 
     def launch_quietly(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
-        patched.clear()
         with np.errstate(all="ignore"):
             launch(self, *args, **kwargs)
 
     def call_device_function(self: InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
-        module = id(self.fn.__globals__)
-        if module not in patched:
-            triton_interpreter._patch_lang(self.fn)
-            patched.add(module)
         return self.rewrite()(*args, **kwargs)
 
     GridExecutor.__call__ = launch_quietly
     InterpretedFunction.__call__ = call_device_function
-
-
-def _save_time() -> None:
-    """Leave out work that changes no result."""
-    # Triton checks integer sums and products for overflow by a second one in 64 bits, whose
-    # assertion is off unless kernels are debugged.
-    builder = triton_interpreter.interpreter_builder
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
-    _cache_block_shapes()
-    _skip_trivial_promotion()
-
-    numpy_dtype = triton_interpreter._get_np_dtype  # builds a table of all types for each lookup
-    dtypes: dict[str, Any] = {}
-
-    def get_numpy_dtype(dtype: Any) -> Any:
-        name = dtype.scalar.name
-        if name not in dtypes:
-            dtypes[name] = numpy_dtype(dtype)
-        return dtypes[name]
-
-    triton_interpreter._get_np_dtype = get_numpy_dtype
-
-
-def _cache_block_shapes() -> None:
-    """Cache what a block type computes from its shape: numbers, their product, text, wrappers."""
-    make_type, broadcast = tl.block_type.__init__, TritonSemantic.broadcast_impl_value
-    shapes: dict[tuple[Any, ...], Any] = {}
-    of_scalars = tl.tuple([]), tl.constexpr(1)
-
-    def init_type(self: Any, element_ty: Any, shape: Any) -> None:
-        key = tuple(getattr(size, "value", size) for size in getattr(shape, "values", shape))
-        if key not in shapes:
-            make_type(self, element_ty, shape)
-            of_tensors = tl.tuple([tl.constexpr(n) for n in key]), tl.constexpr(self.numel)
-            shapes[key] = self.shape, self.numel, str(self.shape), of_tensors
-        self.element_ty = element_ty
-        self.shape, self.numel, text, self.of_tensors = shapes[key]
-        self.name = f"<{text}, {element_ty}>"
-
-    def init_tensor(self: Any, handle: Any, type: Any) -> None:
-        self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.shape, self.numel = type.of_tensors if type.is_block() else of_scalars
-
-    def broadcast_unless_alike(self: Any, lhs: Any, rhs: Any) -> Any:
-        if lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape is rhs.type.shape:
-            return lhs, rhs
-        return broadcast(self, lhs, rhs)
-
-    tl.block_type.__init__ = init_type
-    tl.tensor.__init__ = init_tensor
-    TritonSemantic.broadcast_impl_value = broadcast_unless_alike
-
-
-def _skip_trivial_promotion() -> None:
-    """Skip promotion for two tensors of one dtype that promotes to itself."""
-    promote = TritonSemantic.binary_op_type_checking_impl
-    closed = {id(dtype) for dtype in (tl.float32, tl.float64, tl.int32, tl.int64)}
-
-    def promote_unless_alike(self: Any, lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> Any:
-        if lhs.__class__ is tl.tensor and rhs.__class__ is tl.tensor:
-            dtype = lhs.dtype
-            if dtype is rhs.dtype and id(dtype) in closed:
-                return self.broadcast_impl_value(lhs, rhs)
-        return promote(self, lhs, rhs, *args, **kwargs)
-
-    TritonSemantic.binary_op_type_checking_impl = promote_unless_alike

@@ -243,21 +243,21 @@ def _hooked(hook: Hooked, original: Hooked) -> Hooked:
 
 
 def _replace_everywhere(name: str, old: object, new: object) -> None:
-    for module in list(sys.modules.values()):
-        names = getattr(module, "__dict__", {})
-        if names.get(name) is old:
-            names[name] = new
+    for module, value in list(sys.modules.items()):
+        if module.startswith(("cogvx_kernels", "tests")) and value.__dict__.get(name) is old:
+            setattr(value, name, new)
 
 
 def _where() -> str:
-    """The running line of the kernel: the nearest frame outside this file and Triton."""
+    """The running line of the kernel: the nearest frame outside this file and the interpreter."""
     frame = sys._getframe(1)
-    while frame.f_globals.get("__name__") == __name__ or _is_triton(frame.f_globals):
+    while _is_of_the_interpreter(frame.f_globals.get("__name__", "")):
         frame = frame.f_back
     path = frame.f_code.co_filename.rsplit("/", 2)
     return f"{'/'.join(path[-2:])}:{frame.f_lineno}"
 
 
-def _is_triton(names: dict[str, Any]) -> bool:
-    module = names.get("__name__", "")
-    return module == "triton" or module.startswith("triton.")
+def _is_of_the_interpreter(module: str) -> bool:
+    return module in (__name__, "triton") or module.startswith(
+        ("triton.", "cogvx_kernels.tools.interpreter")
+    )
