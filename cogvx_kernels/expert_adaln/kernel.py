@@ -48,27 +48,19 @@ class Settings(NamedTuple):
     eps: float
 
 
-class Forward(NamedTuple):
-    """Tensors of a forward launch; weight and bias are vectors (dim,) or None."""
+class Tensors(NamedTuple):
+    """Tensors of a launch, forward or backward; weight and bias are vectors (dim,) or None."""
 
-    out: Rows
-    stream: Rows
-    x: Rows
-    y: Rows
-    weight: Tensor | None
-    bias: Tensor | None
-
-
-class Backward(NamedTuple):
-    """Tensors of a backward launch, as `Forward`."""
-
-    dx: Rows
-    dy: Rows
-    dout: Rows
-    dstream: Rows
     stream: Rows
     y: Rows
     weight: Tensor | None
+    bias: Tensor | None = None
+    x: Rows | None = None
+    out: Rows | None = None
+    dx: Rows | None = None
+    dy: Rows | None = None
+    dout: Rows | None = None
+    dstream: Rows | None = None
 
 
 class Modality(NamedTuple):
@@ -299,11 +291,11 @@ def expert_adaln_fwd(
     plan = _plan(x, TOKENS, y is not None, settings, y, stream, written, *video, *text)
     of_text, of_video = _modalities(text, video, settings.text_len, seqlen, plan)
     programs = of_text.programs + of_video.programs
-    rows = (as_rows(z, plan) for z in (written, stream, x, y))
+    of_stream, of_y, of_x, of_out = (as_rows(z, plan) for z in (stream, y, x, written))
     with on_device(x):
         _expert_adaln_fwd_kernel[(batch * programs,)](
-            Forward(*rows, contiguous(weight), contiguous(bias)), of_text, of_video, programs,
-            P=plan, num_warps=_num_warps(plan), enable_fp_fusion=True,
+            Tensors(of_stream, of_y, contiguous(weight), contiguous(bias), of_x, of_out),
+            of_text, of_video, programs, P=plan, num_warps=_num_warps(plan), enable_fp_fusion=True,
         )  # fmt: skip
     return stream, out
 
@@ -323,8 +315,8 @@ def expert_adaln_bwd(
     dy = torch.empty(stream.shape if gated else (0,), dtype=stream.dtype, device=stream.device)
     batch, seqlen, dim = stream.shape
     vectors = 2 * normed + gated
-    tensors = (dx if normed else None, dy if gated else None, dout, dstream, stream, y)
-    plan = _plan(stream, BACKWARD_TOKENS, gated, settings, *tensors, *video, *text)
+    grads = (dx if normed else None, dy if gated else None, dout, dstream)
+    plan = _plan(stream, BACKWARD_TOKENS, gated, settings, y, *grads, *video, *text)
     of_text, of_video = _modalities(text, video, settings.text_len, seqlen, plan)
     programs = of_text.programs + of_video.programs
     wide = torch.promote_types(dx.dtype, torch.float32)
@@ -332,8 +324,11 @@ def expert_adaln_bwd(
     if stream.numel():
         with on_device(stream):
             _expert_adaln_bwd_kernel[(batch * programs,)](
-                Backward(*(as_rows(z, plan) for z in tensors), contiguous(weight)), sums,
-                of_text, of_video, programs, VECTORS=vectors, P=plan,
+                Tensors(
+                    as_rows(stream, plan), as_rows(y, plan), contiguous(weight), None, None, None,
+                    *(as_rows(z, plan) for z in grads),
+                ),
+                sums, of_text, of_video, programs, VECTORS=vectors, P=plan,
                 num_warps=_num_warps(plan), enable_fp_fusion=True,
             )  # fmt: skip
     of_groups = [
