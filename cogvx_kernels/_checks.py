@@ -71,6 +71,25 @@ def same_device(op: str, name: str, value: Tensor, other_name: str, other: Tenso
         )
 
 
+def vectors(
+    op: str, like: str, x: Tensor, dim: int, dims: str, wide: torch.dtype = torch.float32,
+    **values: Tensor | None,
+) -> None:  # fmt: skip
+    """Check vectors (`dims`,) as long as dim `dim` of x, of the dtype of x or `wide`; or None.
+
+    `like` is the name of x.
+    """
+    for name, value in values.items():
+        if value is not None:
+            tensor(op, name, value, (dims,))
+            dtype(op, name, value, (x.dtype, wide))
+            same_device(op, name, value, like, x)
+            shape(
+                op, name, value, (x.shape[dim],), f"({dims},)",
+                lambda: f" for {like} of shape {tuple(x.shape)}",
+            )  # fmt: skip
+
+
 def no_grad(op: str, name: str, value: Tensor) -> None:
     """Refuse a non-differentiable argument that requires a gradient, instead of detaching it."""
     if value.requires_grad and torch.is_grad_enabled():

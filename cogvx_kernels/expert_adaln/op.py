@@ -261,14 +261,7 @@ def _check_modulation(op: str, x: Tensor, tokens: int, **modulation: Tensor | No
 def _check_norm(
     op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str, eps: float
 ) -> None:
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None:
-            _checks.tensor(op, name, value, ("dim",))
-            _checks.dtype(op, name, value, (x.dtype, torch.float32))
-            _checks.same_device(op, name, value, "x", x)
-            _checks.shape(
-                op, name, value, x.shape[2:], "(dim,)", lambda: f" for x of shape {tuple(x.shape)}"
-            )
+    _checks.vectors(op, "x", x, 2, "dim", weight=weight, bias=bias)
     _checks.choice(op, "norm", norm, ("layer", "rms"))
     _checks.positive(op, "eps", eps)
 

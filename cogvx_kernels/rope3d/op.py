@@ -171,12 +171,7 @@ def _check_qk_norm_rope(
         op, "k", k, (batch, seqlen, k.shape[2], headdim), "(batch, seqlen, any nheads, headdim)",
         lambda: f" for q of shape {tuple(q.shape)}",
     )  # fmt: skip
-    for name, x in affine.items():
-        if x is not None:
-            _checks.tensor(op, name, x, ("headdim",))
-            _checks.dtype(op, name, x, (q.dtype, torch.float32))
-            _checks.same_device(op, name, x, "q", q)
-            _checks.shape(op, name, x, (headdim,), "(headdim,)")
+    _checks.vectors(op, "q", q, 3, "headdim", torch.float32, **affine)
     _checks.choice(op, "norm", norm, ("layer", "rms"))
     _checks.positive(op, "eps", eps)
 

@@ -17,7 +17,6 @@ from .validation import (
     check_cache,
     check_latents,
     check_moments,
-    check_vectors,
     check_video,
     empty_grad,
     match_memory_format,
@@ -315,7 +314,8 @@ def spatial_norm_silu(
             per_frame=per_frame, leads=leads, silu=silu, start=start, backend=backend,
         )  # fmt: skip
     check_video(op, x, num_groups, per_frame)
-    check_vectors(op, x, weight=weight, bias=bias, offset=offset)
+    wide = statistics_dtype(x)
+    _checks.vectors(op, "x", x, 1, "channels", wide, weight=weight, bias=bias, offset=offset)
     check_latents(op, x, leads, y=y, b=b)
     _checks.positive(op, "eps", eps)
     _checks.flag(op, "silu", silu)
@@ -383,7 +383,7 @@ def residual_moments(
     _checks.dtype(op, "h", h, (x.dtype,))
     _checks.same_device(op, "h", h, "x", x)
     _checks.shape(op, "h", h, x.shape, "the shape of x")
-    check_vectors(op, x, offset=offset)
+    _checks.vectors(op, "x", x, 1, "channels", statistics_dtype(x), offset=offset)
     transform = _backend.transform_reason(x=x, h=h, offset=offset)
     if _backend.choose(backend, op, unsupported_reason(x) or transform, x):
         return _residual_moments(x, h, offset, num_groups, per_frame)

@@ -83,18 +83,6 @@ def check_video(op: str, x: Tensor, num_groups: int, per_frame: bool) -> None:
     _checks.flag(op, "per_frame", per_frame)
 
 
-def check_vectors(op: str, x: Tensor, **vectors: Tensor | None) -> None:
-    for name, value in vectors.items():
-        if value is not None:
-            _checks.tensor(op, name, value, ("channels",))
-            _checks.dtype(op, name, value, (x.dtype, statistics_dtype(x)))
-            _checks.same_device(op, name, value, "x", x)
-            _checks.shape(
-                op, name, value, x.shape[1:2], "(channels,)",
-                lambda: f" for x of shape {tuple(x.shape)}",
-            )  # fmt: skip
-
-
 def check_latents(op: str, x: Tensor, leads: bool, **latents: Tensor | None) -> None:
     _checks.flag(op, "leads", leads)
     first = None
