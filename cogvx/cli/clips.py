@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import frames as frame_rule
+from .. import parallel
 from ..checkpoint import CheckpointError
 from ..checkpoint.record import check_record, record_of_config, record_of_model
 from ..config import VAEConfig
@@ -37,11 +38,14 @@ FILE_OPTIONS = ("mode", "sample", "fps", "tiling", "force")  # options of `encod
 def encode(options: argparse.Namespace, console: Console) -> None:
     if options.video.is_dir():
         return _encode_folder(options, console)
-    console.hold(output(options.out, options.force, (".safetensors",)))
+    ranks = ranks_of(options, console)
+    if ranks is None or ranks.first:
+        console.hold(output(options.out, options.force, (".safetensors",)))
     source = VAESource.of(options)
     clip, tiling = _clip(options, source.config), tiling_of(options)
     source.warn_if_long(console, *_latent_size(clip, source.config), "encode")
     vae = source.load(console)
+    share(vae, ranks, tiling)
     done = partial(console.progress, "encode")
     if tiling is not None:
         posterior = vae.encode(clip.read().to(_like(vae)), tiling=tiling, progress=done)
@@ -60,7 +64,9 @@ def encode(options: argparse.Namespace, console: Console) -> None:
         "source": options.video.name,
     }
     scaled = State(vae.config.scaling_factor * latents)
-    resume.write(options.out, resume.Saved(record, 0, scaled))
+    if ranks is None or ranks.first:
+        resume.write(options.out, resume.Saved(record, 0, scaled))
+    end(ranks)
     facts = {**_facts(clip), "latents": list(latents.shape), "out": str(options.out)}
     console.print_summary({**facts, "seconds": console.seconds})
 
@@ -72,6 +78,11 @@ def _encode_folder(options: argparse.Namespace, console: Console) -> None:
         raise ValueError(
             f"{options.video}: must be a file for {', '.join(f'--{name}' for name in given)}; it "
             "is a folder, which is encoded without"
+        )
+    if torch.distributed.is_torchelastic_launched():
+        raise ValueError(
+            f"{options.video}: must be a file under torchrun; it is a folder, which is encoded in "
+            "one process"
         )
     console.hold(claimed(options.out))
     source, text_encoder, length = VAESource.of(options), None, 0
@@ -106,7 +117,9 @@ def _encode_folder(options: argparse.Namespace, console: Console) -> None:
 
 @torch.no_grad()
 def decode(options: argparse.Namespace, console: Console) -> None:
-    console.hold(output(options.out, options.force, VIDEOS))
+    ranks, tiling = ranks_of(options, console), tiling_of(options)
+    if ranks is None or ranks.first:
+        console.hold(output(options.out, options.force, VIDEOS))
     source, saved = VAESource.of(options), resume.read(options.latents)
     _check_latents(options.latents, saved, source.config)
     usual = saved.record.get("fps", usual_fps(source.transformer))
@@ -117,20 +130,25 @@ def decode(options: argparse.Namespace, console: Console) -> None:
     source.warn_if_long(console, frames, height, width, "decode")
     vae = source.load(console)
     check_latents(options.latents, saved, vae)
+    share(vae, ranks, tiling)
     done = partial(console.progress, "decode")
-    frames = write_latents(options.out, vae, saved, fps, tiling_of(options), done)
+    frames = write_latents(options.out, vae, saved, fps, tiling, done)
+    end(ranks)
     facts = {"frames": frames, "fps": fps, "out": str(options.out)}
     console.print_summary({**facts, "seconds": console.seconds})
 
 
 @torch.no_grad()
 def reconstruct(options: argparse.Namespace, console: Console) -> None:
-    console.hold(output(options.out, options.force, VIDEOS))
+    ranks = ranks_of(options, console)
+    if ranks is None or ranks.first:
+        console.hold(output(options.out, options.force, VIDEOS))
     source = VAESource.of(options)
     clip = _clip(options, source.config)
     check_video_output(options.out, clip.fps, clip.height, clip.width)
     source.warn_if_long(console, *_latent_size(clip, source.config), "encode", "decode")
     vae = source.load(console)
+    share(vae, ranks, None)
     measure = PSNR()
     total = frame_rule.latent_frames(clip.frames, vae.config)
     chunks = 1 if options.whole else len(frame_rule.decode_plan(total, vae.config))
@@ -141,7 +159,12 @@ def reconstruct(options: argparse.Namespace, console: Console) -> None:
     else:
         latents = (posterior.mode() for posterior in _encoded(vae, clip, lambda done, total: None))
         video = vae.stream_decode(latents, total=total)
-    write_video(options.out, _compared(video, clip, measure, done), clip.fps)
+    if ranks is None or ranks.first:
+        video = _compared(video, clip, measure, done)
+    _write(options.out, vae, video, clip.fps)
+    end(ranks)
+    if ranks is not None and not ranks.first:
+        return
     decibels = measure.decibels
     facts = {
         **_facts(clip),
@@ -152,6 +175,30 @@ def reconstruct(options: argparse.Namespace, console: Console) -> None:
         "out": str(options.out),
     }
     console.print_summary(facts)
+
+
+def ranks_of(options: argparse.Namespace, console: Console) -> parallel.Ranks | None:
+    """The processes of torchrun, of which the first prints and writes; None for one process."""
+    if not torch.distributed.is_torchelastic_launched():
+        return None
+    ranks = parallel.Ranks(parallel.start(device=device_of(options).type))
+    if not ranks.first:
+        console.quiet, console.as_json = True, False
+    return ranks
+
+
+def share(vae: CausalVAE, ranks: parallel.Ranks | None, tiling: Tiling | None) -> None:
+    """Put chunks in relay on the ranks, or tiles if there are."""
+    if ranks is not None:
+        method = "relay" if tiling is None else "tiles"
+        parallel.vae_parallel(vae, ranks.mesh, method=method)
+
+
+def end(ranks: parallel.Ranks | None) -> None:
+    """Leave the process group once all ranks are done."""
+    if ranks is not None:
+        torch.distributed.barrier()
+        parallel.stop()
 
 
 def check_latents(path: Path, saved: resume.Saved, vae: CausalVAE) -> None:
@@ -174,14 +221,26 @@ def _check_latents(path: Path, saved: resume.Saved, vae: VAEConfig) -> None:
 def write_latents(
     path: Path, vae: CausalVAE, saved: resume.Saved, fps: float, tiling: Tiling | None, done: Any
 ) -> int:
-    """Decode to a file, in constant memory unless tiled; returns the number of frames."""
+    """Decode to a file, in constant memory unless tiled; returns the number of frames.
+
+    Of a VAE on several ranks each calls this, and the first writes.
+    """
     raw = saved.state.latents[:1, saved.padding :] / vae.config.scaling_factor
     if tiling is not None:
-        return write_video(path, vae.decode(raw.to(_like(vae)), tiling=tiling, progress=done), fps)
+        video = vae.decode(raw.to(_like(vae)), tiling=tiling, progress=done)
+        return _write(path, vae, iter([video]), fps)
     plan = frame_rule.decode_plan(raw.shape[1], vae.config)
     pieces = (piece.to(_like(vae)) for piece in torch.split(raw, list(plan), 1))
-    video = vae.stream_decode(pieces, total=raw.shape[1])
-    return write_video(path, _ticked(video, len(plan), done), fps)
+    chunks = vae.stream_decode(pieces, total=raw.shape[1])
+    return _write(path, vae, _ticked(chunks, len(plan), done), fps)
+
+
+def _write(path: Path, vae: CausalVAE, video: Iterator[Tensor], fps: float) -> int:
+    """Write a decoded video on the rank that has it; returns the number of frames."""
+    ranks = vae.decoder.ranks
+    if ranks is None or ranks.receives:
+        return write_video(path, video, fps)
+    return sum(chunk.shape[1] for chunk in video)  # of 0 frames each
 
 
 def _clip(options: argparse.Namespace, vae: VAEConfig) -> Clip:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from cogvx import frames, parallel
 from cogvx.config import VAEConfig
-from cogvx.vae import CausalVAE, DecodeState, Tiling
+from cogvx.vae import CausalVAE, DecodeState, EncodeState, Tiling
 from cogvx_kernels import module_backend
 from tests.harness.selection import rest
 
@@ -237,6 +237,18 @@ def test_messages_and_bytes_are_those_of_the_caches(name):
         "send": len(others),
         "bytes of send": later * len(others),
     }
+
+
+def test_the_released_vae_passes_what_the_documentation_says():
+    with torch.device("meta"):
+        vae = CausalVAE(VAEConfig()).bfloat16()
+        z = torch.empty(1, 3, 16, 60, 90, dtype=torch.bfloat16)
+        video = torch.empty(1, 9, 3, 480, 720, dtype=torch.bfloat16)
+    decoding, encoding = DecodeState(), EncodeState()
+    list(vae.stream_decode(z, decoding, total=13, last=False))
+    list(vae.stream_encode(video, encoding, total=49, last=False))
+    assert [len(state.cache.tensors()) for state in (decoding, encoding)] == [38, 30]
+    assert [round(state.nbytes / 1e9, 2) for state in (decoding, encoding)] == [2.81, 1.80]
 
 
 def test_a_mesh_shares_a_clip_among_all_its_ranks_but_those_of_data():

@@ -1,0 +1,86 @@
+"""`encode`, `decode` and `reconstruct` under torchrun write what one process writes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from cogvx import parallel
+from cogvx.cli import main
+from cogvx.pipeline import resume
+from cogvx.video import write_video
+
+from . import ranks
+
+VAE = ["--vae", "random", "--base-channels", "4", "--device", "cpu", "--backend", "reference"]
+
+
+@pytest.fixture
+def clip(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    video = torch.rand(1, 17, 3, 16, 24, generator=generator) * 2 - 1
+    write_video(tmp_path / "clip.mp4", video, 8)
+    return tmp_path / "clip.mp4"
+
+
+def as_rank(command):
+    """Run a command as a process of torchrun; the rank's exit status."""
+    os.environ["TORCHELASTIC_RUN_ID"] = "test"
+    stop, parallel.stop = parallel.stop, dist.barrier
+    try:
+        return main(command)
+    finally:
+        parallel.stop = stop
+
+
+@pytest.mark.parametrize("tiles", ([], ["--tiling", "8x16"]))
+def test_encoded_and_decoded_files_are_those_of_one_process(clip, tiles, tmp_path):
+    one, several = tmp_path / "one.safetensors", tmp_path / "several.safetensors"
+    assert main(["encode", str(clip), *VAE, *tiles, "--quiet", "--out", str(one)]) == 0
+    encode = ["encode", str(clip), *VAE, *tiles, "--quiet", "--out", str(several)]
+    assert ranks.run(as_rank, 3, encode) == [0, 0, 0]
+    first, second = (resume.read(path).state.latents for path in (one, several))
+    assert torch.equal(first, second)
+    for path, size in ((one, 1), (several, 2)):
+        out = str(path.with_suffix(".mp4"))
+        decode = ["decode", str(one), *VAE, *tiles, "--quiet", "--out", out]
+        assert ([main(decode)] if size == 1 else ranks.run(as_rank, size, decode)) == [0] * size
+    assert one.with_suffix(".mp4").read_bytes() == several.with_suffix(".mp4").read_bytes()
+
+
+@pytest.mark.parametrize("whole", ([], ["--whole"]))
+def test_a_reconstruction_is_that_of_one_process(clip, whole, tmp_path):
+    one, several = tmp_path / "one.mp4", tmp_path / "several.mp4"
+    command = ["reconstruct", str(clip), *VAE, *whole, "--quiet", "--out"]
+    assert main([*command, str(one)]) == 0
+    assert ranks.run(as_rank, 2, [*command, str(several)]) == [0, 0]
+    assert one.read_bytes() == several.read_bytes()
+
+
+def test_a_folder_is_refused_under_torchrun(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    assert main(["encode", str(tmp_path), *VAE, "--out", str(tmp_path / "out")]) == 1
+    assert "must be a file under torchrun; it is a folder" in capsys.readouterr().err
+
+
+def test_torchrun_decodes_and_prints_once(clip, tmp_path):
+    latents, out = tmp_path / "clip.safetensors", tmp_path / "several.mp4"
+    assert main(["encode", str(clip), *VAE, "--quiet", "--out", str(latents)]) == 0
+    one = tmp_path / "one.mp4"
+    assert main(["decode", str(latents), *VAE, "--quiet", "--out", str(one)]) == 0
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    decode = ["decode", str(latents), *VAE, "--json", "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "cogvx", *decode],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["frames"] == 17
+    assert one.read_bytes() == out.read_bytes()
