@@ -77,20 +77,28 @@ def attention(
     attention_mask: Tensor | None = None,
     **cross_attention_kwargs: Any,
 ) -> Any:
-    """Forward of Attention with CogVideoX's processors: norm and rotation of q, k in one pass."""
+    """Forward of Attention with CogVideoX's processors: norm and rotation of q, k in one pass.
+
+    With the keyword `text_len`, from a patched block, hidden_states is the joint sequence, that
+    many tokens of text first; encoder_hidden_states is empty, and so is the second result.
+    """
+    text_len = cross_attention_kwargs.pop("text_len", None)
     kwargs = {"attention_mask": attention_mask, **cross_attention_kwargs}
-    tables = _tables(self, hidden_states, encoder_hidden_states, **kwargs)
+    video, text = hidden_states, encoder_hidden_states
+    if text_len is not None:
+        video, text = video[:, text_len:], video[:, :text_len]
+    tables = _tables(self, video, text, **kwargs)
     if isinstance(tables, str):
         self._cogvx.miss("rope", tables)
-        return forward_swap.own(self)(self, hidden_states, encoder_hidden_states, **kwargs)
-    assert encoder_hidden_states is not None
-    text_len = encoder_hidden_states.shape[1]
-    x = joint(encoder_hidden_states, hidden_states) if text_len else hidden_states
+        out = forward_swap.own(self)(self, video, text, **kwargs)
+        return out if text_len is None else (joint(out[1], out[0]), encoder_hidden_states)
+    assert text is not None
     call = Calls(self._cogvx.patch)
-    y = _attention(self, call, x, *tables)
+    y = _attention(self, call, joint(text, video) if text_len is None else hidden_states, *tables)
     self._cogvx.hit("rope", call.reason)
-    text, video = y.split([text_len, y.shape[1] - text_len], dim=1)
-    return video, text
+    if text_len is not None:
+        return y, encoder_hidden_states
+    return y[:, text.shape[1] :], y[:, : text.shape[1]]
 
 
 def _shifts(rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -109,19 +117,18 @@ def _attended(
     rotary: CosSin | None,
     kwargs: dict[str, Any],
 ) -> Tensor:
-    """The attention of a block over its joint sequence, in and out.
-
-    Called as a module, so that its hooks run. A patched attention takes the joint sequence as video
-    without text, and rotates as many of its last tokens as the tables have rows.
-    """
-    text, video = h[:, :0], h
-    ours = attn.__dict__.get("_cogvx") is not None
-    if not ours or isinstance(_tables(attn, video, text, rotary, **kwargs), str):
-        text, video = h[:, :text_len], h[:, text_len:]
+    """The attention of a block over its joint sequence, in and out; called as a module, so that its
+    hooks run."""
+    kwargs = {"image_rotary_emb": rotary, **kwargs}
+    if attn.__dict__.get("_cogvx") is not None:
+        y: Tensor = attn(
+            hidden_states=h, encoder_hidden_states=h[:, :0], text_len=text_len, **kwargs
+        )[0]
+        return y
     video, text = attn(
-        hidden_states=video, encoder_hidden_states=text, image_rotary_emb=rotary, **kwargs
+        hidden_states=h[:, text_len:], encoder_hidden_states=h[:, :text_len], **kwargs
     )
-    return joint(text, video) if text.shape[1] else video
+    return joint(text, video)
 
 
 def _attention(attn: Any, call: Calls, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -154,8 +161,8 @@ def _tables(
     attention_mask: Tensor | None = None,
     **others: Any,
 ) -> CosSin | str:
-    """cos and sin, (rows, headdim // 2) each, of the last tokens; or the reason why this attention
-    or this call is not supported."""
+    """cos and sin of the video tokens, (video_len, headdim // 2) each, or of no token; or the
+    reason why this attention or this call is not supported."""
     processor = type(attn.processor).__name__
     if processor not in (SEPARATE, FUSED):
         return f"its processor is a {processor}"
@@ -178,8 +185,7 @@ def _tables(
     if cos is None or sin is None:
         none = video.new_empty((0, attn.inner_dim // attn.heads // 2), dtype=torch.float32)
         return none, none
-    rows = {video.shape[1]} if text.shape[1] else range(video.shape[1] + 1)
-    if cos.dtype != torch.float32 or cos.ndim != 2 or cos.shape[0] not in rows:
+    if cos.dtype != torch.float32 or cos.ndim != 2 or cos.shape[0] != video.shape[1]:
         return f"image_rotary_emb is {cos.dtype} of shape {tuple(cos.shape)}"
     if cos.requires_grad or sin.requires_grad:
         return "image_rotary_emb requires a gradient"

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXFunControlPipeline, CogVi
 from torch import nn
 
 import cogvx_kernels as ck
+from cogvx_kernels.patching import cogvideox_transformer
 from tests.model.tiny_pipeline import KINDS
 from tests.patching.small import (
     NEAR,
@@ -314,8 +315,13 @@ def test_two_live_tables_are_distinguished():
                 assert relative(model(**arguments).sample, right.double()) < NEAR
 
 
-def test_inference_tables_are_not_cached():
-    model = transformer()
+def test_inference_tables_are_not_cached(monkeypatch):
+    """And are converted once for each attention."""
+    model, made = transformer(), []
+    pairs = cogvideox_transformer.pair_tables
+    monkeypatch.setattr(
+        cogvideox_transformer, "pair_tables", lambda *x: made.append(1) or pairs(*x)
+    )
     with torch.inference_mode():
         arguments = inputs(model)
         cos, sin = arguments["image_rotary_emb"]
@@ -324,6 +330,7 @@ def test_inference_tables_are_not_cached():
             model(**arguments)
             sin.neg_()
             found = model(**arguments).sample
+        assert len(made) == 2 * len(model.transformer_blocks)
         assert torch.allclose(found, model(**arguments).sample, atol=1e-5)
 
 
