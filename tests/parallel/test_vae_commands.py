@@ -10,7 +10,10 @@ import torch
 import torch.distributed as dist
 
 from cogvx import parallel
-from cogvx.cli import main
+from cogvx.cli import clips, main
+from cogvx.cli.console import Console
+from cogvx.cli.parser import make
+from cogvx.parallel.launch import VARIABLES
 from cogvx.pipeline import resume
 from cogvx.video import write_video
 
@@ -61,10 +64,12 @@ def test_a_reconstruction_is_that_of_one_process(clip, whole, tmp_path):
     assert one.read_bytes() == several.read_bytes()
 
 
-def test_a_folder_is_refused_under_torchrun(monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
-    assert main(["encode", str(tmp_path), *VAE, "--out", str(tmp_path / "out")]) == 1
-    assert "must be a file under torchrun; it is a folder" in capsys.readouterr().err
+def test_a_folder_is_refused_under_torchrun(monkeypatch, tmp_path):
+    for name in ("TORCHELASTIC_RUN_ID", *VARIABLES):
+        monkeypatch.setenv(name, "1")
+    options = make().parse_args(["encode", str(tmp_path), *VAE, "--out", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="must be a file under torchrun; it is a folder"):
+        clips.encode(options, Console(quiet=True, as_json=False))
 
 
 def test_torchrun_decodes_and_prints_once(clip, tmp_path):
