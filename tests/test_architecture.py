@@ -81,7 +81,9 @@ MODEL_LAYERS = (
 # Files of patching that know the adapters of all models, and those that the adapters share: an
 # adapter imports no other.
 PATCHING_API = {"__init__", "api", "cogvideox_stream"}
-PATCHING_SHARED = {"attention", "common", "forward_swap", "registry", "rotary", "state"}
+PATCHING_SHARED = {
+    "attention", "common", "context", "forward_swap", "registry", "rotary", "state"
+}  # fmt: skip
 # Optional packages, each imported by one file, inside a function.
 MODEL_OPTIONAL = {
     "cogvx/video/container.py": "av",
@@ -107,7 +109,8 @@ IMPORTS_IN_FUNCTIONS = {f"cogvx_kernels/{op}/op.py": "from . import kernel" for 
 IMPORTS_DIFFUSERS = {
     "cogvx_kernels/patching/attention.py": (
         "from diffusers.models.attention_dispatch import dispatch_attention_fn"
-    )
+    ),
+    "cogvx_kernels/patching/context.py": "from diffusers.hooks import context_parallel",
 }
 IMPORTS_IN_FUNCTIONS |= IMPORTS_DIFFUSERS
 IMPORTS_IN_FUNCTIONS["cogvx_kernels/tools/verify.py"] = "from . import interpreter"

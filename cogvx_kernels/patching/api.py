@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .. import _backend, _checks
+from ..context_parallel import Context
 from . import (
     cogvideox_transformer,
     cogvideox_vae,
@@ -19,7 +20,7 @@ from . import (
 )
 from .registry import Family, ModulePatch
 from .report import Report, path
-from .state import Patch, Site
+from .state import Options, Patch, Site
 
 MODES = ("exact", "fast")
 FAMILIES: tuple[Family, ...] = (
@@ -43,6 +44,7 @@ def patch(
     strict: bool = True,
     *,
     backend: str = "auto",
+    context: Any = None,
 ) -> Report:
     """Use the kernels in a pipeline, a transformer or a VAE of diffusers, in place: only in this
     object, and without a change of its weights, their names or its classes.
@@ -56,13 +58,17 @@ def patch(
         strict: raise if `obj`, or anything of diffusers in it, is not supported; otherwise leave it
             unchanged and list it in the report.
         backend: of every op: "auto", "kernel" or "reference".
+        context: ranks that share each sequence of a CogVideoX transformer: a process group, a
+            device mesh of one dimension, or a `Context`, on each of its ranks. Each rank then gives
+            the whole prediction.
 
     Returns:
         A report to print; its counts go on with every call. Patching again with the same options
         changes nothing, and with others replaces the patch.
 
     Raises:
-        UnsupportedModelError: see `strict`; nothing has been changed.
+        UnsupportedModelError: see `strict`; or no model in `obj` can share a sequence, or not as it
+            is. Nothing has been changed.
         ValueError: an unknown name in `only`, `mode` or `backend`.
     """
     _checks.choice("patch", "mode", mode, MODES)
@@ -72,8 +78,15 @@ def patch(
         raise _unsupported("patch", skipped, "; strict=False leaves it as it is")
     wanted = {name: _wanted(model.family, only) for name, model in models.items()}
     _check_only(only, models)
+    if context is not None and not isinstance(context, Context):
+        if not hasattr(context, "get_group") and not hasattr(context, "group_name"):
+            raise TypeError(
+                "patch: context must be a process group, a device mesh of one dimension or a "
+                f"Context; got {_named(context)}"
+            )
+        context = Context.of(context)
     plans = {
-        name: _Plan(model, wanted[name], mode, backend)
+        name: _Plan(model, wanted[name], mode, backend, context if model.family.shares else None)
         for name, model in models.items()
         if wanted[name]
     }
@@ -84,6 +97,8 @@ def patch(
     }
     if strict and refused:
         raise UnsupportedModelError(f"patch: {_listed(refused)}. strict=False leaves it as it is")
+    if context is not None:
+        _check_context(plans)
     for name, plan in plans.items():
         if _options(models[name].module) != plan.patch.options:
             plan.apply()
@@ -172,9 +187,16 @@ class Model:
 class _Plan:
     """The changes to one model; nothing has been changed."""
 
-    def __init__(self, model: Model, ops: tuple[str, ...], mode: str, backend: str) -> None:
+    def __init__(
+        self,
+        model: Model,
+        ops: tuple[str, ...],
+        mode: str,
+        backend: str,
+        context: Context | None,
+    ) -> None:
         self.model = model
-        self.patch = Patch(type(model.module).__name__, ops, mode, backend)
+        self.patch = Patch(type(model.module).__name__, ops, mode, backend, context)
         self.sites: list[tuple[nn.Module, ModulePatch, Site]] = []
         for name, module in model.module.named_modules():
             kind = model.family.module_patch(module)
@@ -273,7 +295,23 @@ def _check_only(only: Sequence[str] | None, models: Mapping[str, Model]) -> None
         )
 
 
-def _options(module: Any) -> tuple[tuple[str, ...], str, str] | None:
+def _check_context(plans: Mapping[str, _Plan]) -> None:
+    """Raises UnsupportedModelError unless each transformer that takes a context can share it."""
+    sharing = [plan for plan in plans.values() if plan.model.family.shares]
+    if not sharing:
+        able = sorted({name for family in FAMILIES if family.shares for name in family.models})
+        found = ", ".join(plan.patch.model for plan in plans.values()) or "nothing to patch"
+        raise UnsupportedModelError(
+            f"patch: context must be for a {' or '.join(able)}; got {found}"
+        )
+    for plan in sharing:
+        shares = plan.model.family.shares
+        reason = shares(plan.model.module, plan.patch) if shares else None
+        if reason:
+            raise UnsupportedModelError(f"patch: context: {reason}")
+
+
+def _options(module: Any) -> Options | None:
     patch = module.__dict__.get("_cogvx_patch")
     return patch.options if patch else None
 

@@ -4,24 +4,35 @@ A block works on the joint sequence, text first. Its arguments are views of one:
 block before returned. Source: `docs/model.md`, section 2.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._backend import transform_reason
+from ..context_parallel import Part
 from ..expert_adaln import expert_adaln, gated_residual, gated_residual_adaln
 from ..module_utils import has_hooks
 from ..rope3d import qk_norm_rope3d, rope3d
 from . import forward_swap
 from .attention import sdpa, use_attention_backend
 from .common import Calls, affine, joint, modified
+from .context import (
+    PART,
+    ContextHooks,
+    add_diffusers_plan,
+    has_diffusers_parallelism,
+    remove_diffusers_plan,
+)
 from .registry import Family, ModulePatch
 from .rotary import CosSin, pair_tables
 from .state import Patch
 
 Rows = tuple[Tensor, ...]  # six of (batch, dim), of one norm: see `_shifts` and `_gates`
 
+# Attributes of a processor by which diffusers selects a backend, and cuts tokens.
+FROM_DIFFUSERS = ("_attention_backend", "_parallel_config")
 SEPARATE, FUSED = "CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"
 
 
@@ -84,17 +95,25 @@ def attention(
     """
     text_len = cross_attention_kwargs.pop("text_len", None)
     kwargs = {"attention_mask": attention_mask, **cross_attention_kwargs}
+    part: Part | None = kwargs.pop(PART, None)
     video, text = hidden_states, encoder_hidden_states
     if text_len is not None:
         video, text = video[:, text_len:], video[:, :text_len]
     tables = _tables(self, video, text, **kwargs)
     if isinstance(tables, str):
+        theirs = getattr(self.processor, "_parallel_config", None)
+        if part is not None or theirs is not None:  # its own forward attends within a part
+            raise RuntimeError(
+                f"{self._cogvx.name}: must be as patch knows it for tokens to be shared by ranks; "
+                f"{tables}"
+            )
         self._cogvx.miss("rope", tables)
         out = forward_swap.own(self)(self, video, text, **kwargs)
         return out if text_len is None else (joint(out[1], out[0]), encoder_hidden_states)
     assert text is not None
     call = Calls(self._cogvx.patch)
-    y = _attention(self, call, joint(text, video) if text_len is None else hidden_states, *tables)
+    x = joint(text, video) if text_len is None else hidden_states
+    y = _attention(self, call, x, *tables, part)
     self._cogvx.hit("rope", call.reason)
     if text_len is not None:
         return y, encoder_hidden_states
@@ -131,8 +150,11 @@ def _attended(
     return joint(text, video)
 
 
-def _attention(attn: Any, call: Calls, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Over the joint sequence x (batch, seqlen, dim); rotates the last tokens, one for each row."""
+def _attention(
+    attn: Any, call: Calls, x: Tensor, cos: Tensor, sin: Tensor, part: Part | None
+) -> Tensor:
+    """Over the joint sequence x (batch, seqlen, dim), or a rank's part of one; rotates the last
+    tokens, one for each row."""
     if type(attn.processor).__name__ == FUSED:
         layers = [attn.to_qkv]
         q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
@@ -150,7 +172,9 @@ def _attention(attn: Any, call: Calls, x: Tensor, cos: Tensor, sin: Tensor) -> T
             # A hook on a projection may keep its output.
             inplace=not torch.is_grad_enabled() and not any(has_hooks(layer) for layer in layers),
         )  # fmt: skip
-    return attn.to_out[1](attn.to_out[0](sdpa(attn, q, k, v).flatten(2)))
+    own = partial(sdpa, attn)
+    y = own(q, k, v) if part is None else part.attention(q, k, v, own)
+    return attn.to_out[1](attn.to_out[0](y.flatten(2)))
 
 
 def _tables(
@@ -194,19 +218,40 @@ def _tables(
 
 
 def _prepare(model: Any, patch: Patch) -> None:
-    """Enable `compile_repeated_blocks` and attention backends, which diffusers has for its other
-    transformers."""
+    """Enable `compile_repeated_blocks`, attention backends and `enable_parallelism`, which
+    diffusers has for its other transformers; share the context of the patch."""
     if not getattr(model, "_repeated_blocks", None):
         model._repeated_blocks = ["CogVideoXBlock"]
     use_attention_backend(model, patch)
     for processor in _processors(model):
-        processor.__dict__.setdefault("_attention_backend", None)
+        for name in FROM_DIFFUSERS:
+            processor.__dict__.setdefault(name, None)
+    if "rope" in patch.ops:
+        add_diffusers_plan(model)
+    if patch.context is not None:
+        model.__dict__["_cogvx_context"] = ContextHooks(model, patch.context)
 
 
 def _undo(model: Any) -> None:
     model.__dict__.pop("_repeated_blocks", None)
+    hooks = model.__dict__.pop("_cogvx_context", None)
+    if hooks is not None:
+        hooks.remove()
+    remove_diffusers_plan(model)
     for processor in _processors(model):
-        processor.__dict__.pop("_attention_backend", None)
+        for name in FROM_DIFFUSERS:
+            processor.__dict__.pop(name, None)
+
+
+def _shares(model: Any, patch: Patch) -> str | None:
+    """Reason why ranks cannot share this model's tokens, or None."""
+    if "rope" not in patch.ops:
+        return 'attention must be patched: "rope" must be in only'
+    if patch.refused:
+        return "; ".join(f"{name}: {reason}" for name, reason in patch.refused.items())
+    if has_diffusers_parallelism(model):
+        return "diffusers' parallelism is enabled: unpatch ends it"
+    return None
 
 
 def _processors(model: Any) -> list[Any]:
@@ -227,4 +272,5 @@ FAMILY = Family(
     ),
     prepare=_prepare,
     undo=_undo,
+    shares=_shares,
 )

@@ -57,6 +57,8 @@ class Family:
     exact    ops that change no bit in mode "exact", in fp32
     prepare  called with (model, patch) after the forwards have been replaced, and `undo` with the
              model before they are restored
+    shares   (model, patch) -> reason why ranks cannot share a sequence of this model, or None; no
+             function where they never can
     """
 
     group: str
@@ -66,6 +68,7 @@ class Family:
     exact: tuple[str, ...] = ()
     prepare: Callable[[Any, Patch], None] = field(default=lambda model, patch: None)
     undo: Callable[[Any], None] = field(default=lambda model: None)
+    shares: Callable[[Any, Patch], str | None] | None = None
 
     def module_patch(self, module: nn.Module) -> ModulePatch | None:
         """The patch of a diffusers class, or of a subclass that has the same forward."""

@@ -11,8 +11,8 @@ CosSin = tuple[Tensor, Tensor]  # cos and sin
 
 
 class TableCache:
-    """Cache of the last converted tables: valid while the inputs are the same unchanged objects, as
-    in all blocks and steps of a pipeline's run."""
+    """Cache of the last converted tables: valid while the inputs are the same unchanged objects, or
+    the same rows of them, as in all blocks and steps of a pipeline's run."""
 
     def __init__(self) -> None:
         self._last: _Entry | None = None
@@ -30,16 +30,25 @@ class TableCache:
 class _Entry:
     def __init__(self, make: Callable[[Tensor, Tensor], Any], cos: Tensor, sin: Tensor) -> None:
         self.make = make
-        self.tables = [(weakref.ref(x), x._version) for x in (cos, sin)]
+        self.tables = [(weakref.ref(_whole(x)), x._version, _rows(x)) for x in (cos, sin)]
         with torch.inference_mode(False):  # or a later training step could not use it
             self.result = make(cos, sin)
 
     def matches(self, make: Callable[[Tensor, Tensor], Any], *tables: Tensor) -> bool:
         # By identity: weak references compare their referents, and tensors compare elementwise.
         return make is self.make and all(
-            ref() is x and version == x._version
-            for (ref, version), x in zip(self.tables, tables, strict=True)
+            ref() is _whole(x) and version == x._version and rows == _rows(x)
+            for (ref, version, rows), x in zip(self.tables, tables, strict=True)
         )
+
+
+def _whole(x: Tensor) -> Tensor:
+    """The tensor that x is a view of, or x: views are new objects in each forward."""
+    return x if x._base is None else x._base
+
+
+def _rows(x: Tensor) -> tuple[Any, ...]:
+    return x.storage_offset(), x.shape, x.stride()
 
 
 def pair_tables(cos: Tensor, sin: Tensor) -> CosSin | str:

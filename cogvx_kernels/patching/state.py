@@ -12,25 +12,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..context_parallel import Context
 from .rotary import TableCache
+
+Options = tuple[tuple[str, ...], str, str, Context | None]  # ops, mode, backend, context
 
 
 class Patch:
     """Options of one patched model, and its sites."""
 
-    def __init__(self, model: str, ops: tuple[str, ...], mode: str, backend: str) -> None:
+    def __init__(
+        self,
+        model: str,
+        ops: tuple[str, ...],
+        mode: str,
+        backend: str,
+        context: Context | None,
+    ) -> None:
         self.model = model
         self.ops = ops
         self.mode = mode
         self.backend = backend
+        self.context = context  # of ranks that share each sequence
         self.sites: list[Site] = []
         self.refused: dict[str, str] = {}  # modules left unchanged -> reason
         self.rotary = TableCache()
         self.softmax: Callable[..., Tensor] | None = None  # diffusers' attention dispatch, if any
 
     @property
-    def options(self) -> tuple[tuple[str, ...], str, str]:
-        return self.ops, self.mode, self.backend
+    def options(self) -> Options:
+        return self.ops, self.mode, self.backend, self.context
 
     @property
     def fast(self) -> bool:
