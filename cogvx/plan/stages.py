@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cogvx_kernels import module_backend
-from cogvx_kernels.context_parallel import Context, Part
+from cogvx_kernels.context_parallel import Context
 
 from .. import frames as frame_rule
 from ..config import TransformerConfig, VAEConfig
@@ -221,14 +221,9 @@ def _denoise(
 
 
 class _Ranks(Context):
-    """A context without a process group: its messages are allocated, and not sent."""
+    """A context without a process group; torch's `wait_tensor` allocates on the meta device."""
 
-    def part(self, length: int) -> Part:
-        return _Part(self, super().part(length).sizes)
-
-
-class _Part(Part):
-    def _exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    def exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
         return x.new_empty(sum(received))
 
 
