@@ -101,7 +101,6 @@ MODEL_EXTRAS = {
     "cogvx/training/plotting.py": {"matplotlib", "matplotlib.pyplot", "torch.utils.tensorboard"},
     "cogvx/training/lora.py": {"peft"},
     "cogvx/video/writing.py": {"PIL.Image", "PIL.ImageDraw", "PIL.ImageFont"},
-    "cogvx/training/loop.py": {"accelerate"},
 }
 # Imports inside functions, of what may be missing.
 IMPORTS_IN_FUNCTIONS = {f"cogvx_kernels/{op}/op.py": "from . import kernel" for op in OP_PACKAGES}

@@ -3,7 +3,8 @@
 recipe.json                         the recipe; another one is refused
 training/<stage>/losses.jsonl       the logged losses, one JSON object per line
 training/<stage>/losses.png         their plot, with samples.png beside it
-training/<stage>/checkpoints/<step> accelerate's state and the EMA; the last two
+training/<stage>/checkpoints/<step> weights, optimizers and EMA, by torch.distributed.checkpoint,
+                                    for any number of ranks; the last two
 """
 
 import json
@@ -20,6 +21,7 @@ from .recipe import Recipe
 PathLike = str | os.PathLike[str]
 Point = dict[str, float]
 KEPT = 2  # checkpoints
+MAY_CHANGE = ("transformer_training.shard", "transformer_training.context")
 
 
 class RunFolder:
@@ -109,6 +111,9 @@ class StageFolder:
 
 def _check_same(path: Path, has: dict[str, Any], wanted: dict[str, Any]) -> None:
     was, now = _flat(has), _flat(json.loads(json.dumps(wanted)))
+    for key in MAY_CHANGE:
+        was.pop(key, None)
+        now.pop(key, None)
     if found := differences(was, {**dict.fromkeys(was), **now}):
         raise ValueError(f"{path}: is of another recipe: {found}")
 

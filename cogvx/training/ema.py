@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..transformer.module_utils import local
 
 
 class EMA:
@@ -25,7 +26,8 @@ class EMA:
     def update(self) -> None:
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1 - decay)
+        averages, weights = map(local, self.averages), (local(p.detach()) for p in self.parameters)
+        torch._foreach_lerp_(list(averages), list(weights), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -35,27 +37,23 @@ class EMA:
         try:
             yield
         finally:
-            torch._foreach_copy_([p.detach() for p in self.parameters], kept)
+            _copy(self.parameters, kept)
 
     def copy_to_parameters(self) -> None:
         """Replace the parameters by their averages."""
-        torch._foreach_copy_([p.detach() for p in self.parameters], self.averages)
+        _copy(self.parameters, self.averages)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """State for `load_state_dict`; of a sharded parameter, this process's shard."""
-        averages = {str(number): _local(average) for number, average in enumerate(self.averages)}
+        """State for `load_state_dict`, without copies; sharded as the parameters are."""
+        averages = {str(number): average for number, average in enumerate(self.averages)}
         return {"steps": torch.tensor(self.steps), **averages}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.steps = int(state["steps"])
-        for number, average in enumerate(self.averages):
-            _local(average).copy_(state[str(number)])
+        _copy(self.averages, [state[str(number)] for number in range(len(self.averages))])
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Return True for a DTensor, without importing its class, which takes most of a second."""
-    return hasattr(tensor, "to_local")
-
-
-def _local(tensor: Any) -> Tensor:
-    return tensor.to_local() if is_sharded(tensor) else tensor
+@torch.no_grad()
+def _copy(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Copy values into tensors, shard by shard: `torch._foreach_copy_` takes no DTensor."""
+    torch._foreach_copy_([local(x.detach()) for x in tensors], [local(x) for x in values])

@@ -1,7 +1,7 @@
-"""The training loop: steps, logging, checkpoints and samples, on accelerate.
+"""The training loop: steps, logging, checkpoints and samples, on one rank or several.
 
-Random numbers of a step are seeded with the recipe's seed, the step and the process, so that a
-training resumed from a checkpoint gives the bits of one that was not interrupted.
+Random numbers of a step are of the recipe's seed, the step and the place of a clip in the batch, so
+that a training resumed from a checkpoint gives the bits of one that was not interrupted.
 """
 
 import warnings
@@ -14,26 +14,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..checkpoint.tensors import read_tensors, write_tensors
-from ..extras import extra
+from ..transformer.module_utils import is_sharded
+from ..video import write_sheet
 from .checkpointing import Point, StageFolder
-from .ema import EMA, is_sharded
+from .ema import EMA
 from .losses import Losses, mean_losses
 from .optimizers import make_optimizers
 from .plotting import plot_losses, tensorboard_writer
 from .recipe import Training, learning_rate, learning_rate_factor
-from .sampler import ResumableBatchSampler, mix_seed
+from .sampler import Draws, ResumableBatchSampler, shares
+from .sharding import (
+    World,
+    load_state,
+    mean_over_ranks,
+    no_sync,
+    replicate,
+    save_state,
+    training_state,
+    whole_weights,
+)
 
 Progress = Callable[[str, int, int], None]
-
-
-def make_accelerator(device: torch.device) -> Any:
-    """Make accelerate's Accelerator, for launched processes or for this one alone.
-
-    Raises ModuleNotFoundError if accelerate is not installed.
-    """
-    accelerate = extra("accelerate", "train", "cogvx[train]")
-    return accelerate.Accelerator(cpu=device.type == "cpu", mixed_precision="no")
 
 
 def warn_if_bfloat16_is_emulated(precision: str, device: torch.device) -> None:
@@ -54,8 +55,9 @@ class Loop:
     loss     a module that returns "loss" and its parts; its parameters that require gradients are
              trained
     data     the clips
-    prepare  list of clips, step -> arguments of `loss` on the accelerator's device
-    sample   writes samples of the model; called while the EMA is in the weights
+    prepare  list of clips, step, their random numbers -> arguments of `loss` on the ranks' device
+    sample   frames of some clips by the model, (clips, frames, channels, height, width), while the
+             EMA is in the weights
     """
 
     def __init__(
@@ -63,41 +65,27 @@ class Loop:
         stage: StageFolder,
         options: Training,
         seed: int,
-        accelerator: Any,
+        world: World,
         loss: nn.Module,
         data: Dataset[Any],
-        prepare: Callable[[list[Any], int], tuple[Any, ...]],
-        sample: Callable[[], None],
+        prepare: Callable[[list[Any], int, Draws], tuple[Any, ...]],
+        sample: Callable[[], Tensor],
         workers: int = 0,
         tensorboard: bool = False,
     ) -> None:
         self.stage, self.options, self.seed = stage, options, seed
-        self.accelerator, self.workers = accelerator, workers
+        self.world, self.workers = world, workers
         self.data, self.prepare, self.sample = data, prepare, sample
-        warn_if_bfloat16_is_emulated(options.precision, accelerator.device)
-        made = make_optimizers(loss, options)
-        if options.compile:
+        warn_if_bfloat16_is_emulated(options.precision, world.device)
+        self.loss = loss.to(world.device)
+        self.trained = [p for p in loss.parameters() if p.requires_grad]
+        self.sharded = any(map(is_sharded, self.trained))
+        self.optimizers = make_optimizers(loss, options)
+        if options.compile and not self.sharded:
             loss.compile(dynamic=False)
-        self.loss, *optimizers = accelerator.prepare(loss, *made)
-        self.optimizers = list(zip(optimizers, made.values(), strict=True))
-        self.trained = [p for p in self.loss.parameters() if p.requires_grad]
-        if self.sharded and options.optimizer == "muon":
-            raise ValueError(
-                f"{stage.name}_training: optimizer must be adamw where no process has whole "
-                "matrices, as with FSDP; got muon"
-            )
+        self.model = replicate(loss, world)
         self.ema = EMA(self.trained, options.ema_decay)
-        self.board = tensorboard_writer(stage.folder) if tensorboard and self.main else None
-
-    @property
-    def main(self) -> bool:
-        """True in the process that writes files and reports progress."""
-        return bool(self.accelerator.is_main_process)
-
-    @property
-    def sharded(self) -> bool:
-        """True if weights are sharded, so that no process can run the model alone."""
-        return any(map(is_sharded, self.trained))
+        self.board = tensorboard_writer(stage.folder) if tensorboard and world.main else None
 
     def run(self, progress: Progress) -> list[Point]:
         """Run the remaining steps, replace the weights by their EMA, return the logged losses.
@@ -107,7 +95,7 @@ class Loop:
         """
         options, window = self.options, list[Losses]()
         done, latest = self.stage.latest()
-        points = self.stage.read_points(done, rewrite=self.main)
+        points = self.stage.read_points(done, rewrite=self.world.main)
         if latest is not None:
             self._load(latest)
         for step, clips in enumerate(self._batches(done), done):
@@ -118,7 +106,7 @@ class Loop:
                 points.append(self._point(step + 1, window))
                 window.clear()
             if (step + 1) % options.save_every == 0 or end:
-                self.stage.save(step + 1, self._save, self.main, self.accelerator.wait_for_everyone)
+                self.stage.save(step + 1, self._save, self.world.main, self.world.wait)
             if (step + 1) % options.sample_every == 0 and not end:
                 with self.ema.applied():
                     self._report(points)
@@ -128,54 +116,56 @@ class Loop:
         return points
 
     def weights(self) -> dict[str, Tensor]:
-        """Whole state dict of the loss, in the main process; every process must call this."""
-        return dict(self.accelerator.get_state_dict(self.loss))
+        """Trained weights and buffers of the loss, on rank 0; every rank must call this."""
+        return whole_weights(self.loss)
 
     def _step(self, step: int, clips: list[Any]) -> Losses:
         """Run one optimizer step over `accumulate` parts of a batch."""
-        options, accelerator = self.options, self.accelerator
-        torch.manual_seed(mix_seed(self.seed, step, accelerator.process_index))
-        for optimizer, rate in self.optimizers:
+        options, batch = self.options, self.options.batch_at(step)
+        for optimizer, rate in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = rate * learning_rate_factor(options, step)
-        size = len(clips) // options.accumulate
+        parts = shares(batch, options.accumulate, *self.world.data)
         found = []
-        for start in range(0, len(clips), size):
-            last = start + size >= len(clips)
-            arguments = self.prepare(clips[start : start + size], step)
-            with nullcontext() if last else accelerator.no_sync(self.loss):
+        for number, positions in enumerate(parts):
+            draws = Draws(self.seed, step, positions, batch, self.world.device)
+            first, last = number * len(positions), number + 1 == len(parts)
+            arguments = self.prepare(clips[first : first + len(positions)], step, draws)
+            with nullcontext() if last else no_sync(self.model):
                 with self._precision():
-                    losses = self.loss(*arguments)
-                accelerator.backward(losses["loss"] / options.accumulate)
+                    losses = self.model(*arguments)
+                (losses["loss"] / len(parts)).backward()
             found.append({name: value.detach() for name, value in losses.items()})
-        norm = accelerator.clip_grad_norm_(self.trained, options.max_grad_norm)
+        norm: Any = nn.utils.clip_grad_norm_(self.trained, options.max_grad_norm)
+        if self.sharded:
+            norm = norm.full_tensor()
         if not torch.isfinite(norm):
             raise FloatingPointError(
                 f"{self.stage.name}: step {step} has a gradient that is not finite; a lower "
                 "learning_rate, or precision float32, may help"
             )
-        for optimizer, _ in self.optimizers:
+        for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         self.ema.update()
         return {**mean_losses(found), "gradient": norm.detach()}
 
+    def _state(self) -> dict[str, Any]:
+        state = training_state(self.loss, list(self.optimizers))
+        return {**state, "ema": self.ema.state_dict()}
+
     def _save(self, folder: Path) -> None:
-        self.accelerator.save_state(str(folder))
-        write_tensors(folder / self._ema_file, self.ema.state_dict())
+        save_state(self._state(), folder)
 
     def _load(self, folder: Path) -> None:
-        self.accelerator.load_state(str(folder))
-        self.ema.load_state_dict(read_tensors(folder / self._ema_file)[0])
-
-    @property
-    def _ema_file(self) -> str:
-        return f"averages-{self.accelerator.process_index}.safetensors"
+        state = self._state()
+        load_state(state, folder)
+        self.ema.load_state_dict(state["ema"])
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.options.precision == "float32":
             return nullcontext()
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16)
+        return torch.autocast(self.world.device.type, torch.bfloat16)
 
     def _batches(self, done: int) -> DataLoader[Any]:
         """Lists of clips of the remaining steps."""
@@ -187,8 +177,8 @@ class Loop:
                 self.seed,
                 done,
                 self.options.steps,
-                self.accelerator.process_index,
-                self.accelerator.num_processes,
+                self.options.accumulate,
+                *self.world.data,
             ),
             collate_fn=list,
             num_workers=self.workers,
@@ -196,13 +186,13 @@ class Loop:
         )
 
     def _point(self, step: int, window: list[Losses]) -> Point:
-        """Log the mean losses since the last point, over all processes."""
+        """Log the mean losses since the last point, over all ranks."""
         own = mean_losses(window)
         values = torch.stack([value.float() for value in own.values()])
-        means = self.accelerator.reduce(values, "mean").tolist()
+        means = mean_over_ranks(values).tolist()
         rate = learning_rate(self.options, step - 1)
         point = {"step": step, **dict(zip(own, means, strict=True)), "learning_rate": rate}
-        if self.main:
+        if self.world.main:
             self.stage.append(point)
         if self.board is not None:
             for name in own:
@@ -211,11 +201,15 @@ class Loop:
 
     def _report(self, points: list[Point]) -> None:
         """Plot the losses and write samples of the current weights."""
-        if self.main:
+        if self.world.main:
             plot_losses(self.stage.folder / "losses.png", self.stage.name, points)
-        if self.main and not self.sharded:
+        if self.world.main or self.sharded or self.world.context > 1:
             self.loss.eval()
-            with torch.no_grad(), torch.random.fork_rng():
-                self.sample()
+            # Sharded weights are gathered in the dtype of `precision`.
+            precision = self._precision() if self.sharded else nullcontext()
+            with torch.no_grad(), torch.random.fork_rng(), precision:
+                frames = self.sample()
             self.loss.train()
-        self.accelerator.wait_for_everyone()
+            if self.world.main:
+                write_sheet(self.stage.folder / "samples.png", frames)
+        self.world.wait()

@@ -10,6 +10,8 @@ from ..transformer import ExpertTransformer, load_balancing_loss
 from ..transformer.experts import Routing
 from ..vae import CausalVAE, DiagonalGaussian
 from .recipe import TransformerTraining
+from .sampler import Draws
+from .sharding import mean_over_ranks
 from .timestep_sampling import UncertaintyWeighting, quantile_timesteps, stratified_quantiles
 
 Losses = dict[str, Tensor]
@@ -27,10 +29,14 @@ class ReconstructionLoss(nn.Module):
         self.encoder, self.decoder = vae.encoder, vae.decoder
         self.kl_weight = kl_weight
 
-    def forward(self, video: Tensor) -> Losses:
-        """Compute "loss" and its parts of (batch, frames, channels, height, width) in [-1, 1]."""
+    def forward(self, video: Tensor, noise: Tensor | None = None) -> Losses:
+        """Compute "loss" and its parts of (batch, frames, channels, height, width) in [-1, 1].
+
+        noise  of the posterior, of the latents' shape; None: from torch's generator
+        """
         posterior = DiagonalGaussian(self.encoder(video))
-        error = self.decoder(posterior.sample()).float() - video
+        latents = posterior.sample() if noise is None else posterior.mean + posterior.std * noise
+        error = self.decoder(latents).float() - video
         reconstruction = error.abs().mean() + 8 * error.square().mean()
         kl = posterior.kl().sum() / posterior.mean.numel()
         loss = reconstruction + self.kl_weight * kl
@@ -55,23 +61,30 @@ class VelocityLoss(nn.Module):
         self.options = options
         self.levels = UncertaintyWeighting() if options.weighting == "uncertainty" else None
 
-    def forward(self, latents: Tensor, text: Tensor) -> Losses:
+    def forward(
+        self,
+        latents: Tensor,
+        text: Tensor,
+        quantiles: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Losses:
         """Compute "loss" of (batch, frames, channels, height, width), scaled, at random timesteps.
 
-        text  (batch, text_len, dim)
+        text              (batch, text_len, dim)
+        quantiles, noise  of the timesteps, (batch,), and of `pad_frames` of the latents; None: from
+                          torch's generator
 
-        Returns the unweighted "velocity" error too, where it differs from the loss. The first frame
-        is repeated to a multiple of `patch_size_t`, as in the training of CogVideoX 1.5.
+        Returns the unweighted "velocity" error too, where it differs from the loss.
         """
-        options, config = self.options, self.transformer.config
-        missing = -latents.shape[1] % (config.patch_size_t or 1)
-        latents = torch.cat([latents[:, :1].expand(-1, missing, -1, -1, -1), latents], 1)
-        quantiles = stratified_quantiles(len(latents), latents.device)
+        options = self.options
+        latents = pad_frames(latents, self.transformer)
+        if quantiles is None:
+            quantiles = stratified_quantiles(len(latents), latents.device)
         num_timesteps = self.schedule.config.num_train_timesteps
         timestep = quantile_timesteps(
             quantiles, num_timesteps, options.logit_mean, options.logit_std
         )
-        noise = torch.randn_like(latents)
+        noise = torch.randn_like(latents) if noise is None else noise
         routing: list[Routing] = []
         v = self.transformer(
             self.schedule.add_noise(latents, noise, timestep), text, timestep, routing=routing
@@ -81,7 +94,7 @@ class VelocityLoss(nn.Module):
         parts: Losses = {}
         loss = (errors if self.levels is None else self.levels(errors, quantiles)).mean()
         if routing:
-            balance = load_balancing_loss(routing)
+            balance = load_balancing_loss(over_ranks(routing))
             loss = loss + options.balance_weight * balance
             parts["balance"] = balance.detach()
         if routing or self.levels is not None:
@@ -89,23 +102,38 @@ class VelocityLoss(nn.Module):
         return {"loss": loss, **parts}
 
 
-def drop_text(text: Tensor, empty: Tensor, part: float) -> Tensor:
+def pad_frames(latents: Tensor, transformer: ExpertTransformer) -> Tensor:
+    """Repeat the first frame to a multiple of `patch_size_t`, as CogVideoX 1.5 was trained."""
+    missing = -latents.shape[1] % transformer.patch[0]
+    return torch.cat([latents[:, :1].expand(-1, missing, -1, -1, -1), latents], 1)
+
+
+def over_ranks(routing: Sequence[Routing]) -> list[Routing]:
+    """Statistics of the clips of all ranks.
+
+    Their gradient is that of this rank's: the mean over ranks, which an optimizer gets, is that of
+    all clips.
+    """
+    own = torch.cat([values for one in routing for values in one])
+    mean = own + (mean_over_ranks(own.detach()) - own.detach())
+    values = iter(mean.split([len(values) for one in routing for values in one]))
+    return [Routing(next(values), next(values)) for _ in routing]
+
+
+def drop_text(text: Tensor, empty: Tensor, part: float, draws: Draws) -> Tensor:
     """Replace each text by the empty one with probability `part`."""
-    keep = torch.rand(len(text), 1, 1, device=text.device) >= part
-    return torch.where(keep, text, empty)
+    return torch.where(draws.rand(1, 1) >= part, text, empty)
 
 
-def recolor(video: Tensor, part: float) -> Tensor:
+def recolor(video: Tensor, part: float, draws: Draws) -> Tensor:
     """Map the colours of each clip, with probability `part`, by a random affine map.
 
     video  (batch, frames, 3, height, width) in [-1, 1], to which the result is clamped
     """
     if part == 0:
         return video
-    batch = len(video)
-    changed = torch.rand(batch, 1, 1, 1, 1, device=video.device) < part
-    turned = 0.6 * torch.randn(batch, 1, 3, 3, device=video.device)
-    moved = 0.35 * torch.randn(batch, 1, 3, 1, device=video.device)
+    changed = draws.rand(1, 1, 1, 1) < part
+    turned, moved = 0.6 * draws.randn(1, 3, 3), 0.35 * draws.randn(1, 3, 1)
     other = (turned @ video.flatten(3) + moved).view_as(video).clamp(-1, 1)
     return torch.where(changed, other, video)
 

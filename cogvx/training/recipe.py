@@ -75,7 +75,7 @@ class Training(Config):
     """Options of one stage.
 
     steps        of the optimizer
-    batch_size   clips of a step over all processes, in `accumulate` parts
+    batch_size   clips of a step over all ranks, in `accumulate` parts
     optimizer    "adamw"; or "muon": Muon for the matrices of a transformer's attention and
                  feed-forwards, AdamW for the rest of it. Neither for a VAE nor for adapters
     muon_learning_rate  of those matrices, with the same schedule as learning_rate
@@ -94,6 +94,7 @@ class Training(Config):
         "sample_every": (1, STEPS_LIMIT),
         "image_steps": (0, STEPS_LIMIT),
         "lora_rank": (0, 4096),
+        "context": (1, 4096),
     }
     RANGES: ClassVar[Mapping[str, tuple[float, float]]] = {
         "beta1": (0.0, 1.0),
@@ -193,6 +194,9 @@ class TransformerTraining(Training):
     weighting       of timesteps: "none", or "uncertainty", see `UncertaintyWeighting`
     balance_weight  of `load_balancing_loss`, where a modality has several experts
     lora_rank       of adapters on q, k, v and the output of attention; 0: train all weights
+    shard           keep a part of weights, gradients and optimizer state on each rank (FSDP2)
+    context         ranks that share the tokens of each clip; shard and context may change when a
+                    training is resumed
     """
 
     text_dropout: float = 0.1
@@ -202,6 +206,8 @@ class TransformerTraining(Training):
     weighting: str = "none"
     balance_weight: float = 0.01
     lora_rank: int = 0
+    shard: bool = False
+    context: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,18 +6,22 @@ A batch draws stratified quantiles in [0, 1]; timesteps are those quantiles of a
 import torch
 from torch import Tensor, nn
 
+from .sharding import mean_over_ranks
+
 BINS = 16  # equally likely intervals of timesteps, each with its mean error
 RATE = 0.01  # of the running mean
 
 
-def stratified_quantiles(batch: int, device: torch.device | None = None) -> Tensor:
+def stratified_quantiles(
+    batch: int, device: torch.device | None = None, generator: torch.Generator | None = None
+) -> Tensor:
     """(batch,) uniform samples in [0, 1], one in each of `batch` equal intervals, shuffled.
 
     It lowers the variance of a batch's loss. Source: the CogVideoX paper, "Explicit Uniform
     Sampling", there over the processes.
     """
-    within = torch.rand(batch, device=device)
-    return (torch.randperm(batch, device=device) + within) / batch
+    within = torch.rand(batch, device=device, generator=generator)
+    return (torch.randperm(batch, device=device, generator=generator) + within) / batch
 
 
 def quantile_timesteps(
@@ -58,6 +62,7 @@ class UncertaintyWeighting(nn.Module):
     @torch.no_grad()
     def _update(self, errors: Tensor, bins: Tensor) -> None:
         zeros = torch.zeros_like(self.errors)
-        sums, counts = (zeros.index_add(0, bins, x) for x in (errors, torch.ones_like(errors)))
-        updated = self.errors.lerp(sums / counts.clamp(min=1), RATE)
+        found = [zeros.index_add(0, bins, x) for x in (errors, torch.ones_like(errors))]
+        sums, counts = mean_over_ranks(torch.stack(found))
+        updated = self.errors.lerp(sums / counts.where(counts > 0, 1), RATE)
         self.errors.copy_(torch.where(counts > 0, updated, self.errors))

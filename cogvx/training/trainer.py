@@ -1,8 +1,8 @@
 """The stages of a training, VAE and transformer, from a recipe to a model's folder."""
 
-import dataclasses
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..checkpoint import load_scheduler, load_transformer, load_vae, save_vae
 from ..config import SchedulerConfig
 from ..data import Clip, FolderClips, LatentClip, LatentClips, encode_clips
+from ..frames import latent_frames
 from ..pipeline import CogVideoX
 from ..schedulers import NoiseSchedule
 from ..shapes import ProceduralClips, WordTextEncoder, vocabulary
@@ -20,14 +21,14 @@ from ..shapes.scoring import GUIDANCE, STEPS
 from ..transformer import ExpertTransformer
 from ..vae import CausalVAE, DiagonalGaussian
 from ..validation import check_choice
-from ..video import write_sheet
 from .checkpointing import Point, RunFolder
 from .init import init_vae
-from .loop import Loop, Progress, make_accelerator
+from .loop import Loop, Progress
 from .lora import add_adapters, save_adapters
-from .losses import ReconstructionLoss, VelocityLoss, drop_text, recolor
+from .losses import ReconstructionLoss, VelocityLoss, drop_text, pad_frames, recolor
 from .recipe import Recipe
-from .sampler import mix_seed
+from .sampler import Draws, mix_seed, shares
+from .sharding import World, make_context, shard, start
 
 PathLike = str | os.PathLike[str]
 Clips = ProceduralClips | FolderClips
@@ -54,38 +55,39 @@ def train(
     `cogvx.training.checkpointing`.
 
     stages    to train; those that the recipe lacks are skipped
-    device    "cpu", or "cuda" for the GPU that accelerate gives the process
-    progress  called with the stage's name, steps done and total steps, in the main process
+    device    "cpu", or "cuda" for the GPU of the rank's number on its machine
+    progress  called with the stage's name, steps done and total steps, on the first rank
 
-    Returns the logged losses of each stage; {} in processes beside the main one. Raises ValueError
-    for a folder of another recipe, FloatingPointError for gradients that are not finite,
-    ModuleNotFoundError if the extra `train` is not installed.
+    Under torchrun every rank calls this. Returns the logged losses of each stage; {} on the ranks
+    beside the first. Raises ValueError for a folder of another recipe or for ranks that cannot
+    share a batch, FloatingPointError for gradients that are not finite, ModuleNotFoundError if the
+    extra `train` is not installed.
     """
     for stage in stages:
         check_choice("train", "stages", stage, STAGES)
-    accelerator = make_accelerator(torch.device(device))
-    with accelerator.main_process_first():
-        run = RunFolder(folder, recipe)
-    main = accelerator.is_main_process
-    report = progress if progress is not None and main else lambda stage, done, total: None
+    world = start(torch.device(device))
+    for stage in stages:
+        check_world(recipe, stage, world)
+    if not world.main:
+        world.wait()  # for the folder that rank 0 makes
+    run = RunFolder(folder, recipe)
+    if world.main:
+        world.wait()
+    report = progress if progress is not None and world.main else lambda *_: None
     work = {"vae": train_vae, "transformer": train_transformer}
     losses = {}
     for stage in STAGES:
-        wanted = getattr(recipe, f"{stage}_training") is not None
-        if stage in stages and wanted:
-            losses[stage] = work[stage](run, torch.device(device), tensorboard, report)
-    return losses if main else {}
+        if stage in stages and getattr(recipe, f"{stage}_training") is not None:
+            losses[stage] = work[stage](run, world, tensorboard, report)
+    return losses if world.main else {}
 
 
-def train_vae(
-    run: RunFolder, device: torch.device, tensorboard: bool, progress: Progress
-) -> list[Point]:
+def train_vae(run: RunFolder, world: World, tensorboard: bool, progress: Progress) -> list[Point]:
     """Train `run.folder/vae` by `ReconstructionLoss`.
 
     Its `scaling_factor` is measured at the end, so that scaled latents have a deviation of 1.
     """
-    recipe, accelerator = run.recipe, make_accelerator(device)
-    options = recipe.vae_training
+    recipe, options = run.recipe, run.recipe.vae_training
     assert options is not None
     vae = new_vae(recipe)
     vae.gradient_checkpointing = options.gradient_checkpointing
@@ -93,26 +95,24 @@ def train_vae(
     test = ProceduralClips("test", SHEET_CLIPS, *clip_size(recipe))
     samples = test if is_procedural(recipe) else clips
 
-    def prepare(batch: list[Clip], step: int) -> tuple[Tensor]:
+    def prepare(batch: list[Clip], step: int, draws: Draws) -> tuple[Tensor, Tensor]:
         count = options.frames_at(step)
-        firsts = torch.randint(recipe.data.frames - count + 1, (len(batch),)).tolist()
+        firsts = (draws.rand() * (recipe.data.frames - count + 1)).long().tolist()
         cut = [clip.video[n : n + count] for clip, n in zip(batch, firsts, strict=True)]
-        video = torch.stack(cut).to(accelerator.device)
-        return (recolor(video, options.recolored),)
+        video = torch.stack(cut).to(world.device)
+        return recolor(video, options.recolored, draws), draws.randn(*latent_shape(video, vae))
 
-    def sample() -> None:
+    def sample() -> Tensor:
         video = torch.stack([samples[i].video for i in range(min(SHEET_CLIPS, len(samples)))])
-        decoded = vae.decode(vae.encode(video.to(accelerator.device)).mode()).cpu()
-        pairs = torch.stack([video, decoded], 1).flatten(0, 1)
-        write_sheet(stage.folder / "samples.png", _sheet_frames(pairs))
+        decoded = vae.decode(vae.encode(video.to(world.device)).mode()).cpu()
+        return _sheet_frames(torch.stack([video, decoded], 1).flatten(0, 1))
 
-    stage = run.stage("vae")
     loss = ReconstructionLoss(vae, options.kl_weight)
     loop = Loop(
-        stage,
+        run.stage("vae"),
         options,
         mix_seed(recipe.seed, 0),
-        accelerator,
+        world,
         loss,
         clips,
         prepare,
@@ -121,49 +121,56 @@ def train_vae(
         tensorboard,
     )
     points, weights = loop.run(progress), loop.weights()
-    if loop.main:
+    if world.main:
         trained = CausalVAE(vae.config)
         trained.load_state_dict(weights)
         save_vae(_set_scaling_factor(trained, clips), run.folder / "vae")
-    accelerator.wait_for_everyone()
+    world.wait()
     return points
 
 
 def train_transformer(
-    run: RunFolder, device: torch.device, tensorboard: bool, progress: Progress
+    run: RunFolder, world: World, tensorboard: bool, progress: Progress
 ) -> list[Point]:
     """Train `run.folder/transformer`, or LoRA adapters, by `VelocityLoss`.
 
     The clips are first encoded to `run.folder/latents`, unless the data are latents.
     """
-    recipe, accelerator = run.recipe, make_accelerator(device)
-    options = recipe.transformer_training
+    recipe, options = run.recipe, run.recipe.transformer_training
     assert options is not None
+    world = replace(world, context=options.context)
     has_vae = (run.folder / "vae").is_dir()
     if recipe.model is None and not has_vae:
         raise ValueError(
             f"train: {run.folder}/vae must be there before the transformer is trained; train the "
             "stage vae first"
         )
-    vae = load_vae(run.folder if has_vae else str(recipe.model), torch.float32, accelerator.device)
-    latents = encode_latents(run, vae, accelerator, progress)
+    vae = load_vae(run.folder if has_vae else str(recipe.model), torch.float32, world.device)
+    latents = encode_latents(run, vae, world, progress)
     solver, scheduler = make_scheduler(recipe)
     transformer = new_transformer(recipe)
     transformer.gradient_checkpointing = options.gradient_checkpointing
+    transformer.context = make_context(world)
+    if options.shard and world.size > 1:
+        shard(transformer, world, options)
     words = make_text_encoder(recipe) if is_procedural(recipe) else None
     scale = vae.config.scaling_factor
 
-    def prepare(batch: list[LatentClip], step: int) -> tuple[Tensor, Tensor]:
-        moments = torch.stack([clip.moments for clip in batch]).float().to(accelerator.device)
+    def prepare(batch: list[LatentClip], step: int, draws: Draws) -> tuple[Tensor, ...]:
+        moments = torch.stack([clip.moments for clip in batch]).float().to(world.device)
         text, empty = _embed(batch, latents, words)
         text, empty = text.to(moments), empty.to(moments)
         posterior = DiagonalGaussian(moments)
-        x = posterior.mode() if options.posterior == "mode" else posterior.sample()
-        return scale * x, drop_text(text, empty, options.text_dropout)
+        x = posterior.mode()
+        if options.posterior == "sample":
+            x = x + posterior.std * draws.randn(*x.shape[1:])
+        x = pad_frames(scale * x, transformer)
+        text = drop_text(text, empty, options.text_dropout, draws)
+        return x, text, draws.quantiles(), draws.randn(*x.shape[1:])
 
     pipe = CogVideoX(transformer, vae, scheduler, words, solver)
 
-    def sample() -> None:
+    def sample() -> Tensor:
         prompts = [latents.captions[i] for i in range(min(SHEET_CLIPS, len(latents)))]
         if words is None:
             embeddings, empty = _embed([latents[i] for i in range(len(prompts))], latents, None)
@@ -174,16 +181,16 @@ def train_transformer(
         else:
             inputs = {"prompt": prompts, "steps": STEPS, "guidance": GUIDANCE}
         frames, height, width = clip_size(recipe)
-        videos = pipe.generate(**inputs, num_frames=frames, height=height, width=width, seed=0)
-        write_sheet(stage.folder / "samples.png", _sheet_frames(videos))
+        return _sheet_frames(
+            pipe.generate(**inputs, num_frames=frames, height=height, width=width, seed=0)
+        )
 
-    stage = run.stage("transformer")
     loss = VelocityLoss(transformer, NoiseSchedule(scheduler), options)
     loop = Loop(
-        stage,
+        run.stage("transformer"),
         options,
         mix_seed(recipe.seed, 1),
-        accelerator,
+        world,
         loss,
         latents,
         prepare,
@@ -193,14 +200,29 @@ def train_transformer(
     points, whole = loop.run(progress), loop.weights()
     prefix = "transformer."
     weights = {n.removeprefix(prefix): x for n, x in whole.items() if n.startswith(prefix)}
-    if loop.main and options.lora_rank:
+    if world.main and options.lora_rank:
         save_adapters(transformer, weights, run.folder)
-    elif loop.main:
+    elif world.main:
         pipe.transformer = ExpertTransformer(transformer.config)
         pipe.transformer.load_state_dict(weights)
         pipe.save_pretrained(run.folder)
-    accelerator.wait_for_everyone()
+    world.wait()
     return points
+
+
+def check_world(recipe: Recipe, stage: str, world: World) -> None:
+    """Raises ValueError if the ranks cannot share the clips of a step evenly."""
+    options = getattr(recipe, f"{stage}_training")
+    if options is None:
+        return
+    context = getattr(options, "context", 1)
+    if world.size % context:
+        raise ValueError(
+            f"train: {stage}_training.context must divide the number of ranks, for example "
+            f"torchrun --nproc-per-node {context} -m cogvx train RECIPE; got context {context} and "
+            f"{world.size} ranks"
+        )
+    shares(options.batch_size, options.accumulate, *replace(world, context=context).data)
 
 
 def is_procedural(recipe: Recipe) -> bool:
@@ -213,6 +235,13 @@ def clip_size(recipe: Recipe) -> tuple[int, int, int]:
     return recipe.data.frames, recipe.data.height, recipe.data.width
 
 
+def latent_shape(video: Tensor, vae: CausalVAE) -> tuple[int, int, int, int]:
+    """(frames, channels, height, width) of the latents of each of some clips."""
+    _, count, _, height, width = video.shape
+    ratio, channels = vae.config.spatial_compression_ratio, vae.config.latent_channels
+    return latent_frames(count, vae.config), channels, height // ratio, width // ratio
+
+
 def make_clips(recipe: Recipe, vae: CausalVAE, count: int = VAE_CLIPS) -> Clips:
     """Data set of videos; count: of procedural clips."""
     if recipe.data.folder is None:
@@ -220,9 +249,7 @@ def make_clips(recipe: Recipe, vae: CausalVAE, count: int = VAE_CLIPS) -> Clips:
     return FolderClips(recipe.data.folder, *clip_size(recipe), vae=vae.config)
 
 
-def encode_latents(
-    run: RunFolder, vae: CausalVAE, accelerator: Any, progress: Progress
-) -> LatentClips:
+def encode_latents(run: RunFolder, vae: CausalVAE, world: World, progress: Progress) -> LatentClips:
     """Data set of latents: the recipe's, or its clips encoded to `run.folder/latents`."""
     recipe, folder = run.recipe, run.folder / "latents"
     given = recipe.data.folder
@@ -240,9 +267,9 @@ def encode_latents(
         folder,
         workers=recipe.data.workers,
         progress=partial(progress, "latents"),
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
-        wait=accelerator.wait_for_everyone,
+        process=world.rank,
+        processes=world.size,
+        wait=world.wait,
     )
 
 
@@ -311,7 +338,7 @@ def _set_scaling_factor(vae: CausalVAE, clips: Clips) -> CausalVAE:
         for i in range(min(SCALING_CLIPS, len(clips))):
             squares.append(vae.encode(clips[i].video[None].to(weight)).mean.square().mean())
     factor = float(torch.stack(squares).mean().rsqrt())
-    config = dataclasses.replace(vae.config, scaling_factor=round(factor, 6))
+    config = replace(vae.config, scaling_factor=round(factor, 6))
     for part in (vae, vae.encoder, vae.decoder):
         part.config = config
     return vae

@@ -16,6 +16,7 @@ from .block import ExpertBlock
 from .embedding import JointEmbedding, ProjectedText, TimestepEmbedding
 from .experts import ExpertFeedForward, Routing, gather_routing
 from .modulation import AdaLayerNorm, Branch, ExpertAdaLayerNorm, Modulation, Modulations, stacked
+from .module_utils import gathered
 from .patch import unpatchify
 from .positions import Tables, sincos_positions, token_grid
 from .validation import check_arguments, check_run, check_text
@@ -150,7 +151,8 @@ class ExpertTransformer(OpModule):
         Raises TypeError or ValueError for another shape or dtype.
         """
         check_text(self.config, self.norm_final.weight.dtype, text)
-        return ProjectedText(self.patch_embed.text_proj(text))
+        with gathered(self.patch_embed.text_proj):
+            return ProjectedText(self.patch_embed.text_proj(text))
 
     def modulations(self, timesteps: Tensor, ofs: Tensor | None = None) -> Modulations:
         """Compute all shifts, scales and gates for many timesteps, in few matrix products.
@@ -167,9 +169,11 @@ class ExpertTransformer(OpModule):
         """
         check_run(self.config, timesteps, ofs)
         weight = self.norm_final.weight
-        temb = self._time(timesteps, ofs, len(timesteps), weight.device, weight.dtype)
         norms = [m for m in self.modules() if isinstance(m, (ExpertAdaLayerNorm, AdaLayerNorm))]
-        rows = stacked([norm.linear for norm in norms], temb)
+        linears = [norm.linear for norm in norms]
+        with gathered(self.time_embedding, self.ofs_embedding, *linears):
+            temb = self._time(timesteps, ofs, len(timesteps), weight.device, weight.dtype)
+            rows = stacked(linears, temb)
         return Modulations(rows.unflatten(1, (-1, self.config.hidden_size)))
 
     def _run_blocks(

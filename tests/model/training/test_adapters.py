@@ -14,6 +14,7 @@ from cogvx.training import Recipe, train
 from cogvx.training.lora import FILE, TARGETS, add_adapters
 from cogvx.training.trainer import new_transformer
 from cogvx.video import write_video
+from tests.parallel import ranks
 
 from ..tiny_pipeline import DIM, TEXT_LEN, save, theirs
 
@@ -50,11 +51,18 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_lora_from_videos_loads_in_diffusers(here, capsys):
+@pytest.mark.parametrize("size", [1, 2])
+def test_lora_from_videos_loads_in_diffusers(here, capsys, size):
+    """Trained by one process, or sharded over two ranks."""
     assert main(["encode", "videos", "--model", "model", "--out", "latents", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["clips"] == 3
-    assert main(["train", "lora.toml", "--out", "run", "--json"]) == 0
-    summary = json.loads(capsys.readouterr().out)
+    if size == 1:
+        assert main(["train", "lora.toml", "--out", "run", "--json"]) == 0
+        summary = json.loads(capsys.readouterr().out)
+    else:
+        recipe = Recipe.read("lora.toml", ["transformer_training.shard=true"])
+        points = ranks.run(train, 2, recipe, here / "run")[0]["transformer"]
+        summary = {f"transformer_{name}": value for name, value in points[-1].items()}
     assert summary["transformer_step"] == 4 and summary["transformer_loss"] > 0
     assert not (here / "run" / "transformer").exists()  # the model is as it was, in its own folder
     state = load_file(here / "run" / FILE)

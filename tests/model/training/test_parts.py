@@ -19,7 +19,7 @@ from cogvx.training.losses import (
 )
 from cogvx.training.optimizers import Muon, make_optimizers
 from cogvx.training.recipe import TransformerTraining
-from cogvx.training.sampler import ResumableBatchSampler, mix_seed
+from cogvx.training.sampler import Draws, ResumableBatchSampler, mix_seed, shares
 from cogvx.training.timestep_sampling import (
     UncertaintyWeighting,
     quantile_timesteps,
@@ -53,10 +53,35 @@ def test_resumed_batches_are_the_rest(batch_of):
 
 def test_processes_share_a_batch():
     whole = list(ResumableBatchSampler(7, always(6), 3, 0, 5))
-    shares = [list(ResumableBatchSampler(7, always(6), 3, 0, 5, rank, 3)) for rank in range(3)]
+    shares = [list(ResumableBatchSampler(7, always(6), 3, 0, 5, 1, rank, 3)) for rank in range(3)]
     assert [sum(parts, []) for parts in zip(*shares, strict=True)] == whole
-    with pytest.raises(ValueError, match="multiple of the 4 processes; got 6"):
-        list(ResumableBatchSampler(7, always(6), 3, 0, 5, 0, 4))
+    with pytest.raises(ValueError, match="multiple of the 4 shares of .* 1 on 4 ranks .*; got 6"):
+        list(ResumableBatchSampler(7, always(6), 3, 0, 5, 1, 0, 4))
+
+
+def test_parts_of_a_batch_have_the_same_clips_on_any_number_of_ranks():
+    alone = shares(12, 2, 0, 1)
+    assert alone == [range(6), range(6, 12)]
+    for ranks in (2, 3):
+        split = [shares(12, 2, rank, ranks) for rank in range(ranks)]
+        assert [[i for own in part for i in own] for part in zip(*split, strict=True)] == [
+            list(part) for part in alone
+        ]
+    with pytest.raises(ValueError, match="multiple of the 8 shares of accumulate 4 on 2 ranks"):
+        shares(4, 4, 0, 2)
+
+
+def test_random_numbers_are_of_seed_step_and_position():
+    whole = Draws(3, 5, range(6), 6)
+    numbers = whole.rand(2), whole.randn(2, 3), whole.quantiles()
+    for first in (0, 2, 4):
+        part = Draws(3, 5, range(first, first + 2), 6)
+        own = part.rand(2), part.randn(2, 3), part.quantiles()
+        assert all(torch.equal(a, b[first : first + 2]) for a, b in zip(own, numbers, strict=True))
+    assert (numbers[2].sort().values * 6).long().tolist() == list(range(6))
+    for other in (Draws(4, 5, range(6), 6), Draws(3, 6, range(6), 6)):
+        assert not torch.equal(other.rand(2), numbers[0])
+    assert len(numbers[0].unique()) == 12
 
 
 def test_mixed_seeds_are_distinct_and_far_apart():
@@ -171,11 +196,12 @@ def test_velocity_loss_with_uncertainty_weighting():
 
 def test_dropped_texts_are_empty():
     text, empty = torch.ones(1000, 2, 3), torch.zeros(1, 2, 3)
-    kept = drop_text(text, empty, 0.25)
+    draws = Draws(0, 0, range(1000), 1000)
+    kept = drop_text(text, empty, 0.25, draws)
     rows = kept.flatten(1).mean(1)
     assert set(rows.tolist()) == {0.0, 1.0} and 0.18 < 1 - rows.mean() < 0.32
-    assert torch.equal(drop_text(text, empty, 0.0), text)
-    assert torch.equal(drop_text(text, empty, 1.0), empty.expand_as(text))
+    assert torch.equal(drop_text(text, empty, 0.0, draws), text)
+    assert torch.equal(drop_text(text, empty, 1.0, draws), empty.expand_as(text))
 
 
 def test_mean_losses():
@@ -216,8 +242,9 @@ def test_initialised_vae_keeps_the_variance():
 def test_recolor_maps_a_clip_by_one_function():
     torch.manual_seed(0)
     video = torch.stack([ProceduralClips("train", 300, 2, 16, 16)[i].video for i in range(300)])
-    assert recolor(video, 0.0) is video
-    other = recolor(video, 0.5)
+    draws = Draws(0, 0, range(300), 300)
+    assert recolor(video, 0.0, draws) is video
+    other = recolor(video, 0.5, draws)
     kept = (other == video).flatten(1).all(1)
     assert 110 < kept.sum() < 190
     assert other.min() == -1 and other.max() == 1

@@ -1,52 +1,66 @@
-"""Several processes, as `accelerate launch` starts them; on the CPU, with gloo between them."""
+"""Two processes, as torchrun starts them; on the CPU, with gloo between them."""
 
 import json
 import os
-import socket
+import subprocess
+import sys
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from torch.multiprocessing import start_processes
 
-from cogvx.training import train
-from tests.harness.workers import run_cases
+from cogvx.training import train, trainer
+from tests.parallel import ranks
 
 from .recipes import small
 
+RECIPE = """
+[data]
+{data}
+[vae]
+{vae}
+[vae_training]
+{vae_training}
+[transformer]
+{transformer}
+[transformer_training]
+{transformer_training}
+"""
 
-def launched(rank, folder, port):
-    """Train twice, with what a launcher tells a process; forked, which imports nothing anew."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
-    AcceleratorState._reset_state(reset_partial_state=True)  # of a training before the fork
-    for name in ("one", "two"):
-        train(small(), folder / name)
-    state = AcceleratorState()
-    who = f"{state.distributed_type.value}-{state.process_index}/{state.num_processes}"
-    (folder / f"{rank}.txt").write_text(who)
-    torch.distributed.destroy_process_group()
 
-
-def launch(folder):
-    """Two trainings of the small recipe in two processes, into the folders "one" and "two"."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start_processes(launched, (folder, port), 2, start_method="fork")
+def torchrun(folder):
+    """`cogvx train` of the small recipe into the folder "one"."""
+    recipe = small().to_dict()
+    lines = {
+        table: "\n".join(f"{key} = {json.dumps(value)}" for key, value in recipe[table].items()
+                         if value is not None)
+        for table in ("data", "vae", "vae_training", "transformer", "transformer_training")
+    }  # fmt: skip
+    (folder / "recipe.toml").write_text(RECIPE.format(**lines))
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    plain["PYTHONPATH"] = os.pathsep.join(sys.path)
+    plain["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # sums have another order with others
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cogvx"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "train", "recipe.toml", "--out", "one", "--json"],
+        cwd=folder,
+        env=plain,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(done.stdout)  # of the first process: the other prints nothing
 
 
 @pytest.mark.slow
-def test_two_processes_train_one_model(tmp_path):
-    """Twice the same bits; and a model, a curve and checkpoints as one process leaves them."""
-    [outcome] = run_cases(launch, [tmp_path], timeout=300)
-    assert outcome.ok, outcome
-    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == [
-        "MULTI_CPU-0/2",
-        "MULTI_CPU-1/2",
-    ]
+def test_two_processes_train_one_model(tmp_path, monkeypatch):
+    """The same bits by torchrun and by forks; and a model, a curve and checkpoints as one process
+    leaves them."""
+    monkeypatch.setattr(trainer, "SCALING_CLIPS", 64)  # which `recipes` lowers in this process
+    summary = torchrun(tmp_path)
+    assert summary["vae_step"] == summary["transformer_step"] == 6
+    ranks.run(train, 2, small(), tmp_path / "two")
     found = []
     for name in ("one", "two"):
         files = sorted((tmp_path / name).glob("*/diffusion_pytorch_model.safetensors"))
@@ -56,6 +70,12 @@ def test_two_processes_train_one_model(tmp_path):
             lines = (tmp_path / name / "training" / stage / "losses.jsonl").read_text()
             points = [json.loads(line) for line in lines.splitlines()]
             assert [point["step"] for point in points] == [2, 4, 6]
+            newest = tmp_path / name / "training" / stage / "checkpoints" / "00000006"
+            assert {file.name for file in newest.iterdir()} == {
+                ".metadata",
+                "__0_0.distcp",
+                "__1_0.distcp",
+            }
     for one, two in zip(*found, strict=True):
         assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     config = json.loads((tmp_path / "one" / "transformer" / "config.json").read_text())

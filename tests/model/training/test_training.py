@@ -85,9 +85,9 @@ def test_posterior_chooses_modes_or_samples(tmp_path, monkeypatch, posterior):
     learned = []
 
     class Loss(VelocityLoss):
-        def forward(self, latents, text):
+        def forward(self, latents, *others):
             learned.extend(latents)
-            return super().forward(latents, text)
+            return super().forward(latents, *others)
 
     monkeypatch.setattr(trainer, "VelocityLoss", Loss)
     once = {"steps": 2, "save_every": 2, "sample_every": 2}
@@ -200,7 +200,7 @@ def test_non_finite_gradients_stop_the_training(tmp_path):
     ids=str,
 )
 def test_options_give_about_the_same_losses(whole, tmp_path, options):
-    """Accumulation, gradient checkpointing and bfloat16 have other bits or random numbers."""
+    """Accumulation, gradient checkpointing and bfloat16 have other bits."""
     points = train(small(vae_training=options, transformer_training=options), tmp_path)
     for stage, came in points.items():
         losses = [(a["loss"], b["loss"]) for a, b in zip(came, curve(whole, stage), strict=True)]
