@@ -161,8 +161,8 @@ def test_resume_after_sigkill_gives_the_same_bits(whole, tmp_path):
             patch.setattr(os, "fsync", synced)
             train(small(), tmp_path, progress=lambda stage, done, _: reached(f"{stage} {done}"))
 
-    ends = ["vae/checkpoints/.00000002.part/model", "vae 3", "vae/.losses",
-            "transformer/checkpoints/.00000004.part/optimizer"]  # fmt: skip
+    ends = ["vae/checkpoints/.00000002.part/__0_0.distcp", "vae 3", "vae/.losses",
+            "transformer/checkpoints/.00000004.part/.metadata"]  # fmt: skip
     for end in ends:
         [outcome] = run_cases(training, [end])
         assert (outcome.status, outcome.detail) == ("crashed", "SIGKILL"), outcome
