@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from .. import training
+from .. import parallel, training
 from ..training import STAGES, Recipe
 from . import loading
 from .console import Console
@@ -26,6 +26,7 @@ def train(options: argparse.Namespace, console: Console) -> None:
         tensorboard=options.tensorboard,
         progress=console.progress,
     )
+    parallel.stop()
     last = {f"{stage}_{k}": v for stage, points in losses.items() for k, v in points[-1].items()}
     if losses:  # else this process is one beside the main one
         console.print_summary({**last, "seconds": console.seconds, "out": str(options.out)})

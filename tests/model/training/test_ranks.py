@@ -13,7 +13,7 @@ from torch import nn
 from cogvx import CogVideoX
 from cogvx.training import loop, train, trainer
 from cogvx.training.checkpointing import RunFolder
-from cogvx.training.sharding import World
+from cogvx.training.sharding import World, shard
 from tests.harness.selection import rest
 from tests.parallel import ranks
 
@@ -173,6 +173,22 @@ def test_a_training_goes_on_with_another_number_of_ranks(alone, vae, tmp_path, n
     assert [point["step"] for point in curve(folder)] == [1, 2]
     ranks.run(work, 3, recipe, folder)
     assert_close(folder, alone(OPTIONS[name]))
+
+
+def generated(folder, sharded):
+    pipe = CogVideoX.from_pretrained(folder)
+    if sharded:
+        world = World(torch.device("cpu"), torch.distributed.get_rank(), 2)
+        shard(pipe.transformer, world, recipe_of().transformer_training)
+    size = {"num_frames": 5, "height": 16, "width": 16}
+    return pipe.generate("a red circle moves right", steps=3, seed=0, guidance=2.0, **size)
+
+
+def test_sharded_weights_generate_the_same_clip(vae):
+    """`project_text` and `modulations` are called beside FSDP2's forward."""
+    wanted = generated(vae, False)
+    for clip in ranks.run(generated, 2, vae, True):
+        torch.testing.assert_close(clip, wanted, rtol=0, atol=1e-5)
 
 
 def kill():
