@@ -15,6 +15,7 @@ import torch
 from cogvx_kernels.context_parallel import split_sizes
 
 from ..config import TransformerConfig, VAEConfig
+from ..vae import Tiling
 from ..validation import check_integer, invalid
 from .flops import token_weights, vae_flops
 from .stages import Plan, forecast, size
@@ -182,23 +183,25 @@ def forecast_meshes(
     guidance: bool = True,
     cfg: str = "batch",
     dtype: torch.dtype = torch.bfloat16,
+    tiling: Tiling | None = None,
     budget: int | None = None,
     **clip: Any,
 ) -> MeshForecast:
     """Forecast a clip on every mesh of so many GPUs.
 
     budget: bytes of a GPU; a mesh of which a rank needs more is refused.
-    clip: other arguments of `forecast`. With `tiling` the first rank decodes alone.
+    tiling: of the VAE, with tiles on the ranks of a clip in turn; otherwise its chunks are.
+    clip: other arguments of `forecast`.
 
     Raises as `forecast` does, and ValueError for `gpus` out of [1, 4096].
     """
     if not 1 <= check_integer("forecast_meshes", "gpus", gpus) <= MOST_GPUS:
         raise invalid("forecast_meshes", "gpus", f"in [1, {MOST_GPUS}]", gpus)
-    options = {"guidance": guidance, "dtype": dtype, **clip}
+    options = {"guidance": guidance, "dtype": dtype, "tiling": tiling, **clip}
     one = forecast(transformer, vae, cfg=cfg, **options)
     tokens = one.text_tokens + one.video_tokens
     costs = _Clip(transformer, vae, PREDICTIONS if guidance else 1, steps, dtype.itemsize,
-                  clip.get("tiling") is not None)  # fmt: skip
+                  tiling)  # fmt: skip
     plans: dict[tuple[str, int], Plan] = {(cfg, 1): one}
     meshes, refused = [], {}
     for data, split, context in _shapes(gpus):
@@ -266,14 +269,14 @@ def _shapes(gpus: int) -> Iterator[tuple[int, int, int]]:
 
 @dataclass(frozen=True)
 class _Clip:
-    """What a forecast of one mesh needs of the clip; `tiled`: its first rank decodes alone."""
+    """What a forecast of one mesh needs of the clip."""
 
     transformer: TransformerConfig
     vae: VAEConfig
     predictions: int
     steps: int
     itemsize: int
-    tiled: bool
+    tiling: Tiling | None
 
     def mesh(self, plan: Plan, data: int, guidance: int, context: int) -> Mesh:
         """plan: of a rank of this context that decodes the whole video."""
@@ -294,12 +297,15 @@ class _Clip:
             for m in MACHINES
         }
         decode = plan.stage("decode")
-        relay = 1 if self.tiled else min(ranks, len(decode.chunks))
+        tiles = self._tiles(plan)
+        relay = 1 if tiles > 1 else min(ranks, len(decode.chunks))
         times = {m.name: self._decode_seconds(m, plan, relay) for m in MACHINES}
+        if tiles > 1:  # on the ranks in turn
+            times = {name: -(-tiles // ranks) / tiles * whole for name, whole in times.items()}
         text = sum(stage.weights for stage in plan.stages if stage.name == "text")
         rest = max(stage.activations for stage in plan.stages if stage.name != "decode")
-        if relay > 1:
-            rest = max(rest, decode.streamed)
+        if relay > 1 or tiles > 1:
+            rest = max(rest, decode.streamed or decode.activations)
         return Mesh(
             data, guidance, context, method,
             first=plan.total,
@@ -309,6 +315,11 @@ class _Clip:
             step=step,
             clip={name: self.steps * step[name] + times[name] for name in step},
         )  # fmt: skip
+
+    def _tiles(self, plan: Plan) -> int:
+        if self.tiling is None or not self.tiling.cuts(plan.height, plan.width):
+            return 1
+        return self.tiling.count(plan.height, plan.width, self.vae.spatial_compression_ratio)
 
     def _seconds(self, m: Machine, plan: Plan, context: int, batch: int, method: str) -> float:
         """Computation of a step, by the rank that has most of it."""

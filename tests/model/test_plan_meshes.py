@@ -121,13 +121,17 @@ def test_what_is_not_possible_is_listed_with_the_reason(eight):
             forecast_meshes(SMALL, vae, gpus=gpus, **SMALL_CLIP)
 
 
-def test_tiles_are_decoded_by_the_first_rank():
-    options = {"gpus": 2, "frames": 17, "height": 64, "width": 64}
+def test_tiles_are_on_the_ranks_in_turn():
+    options = {"gpus": 3, "frames": 17, "height": 64, "width": 64}
     vae = PRESETS["2b"].vae
-    whole = named(forecast_meshes(SMALL, vae, **options))["1x1x2"]
-    tiled = named(forecast_meshes(SMALL, vae, tiling=Tiling(32, 32), **options))["1x1x2"]
-    assert tiled.relayed == 0 < whole.relayed
-    assert tiled.clip["NVLink"] - whole.clip["NVLink"] > 0
+    whole = named(forecast_meshes(SMALL, vae, **options))["1x1x3"]
+    tiled = named(forecast_meshes(SMALL, vae, tiling=Tiling(32, 32), **options))
+    three, one = tiled["1x1x3"], tiled["3x1x1"]
+    assert three.relayed == 0 < whole.relayed
+    decode, alone = (m.clip["PCIe"] - 50 * m.step["PCIe"] for m in (three, one))
+    assert Tiling(32, 32).count(64, 64, 8) == 4 and decode / alone == pytest.approx(2 / 4)
+    not_cut = named(forecast_meshes(SMALL, vae, tiling=Tiling(64, 64), **options))["1x1x3"]
+    assert not_cut == whole
 
 
 def test_between_machines_the_network_is_the_limit():
