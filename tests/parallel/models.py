@@ -24,6 +24,7 @@ KINDS: dict[str, TransformerConfig] = {
     "routed": dataclasses.replace(EXPERTS, num_attention_heads=4, num_text_experts=3),
     "LoRA": FIVE_HEADS,
     "one expert each": dataclasses.replace(FIVE_HEADS, num_text_experts=1, num_video_experts=1),
+    "one block": dataclasses.replace(FIVE_HEADS, num_layers=1),
     "2 heads": ROPE,  # fewer than ranks: "auto" gathers keys and values
     "long text": FIVE_HEADS,  # a rank without video tokens
 }

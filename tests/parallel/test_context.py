@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from cogvx_kernels.context_parallel import Context, split_sizes
+from tests.harness.selection import rest
 
 from . import ranks
 
@@ -84,7 +85,7 @@ def cases():
     return [attention_and_gradients(*case) for case in fit]
 
 
-@pytest.mark.parametrize("size", [3, pytest.param(2, marks=pytest.mark.rest), 4])
+@pytest.mark.parametrize("size", [3, rest(2), 4])
 def test_attention_of_parts_is_that_of_the_whole(size):
     for results in ranks.run(cases, size):
         assert len(results) >= 4
