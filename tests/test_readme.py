@@ -57,7 +57,10 @@ def examples(page: str) -> list[str]:
 def commands(page: str) -> list[str]:
     """Commands of this project in a page: in backticks, or lines of a block of code."""
     inline = re.findall(r"`((?:cogvx|cogvx-kernels) [a-z][^`]*)`", TEXT[page])
-    blocks = re.findall(r"^ {0,4}((?:cogvx|cogvx-kernels) [a-z][^\n]*)$", TEXT[page], re.MULTILINE)
+    torchrun = r"(?:torchrun [^\n]*? -m )?"
+    blocks = re.findall(
+        rf"^ {{0,4}}{torchrun}((?:cogvx|cogvx-kernels) [a-z][^\n]*)$", TEXT[page], re.MULTILINE
+    )
     return [command for command in [*inline, *blocks] if "COMMAND" not in command]
 
 

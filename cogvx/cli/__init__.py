@@ -33,7 +33,8 @@ OPTIONS = {
 }
 # Classes and functions at the start of messages, which a user of the command line does not know.
 CALLEES = re.compile(
-    r"\A(?:cogvx|build_transformer|build_vae|timestep_schedule|forecast|plan|train|convert|load_lora|"
+    r"\A(?:cogvx|build_transformer|build_vae|timestep_schedule|forecast|plan|train|convert|load_lora|parallel\.start|"
+    r""
     r"open_video|read_image|read_video|write_video|write_tensors|stream_encode|stream_decode|held_out_prompts|"
     r"(?:CogVideoX|CausalVAE|ExpertTransformer|T5TextEncoder|WordTextEncoder|TransformerConfig|"
     r"VAEConfig|Tiling)(?:\.\w+)?): "
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = make().parse_args(argv)
     except SystemExit as end:  # argparse has printed help, version or error
         return end.code if isinstance(end.code, int) else 2
+    options.typed = sys.argv[1:] if argv is None else list(argv)
     with _signals(), _warnings(), Console(options.quiet, options.json) as console:
         try:
             # Here torch is imported, by the module of the command.

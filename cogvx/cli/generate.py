@@ -14,6 +14,7 @@ from ..checkpoint.lora import read_lora
 from ..checkpoint.record import Record
 from ..config import SchedulerConfig, TransformerConfig, VAEConfig
 from ..generation import GenerationParams
+from ..parallel import context_parallel, stop
 from ..pipeline import CogVideoX, default_size, resume
 from ..pipeline.params import Request, resolve
 from ..plan import denoise_flops, forecast, vae_flops
@@ -21,7 +22,7 @@ from ..schedulers import SOLVERS
 from ..transformer import ExpertTransformer
 from ..vae import CausalVAE
 from ..video import check_video_output, open_video, read_image
-from . import clips, loading
+from . import clips, loading, ranks
 from .console import Console
 from .outputs import output
 
@@ -64,11 +65,18 @@ class Model:
                 read_lora(path, empty)
         return cls(folder, dtype, device, transformer, vae, solver, scheduler, adapters)
 
-    def load(self, options: argparse.Namespace, console: Console) -> CogVideoX:
+    def load(
+        self, options: argparse.Namespace, console: Console, text_encoder: bool = True
+    ) -> CogVideoX:
         """Read the weights."""
         console.progress("load weights")
         pipe = CogVideoX.from_pretrained(
-            self.folder, self.dtype, self.device, options.backend, variant=options.variant
+            self.folder,
+            self.dtype,
+            self.device,
+            options.backend,
+            text_encoder=text_encoder,
+            variant=options.variant,
         )
         for path, scale in self.adapters:
             pipe.load_lora(path, scale)
@@ -119,29 +127,51 @@ class Job:
 @torch.no_grad()
 def generate(options: argparse.Namespace, console: Console) -> None:
     if options.prompts is not None:
+        if options.context_parallel is not None or options.cfg_parallel:
+            raise ValueError(
+                "--context-parallel and --cfg-parallel must come with --prompt; got --prompts, "
+                "whose videos are one GPU's each"
+            )
         from .prompts import generate_all
 
         generate_all(options, console)
         return
     if options.ray is not None:
         raise ValueError("--ray must come with --prompts; got one --prompt")
-    latents = latents_of(options.out)
-    console.hold(output(options.out, options.force, clips.VIDEOS))
-    console.hold(output(latents, options.force or options.resume, (".safetensors",)))
-    if options.resume and not latents.is_file():
-        raise ValueError(f"{latents}: must be there to --resume; it is not")
-    if options.seed is None:
-        options.seed = seed_of(latents) if options.resume else int(torch.randint(1 << 31, ()))
+    processes = ranks.start(options, console, guided=options.guidance > 1)
+
+    def claim() -> int | None:
+        return _claim(options, console)
+
+    options.seed = claim() if processes is None else processes.shared(claim)
     model = Model.of(options)
     job = Job.of(options, model)
     loading.warn_if_long(console, job.flops, model.device, model.dtype)
-    pipe = model.load(options, console)
+    first = processes is None or processes.first
+    pipe = model.load(options, console, text_encoder=first)
+    if processes is not None:
+        context_parallel(pipe, processes.mesh)
     denoise(pipe, job, options, console, resume_it=options.resume)
+    stop()
+    if not first:
+        return
     vae = pipe.vae
     del pipe  # decoding needs no transformer
     frames = decode(vae, job, options, console)
     facts = {"frames": frames, "fps": job.fps, "seed": job.seed, "latents": str(job.latents)}
     console.print_summary({**facts, "out": str(job.out), "seconds": console.seconds})
+
+
+def _claim(options: argparse.Namespace, console: Console) -> int | None:
+    """Check and lock the outputs; returns the seed."""
+    latents, seed = latents_of(options.out), options.seed
+    console.hold(output(options.out, options.force, clips.VIDEOS))
+    console.hold(output(latents, options.force or options.resume, (".safetensors",)))
+    if options.resume and not latents.is_file():
+        raise ValueError(f"{latents}: must be there to --resume; it is not")
+    if seed is None:
+        seed = seed_of(latents) if options.resume else int(torch.randint(1 << 31, ()))
+    return seed if seed is None else int(seed)
 
 
 def latents_of(video: Path) -> Path:

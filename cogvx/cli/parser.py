@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,13 @@ def _later(module: str, function: str) -> Run:
     """Import a module of cogvx when its function is called."""
 
     def run(options: argparse.Namespace, console: Console) -> None:
-        getattr(importlib.import_module(f"cogvx.{module}"), function)(options, console)
+        command = getattr(importlib.import_module(f"cogvx.{module}"), function)
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.distributed.is_torchelastic_launched():
+            # so that torchrun's report has this rank's own error
+            errors = importlib.import_module("torch.distributed.elastic.multiprocessing.errors")
+            command = errors.record(command)
+        command(options, console)
 
     return run
 
@@ -131,6 +138,15 @@ def _generate(commands: Any) -> None:
                         help="fail before weights are read if more memory is needed, such as "
                         "10G; by default no limit")  # fmt: skip
     arguments.add_hub(parser)
+    several = parser.add_argument_group(
+        "several GPUs", "One video under torchrun, which starts the processes."
+    )
+    several.add_argument("--context-parallel", type=arguments.count, metavar="N",
+                         help="split the sequence over N GPUs; by default over all that are left "
+                         "by --cfg-parallel")  # fmt: skip
+    several.add_argument("--cfg-parallel", action="store_true",
+                         help="both predictions of guidance at once, on two groups of GPUs; by "
+                         "default if neither option is given, and the GPUs are even")  # fmt: skip
     safe = parser.add_argument_group("checkpoints")
     arguments.add_param(safe, "checkpoint_every", type=arguments.count, metavar="N",
         help="save the latents every N steps; by default after the last")  # fmt: skip

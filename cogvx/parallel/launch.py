@@ -48,7 +48,7 @@ def start(
     if device not in (None, "cpu", "cuda"):
         raise invalid(WHERE, "device", '"cpu", "cuda" or None', repr(device))
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    world = _world()
+    world = world_size()
     if context is None:
         context = max(1, world // (guidance * max(1, data)))
     sizes = data, guidance, check_integer(WHERE, "context", context)
@@ -71,17 +71,25 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _world() -> int:
-    """Number of processes."""
+def launched() -> bool:
+    """True in a process of torchrun, or of a process group."""
+    return dist.is_initialized() or not _missing()
+
+
+def world_size() -> int:
+    """Number of processes. Raises RuntimeError if torchrun did not start this one."""
     if dist.is_initialized():
         return dist.get_world_size()
-    missing = [name for name in VARIABLES if name not in os.environ]
-    if missing:
+    if missing := _missing():
         raise RuntimeError(
             f"{WHERE}: must be called by processes of torchrun; {', '.join(missing)} not set. Type "
             "torchrun --nproc-per-node GPUS program.py"
         )
     return int(os.environ["WORLD_SIZE"])
+
+
+def _missing() -> list[str]:
+    return [name for name in VARIABLES if name not in os.environ]
 
 
 def _take_gpu() -> None:

@@ -1,7 +1,9 @@
 """The ranks that make one video, and what they share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -12,6 +14,7 @@ from cogvx_kernels.context_parallel import Context
 from ..transformer import ExpertTransformer
 
 T = TypeVar("T")
+GRACE = timedelta(seconds=10)  # ranks that wait for another time out within it of each other
 WITHIN = ("context", "guidance")  # dimensions of the ranks of one video, innermost first
 
 
@@ -95,3 +98,33 @@ class Ranks:
         if done[1] is not None:
             raise done[1]
         return value
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Name the ranks to blame if a message fails inside: it ends in another rank's timeout.
+
+        Ranks leave their errors in the store of the process group; one that leaves none is frozen
+        or lost. Raises RuntimeError in place of the error of a message, after `GRACE` at most.
+        """
+        store, number = dist.distributed_c10d._get_default_store(), dist.get_rank()
+        try:
+            yield
+        except Exception as error:
+            of_a_message = isinstance(error, dist.DistError) or "gloo" in str(error)
+            text = "" if of_a_message else f"{type(error).__name__}: {error}"
+            store.set(f"cogvx/error/{number}", text)
+            if not of_a_message:
+                raise
+            others = [rank for rank in range(dist.get_world_size()) if rank != number]
+            causes = [cause for rank in others if (cause := _cause(store, rank))]
+            raise RuntimeError(f"{'; '.join(causes) or 'no rank failed'}: {error}") from error
+
+
+def _cause(store: Any, rank: int) -> str:
+    """What a rank did wrong; "" if it waited for another."""
+    try:
+        store.wait([f"cogvx/error/{rank}"], GRACE)
+    except RuntimeError:
+        return f"rank {rank} does not answer, it is frozen or lost"
+    text = store.get(f"cogvx/error/{rank}").decode()
+    return text and f"rank {rank} failed with {text}"

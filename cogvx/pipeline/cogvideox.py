@@ -4,6 +4,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -340,19 +341,33 @@ class CogVideoX:
         if ranks is not None and seed is None and request.generator is None:
             seed = ranks.shared(drawn_seed)
         generator = make_generator(seed, request.generator, request.batch)
-        saved = self._begin(request, solver, timesteps, generator, progress)
-        record, conditioning, state = saved.record, saved.conditioning, saved.state
-        if conditioning is not None:  # None: the file had all steps
-            progress("denoise", state.done, len(timesteps))
-            run = denoise(
-                self.transformer, solver, timesteps, state, conditioning, request, generator, guides
-            )
-            for state in run:
-                now = every is not None and state.done % every == 0 and state.done < len(timesteps)
-                if path is not None and now:
-                    states = _states(generator)
-                    resume.write(path, Saved(record, len(timesteps), state, conditioning, states))
+        with nullcontext() if ranks is None else ranks.watched():
+            saved = self._begin(request, solver, timesteps, generator, progress)
+            record, conditioning, state = saved.record, saved.conditioning, saved.state
+            if conditioning is not None:  # None: the file had all steps
                 progress("denoise", state.done, len(timesteps))
+                run = denoise(
+                    self.transformer,
+                    solver,
+                    timesteps,
+                    state,
+                    conditioning,
+                    request,
+                    generator,
+                    guides,
+                )
+                for state in run:
+                    now = (
+                        every is not None
+                        and state.done % every == 0
+                        and state.done < len(timesteps)
+                    )
+                    if path is not None and now:
+                        states = _states(generator)
+                        resume.write(
+                            path, Saved(record, len(timesteps), state, conditioning, states)
+                        )
+                    progress("denoise", state.done, len(timesteps))
         if path is not None:
             resume.write(path, Saved(record, len(timesteps), state))
         if request.output == "latents":

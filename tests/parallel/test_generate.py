@@ -1,6 +1,9 @@
 """`generate` on ranks: the result, what is shared, and what is refused."""
 
 import functools
+import os
+import signal
+from datetime import timedelta
 
 import pytest
 import torch
@@ -98,7 +101,45 @@ def test_an_error_of_the_first_rank_is_raised_on_all():
         tiny().text_encoder.encode = None
         generated(1, seed=0)
 
-    assert len(set(ranks.run(refusal, 2, run))) == 1
+    for message in ranks.run(refusal, 2, run):
+        assert "TypeError: 'NoneType' object is not callable" in message
+
+
+def failing(how):
+    """Rank 1 fails after the first step."""
+
+    def callback(index, timestep, latents):
+        if dist.get_rank() == 1:
+            if how == "raise":
+                raise ValueError("no luck")
+            os.kill(os.getpid(), getattr(signal, how))
+
+    generated(1, seed=0, callback=callback)
+
+
+@pytest.mark.parametrize(
+    "how, cause",
+    [
+        ("SIGSTOP", "RuntimeError: rank 1 does not answer, it is frozen or lost: "),
+        ("raise", "RuntimeError: rank 1 failed with ValueError: no luck: "),
+        rest("SIGKILL", "RuntimeError: rank 1 does not answer, it is frozen or lost: "),
+    ],
+)
+def test_ranks_name_the_one_that_fails(how, cause, monkeypatch):
+    monkeypatch.setattr("cogvx.parallel.ranks.GRACE", timedelta(seconds=0.5))
+    monkeypatch.setattr(ranks, "GRACE", 5.0)
+    with pytest.raises(ranks.RankFailure) as caught:
+        ranks.run(at_end, 2, failing, how, deadline=20.0, timeout=2.0)
+    assert cause in str(caught.value)
+
+
+def at_end(function, *arguments):
+    """Print the error at once, since the other rank's is the one that is reported."""
+    try:
+        function(*arguments)
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+        raise
 
 
 def test_groups_for_guidance_need_guidance():

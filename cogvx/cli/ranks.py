@@ -1,0 +1,46 @@
+"""The ranks of a command that torchrun started."""
+
+import argparse
+import shlex
+import warnings
+
+from .. import parallel
+from ..parallel import Ranks
+from .console import Console
+from .loading import device_of
+
+
+def start(options: argparse.Namespace, console: Console, guided: bool) -> Ranks | None:
+    """Ranks of `--context-parallel` and `--cfg-parallel`; None in a single process.
+
+    Under torchrun without these options guidance takes two groups, if there is guidance and the
+    number of processes is even, and the context the rest. Only the first rank prints. Raises
+    ValueError if there is no torchrun, with the command to type.
+    """
+    asked = options.context_parallel is not None or options.cfg_parallel
+    if not parallel.launched():
+        if asked:
+            size = (options.context_parallel or 1) * (1 + options.cfg_parallel)
+            typed = shlex.join(["torchrun", "--nproc-per-node", str(size), "-m", "cogvx"])
+            raise ValueError(
+                "--context-parallel and --cfg-parallel need processes of torchrun. Type "
+                f"{typed} {shlex.join(options.typed)}"
+            )
+        return None
+    device = device_of(options)
+    if device.index is not None:
+        raise ValueError(
+            f"--device must be cpu or cuda under torchrun, where a process takes the GPU of its "
+            f"number; got {device}"
+        )
+    pair = options.cfg_parallel if asked else guided and parallel.world_size() % 2 == 0
+    ranks = Ranks(parallel.start(2 if pair else 1, options.context_parallel, device=device.type))
+    if not ranks.first:
+        console.quiet, console.as_json = True, False
+        warnings.simplefilter("ignore")  # the first rank has the same; `cogvx.cli` restores it
+    mesh = ranks.mesh
+    console.note(
+        f"{mesh.size()} processes: guidance {mesh['guidance'].size()} x context "
+        f"{mesh['context'].size()}"
+    )
+    return ranks
