@@ -17,9 +17,9 @@ def start(options: argparse.Namespace, console: Console, guided: bool) -> Ranks 
     number of processes is even, and the context the rest. Only the first rank prints. Raises
     ValueError if there is no torchrun, with the command to type.
     """
-    asked = options.context_parallel is not None or options.cfg_parallel
+    requested = options.context_parallel is not None or options.cfg_parallel
     if not parallel.launched():
-        if asked:
+        if requested:
             size = (options.context_parallel or 1) * (1 + options.cfg_parallel)
             typed = shlex.join(["torchrun", "--nproc-per-node", str(size), "-m", "cogvx"])
             raise ValueError(
@@ -33,7 +33,7 @@ def start(options: argparse.Namespace, console: Console, guided: bool) -> Ranks 
             f"--device must be cpu or cuda under torchrun, where a process takes the GPU of its "
             f"number; got {device}"
         )
-    pair = options.cfg_parallel if asked else guided and parallel.world_size() % 2 == 0
+    pair = options.cfg_parallel if requested else guided and parallel.world_size() % 2 == 0
     ranks = Ranks(parallel.start(2 if pair else 1, options.context_parallel, device=device.type))
     if not ranks.first:
         console.quiet, console.as_json = True, False

@@ -326,50 +326,11 @@ class CogVideoX:
             self.solver,
             self.scheduler.num_train_timesteps,
         )
-        ranks, path = self.ranks, request.save_latents
-        guides = guides_of(ranks, request)
-        if ranks is not None and not ranks.first:
-            path = None  # the first rank writes files
-        else:
-            resume.check_saving(path, request.checkpoint_every)
         self._warn_of_half()
         _warn_of_range({"image": params.image, "video": params.video})
-        progress, every = request.progress or _no_progress, request.checkpoint_every
-        solver = SOLVERS[request.solver](self.scheduler, request.compat)
-        timesteps = solver.timestep_schedule(request.steps, request.strength)
-        seed = request.seed
-        if ranks is not None and seed is None and request.generator is None:
-            seed = ranks.shared(drawn_seed)
-        generator = make_generator(seed, request.generator, request.batch)
-        with nullcontext() if ranks is None else ranks.watched():
-            saved = self._begin(request, solver, timesteps, generator, progress)
-            record, conditioning, state = saved.record, saved.conditioning, saved.state
-            if conditioning is not None:  # None: the file had all steps
-                progress("denoise", state.done, len(timesteps))
-                run = denoise(
-                    self.transformer,
-                    solver,
-                    timesteps,
-                    state,
-                    conditioning,
-                    request,
-                    generator,
-                    guides,
-                )
-                for state in run:
-                    now = (
-                        every is not None
-                        and state.done % every == 0
-                        and state.done < len(timesteps)
-                    )
-                    if path is not None and now:
-                        states = _states(generator)
-                        resume.write(
-                            path, Saved(record, len(timesteps), state, conditioning, states)
-                        )
-                    progress("denoise", state.done, len(timesteps))
-        if path is not None:
-            resume.write(path, Saved(record, len(timesteps), state))
+        progress = request.progress or _no_progress
+        with nullcontext() if self.ranks is None else self.ranks.watched():
+            state = self._denoised(request, progress)
         if request.output == "latents":
             return state.latents
         return decode(self.vae, state.latents[:, request.padding :], request.tiling, progress)
@@ -406,6 +367,37 @@ class CogVideoX:
             width=usual[1] if width is None else width,
             **{"dtype": weight.dtype, "backend": backend, **options},
         )
+
+    def _denoised(self, request: Request, progress: Progress) -> State:
+        """State after the last step, which is also saved."""
+        ranks, path, every = self.ranks, request.save_latents, request.checkpoint_every
+        guides = guides_of(ranks, request)
+        if ranks is not None and not ranks.first:
+            path = None  # the first rank writes files
+        else:
+            resume.check_saving(path, every)
+        solver = SOLVERS[request.solver](self.scheduler, request.compat)
+        timesteps = solver.timestep_schedule(request.steps, request.strength)
+        seed = request.seed
+        if ranks is not None and seed is None and request.generator is None:
+            seed = ranks.shared(drawn_seed)
+        generator = make_generator(seed, request.generator, request.batch)
+        saved = self._begin(request, solver, timesteps, generator, progress)
+        record, conditioning, state = saved.record, saved.conditioning, saved.state
+        if conditioning is not None:  # None: the file had all steps
+            progress("denoise", state.done, len(timesteps))
+            run = denoise(
+                self.transformer, solver, timesteps, state, conditioning, request, generator, guides
+            )
+            for state in run:
+                now = every is not None and state.done % every == 0 and state.done < len(timesteps)
+                if path is not None and now:
+                    states = _states(generator)
+                    resume.write(path, Saved(record, len(timesteps), state, conditioning, states))
+                progress("denoise", state.done, len(timesteps))
+        if path is not None:
+            resume.write(path, Saved(record, len(timesteps), state))
+        return state
 
     def _begin(
         self,
