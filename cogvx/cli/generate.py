@@ -14,7 +14,7 @@ from ..checkpoint.lora import read_lora
 from ..checkpoint.record import Record
 from ..config import SchedulerConfig, TransformerConfig, VAEConfig
 from ..generation import GenerationParams
-from ..parallel import context_parallel, stop
+from ..parallel import Ranks, context_parallel
 from ..pipeline import CogVideoX, default_size, resume
 from ..pipeline.params import Request, resolve
 from ..plan import denoise_flops, forecast, vae_flops
@@ -152,12 +152,11 @@ def generate(options: argparse.Namespace, console: Console) -> None:
     if processes is not None:
         context_parallel(pipe, processes.mesh)
     denoise(pipe, job, options, console, resume_it=options.resume)
-    stop()
-    if not first:
-        return
     vae = pipe.vae
     del pipe  # decoding needs no transformer
-    frames = decode(vae, job, options, console)
+    clips.share(vae, processes, loading.tiling_of(options))
+    frames = decode(vae, job, options, console, processes)
+    clips.end(processes)
     facts = {"frames": frames, "fps": job.fps, "seed": job.seed, "latents": str(job.latents)}
     console.print_summary({**facts, "out": str(job.out), "seconds": console.seconds})
 
@@ -201,11 +200,20 @@ def denoise(
     )
 
 
-def decode(vae: CausalVAE, job: Job, options: argparse.Namespace, console: Console) -> int:
+def decode(
+    vae: CausalVAE,
+    job: Job,
+    options: argparse.Namespace,
+    console: Console,
+    processes: Ranks | None = None,
+) -> int:
     """Write the video from the file of latents; returns its number of frames."""
     done = partial(console.progress, "decode")
     try:
-        saved = resume.read(job.latents)
+        if processes is None:
+            saved = resume.read(job.latents)
+        else:  # the other machines may not have the file
+            saved = processes.shared(lambda: resume.read(job.latents))
         return clips.write_latents(job.out, vae, saved, job.fps, loading.tiling_of(options), done)
     except (ValueError, RuntimeError, OSError) as error:
         raise RuntimeError(
