@@ -127,11 +127,6 @@ class Job:
 @torch.no_grad()
 def generate(options: argparse.Namespace, console: Console) -> None:
     if options.prompts is not None:
-        if options.context_parallel is not None or options.cfg_parallel:
-            raise ValueError(
-                "--context-parallel and --cfg-parallel must come with --prompt; got --prompts, "
-                "whose videos are one GPU's each"
-            )
         from .prompts import generate_all
 
         generate_all(options, console)

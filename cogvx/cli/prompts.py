@@ -4,17 +4,21 @@ import argparse
 import json
 import re
 import sys
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 
 from ..checkpoint.record import check_record
 from ..extras import extra
-from ..pipeline import resume
-from . import ERRORS, message_of
+from ..parallel import Ranks, context_parallel
+from ..pipeline import CogVideoX, resume
+from . import ERRORS, message_of, ranks
 from .arguments import Parser
 from .console import Console
 from .generate import Job, Model, decode, denoise, latents_of, seed_of
@@ -33,19 +37,21 @@ class _LineParser(Parser):
 
 def generate_all(options: argparse.Namespace, console: Console) -> None:
     """Make the videos that are not there yet; a line that fails does not stop the others."""
+    processes = ranks.start(options, console, guided=False, many=True)
     lines = read_lines(options)
     check_lines(options, lines)
-    todo = [line for line in lines if not line.out.exists()]
-    console.progress("videos", len(lines) - len(todo), len(lines))
+    console.progress("videos", 0, len(lines))
+    made = _on_ray if options.ray is not None else _here if processes is None else _on_ranks
     facts: list[dict[str, Any]] = []
-    for fact in (
-        _on_ray(options, todo) if options.ray is not None else _here(options, todo, console)
-    ):
+    for fact in made(options, lines, console, processes):
         facts.append(fact)
-        console.progress("videos", len(lines) - len(todo) + len(facts), len(lines))
+        console.progress("videos", len(facts), len(lines))
+    if processes is not None and dist.get_rank():
+        return  # the first one has all facts
     failed = [fact for fact in facts if "error" in fact]
-    made = len(facts) - len(failed)
-    total = {"made": made, "were_there": len(lines) - len(todo), "failed": len(failed)}
+    there = [fact for fact in facts if "frames" not in fact and "error" not in fact]
+    total = {"made": len(facts) - len(failed) - len(there), "were_there": len(there)}
+    total["failed"] = len(failed)
     text = "\n".join(f"{name.replace('_', ' '):10}  {count}" for name, count in total.items())
     console.print_summary({**total, "out": str(options.out), "videos": facts}, text)
     if failed:
@@ -97,68 +103,147 @@ def check_lines(options: argparse.Namespace, lines: list[argparse.Namespace]) ->
                 check_record(job.latents, resume.read(job.latents).record, wanted)
     except ERRORS as error:
         if is_new:
-            options.out.rmdir()
+            with suppress(OSError):  # another rank has removed it, or writes to it
+                options.out.rmdir()
         raise ValueError(
             f"{options.prompts}, line {number}: {message_of(error, options)}"
         ) from error
 
 
 class Worker:
-    """A loaded model, which makes videos one by one."""
+    """A model that makes videos one by one; loaded for the first one."""
 
-    def __init__(self, options: argparse.Namespace, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        console: Console | None = None,
+        processes: Ranks | None = None,
+    ) -> None:
+        self.options = options
+        self.console = console or Console(quiet=True, as_json=True)
+        self.processes = processes
         self.model = Model.of(options)
-        self.pipe = self.model.load(options, console or Console(quiet=True, as_json=True))
+
+    @cached_property
+    def pipe(self) -> CogVideoX:
+        pipe = self.model.load(self.options, self.console, text_encoder=self._first)
+        if self.processes is not None:
+            context_parallel(pipe, self.processes.mesh)
+        return pipe
 
     @torch.no_grad()
-    def run(self, line: argparse.Namespace, console: Console | None = None) -> dict[str, Any]:
-        """Make the video of a line, or go on with it; returns a summary, or the error."""
-        console = console or Console(quiet=True, as_json=True)
-        latents = latents_of(line.out)
+    def run(self, line: argparse.Namespace) -> dict[str, Any]:
+        """Make the video of a line, or go on with it; returns a summary, or the error.
+
+        Among several ranks an error is raised: the others wait for this one.
+        """
         try:
-            with claimed(line.out):
-                if line.seed is None:
-                    line.seed = seed_of(latents) if latents.exists() else None
-                if line.seed is None:
-                    line.seed = int(torch.randint(1 << 31, ()))
-                job = Job.of(line, self.model)
-                denoise(self.pipe, job, line, console, resume_it=latents.exists())
-                frames = decode(self.pipe.vae, job, line, console)
+            with ExitStack() as held:
+                return {"out": str(line.out), **self._made(line, held)}
         except ERRORS as error:
+            if self.processes is not None and self.processes.several:
+                raise
             return {"out": str(line.out), "error": message_of(error, line)}
-        return {"out": str(line.out), "frames": frames, "fps": job.fps, "seed": job.seed}
+
+    def _made(self, line: argparse.Namespace, held: ExitStack) -> dict[str, Any]:
+        def begin() -> int | None:
+            held.enter_context(claimed(line.out))
+            return None if line.out.exists() else _seed(line)
+
+        seed = begin() if self.processes is None else self.processes.shared(begin)
+        if seed is None:
+            return {}
+        job = Job.of(argparse.Namespace(**{**vars(line), "seed": seed}), self.model)
+        denoise(self.pipe, job, line, self.console, resume_it=job.latents.exists())
+        frames = decode(self.pipe.vae, job, line, self.console) if self._first else None
+        return {"frames": frames, "fps": job.fps, "seed": seed}
+
+    @property
+    def _first(self) -> bool:
+        return self.processes is None or self.processes.first
+
+
+def _seed(line: argparse.Namespace) -> int:
+    """Seed of a line, or of its latents, or a new one."""
+    latents = latents_of(line.out)
+    seed = line.seed
+    if seed is None and latents.exists():
+        seed = seed_of(latents)
+    return int(torch.randint(1 << 31, ())) if seed is None else int(seed)
 
 
 def _here(
-    options: argparse.Namespace, lines: list[argparse.Namespace], console: Console
+    options: argparse.Namespace,
+    lines: list[argparse.Namespace],
+    console: Console,
+    processes: Ranks | None,
 ) -> Iterator[dict[str, Any]]:
     """The lines in this process, in order."""
-    if lines:
-        worker = Worker(options, console)
-        for line in lines:
-            yield worker.run(line, console)
+    worker = Worker(options, console)
+    for line in lines:
+        yield worker.run(line)
+
+
+def _on_ranks(
+    options: argparse.Namespace,
+    lines: list[argparse.Namespace],
+    console: Console,
+    processes: Ranks | None,
+) -> Iterator[dict[str, Any]]:
+    """The lines on groups of ranks, each of which takes the next one that none has taken.
+
+    On the first rank of all, summaries of all lines; on others none.
+    """
+    assert processes is not None and dist.group.WORLD is not None
+    store = dist.group.WORLD.get_group_store()
+    worker = Worker(options, console, processes)
+    first_of_all = not dist.get_rank()
+    missing = list(range(len(lines)))
+
+    def others() -> Iterator[dict[str, Any]]:
+        for number in missing.copy():
+            if store.check([f"line {number}"]):
+                missing.remove(number)
+                yield json.loads(store.get(f"line {number}"))
+
+    while (number := processes.shared(lambda: store.add("taken", 1) - 1)) < len(lines):
+        fact = worker.run(lines[number])
+        if processes.first:
+            store.set(f"line {number}", json.dumps(fact))
+        if first_of_all:
+            yield from others()
+    while first_of_all and missing:
+        yield from others()
+        time.sleep(0.1)  # a wait in the store would not be ended by a signal
 
 
 def _on_ray(
-    options: argparse.Namespace, lines: list[argparse.Namespace]
+    options: argparse.Namespace,
+    lines: list[argparse.Namespace],
+    console: Console,
+    processes: Ranks | None,
 ) -> Iterator[dict[str, Any]]:
     """The lines on actors of a Ray cluster, one for each GPU, or CPU; as they are done.
 
     An actor that dies is started again, and its line goes on where its latents were saved last.
     """
+    if processes is not None:
+        raise ValueError("--ray must come without torchrun; it starts its own processes")
     ray = extra("ray", "--ray", "'cogvx[ray]'")
-    if not lines:
+    ready = [line for line in lines if line.out.exists()]
+    yield from ({"out": str(line.out)} for line in ready)
+    if len(ready) == len(lines):
         return
     with redirect_stdout(sys.stderr), ray.init(options.ray or None, log_to_driver=False):
-        kind = "CPU" if options.device == "cpu" or not ray.cluster_resources().get("GPU") else "GPU"
-        count = min(len(lines), int(ray.cluster_resources()[kind]))
+        found = ray.cluster_resources()
+        kind = "CPU" if options.device == "cpu" or not found.get("GPU") else "GPU"
+        count = min(len(lines) - len(ready), int(found[kind]))
         place = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 1}
         actor = ray.remote(Worker).options(max_restarts=RETRIES, max_task_retries=RETRIES, **place)
-        options, *lines = (_plain(one) for one in (options, *lines))
-        pool = extra("ray.util", "--ray", "'cogvx[ray]'").ActorPool(
-            [actor.remote(options) for _ in range(count)]
-        )
-        yield from pool.map_unordered(lambda worker, line: worker.run.remote(line), lines)
+        workers = [actor.remote(_plain(options)) for _ in range(count)]
+        pool = extra("ray.util", "--ray", "'cogvx[ray]'").ActorPool(workers)
+        todo = [_plain(line) for line in lines if line not in ready]
+        yield from pool.map_unordered(lambda worker, line: worker.run.remote(line), todo)
 
 
 def _plain(options: argparse.Namespace) -> argparse.Namespace:

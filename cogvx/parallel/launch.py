@@ -6,6 +6,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from ..validation import check_integer, invalid
 
@@ -61,7 +63,10 @@ def start(
     if not dist.is_initialized():
         # Objects are sent by gloo, tensors of a GPU by NCCL.
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timeout)
+        # torchrun 2.13 keeps the store of an attempt for the next one, with addresses of the dead
+        store, rank, _ = next(rendezvous("env://", timeout=timeout))
+        store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return init_device_mesh(kind, sizes, mesh_dim_names=DIMENSIONS)
 
 

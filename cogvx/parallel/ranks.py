@@ -67,6 +67,11 @@ class Ranks:
         return Context.of(group) if group.size() > 1 else None
 
     @property
+    def several(self) -> bool:
+        """True if a video has more ranks than one."""
+        return any(self.mesh[name].size() > 1 for name in WITHIN)
+
+    @property
     def first(self) -> bool:
         """True for the rank that encodes text, writes files and prints."""
         return not any(self.mesh.get_local_rank(name) for name in WITHIN)

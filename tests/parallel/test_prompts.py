@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import cogvx
 from cogvx import cli
 from cogvx.cli import prompts
 from cogvx.pipeline import resume
 
-LINES = (
+LINES = (  # guidance 2 is in one of them alone
     {"prompt": "a large red circle moves right on black"},
     {"prompt": "two small blue squares on white", "seed": 7, "steps": 2, "out": "blue.gif"},
     {"prompt": "a green triangle moves up", "guidance": 2},
@@ -176,3 +177,63 @@ def title(pid):
         return Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
         return ""
+
+
+# Runs `python -m cogvx` in a rank; rank 1 is killed in its second step, and not after a restart.
+KILLED = """
+import os, signal, sys
+from cogvx.cli import main
+from cogvx.pipeline import denoise
+
+def predict(*arguments):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return before(*arguments)
+
+calls, before, denoise.predict = [], denoise.predict, predict
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_ranks_share_the_lines_and_go_on_after_one_was_killed(here):
+    """By torchrun's restart; each line is made once, and none of its steps before a save again."""
+    Path("killed.py").write_text(KILLED)
+    more = ("--device", "cpu", "--steps", "4", "--checkpoint-every", "1", "--json")
+    command = ["--nproc-per-node", "2", "--max-restarts", "1", "killed.py", *words(*more)]
+    done = torchrun(*command)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["failed"] == 0 and facts["made"] + facts["were_there"] == 3
+    assert {Path(fact["out"]).name for fact in facts["videos"]} == {
+        "00001.mp4", "blue.gif", "00003.mp4"
+    }  # fmt: skip
+    for name, seed in (("00001", 3), ("blue", 7), ("00003", 5)):
+        saved = resume.read(here / "videos" / f"{name}.latents.safetensors")
+        assert saved.record["seed"] == seed and saved.state.done == saved.steps
+    assert "2 processes: data 2 x guidance 1 x context 1" in done.stderr
+    assert "Signal 9 (SIGKILL)" in done.stderr or "exitcode: -9" in done.stderr
+
+
+def test_groups_of_ranks_share_the_lines(here):
+    """Two groups of two ranks; a video is that of one process with the same seed."""
+    more = ("--device", "cpu", "--guidance", "3", "--cfg", "two_pass", "--frames", "5")
+    done = torchrun("--nproc-per-node", "4", "-m", "cogvx", *words("--cfg-parallel", *more))
+    assert done.returncode == 0, done.stderr
+    assert "4 processes: data 2 x guidance 2 x context 1" in done.stderr
+    assert done.stdout.split() == ["made", "3", "were", "there", "0", "failed", "0"]
+    alone = ["generate", "--model", "tiny", "--out", "alone.mp4", "--quiet", *PLAIN, *more]
+    assert cli.main([*alone, "--prompt", LINES[0]["prompt"], "--seed", "3"]) == 0
+    one, four = (
+        resume.read(f"{name}.latents.safetensors").state.latents
+        for name in ("alone", "videos/00001")
+    )
+    assert torch.equal(one, four)
+
+
+def torchrun(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    environment["PYTHONPATH"] = str(Path(cogvx.__file__).parents[1])
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
