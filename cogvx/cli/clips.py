@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .. import frames as frame_rule
-from .. import parallel
 from ..checkpoint import CheckpointError
 from ..checkpoint.record import check_record, record_of_config, record_of_model
 from ..config import VAEConfig
@@ -23,6 +22,7 @@ from ..pipeline.denoise import State
 from ..text import T5TextEncoder
 from ..vae import CausalVAE, DiagonalGaussian, Tiling
 from ..video import PSNR, WRITTEN, Clip, check_video_output, open_video, write_video
+from . import ranks
 from .console import Console
 from .loading import VAESource, device_of, dtype_of, model_of, tiling_of, usual_fps
 from .outputs import claimed, output
@@ -38,14 +38,14 @@ FILE_OPTIONS = ("mode", "sample", "fps", "tiling", "force")  # options of `encod
 def encode(options: argparse.Namespace, console: Console) -> None:
     if options.video.is_dir():
         return _encode_folder(options, console)
-    ranks = ranks_of(options, console)
-    if ranks is None or ranks.first:
+    processes = ranks.start(options, console)
+    if processes is None or processes.first:
         console.hold(output(options.out, options.force, (".safetensors",)))
     source = VAESource.of(options)
     clip, tiling = _clip(options, source.config), tiling_of(options)
     source.warn_if_long(console, *_latent_size(clip, source.config), "encode")
     vae = source.load(console)
-    share(vae, ranks, tiling)
+    ranks.share(vae, processes, tiling)
     done = partial(console.progress, "encode")
     if tiling is not None:
         posterior = vae.encode(clip.read().to(_like(vae)), tiling=tiling, progress=done)
@@ -64,9 +64,9 @@ def encode(options: argparse.Namespace, console: Console) -> None:
         "source": options.video.name,
     }
     scaled = State(vae.config.scaling_factor * latents)
-    if ranks is None or ranks.first:
+    if processes is None or processes.first:
         resume.write(options.out, resume.Saved(record, 0, scaled))
-    end(ranks)
+    ranks.end(processes)
     facts = {**_facts(clip), "latents": list(latents.shape), "out": str(options.out)}
     console.print_summary({**facts, "seconds": console.seconds})
 
@@ -117,8 +117,8 @@ def _encode_folder(options: argparse.Namespace, console: Console) -> None:
 
 @torch.no_grad()
 def decode(options: argparse.Namespace, console: Console) -> None:
-    ranks, tiling = ranks_of(options, console), tiling_of(options)
-    if ranks is None or ranks.first:
+    processes, tiling = ranks.start(options, console), tiling_of(options)
+    if processes is None or processes.first:
         console.hold(output(options.out, options.force, VIDEOS))
     source, saved = VAESource.of(options), resume.read(options.latents)
     _check_latents(options.latents, saved, source.config)
@@ -130,25 +130,25 @@ def decode(options: argparse.Namespace, console: Console) -> None:
     source.warn_if_long(console, frames, height, width, "decode")
     vae = source.load(console)
     check_latents(options.latents, saved, vae)
-    share(vae, ranks, tiling)
+    ranks.share(vae, processes, tiling)
     done = partial(console.progress, "decode")
     frames = write_latents(options.out, vae, saved, fps, tiling, done)
-    end(ranks)
+    ranks.end(processes)
     facts = {"frames": frames, "fps": fps, "out": str(options.out)}
     console.print_summary({**facts, "seconds": console.seconds})
 
 
 @torch.no_grad()
 def reconstruct(options: argparse.Namespace, console: Console) -> None:
-    ranks = ranks_of(options, console)
-    if ranks is None or ranks.first:
+    processes = ranks.start(options, console)
+    if processes is None or processes.first:
         console.hold(output(options.out, options.force, VIDEOS))
     source = VAESource.of(options)
     clip = _clip(options, source.config)
     check_video_output(options.out, clip.fps, clip.height, clip.width)
     source.warn_if_long(console, *_latent_size(clip, source.config), "encode", "decode")
     vae = source.load(console)
-    share(vae, ranks, None)
+    ranks.share(vae, processes, None)
     measure = PSNR()
     total = frame_rule.latent_frames(clip.frames, vae.config)
     chunks = 1 if options.whole else len(frame_rule.decode_plan(total, vae.config))
@@ -159,11 +159,11 @@ def reconstruct(options: argparse.Namespace, console: Console) -> None:
     else:
         latents = (posterior.mode() for posterior in _encoded(vae, clip, lambda done, total: None))
         video = vae.stream_decode(latents, total=total)
-    if ranks is None or ranks.first:
+    if processes is None or processes.first:
         video = _compared(video, clip, measure, done)
     _write(options.out, vae, video, clip.fps)
-    end(ranks)
-    if ranks is not None and not ranks.first:
+    ranks.end(processes)
+    if processes is not None and not processes.first:
         return
     decibels = measure.decibels
     facts = {
@@ -175,30 +175,6 @@ def reconstruct(options: argparse.Namespace, console: Console) -> None:
         "out": str(options.out),
     }
     console.print_summary(facts)
-
-
-def ranks_of(options: argparse.Namespace, console: Console) -> parallel.Ranks | None:
-    """The processes of torchrun, of which the first prints and writes; None for one process."""
-    if not torch.distributed.is_torchelastic_launched():
-        return None
-    ranks = parallel.Ranks(parallel.start(device=device_of(options).type))
-    if not ranks.first:
-        console.quiet, console.as_json = True, False
-    return ranks
-
-
-def share(vae: CausalVAE, ranks: parallel.Ranks | None, tiling: Tiling | None) -> None:
-    """Put chunks in relay on the ranks, or tiles if there are."""
-    if ranks is not None:
-        method = "relay" if tiling is None else "tiles"
-        parallel.vae_parallel(vae, ranks.mesh, method=method)
-
-
-def end(ranks: parallel.Ranks | None) -> None:
-    """Leave the process group once all ranks are done."""
-    if ranks is not None:
-        torch.distributed.barrier()
-        parallel.stop()
 
 
 def check_latents(path: Path, saved: resume.Saved, vae: CausalVAE) -> None:
@@ -237,8 +213,8 @@ def write_latents(
 
 def _write(path: Path, vae: CausalVAE, video: Iterator[Tensor], fps: float) -> int:
     """Write a decoded video on the rank that has it; returns the number of frames."""
-    ranks = vae.decoder.ranks
-    if ranks is None or ranks.receives:
+    shared = vae.decoder.ranks
+    if shared is None or shared.receives:
         return write_video(path, video, fps)
     return sum(chunk.shape[1] for chunk in video)  # of 0 frames each
 

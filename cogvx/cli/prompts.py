@@ -18,10 +18,10 @@ from ..checkpoint.record import check_record
 from ..extras import extra
 from ..parallel import Ranks, context_parallel
 from ..pipeline import CogVideoX, resume
-from . import ERRORS, message_of, ranks
+from . import ERRORS, loading, message_of, ranks
 from .arguments import Parser
 from .console import Console
-from .generate import Job, Model, decode, denoise, latents_of, seed_of
+from .jobs import Job, Model, decode, denoise, latents_of, seed_of
 from .outputs import claimed
 from .parser import add_video
 
@@ -129,6 +129,7 @@ class Worker:
         pipe = self.model.load(self.options, self.console, text_encoder=self._first)
         if self.processes is not None:
             context_parallel(pipe, self.processes.mesh)
+            ranks.share(pipe.vae.decoder, self.processes, loading.tiling_of(self.options))
         return pipe
 
     @torch.no_grad()
@@ -155,7 +156,7 @@ class Worker:
             return {}
         job = Job.of(argparse.Namespace(**{**vars(line), "seed": seed}), self.model)
         denoise(self.pipe, job, line, self.console, resume_it=job.latents.exists())
-        frames = decode(self.pipe.vae, job, line, self.console) if self._first else None
+        frames = decode(self.pipe.vae, job, line, self.console, self.processes)
         return {"frames": frames, "fps": job.fps, "seed": seed}
 
     @property

@@ -8,12 +8,13 @@ import torch.distributed as dist
 
 from .. import parallel
 from ..parallel import Ranks
+from ..vae import CausalVAE, Decoder, Tiling
 from .console import Console
 from .loading import device_of
 
 
 def start(
-    options: argparse.Namespace, console: Console, guided: bool, many: bool = False
+    options: argparse.Namespace, console: Console, guided: bool = False, many: bool = False
 ) -> Ranks | None:
     """Ranks of `--context-parallel` and `--cfg-parallel`; None in a single process.
 
@@ -22,10 +23,12 @@ def start(
     own. Only the first rank prints. Raises ValueError if there is no torchrun, with the command to
     type.
     """
-    requested = options.context_parallel is not None or options.cfg_parallel
+    context = getattr(options, "context_parallel", None)  # a VAE's commands have no such options
+    cfg = getattr(options, "cfg_parallel", False)
+    requested = context is not None or cfg
     if not parallel.launched():
         if requested:
-            size = (options.context_parallel or 1) * (1 + options.cfg_parallel)
+            size = (context or 1) * (1 + cfg)
             typed = shlex.join(["torchrun", "--nproc-per-node", str(size), "-m", "cogvx"])
             raise ValueError(
                 "--context-parallel and --cfg-parallel need processes of torchrun. Type "
@@ -39,8 +42,8 @@ def start(
             f"number; got {device}"
         )
     world = parallel.world_size()
-    pair = options.cfg_parallel if requested or many else guided and world % 2 == 0
-    guidance, context, data = 1 + pair, options.context_parallel, 1
+    pair = cfg if requested or many else guided and world % 2 == 0
+    guidance, data = 1 + pair, 1
     if many:
         context = context or 1
         data = max(1, world // (guidance * context))
@@ -54,3 +57,17 @@ def start(
         f"{mesh['guidance'].size()} x context {mesh['context'].size()}"
     )
     return ranks
+
+
+def share(vae: CausalVAE | Decoder, ranks: Ranks | None, tiling: Tiling | None) -> None:
+    """Run a VAE's chunks in relay on the ranks, or its tiles, if there are."""
+    if ranks is not None:
+        method = "relay" if tiling is None else "tiles"
+        parallel.vae_parallel(vae, ranks.mesh, method=method)
+
+
+def end(ranks: Ranks | None) -> None:
+    """Leave the process group once all ranks are done."""
+    if ranks is not None:
+        dist.barrier()
+        parallel.stop()

@@ -13,7 +13,7 @@ import torch
 
 from cogvx import cli
 from cogvx.cli import console as consoles
-from cogvx.cli import generate, loading, outputs
+from cogvx.cli import jobs, loading, outputs
 from cogvx.cli.console import Console
 from cogvx.cli.parser import make
 from cogvx.config import PRESETS
@@ -258,7 +258,7 @@ def test_a_signal_leaves_the_checkpoint(capsys, here, models, pipe, monkeypatch,
 def test_a_lora_is_loaded(capsys, here, models, pipe, monkeypatch):
     """Each file with its scale, or one scale for all."""
     loaded = []
-    monkeypatch.setattr(generate, "read_lora", lambda path, model: {})
+    monkeypatch.setattr(jobs, "read_lora", lambda path, model: {})
     monkeypatch.setattr(pipe, "load_lora", lambda path, scale: loaded.append((str(path), scale)))
     words = ["generate", "--model", models / "5b", *PROMPT, "--out", "a.mp4", "--steps", "1",
              "--force", "--lora", "a", "--lora", "b", "--lora-scale"]  # fmt: skip
@@ -280,7 +280,7 @@ def test_long_runs_say_so_first(capsys, here, models, no_weights, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(loading, "matmul_rate", None)
-            assert warn(generate.Job.of(options, generate.Model.of(options)).flops) == ""
+            assert warn(jobs.Job.of(options, jobs.Model.of(options)).flops) == ""
         monkeypatch.setattr(loading, "matmul_rate", lambda device, dtype: 5e10)
         assert warn(2e13) == ""
         assert "about 3 h 20 min on cpu in float32 (estimated from 6.0e+14 operations" in warn(6e14)

@@ -70,10 +70,10 @@ def test_a_video_for_each_line(here, capsys):
 def test_a_failed_line_does_not_stop_the_others(here, capsys, monkeypatch):
     """It is named at the end, and the same command makes it."""
 
-    def full(vae, job, options, console):
+    def full(vae, job, *more):
         if job.out.name == "blue.gif":
             raise OSError(28, "No space left on device", str(job.out))
-        return decode(vae, job, options, console)
+        return decode(vae, job, *more)
 
     decode = prompts.decode
     monkeypatch.setattr(prompts, "decode", full)
