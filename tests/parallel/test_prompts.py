@@ -179,17 +179,19 @@ def title(pid):
         return ""
 
 
-# Runs `python -m cogvx` in a rank; rank 1 is killed in its second step, and not after a restart.
+# Runs `python -m cogvx` in a rank. Before the restart rank 1 is killed in its second step, and
+# rank 0 waits for that in its own.
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
 from cogvx.cli import main
 from cogvx.pipeline import denoise
 
 def predict(*arguments):
     calls.append(1)
-    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        if len(calls) == 2:
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and len(calls) == 2:
+        if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(120)
     return before(*arguments)
 
 calls, before, denoise.predict = [], denoise.predict, predict
