@@ -73,6 +73,16 @@ def test_comparison_puts_misplaced_nan_and_infinities_first():
         assert [element.place for element in comparison.worst] == [(index,), (3,)]
 
 
+def test_comparison_of_sums_that_cancel():
+    """Both results are rounding noise there, of a few sums; else 16-bit errors hardly vary."""
+    noise = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0], dtype=torch.float64) / 64
+    for exact, passes in ((0.0, True), (1.0, False)):
+        wanted = exact + 0 * noise
+        baseline, ours, worse = ((wanted + factor * noise).bfloat16() for factor in (1, 4, 8))
+        assert check_close("dbias", ours, baseline, wanted, summed=True).ok == passes
+        assert not check_close("dbias", worse, baseline, wanted, summed=True).ok
+
+
 # --- verify ----------------------------------------------------------------------------------
 
 
