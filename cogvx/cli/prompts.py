@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from ..checkpoint.record import check_record
 from ..extras import extra
-from ..parallel import Ranks, context_parallel
+from ..parallel import Ranks, context_parallel, stop
 from ..pipeline import CogVideoX, resume
 from . import ERRORS, loading, message_of, ranks
 from .arguments import Parser
@@ -46,8 +46,11 @@ def generate_all(options: argparse.Namespace, console: Console) -> None:
     for fact in made(options, lines, console, processes):
         facts.append(fact)
         console.progress("videos", len(facts), len(lines))
-    if processes is not None and dist.get_rank():
-        return  # the first one has all facts
+    if processes is not None:
+        is_first = not dist.get_rank()
+        stop()
+        if not is_first:
+            return  # the first one has all facts
     failed = [fact for fact in facts if "error" in fact]
     there = [fact for fact in facts if "frames" not in fact and "error" not in fact]
     total = {"made": len(facts) - len(failed) - len(there), "were_there": len(there)}
