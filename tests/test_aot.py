@@ -100,7 +100,7 @@ WORSE = {
     "what",
     [
         "odd and even dims apart",
-        "offsets of 32 bits",
+        rest("offsets of 32 bits"),
         rest("products of 32 bits"),
         rest("masked lanes undefined"),
         rest("fp64 inside"),

@@ -94,25 +94,25 @@ def cache(tmp_path_factory, monkeypatch):
     return folder / "cogvx"
 
 
-def written_rows(folder, jobs):
-    """(stdout, --json report) of verify on two quick ops, with a number of processes."""
-    report = folder / f"{jobs}.json"
-    options = ("--device", "cpu", "--quick", "--all-rows", "--jobs", jobs, "--json", str(report))
-    done = run_tool("verify", "--op", "gated_residual", "--op", "residual_moments", *options)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(report.read_text())
-
-
 @needs_triton
-def test_verify_starts_the_interpreter_in_each_process(tmp_path):
+def test_verify_starts_the_interpreter_in_each_process(tmp_path, capsys):
     """The output and the rows are the same for any number of processes."""
-    output, written = written_rows(tmp_path, "1")
-    assert written_rows(tmp_path, "2") == (output, written)
-    assert "0 rows missed the rule" in output
-    rows = [row for row in written["rows"] if row["op"] == "gated_residual"]
+
+    def words(jobs):
+        ops = ("--op", "gated_residual", "--op", "residual_moments")
+        report = ("--jobs", str(jobs), "--json", str(tmp_path / f"{jobs}.json"))
+        return [*ops, "--device", "cpu", "--quick", "--all-rows", *report]
+
+    done = run_tool("verify", *words(2))
+    assert done.returncode == 0, done.stderr
+    assert verify.main(words(1)) == 0
+    one, two = (json.loads((tmp_path / f"{jobs}.json").read_text()) for jobs in (1, 2))
+    assert (capsys.readouterr().out, one) == (done.stdout, two)
+    assert "0 rows missed the rule" in done.stdout
+    rows = [row for row in two["rows"] if row["op"] == "gated_residual"]
     assert {row["dtype"] for row in rows} == {"float32", "float16", "bfloat16"}
     assert {row["tensor"] for row in rows} == {"out0", "dx", "dy", "dgate", "dtext_gate"}
-    assert all(row["ok"] for row in written["rows"]) and len(written["rows"]) > 50
+    assert all(row["ok"] for row in two["rows"]) and len(two["rows"]) > 50
 
 
 @needs_triton
