@@ -139,11 +139,11 @@ def _generate(commands: Any) -> None:
                         "10G; by default no limit")  # fmt: skip
     arguments.add_hub(parser)
     several = parser.add_argument_group(
-        "several GPUs", "One video under torchrun, which starts the processes."
+        "several GPUs", "torchrun --nproc-per-node 8 -m cogvx generate … starts the processes."
     )
     several.add_argument("--context-parallel", type=arguments.count, metavar="N",
                          help="split the sequence over N GPUs; by default over all that are left "
-                         "by --cfg-parallel")  # fmt: skip
+                         "by --cfg-parallel, with --prompts 1")  # fmt: skip
     several.add_argument("--cfg-parallel", action="store_true",
                          help="both predictions of guidance at once, on two groups of GPUs; by "
                          "default if neither option is given, and the GPUs are even")  # fmt: skip

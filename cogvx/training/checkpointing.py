@@ -21,7 +21,10 @@ from .recipe import Recipe
 PathLike = str | os.PathLike[str]
 Point = dict[str, float]
 KEPT = 2  # checkpoints
-MAY_CHANGE = ("transformer_training.shard", "transformer_training.context")
+MAY_CHANGE = tuple(
+    f"transformer_training.{key}"
+    for key in ("shard", "context", "accumulate", "gradient_checkpointing")
+)
 
 
 class RunFolder:

@@ -182,6 +182,16 @@ def test_another_recipe_is_refused(whole, tmp_path):
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
+def test_a_recipe_may_change_where_its_steps_are_the_same(tmp_path):
+    RunFolder(tmp_path, small())
+    same = {"accumulate": 2, "gradient_checkpointing": True, "shard": True}
+    RunFolder(tmp_path, small(transformer_training=same))
+    with pytest.raises(
+        ValueError, match="transformer_training.learning_rate 0.002 there, 0.5 here"
+    ):
+        RunFolder(tmp_path, small(transformer_training={"learning_rate": 0.5}))
+
+
 def test_transformer_stage_requires_a_vae(tmp_path):
     with pytest.raises(ValueError, match="train the stage vae first"):
         train(small(), tmp_path, stages=["transformer"])
