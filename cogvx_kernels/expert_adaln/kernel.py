@@ -25,6 +25,9 @@ TOKENS = 40
 BACKWARD_TOKENS = 40
 # For each warp: 16 elements a thread, two 16-byte loads of bf16.
 LANES_PER_WARP = 512
+# The last field of a tuple of tuples. Triton 3.6 forgets constants in the inner ones (None, strides
+# of 1) after an `if`, unless a constant of the outer one comes after them.
+LAST = None
 
 
 class Modulation(NamedTuple):
@@ -61,6 +64,7 @@ class Tensors(NamedTuple):
     dy: Rows | None = None
     dout: Rows | None = None
     dstream: Rows | None = None
+    last: None = LAST
 
 
 class Modality(NamedTuple):
@@ -80,6 +84,7 @@ class Modality(NamedTuple):
     run: int
     strips: int
     programs: int
+    last: None = LAST
 
 
 class Plan(NamedTuple):
