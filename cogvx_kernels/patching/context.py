@@ -62,7 +62,8 @@ class ContextHooks:
         return (), {**kwargs, "encoder_hidden_states": text, "hidden_states": video}
 
     def _gather(self, layer: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output if self.part is None else self.context.gather(output, self.sizes)
+        part, self.part = self.part, None  # also for calls of the layer alone, later
+        return output if part is None else self.context.gather(output, self.sizes)
 
 
 def _names(module: nn.Module) -> tuple[str, ...]:

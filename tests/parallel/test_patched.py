@@ -68,6 +68,8 @@ def ours(kind):
     assert report["rope"].hit == report["rope"].sites and not report["rope"].fallbacks
     twin = copy.deepcopy(model)
     assert torch.equal(small.predicted(twin), small.predicted(model))
+    width = model.proj_out.in_features
+    assert model.proj_out(torch.zeros(1, 1, width)).shape[1] == 1  # alone it gathers nothing
     cogvx_kernels.patch(model, backend="reference")  # without a context
     assert "cogvx_part" not in str(model._forward_pre_hooks)
     whole = small.predicted(model)
