@@ -298,7 +298,7 @@ class _Clip:
         }
         decode = plan.stage("decode")
         tiles = self._tiles(plan)
-        relay = 1 if tiles > 1 else min(ranks, len(decode.chunks))
+        relay = 1 if self.tiling is not None else min(ranks, len(decode.chunks))
         times = {m.name: self._decode_seconds(m, plan, relay) for m in MACHINES}
         if tiles > 1:  # on the ranks in turn
             times = {name: -(-tiles // ranks) / tiles * whole for name, whole in times.items()}

@@ -130,8 +130,11 @@ def test_tiles_are_on_the_ranks_in_turn():
     assert three.relayed == 0 < whole.relayed
     decode, alone = (m.clip["PCIe"] - 50 * m.step["PCIe"] for m in (three, one))
     assert Tiling(32, 32).count(64, 64, 8) == 4 and decode / alone == pytest.approx(2 / 4)
-    not_cut = named(forecast_meshes(SMALL, vae, tiling=Tiling(64, 64), **options))["1x1x3"]
-    assert not_cut == whole
+    uncut = named(forecast_meshes(SMALL, vae, tiling=Tiling(64, 64), **options))
+    assert uncut["1x1x3"].relayed == 0  # one tile, on one rank
+    three, one = (uncut[name] for name in ("1x1x3", "3x1x1"))
+    decode, alone = (m.clip["PCIe"] - 50 * m.step["PCIe"] for m in (three, one))
+    assert decode == pytest.approx(alone)
 
 
 def test_between_machines_the_network_is_the_limit():
