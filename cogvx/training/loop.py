@@ -207,7 +207,7 @@ class Loop:
             self.loss.eval()
             # Sharded weights are gathered in the dtype of `precision`.
             precision = self._precision() if self.sharded else nullcontext()
-            with torch.no_grad(), torch.random.fork_rng(), precision:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), precision:
                 frames = self.sample()
             self.loss.train()
             if self.world.main:
