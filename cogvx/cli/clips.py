@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import frames as frame_rule
+from .. import parallel
 from ..checkpoint import CheckpointError
 from ..checkpoint.record import check_record, record_of_config, record_of_model
 from ..config import VAEConfig
@@ -79,7 +80,7 @@ def _encode_folder(options: argparse.Namespace, console: Console) -> None:
             f"{options.video}: must be a file for {', '.join(f'--{name}' for name in given)}; it "
             "is a folder, which is encoded without"
         )
-    if torch.distributed.is_torchelastic_launched():
+    if parallel.launched():
         raise ValueError(
             f"{options.video}: must be a file under torchrun; it is a folder, which is encoded in "
             "one process"

@@ -4,6 +4,7 @@ import argparse
 import shlex
 import warnings
 
+import torch
 import torch.distributed as dist
 
 from .. import parallel
@@ -11,6 +12,17 @@ from ..parallel import Ranks
 from ..vae import CausalVAE, Decoder, Tiling
 from .console import Console
 from .loading import device_of
+
+
+def device_of_rank(options: argparse.Namespace) -> torch.device:
+    """Device of `--device`. Raises ValueError under torchrun if it names one GPU for all."""
+    device = device_of(options)
+    if device.index is not None and parallel.launched():
+        raise ValueError(
+            f"--device must be cpu or cuda under torchrun, where a process takes the GPU of its "
+            f"number; got {device}"
+        )
+    return device
 
 
 def start(
@@ -35,12 +47,7 @@ def start(
                 f"{typed} {shlex.join(options.typed)}"
             )
         return None
-    device = device_of(options)
-    if device.index is not None:
-        raise ValueError(
-            f"--device must be cpu or cuda under torchrun, where a process takes the GPU of its "
-            f"number; got {device}"
-        )
+    device = device_of_rank(options)
     world = parallel.world_size()
     pair = cfg if requested or many else guided and world % 2 == 0
     guidance, data = 1 + pair, 1

@@ -2,21 +2,20 @@
 
 import argparse
 
-import torch
-
 from .. import parallel, training
+from ..parallel import launch
 from ..training import STAGES, Recipe
-from . import loading
 from .console import Console
 from .outputs import claimed
+from .ranks import device_of_rank
 
 
 def train(options: argparse.Namespace, console: Console) -> None:
     recipe = Recipe.read(options.recipe, options.settings)
     if options.stage is not None and getattr(recipe, f"{options.stage}_training") is None:
         raise ValueError(f"{options.recipe}: has no {options.stage}_training")
-    device = loading.device_of(options)
-    if not torch.distributed.is_torchelastic_launched():  # else processes share the folder
+    device = device_of_rank(options)
+    if launch.rank() == 0:  # the other ranks share its folder
         console.hold(claimed(options.out))
     losses = training.train(
         recipe,

@@ -81,6 +81,13 @@ def launched() -> bool:
     return dist.is_initialized() or not _missing()
 
 
+def rank() -> int:
+    """Number of this process, before or after `start`; 0 without other processes."""
+    if dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ["RANK"]) if launched() else 0
+
+
 def world_size() -> int:
     """Number of processes. Raises RuntimeError if torchrun did not start this one."""
     if dist.is_initialized():

@@ -62,11 +62,11 @@ class World:
 
 
 def start(device: torch.device) -> World:
-    """Join the ranks that torchrun started; this process alone without it.
+    """Join the ranks that torchrun, or what sets its variables, started; else this process alone.
 
     device  "cuda" is the GPU of the rank's number on its machine
     """
-    if not (dist.is_initialized() or dist.is_torchelastic_launched()):
+    if not parallel.launched():
         return World(device)
     parallel.start(device=device.type, timeout=TIMEOUT)
     if device.type == "cuda":

@@ -10,8 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from cogvx import CogVideoX
-from cogvx.training import loop, train, trainer
+from cogvx import CogVideoX, training
+from cogvx.cli import loading, main
+from cogvx.cli.outputs import claimed
+from cogvx.parallel import launch
+from cogvx.training import loop, sharding, train, trainer
 from cogvx.training.checkpointing import RunFolder
 from cogvx.training.sharding import World, shard
 from tests.harness.selection import rest
@@ -248,6 +251,43 @@ def test_ranks_that_cannot_share_a_batch_are_refused_first(tmp_path, monkeypatch
     with pytest.raises(ValueError, match="batch_size must be a multiple of the 10 shares"):
         train(recipe_of(), tmp_path / "run", stages=["transformer"])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    """Those of a process that something other than torchrun started."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    values = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "1"}
+    for name, value in {**dict.fromkeys(launch.VARIABLES, "0"), **values}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("variables")
+def test_variables_without_torchrun_start_ranks():
+    try:
+        world = sharding.start(torch.device("cpu"))
+        assert torch.distributed.is_initialized() and (world.rank, world.size) == (0, 1)
+    finally:
+        launch.stop()
+
+
+@pytest.mark.usefixtures("variables")
+def test_the_first_rank_locks_the_folder(tmp_path, monkeypatch, capsys):
+    command = ["train", "tiny", "--device", "cpu", "--quiet", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(training, "train", lambda *_, **__: {})
+    with claimed(tmp_path / "run"):
+        assert main(command) == 1
+        assert "another command is writing it" in capsys.readouterr().err
+        monkeypatch.setenv("RANK", "1")
+        assert main(command) == 0
+
+
+@pytest.mark.usefixtures("variables")
+def test_one_gpu_for_all_ranks_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "devices", lambda: ["cpu", "cuda", "cuda:0", "cuda:1"])
+    assert main(["train", "tiny", "--device", "cuda:1", "--out", str(tmp_path / "run")]) == 1
+    assert "--device must be cpu or cuda under torchrun" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_of_another_format_is_refused(vae, tmp_path):
