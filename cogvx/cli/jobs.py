@@ -130,7 +130,7 @@ def latents_of(video: Path) -> Path:
 
 def seed_of(latents: Path) -> int | None:
     """The seed that saved latents were begun with."""
-    seed = resume.read(latents).record.get("seed")
+    seed = resume.read_record(latents).get("seed")
     return seed if isinstance(seed, int) else None
 
 

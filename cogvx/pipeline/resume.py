@@ -8,7 +8,7 @@ options; a file is only used if the record agrees.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..checkpoint import read_tensors, write_tensors
 from ..checkpoint.record import Record, check_record, fingerprint, record_of_config, to_json
+from ..checkpoint.tensors import TensorFile
 from ..files import CheckpointError, check_writable, parse_json
 from ..generation import WHERE
 from ..vae import CausalVAE, Tiling
@@ -97,15 +98,9 @@ def write(path: PathLike, saved: Saved) -> None:
 def read(path: PathLike) -> Saved:
     """Read a file to the CPU. Raises CheckpointError if `write` did not write it."""
     tensors, metadata = read_tensors(path)
-    if metadata.get("format") != FORMAT:
-        came = metadata.get("format", "another file")
-        raise CheckpointError(
-            f"{path}: must be latents that this version of CogVideoX.generate saved, {FORMAT!r}; "
-            f"got {came[:60]!r}"
-        )
+    record = _record(path, metadata)
     try:
         done, steps = int(metadata["done"]), int(metadata["steps"])
-        record = parse_json(metadata["record"].encode(), f"{path}: its record")
         if record["padding"] not in range(len(tensors["latents"][0])):
             raise ValueError(f"padding must be less than the frames; got {record['padding']!r}")
         state = State(tensors["latents"], tensors.get("prev_x0"), done)
@@ -113,10 +108,33 @@ def read(path: PathLike) -> Saved:
             return Saved(record, steps, state)
         conditioning = Conditioning(tensors["text"], tensors.get("negative"), tensors.get("image"))
         return Saved(record, steps, state, conditioning, tensors["generator_states"])
-    except KeyError as error:
-        raise CheckpointError(f"{path}: must hold {error} as it was written; it is gone") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: its metadata is damaged: {error}") from error
+    except (KeyError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def read_record(path: PathLike) -> Record:
+    """Read the record of a file, without its tensors. Raises CheckpointError as `read`."""
+    with TensorFile(path) as file:
+        return _record(path, file.metadata)
+
+
+def _record(path: PathLike, metadata: Mapping[str, str]) -> Record:
+    if metadata.get("format") != FORMAT:
+        came = metadata.get("format", "another file")
+        raise CheckpointError(
+            f"{path}: must be latents that this version of CogVideoX.generate saved, {FORMAT!r}; "
+            f"got {came[:60]!r}"
+        )
+    try:
+        return parse_json(metadata["record"].encode(), f"{path}: its record")
+    except (KeyError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: PathLike, error: KeyError | ValueError) -> CheckpointError:
+    if isinstance(error, KeyError):
+        return CheckpointError(f"{path}: must hold {error} as it was written; it is gone")
+    return CheckpointError(f"{path}: its metadata is damaged: {error}")
 
 
 def decode_saved(

@@ -8,6 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogvx.checkpoint import CheckpointError, read_tensors, write_tensors
 from cogvx.checkpoint.record import fingerprint, fingerprint_of_weights
+from cogvx.checkpoint.tensors import TensorFile
+from cogvx.pipeline import resume
 from cogvx.pipeline.resume import decode_saved
 
 from .tiny_pipeline import embeds, picture, tiny, vae_config
@@ -186,6 +188,12 @@ def test_what_is_not_done_is_not_decoded(unfinished):
     path, _ = unfinished
     with pytest.raises(CheckpointError, match="must hold latents after all steps; got 2 of 4"):
         decode_saved(tiny().vae, path)
+
+
+def test_a_record_is_read_without_tensors(unfinished, monkeypatch):
+    record = resume.read(unfinished[0]).record
+    monkeypatch.setattr(TensorFile, "read", None)
+    assert resume.read_record(unfinished[0]) == record
 
 
 def test_latents_of_another_vae_are_refused(tmp_path):
