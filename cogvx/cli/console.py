@@ -4,6 +4,7 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ class Console:
         self._held = ExitStack()
         self._stage: _Stage | None = None
         self._every = every
+        self.on_progress: Callable[[], None] | None = None  # called even if quiet
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -47,6 +49,8 @@ class Console:
 
     def progress(self, stage: str, done: int = 0, total: int | None = None) -> None:
         """Report `done` of `total` chunks, steps or prompts of a stage; no total: not counted."""
+        if self.on_progress is not None:
+            self.on_progress()
         if self.quiet:
             return
         now = self._stage

@@ -1,22 +1,27 @@
 """`cogvx generate --prompts`: a video for each line of a file; also on ranks, and on Ray."""
 
 import argparse
+import itertools
 import json
+import os
 import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, redirect_stdout, suppress
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from ..checkpoint import atomic_path
 from ..checkpoint.record import check_record
 from ..extras import extra
 from ..parallel import Ranks, context_parallel, stop
+from ..parallel.launch import TIMEOUT
 from ..pipeline import CogVideoX, resume
 from . import ERRORS, loading, message_of, ranks
 from .arguments import Parser
@@ -26,6 +31,12 @@ from .outputs import claimed
 from .parser import add_video
 
 RETRIES = 3  # of a line whose Ray actor died
+GRACE = timedelta(seconds=10)  # ranks that have the same error have it within this of each other
+# Errors that leave ranks at the same place, if they all have it; not those of messages and memory.
+OF_ALL = (ValueError, OSError, ArithmeticError)
+DONE = b"done"  # progress of a rank that has no more lines
+FAILED = ".failed.json"  # in --out, for torchrun's next attempt
+T = TypeVar("T")
 
 
 class _LineParser(Parser):
@@ -39,27 +50,60 @@ def generate_all(options: argparse.Namespace, console: Console) -> None:
     """Make the videos that are not there yet; a line that fails does not stop the others."""
     processes = ranks.start(options, console, guided=False, many=True)
     lines = read_lines(options)
-    check_lines(options, lines)
-    console.progress("videos", 0, len(lines))
+    check_lines(options, lines, processes)
+    # after a failed line torchrun starts all again: it is not tried again
+    is_first = processes is None or not dist.get_rank()
+    facts = _gathered(processes, _failed_before(options) if is_first else [])[0]
+    known = {fact["out"] for fact in facts}
+    todo = [line for line in lines if str(line.out) not in known]
+    console.progress("videos", len(facts), len(lines))
     made = _on_ray if options.ray is not None else _here if processes is None else _on_ranks
-    facts: list[dict[str, Any]] = []
-    for fact in made(options, lines, console, processes):
+    for fact in made(options, todo, console, processes):
         facts.append(fact)
         console.progress("videos", len(facts), len(lines))
     if processes is not None:
-        is_first = not dist.get_rank()
         stop()
-        if not is_first:
-            return  # the first one has all facts
+    if is_first:  # it has all facts
+        _report(options, facts, console)
+
+
+def _report(options: argparse.Namespace, facts: list[dict[str, Any]], console: Console) -> None:
+    """Print the summary, in torchrun's last attempt; raises RuntimeError if lines failed."""
     failed = [fact for fact in facts if "error" in fact]
     there = [fact for fact in facts if "frames" not in fact and "error" not in fact]
     total = {"made": len(facts) - len(failed) - len(there), "were_there": len(there)}
     total["failed"] = len(failed)
-    text = "\n".join(f"{name.replace('_', ' '):10}  {count}" for name, count in total.items())
-    console.print_summary({**total, "out": str(options.out), "videos": facts}, text)
+    if failed and _attempt() < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        with atomic_path(options.out / FAILED) as part:
+            part.write_text(json.dumps(failed))
+    else:
+        (options.out / FAILED).unlink(missing_ok=True)
+        text = "\n".join(f"{name.replace('_', ' '):10}  {count}" for name, count in total.items())
+        console.print_summary({**total, "out": str(options.out), "videos": facts}, text)
     if failed:
         listed = "\n".join(f"  {fact['out']}: {fact['error']}" for fact in failed[:10])
-        raise RuntimeError(f"{len(failed)} of {len(lines)} videos failed:\n{listed}")
+        raise RuntimeError(f"{len(failed)} of {len(facts)} videos failed:\n{listed}")
+
+
+def _failed_before(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Lines that failed in an earlier attempt of this job of torchrun, which made all others."""
+    path = options.out / FAILED
+    if not _attempt():
+        path.unlink(missing_ok=True)  # of another job
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def _attempt() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def _gathered(processes: Ranks | None, value: T) -> list[T]:
+    """The (picklable) values of all ranks of all groups."""
+    if processes is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def read_lines(options: argparse.Namespace) -> list[argparse.Namespace]:
@@ -91,26 +135,44 @@ def read_lines(options: argparse.Namespace) -> list[argparse.Namespace]:
     return lines
 
 
-def check_lines(options: argparse.Namespace, lines: list[argparse.Namespace]) -> None:
-    """Make the folder, and check each line, its finished video too, before weights are read."""
+def check_lines(
+    options: argparse.Namespace, lines: list[argparse.Namespace], processes: Ranks | None = None
+) -> None:
+    """Make the folder, and check each line, its finished video too, before weights are read.
+
+    Each rank checks a share of the lines. Raises ValueError, on all of them, for the first bad one.
+    """
     model = Model.of(options)
+    rank, size = (0, 1) if processes is None else (dist.get_rank(), dist.get_world_size())
+    pair = processes is not None and processes.mesh["guidance"].size() > 1
     is_new = not options.out.exists()
     options.out.mkdir(exist_ok=True)
-    number = 0
-    try:
-        for line in lines:
-            number += 1
-            job = Job.of(line, model)
-            if job.latents.exists():
-                wanted = {k: v for k, v in job.record.items() if (k, v) != ("seed", None)}
-                check_record(job.latents, resume.read(job.latents).record, wanted)
-    except ERRORS as error:
+    bad: tuple[int, str] | None = None
+    causes: dict[int, BaseException] = {}
+    for number, line in list(enumerate(lines, 1))[rank::size]:
+        try:
+            _check_line(line, model, pair)
+        except ERRORS as error:
+            bad, causes[number] = (number, message_of(error, options)), error
+            break
+    if found := [one for one in _gathered(processes, bad) if one is not None]:
         if is_new:
-            with suppress(OSError):  # another rank has removed it, or writes to it
+            with suppress(OSError):  # another rank has removed it
                 options.out.rmdir()
+        number, message = min(found)
+        raise ValueError(f"{options.prompts}, line {number}: {message}") from causes.get(number)
+
+
+def _check_line(line: argparse.Namespace, model: Model, pair: bool) -> None:
+    job = Job.of(line, model)
+    if pair and line.guidance <= 1:
         raise ValueError(
-            f"{options.prompts}, line {number}: {message_of(error, options)}"
-        ) from error
+            "--guidance must be above 1 with --cfg-parallel, two groups of ranks for its two "
+            f"predictions; got {line.guidance:g}"
+        )
+    if job.latents.exists():
+        wanted = {k: v for k, v in job.record.items() if (k, v) != ("seed", None)}
+        check_record(job.latents, resume.read_record(job.latents), wanted)
 
 
 class Worker:
@@ -139,13 +201,13 @@ class Worker:
     def run(self, line: argparse.Namespace) -> dict[str, Any]:
         """Make the video of a line, or go on with it; returns a summary, or the error.
 
-        Among several ranks an error is raised: the others wait for this one.
+        Among several ranks an error is raised unless all have it: the others wait for this one.
         """
         try:
             with ExitStack() as held:
                 return {"out": str(line.out), **self._made(line, held)}
         except ERRORS as error:
-            if self.processes is not None and self.processes.several:
+            if not self._is_of_all(line, error):
                 raise
             return {"out": str(line.out), "error": message_of(error, line)}
 
@@ -161,6 +223,21 @@ class Worker:
         denoise(self.pipe, job, line, self.console, resume_it=job.latents.exists())
         frames = decode(self.pipe.vae, job, line, self.console, self.processes)
         return {"frames": frames, "fps": job.fps, "seed": seed}
+
+    def _is_of_all(self, line: argparse.Namespace, error: BaseException) -> bool:
+        """True if all ranks of this video have the error, so that none waits for another."""
+        if self.processes is None or not self.processes.several:
+            return True
+        if not isinstance(error, OF_ALL):
+            return False
+        mesh, store, key = self.processes.mesh, _store(), f"failed {line.out.name}"
+        keys = [f"{key} {rank}" for rank in mesh.mesh[mesh.get_local_rank("data")].flatten()]
+        store.set(f"{key} {dist.get_rank()}", str(error))
+        try:
+            store.wait(keys, GRACE)
+        except RuntimeError:  # a rank has none
+            return False
+        return len({store.get(key) for key in keys}) == 1
 
     @property
     def _first(self) -> bool:
@@ -198,10 +275,8 @@ def _on_ranks(
 
     On the first rank of all, summaries of all lines; on others none.
     """
-    assert processes is not None and dist.group.WORLD is not None
-    store = dist.group.WORLD.get_group_store()
-    worker = Worker(options, console, processes)
-    first_of_all = not dist.get_rank()
+    assert processes is not None
+    store, rank = _store(), dist.get_rank()
     missing = list(range(len(lines)))
 
     def others() -> Iterator[dict[str, Any]]:
@@ -210,15 +285,54 @@ def _on_ranks(
                 missing.remove(number)
                 yield json.loads(store.get(f"line {number}"))
 
+    beats = itertools.count()
+    console.on_progress = lambda: store.set(f"alive {rank}", str(next(beats)))
+    worker = Worker(options, console, processes)
     while (number := processes.shared(lambda: store.add("taken", 1) - 1)) < len(lines):
+        console.on_progress()
         fact = worker.run(lines[number])
         if processes.first:
             store.set(f"line {number}", json.dumps(fact))
-        if first_of_all:
+        if not rank:
             yield from others()
-    while first_of_all and missing:
-        yield from others()
+    console.on_progress = None
+    store.set(f"alive {rank}", DONE.decode())
+    alive = _Alive(store)
+    while not alive.all_done():
         time.sleep(0.1)  # a wait in the store would not be ended by a signal
+        if not rank:
+            yield from others()
+    if not rank:
+        yield from others()
+
+
+class _Alive:
+    """Progress of the ranks, each of which sets its own key in the store."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+        now = time.monotonic()
+        self.seen = {rank: (b"", now) for rank in range(dist.get_world_size())}
+
+    def all_done(self) -> bool:
+        """False while ranks have lines. Raises RuntimeError if one does nothing for `TIMEOUT`."""
+        now = time.monotonic()
+        for rank, (last, since) in self.seen.items():
+            key = f"alive {rank}"
+            beat = self.store.get(key) if self.store.check([key]) else b""
+            if beat != last:
+                self.seen[rank] = beat, now
+            elif beat != DONE and now - since > TIMEOUT.total_seconds():
+                raise RuntimeError(
+                    f"rank {rank} has made no progress for {TIMEOUT}, it is frozen or lost"
+                )
+        return all(beat == DONE for beat, _ in self.seen.values())
+
+
+def _store() -> Any:
+    """The store of all ranks, new in each of torchrun's attempts."""
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD.get_group_store()
 
 
 def _on_ray(
@@ -229,7 +343,8 @@ def _on_ray(
 ) -> Iterator[dict[str, Any]]:
     """The lines on actors of a Ray cluster, one for each GPU, or CPU; as they are done.
 
-    An actor that dies is started again, and its line goes on where its latents were saved last.
+    An actor that dies is started again, and its line goes on where its latents were saved last; at
+    most `RETRIES` times, then the line has failed.
     """
     if processes is not None:
         raise ValueError("--ray must come without torchrun; it starts its own processes")
@@ -243,11 +358,23 @@ def _on_ray(
         kind = "CPU" if options.device == "cpu" or not found.get("GPU") else "GPU"
         count = min(len(lines) - len(ready), int(found[kind]))
         place = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 1}
-        actor = ray.remote(Worker).options(max_restarts=RETRIES, max_task_retries=RETRIES, **place)
-        workers = [actor.remote(_plain(options)) for _ in range(count)]
-        pool = extra("ray.util", "--ray", "'cogvx[ray]'").ActorPool(workers)
-        todo = [_plain(line) for line in lines if line not in ready]
-        yield from pool.map_unordered(lambda worker, line: worker.run.remote(line), todo)
+        actor = ray.remote(Worker).options(max_restarts=-1, max_task_retries=RETRIES, **place)
+        free = [actor.remote(_plain(options)) for _ in range(count)]
+        todo = [line for line in reversed(lines) if line not in ready]
+        running: dict[Any, tuple[Any, argparse.Namespace]] = {}
+        while todo or running:
+            while todo and free:
+                worker, line = free.pop(), todo.pop()
+                running[worker.run.remote(_plain(line))] = worker, line
+            [done], _ = ray.wait(list(running))
+            worker, line = running.pop(done)
+            free.append(worker)
+            try:
+                yield ray.get(done)
+            except ray.exceptions.RayTaskError:
+                raise  # a bug
+            except ray.exceptions.RayError as error:  # its actor died, more than RETRIES times
+                yield {"out": str(line.out), "error": str(error)}
 
 
 def _plain(options: argparse.Namespace) -> argparse.Namespace:

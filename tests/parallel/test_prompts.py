@@ -1,5 +1,6 @@
 """`cogvx generate --prompts`: many videos, by one process, by ranks, and by actors of Ray."""
 
+import argparse
 import json
 import os
 import re
@@ -7,22 +8,32 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext, suppress
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import cogvx
 from cogvx import cli
 from cogvx.cli import prompts
+from cogvx.cli.console import Console
+from cogvx.cli.outputs import claimed
+from cogvx.parallel import Ranks, start
 from cogvx.pipeline import resume
+
+from . import ranks
 
 LINES = (  # guidance 2 is in one of them alone
     {"prompt": "a large red circle moves right on black"},
     {"prompt": "two small blue squares on white", "seed": 7, "steps": 2, "out": "blue.gif"},
     {"prompt": "a green triangle moves up", "guidance": 2},
 )
-PLAIN = ("--steps", "1", "--backend", "reference")  # kernels are slow in the interpreter
+PLAIN = ("--steps", "1", "--frames", "5", "--height", "32", "--width", "32",
+         "--backend", "reference")  # kernels are slow in the interpreter  # fmt: skip
 
 
 @pytest.fixture
@@ -86,6 +97,25 @@ def test_a_failed_line_does_not_stop_the_others(here, capsys, monkeypatch):
     assert (status, facts["made"], facts["were_there"]) == (0, 1, 2)
 
 
+def test_torchrun_does_not_try_a_failed_line_again(here, capsys, monkeypatch):
+    """It starts all again after the first attempt: no weights are read, and one summary printed."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    (here / "videos").mkdir()
+    with claimed(here / "videos" / "blue.gif"):
+        status, facts, first = run(capsys)
+    assert (status, facts) == (1, {})
+    with monkeypatch.context() as patch:
+        patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        patch.setattr(prompts.Model, "load", None)
+        status, facts, error = run(capsys)
+    assert (status, facts["were_there"], facts["failed"]) == (1, 2, 1)
+    message = "videos/blue.gif: another command is writing it at this moment"
+    assert message in first and message in error
+    status, facts, _ = run(capsys)  # another job
+    assert (status, facts["made"], facts["were_there"]) == (0, 1, 2)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -139,15 +169,49 @@ def test_ray_goes_on_after_an_actor_was_killed(here, monkeypatch):
         [sys.executable, "-m", "cogvx", *command], stdout=subprocess.PIPE, text=True
     ) as job:
         saved = here / "videos" / "00001.latents.safetensors"
-        wait_for(lambda: saved.exists() and resume.read(saved).state.done >= 2, job)
-        actors = [pid for pid in descendants(job.pid) if "ray::Worker.run" in title(pid)]
-        assert actors
-        os.kill(actors[0], signal.SIGKILL)
+        wait_for(lambda: saved.exists() and resume.read(saved).state.done >= 20, job)
+        lock = str(saved.with_name(".00001.mp4.lock"))
+        [actor] = [pid for pid in descendants(job.pid) if lock in opened(pid)]
+        os.kill(actor, signal.SIGKILL)
+        wait_for(lambda: lock not in opened(actor), job)
+        done = [resume.read(saved).state.done]
+
+        def finished():
+            done.append(resume.read(saved).state.done)
+            return done[-1] == 100
+
+        wait_for(finished, job)
         facts = json.loads(job.communicate(timeout=300)[0])
     assert job.returncode == 0
+    assert 20 <= done[0] < 100 and done == sorted(done)
     assert (facts["made"], facts["failed"]) == (3, 0)
     assert {fact["seed"] for fact in facts["videos"]} == {3, 7, 5}
-    assert resume.read(saved).state.done == 100
+
+
+def test_ray_goes_on_without_a_line_whose_actors_die(here, capsys, monkeypatch):
+    """More often than `RETRIES`; with calls in place of a cluster, and the errors of Ray."""
+    died = pytest.importorskip("ray.exceptions").ActorDiedError()
+
+    def result(call):
+        if call.out.name == "blue.gif":
+            raise died
+        return {"out": str(call.out), "frames": 5, "seed": 1}
+
+    actor = SimpleNamespace(run=SimpleNamespace(remote=lambda line: line))
+    made = SimpleNamespace(remote=lambda options: actor)
+    found = SimpleNamespace(
+        exceptions=sys.modules["ray.exceptions"],
+        init=lambda *words, **more: nullcontext(),
+        cluster_resources=lambda: {"CPU": 2.0},
+        remote=lambda kind: SimpleNamespace(options=lambda **more: made),
+        wait=lambda calls: (calls[:1], calls[1:]),
+        get=result,
+    )
+    monkeypatch.setattr(prompts, "extra", lambda *names: found)
+    monkeypatch.setattr(argparse.Namespace, "__hash__", lambda self: id(self), raising=False)
+    status, facts, error = run(capsys, "--ray")
+    assert (status, facts["made"], facts["failed"]) == (1, 2, 1)
+    assert "1 of 3 videos failed:\n  videos/blue.gif: The actor died" in error
 
 
 def wait_for(condition, job, seconds=120):
@@ -172,26 +236,29 @@ def descendants(pid):
     return found
 
 
-def title(pid):
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""
+def opened(pid):
+    """Files that a process has open."""
+    with suppress(OSError):  # it has ended
+        return {os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()}
+    return set()
 
 
-# Runs `python -m cogvx` in a rank. Before the restart rank 1 is killed in its second step, and
-# rank 0 waits for that in its own.
+# Runs `python -m cogvx` in a rank, which counts its steps in a file. Before the restart rank 1 is
+# killed in its second step, as soon as rank 0 is in its own, where it waits.
 KILLED = """
 import os, signal, sys, time
+from pathlib import Path
 from cogvx.cli import main
 from cogvx.pipeline import denoise
 
 def predict(*arguments):
     calls.append(1)
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and len(calls) == 2:
-        if os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(120)
+    attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
+    Path(f"step.{attempt}.{rank}.{len(calls)}").touch()
+    if attempt == "0" and len(calls) == 2:
+        while rank == "0" or not Path("step.0.0.2").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGKILL)
     return before(*arguments)
 
 calls, before, denoise.predict = [], denoise.predict, predict
@@ -202,7 +269,7 @@ sys.exit(main(sys.argv[1:]))
 def test_ranks_share_the_lines_and_go_on_after_one_was_killed(here):
     """By torchrun's restart; each line is made once, and none of its steps before a save again."""
     Path("killed.py").write_text(KILLED)
-    more = ("--device", "cpu", "--steps", "4", "--checkpoint-every", "1", "--json")
+    more = ("--device", "cpu", "--steps", "3", "--checkpoint-every", "1", "--json")
     command = ["--nproc-per-node", "2", "--max-restarts", "1", "killed.py", *words(*more)]
     done = torchrun(*command)
     assert done.returncode == 0, done.stderr
@@ -214,17 +281,138 @@ def test_ranks_share_the_lines_and_go_on_after_one_was_killed(here):
     for name, seed in (("00001", 3), ("blue", 7), ("00003", 5)):
         saved = resume.read(here / "videos" / f"{name}.latents.safetensors")
         assert saved.record["seed"] == seed and saved.state.done == saved.steps
+    assert len(list(here.glob("step.0.*"))) == 4  # of each rank the second one was not done
+    assert len(list(here.glob("step.1.*"))) == 3 + 2 + 3 - 2
     assert "2 processes: data 2 x guidance 1 x context 1" in done.stderr
     assert "Signal 9 (SIGKILL)" in done.stderr or "exitcode: -9" in done.stderr
 
 
+def lines_of_a_rank(slow, beats, timeout):
+    """Two lines on two ranks. One rank makes some progress in its line, and then none if 0."""
+
+    class Stub:
+        def __init__(self, options, console, processes):
+            self.console = console
+
+        def run(self, line):
+            prompts._store().set(f"begun {dist.get_rank()}", "")
+            prompts._store().wait([f"begun {rank}" for rank in range(2)])
+            if dist.get_rank() == slow:
+                for _ in range(beats):
+                    time.sleep(0.1)
+                    self.console.progress("denoise")
+                if not beats:
+                    time.sleep(1000)
+            return {"out": line}
+
+    prompts.Worker, prompts.TIMEOUT = Stub, timedelta(seconds=timeout)
+    processes = Ranks(start(data=2, device="cpu"))
+    facts = prompts._on_ranks(None, ["a", "b"], Console(True, False), processes)
+    return sorted(fact["out"] for fact in facts)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_rank_ends_the_job(frozen):
+    message = f"rank {frozen} has made no progress for 0:00:00.500000, it is frozen or lost"
+    with pytest.raises(ranks.RankFailure, match=message):
+        ranks.run(lines_of_a_rank, 2, frozen, 0, 0.5)
+
+
+def test_a_rank_whose_line_takes_long_does_not():
+    assert ranks.run(lines_of_a_rank, 2, 1, 25, 2) == [["a", "b"], []]
+
+
+def failing_line(kind, messages):
+    """A line on two ranks, each of which fails with its message, if it has one."""
+
+    class Failing(prompts.Worker):
+        def __init__(self, processes):
+            self.processes = processes
+
+        def _made(self, line, held):
+            if message := messages[dist.get_rank()]:
+                raise kind(message)
+            return {"frames": 5}
+
+    prompts.GRACE = timedelta(seconds=0.5)
+    worker = Failing(Ranks(start(guidance=2, device="cpu")))
+    try:
+        return worker.run(argparse.Namespace(out=Path("x.mp4")))
+    except kind:
+        return "raised"
+
+
+def test_an_error_of_all_ranks_fails_the_line_alone():
+    failed = {"out": "x.mp4", "error": "step 1 has NaN"}
+    assert ranks.run(failing_line, 2, FloatingPointError, ["step 1 has NaN"] * 2) == [failed] * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "messages", "results"),
+    [
+        (OSError, ["the disk is full", ""], ["raised", {"out": "x.mp4", "frames": 5}]),
+        (ValueError, ["step 1 has NaN", "step 2 has NaN"], ["raised", "raised"]),
+        (RuntimeError, ["a message was lost", "a message was lost"], ["raised", "raised"]),
+    ],
+)
+def test_an_error_of_one_rank_is_raised(kind, messages, results):
+    """Others that differ, too: the ranks may wait for each other's messages."""
+    assert ranks.run(failing_line, 2, kind, messages) == results
+
+
+def bad_lines(numbers):
+    """Error on a rank if these lines are bad; its checks."""
+    lines = [argparse.Namespace(number=number, guidance=6) for number in range(1, 6)]
+    checked = []
+
+    def check(line, model, pair):
+        checked.append(line.number)
+        if line.number in numbers:
+            raise ValueError("no")
+
+    prompts._check_line, prompts.Model = check, SimpleNamespace(of=lambda options: None)
+    options = argparse.Namespace(out=Path("videos"), prompts="list.jsonl")
+    try:
+        prompts.check_lines(options, lines, Ranks(start(data=2, device="cpu")))
+    except ValueError as error:
+        return str(error), checked
+    return "", checked
+
+
+def test_ranks_share_the_checks(here):
+    """The first bad line is named on each."""
+    assert ranks.run(bad_lines, 2, []) == [("", [1, 3, 5]), ("", [2, 4])]
+    assert (here / "videos").rmdir() is None
+    message = "list.jsonl, line 2: no"
+    assert ranks.run(bad_lines, 2, [2, 5]) == [(message, [1, 3, 5]), (message, [2])]
+    assert not (here / "videos").exists()
+
+
+def test_lines_without_guidance_are_refused_on_two_groups(here, capsys, monkeypatch):
+    monkeypatch.setattr(prompts.Model, "load", None)
+    (here / "list.jsonl").write_text('{"prompt": "x"}\n{"prompt": "x", "guidance": 1}')
+    two = {"guidance": SimpleNamespace(size=lambda: 2)}
+    monkeypatch.setattr(prompts.ranks, "start", lambda *options, **more: SimpleNamespace(mesh=two))
+    monkeypatch.setattr(prompts.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(prompts.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(prompts, "_gathered", lambda processes, value: [value])
+    status, _, error = run(capsys)
+    message = "list.jsonl, line 2: --guidance must be above 1 with --cfg-parallel"
+    assert status == 1 and message in error
+
+
 def test_groups_of_ranks_share_the_lines(here):
-    """Two groups of two ranks; a video is that of one process with the same seed."""
-    more = ("--device", "cpu", "--guidance", "3", "--cfg", "two_pass", "--frames", "5")
-    done = torchrun("--nproc-per-node", "4", "-m", "cogvx", *words("--cfg-parallel", *more))
-    assert done.returncode == 0, done.stderr
+    """Two groups of two ranks; a video is that of one process with the same seed.
+
+    A line that fails on both ranks of a group does not stop the others.
+    """
+    more = ("--device", "cpu", "--guidance", "3", "--cfg", "two_pass")
+    (here / "videos").mkdir()
+    with claimed(here / "videos" / "blue.gif"):
+        done = torchrun("--nproc-per-node", "4", "-m", "cogvx", *words("--cfg-parallel", *more))
     assert "4 processes: data 2 x guidance 2 x context 1" in done.stderr
-    assert done.stdout.split() == ["made", "3", "were", "there", "0", "failed", "0"]
+    assert done.stdout.split() == ["made", "2", "were", "there", "0", "failed", "1"], done.stderr
+    assert done.returncode == 1 and "videos/blue.gif: another command is writing" in done.stderr
     alone = ["generate", "--model", "tiny", "--out", "alone.mp4", "--quiet", *PLAIN, *more]
     assert cli.main([*alone, "--prompt", LINES[0]["prompt"], "--seed", "3"]) == 0
     one, four = (
