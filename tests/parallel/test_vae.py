@@ -80,14 +80,14 @@ def both(name, dtype, length, tiling):
     return vae.decode(z, tiling=tiling), vae.encode(video, tiling=tiling).moments
 
 
-def differing(cases, tiling, gather):
+def differing(cases, gather):
     """Cases whose result on this rank is not that of one process."""
-    method = "relay" if tiling is None else "tiles"
     found = []
     for case in cases:
+        method = "relay" if case[-1] is None else "tiles"
         parallel.vae_parallel(make(*case[:2]), dist.group.WORLD, method=method, gather=gather)
-        video, moments = both(*case, tiling)
-        whole, wanted = expected(*case, tiling)
+        video, moments = both(*case)
+        whole, wanted = expected(*case)
         if dist.get_rank() and gather == "first":
             whole = whole[:, :0]
         if not (torch.equal(video, whole) and torch.equal(moments, wanted)):
@@ -95,23 +95,24 @@ def differing(cases, tiling, gather):
     return found
 
 
-LENGTHS = (1, 2, 3, 5, 8, 13)
-NAMED = tuple(CONFIGS)
+def assert_same(size, cases, gather):
+    for case in cases:
+        expected(*case)  # once, before the fork
+    assert ranks.run(differing, size, cases, gather) == [[]] * size
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [(1, 5, 8), (2, 3, 13)])
 @pytest.mark.parametrize(
     "size, gather",
     [(1, "first"), (2, "all"), (3, "first"), (4, "first"), rest(2, "first"), rest(4, "all")],
 )
-def test_a_relay_has_the_bits_of_one_process(size, gather, dtype):
+def test_a_relay_has_the_bits_of_one_process(size, gather, lengths, dtype):
     """With fewer ranks than chunks, as many, and more."""
-    cases = [(name, dtype, length) for name in CONFIGS for length in LENGTHS]
-    for case in cases:
-        expected(*case, None)  # once, before the fork
-    assert ranks.run(differing, size, cases, None, gather) == [[]] * size
+    assert_same(size, [(n, dtype, length, None) for n in CONFIGS for length in lengths], gather)
 
 
+@pytest.mark.parametrize("length", [3, 1])
 @pytest.mark.parametrize(
     "size, gather, dtype",
     [
@@ -122,13 +123,9 @@ def test_a_relay_has_the_bits_of_one_process(size, gather, dtype):
         rest(4, "all", "bf16"),
     ],
 )
-def test_tiles_on_ranks_have_the_bits_of_the_tiled_result(size, gather, dtype):
-    cases = [(name, dtype, length) for name in CONFIGS for length in (1, 3)]
-    for case in cases:
-        expected(*case, TILING)
-    assert ranks.run(differing, size, cases, TILING, gather) == [[]] * size
-    expected(*cases[0], UNCUT)
-    assert ranks.run(differing, size, cases[:1], UNCUT, gather) == [[]] * size
+def test_tiles_on_ranks_have_the_bits_of_the_tiled_result(size, gather, dtype, length):
+    cases = [(name, dtype, length, TILING) for name in CONFIGS]
+    assert_same(size, [*cases, (*cases[0][:-1], UNCUT)], gather)
 
 
 def relay(vae, **options):
