@@ -19,8 +19,9 @@ from select import POLLHUP, POLLIN, poll
 from typing import Any, NoReturn
 
 import torch.distributed as dist
+from torch.distributed.launcher import LaunchConfig, elastic_launch
 
-from tests.harness.workers import fork, settle, write
+from tests.harness.workers import Outcome, fork, run_cases, settle, write
 
 GRACE = 2.0  # seconds for the other ranks, after one has failed
 
@@ -72,6 +73,35 @@ def run(
                 _end(one)
                 os.close(one.reader)
                 one.output.close()
+
+
+def torchrun(
+    function: Callable[..., int], size: int, *args: Any, deadline: float = 120.0
+) -> Outcome[int]:
+    """Exit by the status function(*args) in processes of torchrun's agent, which are forked and
+    import nothing anew.
+
+    The agent's report of a process that failed is in the outcome's detail.
+    """
+
+    def work() -> NoReturn:
+        sys.exit(function(*args))
+
+    def launch(size: int) -> None:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=size,
+            run_id="test",
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            max_restarts=0,
+            start_method="fork",
+        )
+        elastic_launch(config, work)()
+
+    [outcome] = run_cases(launch, [size], deadline)
+    return outcome
 
 
 def _start(

@@ -2,8 +2,7 @@
 
 import json
 import os
-import subprocess
-import sys
+import re
 
 import pytest
 import torch
@@ -77,15 +76,8 @@ def test_torchrun_decodes_and_prints_once(clip, tmp_path):
     assert main(["encode", str(clip), *VAE, "--quiet", "--out", str(latents)]) == 0
     one = tmp_path / "one.mp4"
     assert main(["decode", str(latents), *VAE, "--quiet", "--out", str(one)]) == 0
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    decode = ["decode", str(latents), *VAE, "--json", "--out", str(out)]
-    done = subprocess.run(
-        [sys.executable, *torchrun, "-m", "cogvx", *decode],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["frames"] == 17
+    done = ranks.torchrun(main, 2, ["decode", str(latents), *VAE, "--json", "--out", str(out)])
+    assert done.ok, done
+    [printed] = re.findall(r"^{$.*?^}$", done.output, re.DOTALL | re.MULTILINE)
+    assert json.loads(printed)["frames"] == 17
     assert one.read_bytes() == out.read_bytes()

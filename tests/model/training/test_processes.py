@@ -1,19 +1,20 @@
-"""Two processes, as torchrun starts them; on the CPU, with gloo between them."""
+"""Two processes of torchrun's agent; on the CPU, with gloo between them."""
 
 import json
-import os
-import subprocess
-import sys
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from cogvx.training import train, trainer
+from cogvx.cli import main
+from cogvx.training import train
 from tests.parallel import ranks
 
 from .recipes import small
 
+ONE_SHEET = {"sample_every": 6}
+MADE = small(vae_training=ONE_SHEET, transformer_training=ONE_SHEET)
 RECIPE = """
 [data]
 {data}
@@ -30,37 +31,27 @@ RECIPE = """
 
 def torchrun(folder):
     """`cogvx train` of the small recipe into the folder "one"."""
-    recipe = small().to_dict()
+    recipe = MADE.to_dict()
     lines = {
         table: "\n".join(f"{key} = {json.dumps(value)}" for key, value in recipe[table].items()
                          if value is not None)
         for table in ("data", "vae", "vae_training", "transformer", "transformer_training")
     }  # fmt: skip
     (folder / "recipe.toml").write_text(RECIPE.format(**lines))
-    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    plain["PYTHONPATH"] = os.pathsep.join(sys.path)
-    plain["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # sums have another order with others
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cogvx"]
-    done = subprocess.run(
-        [sys.executable, "-m", *command, "train", "recipe.toml", "--out", "one", "--json"],
-        cwd=folder,
-        env=plain,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads(done.stdout)  # of the first process: the other prints nothing
+    command = ["train", str(folder / "recipe.toml"), "--out", str(folder / "one"), "--json"]
+    done = ranks.torchrun(main, 2, command)
+    assert done.ok, done
+    [printed] = re.findall(r"^{$.*?^}$", done.output, re.DOTALL | re.MULTILINE)
+    return json.loads(printed)  # of the first process: the other prints nothing
 
 
 @pytest.mark.slow
-def test_two_processes_train_one_model(tmp_path, monkeypatch):
+def test_two_processes_train_one_model(tmp_path):
     """The same bits by torchrun and by forks; and a model, a curve and checkpoints as one process
     leaves them."""
-    monkeypatch.setattr(trainer, "SCALING_CLIPS", 64)  # which `recipes` lowers in this process
     summary = torchrun(tmp_path)
     assert summary["vae_step"] == summary["transformer_step"] == 6
-    ranks.run(train, 2, small(), tmp_path / "two")
+    ranks.run(train, 2, MADE, tmp_path / "two")
     found = []
     for name in ("one", "two"):
         files = sorted((tmp_path / name).glob("*/diffusion_pytorch_model.safetensors"))
@@ -79,4 +70,4 @@ def test_two_processes_train_one_model(tmp_path, monkeypatch):
     for one, two in zip(*found, strict=True):
         assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     config = json.loads((tmp_path / "one" / "transformer" / "config.json").read_text())
-    assert config["num_layers"] == small().transformer.num_layers
+    assert config["num_layers"] == MADE.transformer.num_layers
