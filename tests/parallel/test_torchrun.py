@@ -3,16 +3,16 @@
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import run
 
 from cogvx.cli import main
 from cogvx.pipeline import resume
 from tests.harness.selection import rest
+from tests.harness.workers import run_cases
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/distributed.md"
 GENERATE = ["generate", "--model", "tiny", "--prompt", "a red circle moves right", "--steps", "3",
@@ -40,16 +40,15 @@ sys.exit(main(sys.argv[3:]))
 """
 
 
-def torchrun(size, *arguments, timeout=300):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    return subprocess.run(
-        [*command, "--nproc-per-node", str(size), *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+def torchrun(size, *arguments):
+    """The command `torchrun`, forked, with processes of their own."""
+
+    def launch(size):
+        os.environ.update(OMP_NUM_THREADS="1", TRITON_INTERPRET="0")
+        run.main(["--standalone", "--nproc-per-node", str(size), *arguments])
+
+    [outcome] = run_cases(launch, [size], timeout=300)
+    return outcome
 
 
 def test_command_of_the_page_writes_what_one_process_writes(tmp_path):
@@ -62,9 +61,9 @@ def test_command_of_the_page_writes_what_one_process_writes(tmp_path):
     assert set(other.values()) <= set(command)
     assert main([*GENERATE, "--cfg", "two_pass", "--quiet", "--out", str(one)]) == 0
     done = torchrun(2, "-m", "cogvx", *command, *GENERATE[5:])
-    assert done.returncode == 0, done.stderr
-    assert "2 processes: guidance 2 x context 1" in done.stderr
-    assert done.stdout.count("seed") == 1, done.stdout
+    assert done.ok, done
+    assert "2 processes: guidance 2 x context 1" in done.output
+    assert done.output.count("seed") == 1, done.output
     first, second = (resume.read(p.with_suffix(".latents.safetensors")) for p in (one, two))
     assert torch.equal(first.state.latents, second.state.latents)
     assert one.read_bytes() == two.read_bytes()
@@ -82,10 +81,10 @@ def test_a_rank_that_fails_ends_the_job_with_the_cause(how, cause, tmp_path):
     script, out = tmp_path / "failing.py", tmp_path / "out.gif"
     script.write_text(FAILING)
     done = torchrun(2, str(script), how, "20", *GENERATE, "--out", str(out))
-    assert done.returncode != 0
-    report = done.stderr[done.stderr.index("Root Cause") :]
-    assert cause in done.stderr
-    assert f"(local_rank: {0 if how == 'SIGSTOP' else 1})" in report, done.stderr
+    assert done.status == "failed"
+    report = done.detail[done.detail.index("Root Cause") :]
+    assert cause in str(done)
+    assert f"(local_rank: {0 if how == 'SIGSTOP' else 1})" in report, done
     assert list(tmp_path.iterdir()) == [script]
 
 
