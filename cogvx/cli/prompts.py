@@ -360,12 +360,12 @@ def _on_ray(
         place = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 1}
         actor = ray.remote(Worker).options(max_restarts=-1, max_task_retries=RETRIES, **place)
         free = [actor.remote(_plain(options)) for _ in range(count)]
-        todo = [line for line in reversed(lines) if line not in ready]
+        todo = [_plain(line) for line in reversed(lines) if line not in ready]
         running: dict[Any, tuple[Any, argparse.Namespace]] = {}
         while todo or running:
             while todo and free:
                 worker, line = free.pop(), todo.pop()
-                running[worker.run.remote(_plain(line))] = worker, line
+                running[worker.run.remote(line)] = worker, line
             [done], _ = ray.wait(list(running))
             worker, line = running.pop(done)
             free.append(worker)
@@ -374,7 +374,7 @@ def _on_ray(
             except ray.exceptions.RayTaskError:
                 raise  # a bug
             except ray.exceptions.RayError as error:  # its actor died, more than RETRIES times
-                yield {"out": str(line.out), "error": str(error)}
+                yield {"out": str(line.out), "error": str(error).splitlines()[0]}
 
 
 def _plain(options: argparse.Namespace) -> argparse.Namespace:

@@ -211,7 +211,7 @@ def test_ray_goes_on_without_a_line_whose_actors_die(here, capsys, monkeypatch):
     monkeypatch.setattr(argparse.Namespace, "__hash__", lambda self: id(self), raising=False)
     status, facts, error = run(capsys, "--ray")
     assert (status, facts["made"], facts["failed"]) == (1, 2, 1)
-    assert "1 of 3 videos failed:\n  videos/blue.gif: The actor died" in error
+    assert f"1 of 3 videos failed:\n  {here}/videos/blue.gif: The actor died" in error
 
 
 def wait_for(condition, job, seconds=120):
