@@ -34,7 +34,6 @@ OPTIONS = {
 # Classes and functions at the start of messages, which a user of the command line does not know.
 CALLEES = re.compile(
     r"\A(?:cogvx|build_transformer|build_vae|timestep_schedule|forecast|plan|train|convert|load_lora|parallel\.start|"
-    r""
     r"open_video|read_image|read_video|write_video|write_tensors|stream_encode|stream_decode|held_out_prompts|"
     r"(?:CogVideoX|CausalVAE|ExpertTransformer|T5TextEncoder|WordTextEncoder|TransformerConfig|"
     r"VAEConfig|Tiling)(?:\.\w+)?): "

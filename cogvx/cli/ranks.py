@@ -33,11 +33,16 @@ def start(
     Under torchrun without these options guidance takes two groups, if there is guidance and the
     number of processes is even, and the context the rest; with `many` videos each process makes its
     own. Only the first rank prints. Raises ValueError if there is no torchrun, with the command to
-    type.
+    type, or no guidance for `--cfg-parallel`.
     """
     context = getattr(options, "context_parallel", None)  # a VAE's commands have no such options
     cfg = getattr(options, "cfg_parallel", False)
     requested = context is not None or cfg
+    if cfg and not (guided or many):
+        raise ValueError(
+            "--cfg-parallel must come with a --guidance above 1, whose two predictions it shares; "
+            f"got {options.guidance:g}"
+        )
     if not parallel.launched():
         if requested:
             size = (context or 1) * (1 + cfg)

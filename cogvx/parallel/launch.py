@@ -6,7 +6,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store, _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from ..validation import check_integer, invalid
@@ -40,8 +40,8 @@ def start(
         started already is used as it is.
 
     Raises:
-        RuntimeError: the processes were not started by torchrun, or there are fewer GPUs than
-            processes on this machine.
+        RuntimeError: the processes were not started by torchrun, or by one that cannot start those
+            of several machines again; or there are fewer GPUs than processes on this machine.
         ValueError: the product of the sizes is not the number of processes.
     """
     guidance, data = check_integer(WHERE, "guidance", guidance), check_integer(WHERE, "data", data)
@@ -58,16 +58,23 @@ def start(
         product = f"{data} x {guidance} x {context} = {data * guidance * context}"
         wanted = f"the number of processes, {world}"
         raise invalid(WHERE, "data x guidance x context", wanted, product)
-    if kind == "cuda":
-        _take_gpu()
-    if not dist.is_initialized():
+    given = dist.group.WORLD
+    if given is None:
+        prefix = _prefix_of_attempt()
+        if kind == "cuda":
+            _take_gpu()
         # Objects are sent by gloo, tensors of a GPU by NCCL.
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        # torchrun 2.13 keeps the store of an attempt for the next one, with addresses of the dead
-        store, rank, _ = next(rendezvous("env://", timeout=timeout))
-        store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        found, rank, _ = next(rendezvous("env://", timeout=timeout))
+        store: Store = PrefixStore(prefix, found) if prefix else found
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    return init_device_mesh(kind, sizes, mesh_dim_names=DIMENSIONS)
+    mesh = init_device_mesh(kind, sizes, mesh_dim_names=DIMENSIONS)
+    # made here, so that `vae_parallel` finds it with this timeout; a mesh gives its groups torch's
+    of_a_video = mesh[DIMENSIONS[1:]]._flatten()
+    for group in (*mesh.get_all_groups(), of_a_video.get_group()):
+        if group is not given:
+            _set_pg_timeout(timeout, group)
+    return mesh
 
 
 def stop() -> None:
@@ -102,6 +109,25 @@ def world_size() -> int:
 
 def _missing() -> list[str]:
     return [name for name in VARIABLES if name not in os.environ]
+
+
+def _prefix_of_attempt() -> str:
+    """Prefix of keys in a store that torchrun 2.13 keeps for the next attempt; else "".
+
+    It holds addresses of the dead. Agents number attempts each for itself, so that machines that
+    share a store do not agree on a prefix.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return ""
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        return os.environ["TORCHELASTIC_RESTART_COUNT"]
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        raise RuntimeError(
+            f"{WHERE}: must have a new store for each attempt of several machines; torchrun with "
+            "--max-restarts shares one: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, on "
+            "each machine"
+        )
+    return ""
 
 
 def _take_gpu() -> None:

@@ -31,7 +31,7 @@ from ..checkpoint.record import Record, check_record, record_of_config, record_o
 from ..checkpoint.weights import variants_of
 from ..config import SchedulerConfig
 from ..files import CONFIG_BYTES, read_json
-from ..generation import GenerationParams
+from ..generation import WHERE, GenerationParams
 from ..hub import PARTS
 from ..plan import Plan, forecast
 from ..schedulers import SOLVERS, Generators, Solver, TimestepSchedule, randn_tensor
@@ -329,6 +329,9 @@ class CogVideoX:
         self._warn_of_half()
         _warn_of_range({"image": params.image, "video": params.video})
         progress = request.progress or _no_progress
+        shared = self.vae.decoder.ranks
+        if shared is not None and request.output == "video":
+            shared.check_method(WHERE, request.tiling)
         with nullcontext() if self.ranks is None else self.ranks.watched():
             state = self._denoised(request, progress)
         if request.output == "latents":
@@ -372,15 +375,18 @@ class CogVideoX:
         """State after the last step, which is also saved."""
         ranks, path, every = self.ranks, request.save_latents, request.checkpoint_every
         guides = guides_of(ranks, request)
+        draws = request.seed is None and request.generator is None
+
+        def check() -> int | None:
+            resume.check_saving(path, every)
+            return drawn_seed() if draws else None
+
+        drawn = check() if ranks is None else ranks.shared(check)
         if ranks is not None and not ranks.first:
             path = None  # the first rank writes files
-        else:
-            resume.check_saving(path, every)
         solver = SOLVERS[request.solver](self.scheduler, request.compat)
         timesteps = solver.timestep_schedule(request.steps, request.strength)
-        seed = request.seed
-        if ranks is not None and seed is None and request.generator is None:
-            seed = ranks.shared(drawn_seed)
+        seed = drawn if draws else request.seed
         generator = make_generator(seed, request.generator, request.batch)
         saved = self._begin(request, solver, timesteps, generator, progress)
         record, conditioning, state = saved.record, saved.conditioning, saved.state
@@ -419,7 +425,12 @@ class CogVideoX:
 
         if self.ranks is None:
             return begin()
-        return begin_together(self.ranks, record, begin, generator, self.device)
+        encoder = self.vae.encoder
+        kept, encoder.ranks = encoder.ranks, None  # the first rank encodes alone
+        try:
+            return begin_together(self.ranks, record, begin, generator, self.device)
+        finally:
+            encoder.ranks = kept
 
     def _prepare(
         self,

@@ -41,10 +41,11 @@ def begin_together(
     """What the first rank has before the first step, on each rank's device.
 
     So only the first needs a text encoder, or the file of a resumed run. Generators get the first
-    rank's state. Raises ValueError, on each rank, if their records differ.
+    rank's state. Raises ValueError, on each rank, if their records differ, with the number among
+    all processes of one that does.
     """
     records = ranks.gather(record)
-    for rank, other in enumerate(records):
+    for rank, other in zip(ranks.numbers, records, strict=True):
         names = [name for name, value in records[0].items() if other.get(name) != value]
         if names:
             first, here = (f"{r.get(names[0])!r:.60}" for r in (records[0], other))

@@ -31,7 +31,7 @@ Shape = Sequence[int]  # of a video or latents, (batch, frames, channels, height
 
 @dataclass(frozen=True)
 class VAERanks:
-    """VAERanks that share the chunks or tiles of a clip.
+    """Ranks that share the chunks or tiles of a clip.
 
     method  one of `METHODS`, see `cogvx.parallel.vae_parallel`
     gather  who gets the result: "first", rank 0, while the others get 0 frames; or "all"

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from cogvx import CogVideoX
-from cogvx.parallel import Ranks, context_parallel, start
+from cogvx.parallel import Ranks, context_parallel, start, vae_parallel
 from tests.harness.selection import rest
 
 from . import models, ranks
@@ -140,6 +140,59 @@ def at_end(function, *arguments):
     except Exception as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         raise
+
+
+def with_shared_vae(whole, steps, **options):
+    """Video of this rank, from one whose VAE is shared too; `steps` gets what was denoised."""
+    pipe, mesh = tiny(), start(device="cpu")
+    context_parallel(pipe, mesh)
+    vae_parallel(pipe.vae if whole else pipe, mesh, method="relay" if whole else "tiles")
+
+    def callback(index, timestep, latents):
+        steps.append(index)
+
+    return pipe.generate(
+        PROMPT, seed=0, callback=callback, **{**OPTIONS, "output": "video", **options}
+    )
+
+
+def test_a_video_is_encoded_by_the_first_rank_alone_though_the_encoder_is_shared():
+    frames = {"video": torch.rand(1, 5, 3, 64, 64) * 2 - 1, "num_frames": None, "strength": 0.7}
+    expected = one_process.__wrapped__(output="video", **frames)
+    found = ranks.run(lambda: with_shared_vae(True, [], **frames), 2, timeout=10.0)
+    assert (found[0] - expected).norm() < 1e-5 * expected.norm()
+    assert found[1].shape[1] == 0
+
+
+def test_a_tiling_that_does_not_fit_the_shared_vae_is_refused_before_the_first_step():
+    def run():
+        steps = []
+        return refusal(lambda: with_shared_vae(False, steps)), steps
+
+    for message, steps in ranks.run(run, 2):
+        assert "CogVideoX.generate: tiling must be given for a VAE whose tiles are on" in message
+        assert steps == []
+
+
+def test_a_file_that_cannot_be_written_is_refused_on_each_rank(tmp_path):
+    run = functools.partial(generated, 1, seed=0, save_latents=tmp_path / "no" / "run.safetensors")
+    for message in ranks.run(refusal, 2, run):
+        assert "save_latents must be a file in a folder that exists" in message
+
+
+def test_a_compiled_transformer_is_shared():
+    def run():
+        mesh, pipe = start(device="cpu"), tiny()
+        transformer = pipe.transformer
+        pipe.transformer = torch.compile(transformer, backend="eager")
+        context_parallel(pipe, mesh)
+        assert pipe.ranks is not None and transformer.context.size == 2
+        context_parallel(pipe.transformer, None)
+        assert transformer.context is None
+        pipe.transformer = torch.nn.Linear(1, 1)
+        return refusal(lambda: context_parallel(pipe, mesh))
+
+    assert "got CogVideoX of Linear" in ranks.run(run, 2)[0]
 
 
 def test_groups_for_guidance_need_guidance():

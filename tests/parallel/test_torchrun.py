@@ -97,3 +97,6 @@ def test_without_torchrun_the_command_is_named(capsys, tmp_path):
         assert main([*GENERATE, "--out", str(out), *flags]) == 1
         message = capsys.readouterr().err
         assert f"Type torchrun --nproc-per-node {size} -m cogvx generate --model tiny" in message
+    assert main([*GENERATE, "--out", str(out), "--cfg-parallel", "--guidance", "1"]) == 1
+    wanted = "--cfg-parallel must come with a --guidance above 1, whose two predictions it shares"
+    assert f"{wanted}; got 1" in capsys.readouterr().err
