@@ -129,11 +129,8 @@ class Ranks:
         or lost. Raises RuntimeError in place of the error of a message, after `GRACE` at most, with
         the ranks' numbers among all processes.
         """
-        store, number, call = (
-            dist.distributed_c10d._get_default_store(),
-            dist.get_rank(),
-            next(CALLS),
-        )
+        store, number = dist.distributed_c10d._get_default_store(), dist.get_rank()
+        call = next(CALLS)
         keys = {rank: f"cogvx/error/{call}/{rank}" for rank in self.numbers}
         try:
             yield
