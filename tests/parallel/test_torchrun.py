@@ -53,7 +53,9 @@ def torchrun(size, *arguments):
 
 def test_command_of_the_page_writes_what_one_process_writes(tmp_path):
     [line] = re.findall(
-        r"^ {4}torchrun .*? -m cogvx (generate .*--prompt .*)$", PAGE.read_text(), re.MULTILINE
+        r"^ {4}torchrun --nproc-per-node 8 -m cogvx (generate .*--prompt .*)$",
+        PAGE.read_text(),
+        re.MULTILINE,
     )
     one, two = tmp_path / "one.gif", tmp_path / "two.gif"
     other = {"CogVideoX-5b": "tiny", "A red kite": GENERATE[4], "kite.mp4": str(two)}
