@@ -76,7 +76,7 @@ def run(
 
 
 def torchrun(
-    function: Callable[..., int], size: int, *args: Any, deadline: float = 120.0
+    function: Callable[..., int], size: int, *args: Any, restarts: int = 0, deadline: float = 120.0
 ) -> Outcome[int]:
     """Exit by the status function(*args) in processes of torchrun's agent, which are forked and
     import nothing anew.
@@ -95,7 +95,7 @@ def torchrun(
             run_id="test",
             rdzv_backend="c10d",
             rdzv_endpoint="127.0.0.1:0",
-            max_restarts=0,
+            max_restarts=restarts,
             start_method="fork",
         )
         elastic_launch(config, work)()
