@@ -61,6 +61,9 @@ def test_two_processes_train_one_model(tmp_path):
             lines = (tmp_path / name / "training" / stage / "losses.jsonl").read_text()
             points = [json.loads(line) for line in lines.splitlines()]
             assert [point["step"] for point in points] == [2, 4, 6]
+            for image in ("losses.png", "samples.png"):
+                png = (tmp_path / name / "training" / stage / image).read_bytes()
+                assert png[:4] == b"\x89PNG"
             newest = tmp_path / name / "training" / stage / "checkpoints" / "00000006"
             assert {file.name for file in newest.iterdir()} == {
                 ".metadata",

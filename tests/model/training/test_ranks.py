@@ -50,6 +50,12 @@ def begin(recipe, folder, vae):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    """Half of the time of these trainings; `test_processes` has plots of ranks."""
+    monkeypatch.setattr(loop, "plot_losses", lambda *_: None)
+
+
 @pytest.fixture
 def vae(tmp_path_factory):
     if "vae" not in ALONE:
