@@ -159,7 +159,7 @@ def assert_close(folder, wanted, tolerance=1e-6):
     ],
 )
 def test_a_training_on_ranks_is_that_of_one_process(alone, vae, tmp_path, name, size):
-    recipe = recipe_of(**OPTIONS[name])
+    recipe = recipe_of(**OPTIONS[name], save_every=3)
     begin(recipe, tmp_path / "run", vae)
     points, *others = ranks.run(work, size, recipe, tmp_path / "run")
     assert points["transformer"] == curve(tmp_path / "run") and not any(others)
@@ -236,7 +236,7 @@ def test_a_killed_training_goes_on(alone, vae, tmp_path, steps):
 
 def test_a_vae_goes_on_with_another_number_of_ranks(tmp_path):
     """2, then 3 ranks; samples are reconstructions of the average."""
-    options = {**OFTEN, "frames": 3, "image_steps": 2}
+    options = {**OFTEN, "frames": 3, "image_steps": 2, "save_every": 2}
     recipe = small(vae_training=options, transformer_training=ONCE)
     ranks.run(work, 2, recipe, tmp_path / "run", None, None, "vae")
     shutil.rmtree(tmp_path / "run" / "training" / "vae" / "checkpoints" / "00000003")
