@@ -7,6 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# The last field of a tuple of tuples. Triton 3.6 forgets constants in the inner ones (None, strides
+# of 1) after an `if` or `for`, unless a constant of the outer one comes after them.
+LAST = None
+
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """The context of every launch: Triton launches on the current device, so it must be x's."""

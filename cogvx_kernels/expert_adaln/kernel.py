@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import Rows, alignment, as_rows, contiguous, on_device
+from .._launch import LAST, Rows, alignment, as_rows, contiguous, on_device
 
 # Not yet measured. Large enough that the modulation and its gradients are at most a twentieth of a
 # strip's bytes; small enough that a real sequence has some 900 programs, six or seven for each
@@ -25,9 +25,6 @@ TOKENS = 40
 BACKWARD_TOKENS = 40
 # For each warp: 16 elements a thread, two 16-byte loads of bf16.
 LANES_PER_WARP = 512
-# The last field of a tuple of tuples. Triton 3.6 forgets constants in the inner ones (None, strides
-# of 1) after an `if`, unless a constant of the outer one comes after them.
-LAST = None
 
 
 class Modulation(NamedTuple):

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import contiguous
+from .._launch import LAST, contiguous
 from .validation import Parameters, Settings
 
 # Estimated, not measured: two 16-byte loads for each thread of four warps, which is 16 elements of
@@ -121,6 +121,7 @@ class Modulation(NamedTuple):
     y: Video
     b: Video
     offset: Tensor | None
+    last: None = LAST
 
 
 def latent_video(x: Tensor | None, plan: Plan) -> Video:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import on_device
+from .._launch import LAST, on_device
 from .device_utils import (
     WARPS,
     address,
@@ -163,6 +163,7 @@ class Videos(NamedTuple):
     cache: Any
     x: Any
     dout: Any
+    last: None = LAST
 
 
 def spatial_norm_fwd(
