@@ -230,8 +230,8 @@ class Worker:
             return True
         if not isinstance(error, OF_ALL):
             return False
-        mesh, store, key = self.processes.mesh, _store(), f"failed {line.out.name}"
-        keys = [f"{key} {rank}" for rank in mesh.mesh[mesh.get_local_rank("data")].flatten()]
+        store, key = _store(), f"failed {line.out.name}"
+        keys = [f"{key} {rank}" for rank in self.processes.numbers]
         store.set(f"{key} {dist.get_rank()}", str(error))
         try:
             store.wait(keys, GRACE)
