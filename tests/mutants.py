@@ -8,6 +8,7 @@ import argparse
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -260,7 +261,10 @@ def run(mutant: Mutant) -> Result:
         output = (
             failed[0].removeprefix("FAILED ") if failed else done.stdout[-300:] + done.stderr[-300:]
         )
-        killed = done.returncode == 1 and bool(failed)
+        crashed = done.returncode == -signal.SIGSEGV  # a kernel that writes out of bounds
+        killed = crashed or (done.returncode == 1 and bool(failed))
+        if crashed:
+            output = "the process of the tests crashed: SIGSEGV"
         return Result(mutant, killed, done.returncode == 0, time.monotonic() - start, output)
 
 
