@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.close()
             if options.traceback:
                 traceback.print_exception(error)
+            if os.environ.get("TORCHELASTIC_RUN_ID") and os.environ.get("RANK") != "0":
+                return 1  # torchrun reports it; often the first rank has the same
             return _end(console, 1, f"error: {message_of(error, options)}")
     return 0
 

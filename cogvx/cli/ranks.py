@@ -56,6 +56,18 @@ def start(
     world = parallel.world_size()
     pair = cfg if requested or many else guided and world % 2 == 0
     guidance, data = 1 + pair, 1
+    unit = guidance * (context or 1)
+    free = many or context is None
+    if world % unit if free else world != unit:
+        given = " and ".join(
+            name
+            for name, on in (("--cfg-parallel", cfg), (f"--context-parallel {context}", context))
+            if on
+        )
+        raise ValueError(
+            f"{given} must have {'a multiple of ' if free else ''}{unit} processes; got {world}: "
+            f"type torchrun --nproc-per-node {max(1, world // unit) * unit if free else unit}"
+        )
     if many:
         context = context or 1
         data = max(1, world // (guidance * context))

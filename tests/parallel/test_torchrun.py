@@ -10,6 +10,7 @@ import torch
 from torch.distributed import run
 
 from cogvx.cli import main
+from cogvx.parallel.launch import VARIABLES
 from cogvx.pipeline import resume
 from tests.harness.selection import rest
 from tests.harness.workers import run_cases
@@ -24,6 +25,7 @@ FAILING = """
 import os, signal, sys, torch
 from datetime import timedelta
 from cogvx.cli import main
+from cogvx.parallel.launch import VARIABLES
 from cogvx.parallel import launch
 from cogvx.pipeline import denoise
 
@@ -102,3 +104,21 @@ def test_without_torchrun_the_command_is_named(capsys, tmp_path):
     assert main([*GENERATE, "--out", str(out), "--cfg-parallel", "--guidance", "1"]) == 1
     wanted = "--cfg-parallel must come with a --guidance above 1, whose two predictions it shares"
     assert f"{wanted}; got 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--cfg-parallel"], "--cfg-parallel must have a multiple of 2 processes; got 3: type "
+         "torchrun --nproc-per-node 2"),
+        (["--context-parallel", "2"], "--context-parallel 2 must have 2 processes; got 3"),
+        (["--context-parallel", "2", "--cfg-parallel"], "--cfg-parallel and --context-parallel 2 "
+         "must have 4 processes; got 3"),
+    ],
+)  # fmt: skip
+def test_a_wrong_number_of_processes_is_named(options, message, capsys, tmp_path, monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert main([*GENERATE, *options, "--out", str(tmp_path / "out.gif")]) == 1
+    assert f"cogvx: error: {message}" in capsys.readouterr().err
