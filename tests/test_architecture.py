@@ -91,7 +91,7 @@ MODEL_OPTIONAL = {
 }
 # Likewise, by `cogvx.extras.extra`.
 MODEL_EXTRAS = {
-    "cogvx/cli/prompts.py": {"ray", "ray.util"},
+    "cogvx/cli/prompts.py": {"ray"},
     "cogvx/hub.py": {
         "huggingface_hub",
         "huggingface_hub.constants",

@@ -66,8 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.close()
             if options.traceback:
                 traceback.print_exception(error)
-            if os.environ.get("TORCHELASTIC_RUN_ID") and os.environ.get("RANK") != "0":
-                return 1  # torchrun reports it; often the first rank has the same
+            launch = sys.modules.get("cogvx.parallel.launch")
+            if launch is not None and launch.is_other_rank():
+                return 1  # often of the same error as the first
             return _end(console, 1, f"error: {message_of(error, options)}")
     return 0
 

@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import json
-import os
 import re
 import sys
 import time
@@ -21,7 +20,7 @@ from ..checkpoint import atomic_path
 from ..checkpoint.record import check_record
 from ..extras import extra
 from ..parallel import Ranks, context_parallel, stop
-from ..parallel.launch import TIMEOUT
+from ..parallel.launch import TIMEOUT, attempt
 from ..pipeline import CogVideoX, resume
 from . import ERRORS, loading, message_of, ranks
 from .arguments import Parser
@@ -73,7 +72,8 @@ def _report(options: argparse.Namespace, facts: list[dict[str, Any]], console: C
     there = [fact for fact in facts if "frames" not in fact and "error" not in fact]
     total = {"made": len(facts) - len(failed) - len(there), "were_there": len(there)}
     total["failed"] = len(failed)
-    if failed and _attempt() < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+    now, last = attempt()
+    if failed and now < last:
         with atomic_path(options.out / FAILED) as part:
             part.write_text(json.dumps(failed))
     else:
@@ -88,13 +88,9 @@ def _report(options: argparse.Namespace, facts: list[dict[str, Any]], console: C
 def _failed_before(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Lines that failed in an earlier attempt of this job of torchrun, which made all others."""
     path = options.out / FAILED
-    if not _attempt():
+    if not attempt()[0]:
         path.unlink(missing_ok=True)  # of another job
     return json.loads(path.read_text()) if path.exists() else []
-
-
-def _attempt() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def _gathered(processes: Ranks | None, value: T) -> list[T]:

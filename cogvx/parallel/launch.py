@@ -107,6 +107,18 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
+def attempt() -> tuple[int, int]:
+    """Number of torchrun's attempt, from 0, and of its last one; (0, 0) without torchrun."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
+    now, last = (int(os.environ.get(name, 0)) for name in counts)
+    return now, last
+
+
+def is_other_rank() -> bool:
+    """True in a process of torchrun that is not the first; torchrun reports its error."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0"
+
+
 def _missing() -> list[str]:
     return [name for name in VARIABLES if name not in os.environ]
 
