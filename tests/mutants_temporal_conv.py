@@ -52,7 +52,7 @@ TEMPORAL_CONV_MUTANTS = tuple(
         (DEPTHWISE, "the stride ignored between frames of a run",
          "sequence[i * P.STRIDE + j].to", "sequence[i + j].to"),
         (DEPTHWISE, "an output frame too many in the last run",
-         "mask & (frame < sizes.out_frames)", "mask & (frame <= sizes.out_frames)"),
+         "if frame < sizes.out_frames:", "if frame <= sizes.out_frames:"),
         (DEPTHWISE, "one weight for every tap of the gradient",
          "weight_ptr + (cols * P.KERNEL + tap)", "weight_ptr + (cols * P.KERNEL + low)"),
         (GRADIENTS, "every tap reads the frame of the first",

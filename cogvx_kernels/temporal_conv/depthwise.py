@@ -60,7 +60,8 @@ def depthwise_fwd_kernel(
             acc += bias.to(P.COMPUTE)[None, :]
         frame = begin + i
         at = pixel_offsets(pixel[:, None], cols[None, :], tl.cast(out.inner, tl.int64), P)
-        store(frame_address(out, batch, frame, P) + at, acc, mask & (frame < sizes.out_frames))
+        if frame < sizes.out_frames:
+            store(frame_address(out, batch, frame, P) + at, acc, mask)
 
 
 @triton.jit(do_not_specialize=["nframes"])
