@@ -116,7 +116,7 @@ def attempt() -> tuple[int, int]:
 
 def is_other_rank() -> bool:
     """True in a process of torchrun that is not the first; torchrun reports its error."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0"
+    return dist.is_torchelastic_launched() and rank() > 0
 
 
 def _missing() -> list[str]:
@@ -131,9 +131,10 @@ def _prefix_of_attempt() -> str:
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return ""
+    now, last = attempt()
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        return os.environ["TORCHELASTIC_RESTART_COUNT"]
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        return str(now)
+    if last:
         raise RuntimeError(
             f"{WHERE}: must have a new store for each attempt of several machines; torchrun with "
             "--max-restarts shares one: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, on "
