@@ -1,4 +1,4 @@
-"""A generation on several ranks: the same inputs on each, and one beginning for all."""
+"""Generation on several ranks: compare their inputs, share the state before the first step."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -38,7 +38,7 @@ def begin_together(
     generator: Generators,
     device: torch.device,
 ) -> Saved:
-    """What the first rank has before the first step, on each rank's device.
+    """The first rank's state before the first step, on each rank's device.
 
     So only the first needs a text encoder, or the file of a resumed run. Generators get the first
     rank's state. Raises ValueError, on each rank, if their records differ, with the number among

@@ -108,7 +108,7 @@ class MeshForecast:
 
     meshes   those that are possible
     refused  name -> reason why a mesh is not
-    shard    bytes of weights, gradients, optimizer and average that a rank holds in a training
+    shard    bytes of weights, gradients, optimizer and EMA that a rank holds in a training
              whose state is sharded over all GPUs
     """
 
@@ -168,7 +168,7 @@ class MeshForecast:
             )
         lines.append(
             f"training with shard: {size(self.shard)} a rank of weights, gradients, optimizer and "
-            "average in fp32, besides activations"
+            "EMA in fp32, besides activations"
         )
         lines.append(f"Times are PREDICTED, not measured; no overlap is counted. {ASSUMPTIONS}")
         return "\n".join(lines)
