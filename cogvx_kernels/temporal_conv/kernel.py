@@ -22,6 +22,7 @@ from .depthwise import depthwise_bwd_kernel, depthwise_fwd_kernel, depthwise_wei
 from .device_utils import (
     Plan,
     Sizes,
+    add_product,
     first_tap,
     frame_address,
     is_channels_last,
@@ -129,7 +130,7 @@ def _stationary_weight(
             a = ptr + pixel_offsets(pixel[:, None], channel[None, :], stride, P)
             mask = (pixel_mask & (j >= first_tap(frame, P)))[:, None] & (channel < P.IN)[None, :]
             rows = tl.load(a, mask=mask, other=0.0)
-            acc = tl.dot(rows, taps[j], acc, input_precision="ieee", out_dtype=P.COMPUTE)
+            acc = add_product(acc, rows, taps[j], P)
         _epilogue(acc, out, bias_ptr, batch, frame, pixel, pixel_mask, cols, P)
 
 
@@ -174,7 +175,7 @@ def _dot_step(
         right = tl.load(b)
     else:
         right = tl.load(b, mask=b_mask, other=0.0)
-    return tl.dot(left, right, acc, input_precision="ieee", out_dtype=P.COMPUTE)
+    return add_product(acc, left, right, P)
 
 
 # --- launchers -------------------------------------------------------------------------------
