@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.runtime.driver import driver
 
 from .._backend import INTERPRETED
-from .._launch import on_device
+from .._launch import on_device, product_options
 from .depthwise import depthwise_bwd_kernel, depthwise_fwd_kernel, depthwise_weight_kernel
 from .device_utils import (
     Plan,
@@ -46,7 +46,6 @@ BLOCK_COLS = 128
 BLOCK_INNER = 64  # 2-byte elements; half as many of 4 bytes
 WARPS = 8
 STAGES = 3
-AMD_STAGES = 2  # with 64 KB of shared memory
 STATIONARY_ROWS = 64  # of a tile, with a stationary weight: one program per multiprocessor
 STATIONARY_WARPS = 4
 STATIONARY_TILES = 32  # per load of the weight
@@ -362,8 +361,8 @@ def _options(plan: Plan, depthwise: bool) -> dict[str, int]:
     if depthwise:
         return {"num_warps": max(1, plan.BLOCK_ROWS * plan.BLOCK_COLS // 512)}
     warps = max(1, min(WARPS, plan.BLOCK_ROWS * plan.BLOCK_COLS // 256))
-    amd = not INTERPRETED and driver.active.get_current_target().backend == "hip"
-    return {"num_warps": warps, "num_stages": AMD_STAGES if amd else STAGES}
+    target = None if INTERPRETED else driver.active.get_current_target()
+    return product_options(target, warps, STAGES)
 
 
 def _sizes(x: Tensor, out_frames: int, plan: Plan) -> Sizes:
