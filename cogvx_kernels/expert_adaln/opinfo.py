@@ -5,6 +5,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._opinfo import Budget, Cost, OpInfo, Sample, Size, TensorSpec
@@ -170,14 +171,14 @@ def _launch(kernel: Any, a: Mapping[str, Any]) -> None:
     settings = kernel.Settings(a["text_len"], a.get("norm", "none"), 1e-5)
     x, y = a["x"], a.get("y")
     kernel.expert_adaln_fwd(x, y, video, text, weight, bias, settings)
-    dstream, dout = x if y is not None else None, x if "norm" in a else None
+    dstream = None if y is None else torch.empty_like(x)
+    dout = torch.empty_like(x) if "norm" in a else None
     video, text = (of._replace(shift=None) for of in (video, text))
     kernel.expert_adaln_bwd(dstream, dout, x, y, video, text, weight, settings)
 
 
 # A thread holds 16 lanes of each vector that is kept for a strip: forward factor, term and gate,
-# backward two or three sums more: at 129 to 255 registers an SM runs one program of 8 warps. Shared
-# memory is that of AMD's reductions; NVIDIA's need less.
+# backward two or three sums more. Shared memory is that of AMD's reductions; NVIDIA's need less.
 _SIZES = ("2b-480x720-49f", "5b-480x720-49f", "1.5-5b-768x1360-81f", "card-480x720-49f")
 
 
@@ -244,5 +245,5 @@ GATED_RESIDUAL_ADALN = OpInfo(
     cost=_cost((4, 6), (10, 19)),
     torch_ops=("gated_residual_adaln", "expert_adaln_backward"),
     launch=_launch,
-    budgets=_budgets(128, 212),
+    budgets=_budgets(128, 176),
 )
