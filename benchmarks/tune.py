@@ -95,7 +95,7 @@ SWEEPS: Mapping[str, Sweep] = {
     "expert_ffn": Sweep(
         "cogvx_kernels.expert_ffn.kernel", _FFN, _FFN, "cogvx-grouped", _fits_hopper
     ),
-    "spatial_norm_silu": Sweep("cogvx_kernels.spatial_norm.device_utils", _NORM, _NORM),
+    "spatial_norm_silu": Sweep("cogvx_kernels.spatial_norm.launch", _NORM, _NORM),
     "residual_moments": Sweep(  # its backward passes a gradient on
         "cogvx_kernels.spatial_norm.statistics", _STRIP, {"STRIP": (1024,)}
     ),

@@ -1,8 +1,17 @@
 """Seeded bugs of `spatial_norm`: (name, file, old, new, tests), as `tests.mutants.Mutant`."""
 
-KERNEL, STATISTICS, GRADIENTS, DEVICE, CPU, OP, VALIDATION = (
+KERNEL, STATISTICS, GRADIENTS, DEVICE, LAUNCH, CPU, OP, VALIDATION = (
     f"cogvx_kernels/spatial_norm/{name}.py"
-    for name in ("kernel", "statistics", "gradients", "device_utils", "cpu", "op", "validation")
+    for name in (
+        "kernel",
+        "statistics",
+        "gradients",
+        "device_utils",
+        "launch",
+        "cpu",
+        "op",
+        "validation",
+    )
 )
 
 PROPERTIES, SAMPLES = "test_spatial_norm", "test_samples and spatial_norm_silu"
@@ -56,8 +65,12 @@ SPATIAL_NORM_MUTANTS = tuple(
         (KERNEL, "zeros before the clip not written",
          "zeros_like(value), mask=mask)", "zeros_like(value), mask=mask & (slot > 0))", PROPERTIES),
         (KERNEL, "the gradient does not go through the mean",
-         "grad -= expand_channels(mean_grad, P) + centered", "grad -= centered",
+         "grad = (grad - expand_channels(mean_grad, P)) - x", "grad = grad - x",
          SAMPLES),
+        (KERNEL, "fp16, bf16: the offset forgotten in the mean's term",
+         "mean_grad += mean_dot * (pre_bias - mean)", "mean_grad -= mean_dot * mean", SAMPLES),
+        (DEVICE, "the gradient of SiLU without its second term",
+         "grad = s * (1.0 + x * rest)", "grad = s * (1.0 + 0.0 * x * rest)", SAMPLES),
         (KERNEL, "the gradient goes through given statistics",
          "None if given else group_means)", "group_means)",
          SAMPLES),
@@ -76,7 +89,7 @@ SPATIAL_NORM_MUTANTS = tuple(
          "span = sizes.rows_per_latent * triton.cdiv(plan.RATIO, plan.RUN)",
          "span = sizes.rows_per_latent",
          SAMPLES),
-        (DEVICE, "strides assumed multiples of 16",
+        (LAUNCH, "strides assumed multiples of 16",
          "    return math.gcd(16, *strides)", "    return 16",
          SAMPLES),
         (VALIDATION, "the oldest cached frame lost in a short chunk",

@@ -41,23 +41,31 @@ WITHIN_AN_OP_PACKAGE = {
     "validation": set(),
     "cpu": {"reference", "validation"},
     "device_utils": {"validation"},
-    "statistics": {"device_utils", "validation"},
+    "launch": {"validation"},
+    "statistics": {"device_utils", "launch", "validation"},
     "gradients": {"device_utils"},
     "depthwise": {"device_utils"},
-    "kernel": {"depthwise", "device_utils", "gradients", "routing", "statistics", "validation"},
+    "kernel": {
+        "depthwise",
+        "device_utils",
+        "gradients",
+        "launch",
+        "routing",
+        "statistics",
+        "validation",
+    },
     "op": {"cpu", "kernel", "reference", "routing", "torch_gemm", "validation"},
     "module": {"op", "reference"},
     "opinfo": {"op", "reference", "routing", "validation"},
     "__init__": {"frequencies", "module", "op", "reference"},
 }
 # The Triton files of an op package; frame_cache's kernel is in the C++ extension.
-TRITON_FILES = ("depthwise", "device_utils", "gradients", "kernel", "statistics")
+TRITON_FILES = ("depthwise", "device_utils", "gradients", "kernel", "launch", "statistics")
 NAMES_TRITON = {
     "cogvx_kernels/tools/aot.py",
     "cogvx_kernels/tools/interpreter.py",
     "cogvx_kernels/tools/interpreter_speed.py",
     *(f"cogvx_kernels/{op}/{file}.py" for op in OP_PACKAGES for file in TRITON_FILES),
-    *(path for path in FILES if path.startswith("cogvx_kernels/ptx/")),
 } - {"cogvx_kernels/frame_cache/kernel.py"}
 # The model's layers, lowest first: a file or folder imports from lower layers only. A file that is
 # named here is not on its folder's layer.
@@ -205,8 +213,6 @@ def test_kernel_imports_point_down(path):
     elif place == "tools":
         allowed |= {"", "testing", "tools.doctor", "tools.interpreter", "tools.interpreter_speed"}
         allowed |= {"tools.options", "tools.passed"}
-    elif place == "ptx":
-        allowed |= {"testing"} | {name for name in own(path) if name.startswith("ptx.")}
     elif place == "patching":
         inside = {name for name in own(path) if name.startswith("patching.")}
         shared = {f"patching.{name}" for name in PATCHING_SHARED}

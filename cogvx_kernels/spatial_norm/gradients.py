@@ -44,8 +44,11 @@ def _accumulate(sums, x, dout, at, mask, stats, affine, m, P: tl.constexpr):
     g, dot, xhat = sums
     pre_bias, mean = stats
     scale, shift = affine
-    f = load(x, at, mask, P) + expand_channels(pre_bias, P)
-    centered = f - expand_channels(mean, P)
+    tile = load(x, at, mask, P)
+    if P.SHORT:
+        centered = tile - expand_channels(mean - pre_bias, P)
+    else:
+        centered = (tile + expand_channels(pre_bias, P)) - expand_channels(mean, P)
     z = centered * expand_cells(scale, P) + expand_cells(shift, P)
     grad = load(dout, at, mask, P) * silu_grad(z, P)
     g += grad  # zero outside the mask, as dout is

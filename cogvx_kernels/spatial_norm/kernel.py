@@ -16,30 +16,25 @@ from torch import Tensor
 
 from .._launch import LAST, on_device
 from .device_utils import (
-    WARPS,
     address,
     expand_cells,
     expand_channels,
     latent_frame_of,
-    latent_video,
     load,
     load_group_pair,
     load_latent,
     load_vector,
     mean_rstd,
-    modulation_of,
-    plan_of,
+    silu,
     silu_grad,
-    sizes_of,
-    span_of,
     store,
     tile_channels,
     tile_columns,
     tile_mask,
     tile_pixels,
-    video_of,
 )
 from .gradients import sums_kernel
+from .launch import WARPS, latent_video, modulation_of, plan_of, sizes_of, span_of, video_of
 from .statistics import STRIP, moments_fwd
 from .validation import Parameters, Settings
 
@@ -83,19 +78,22 @@ def _apply_tile(videos, group_means_ptr, at, mask, stats, affine, sizes, P: tl.c
     """Compute and store a tile of the result; given dout, of the gradient of x."""
     pre_bias, mean, mean_grad, mean_dot = stats
     scale, shift = affine
-    f = load(videos.x, at, mask, P) + expand_channels(pre_bias, P)
-    centered = f - expand_channels(mean, P)
+    x = load(videos.x, at, mask, P)
+    if P.SHORT:
+        # Multiplied out, once for all tiles: the digits that cancel are not in a short x either.
+        shift += scale * (pre_bias - mean)[None, :]
+        mean_grad += mean_dot * (pre_bias - mean)
+    else:
+        x = (x + expand_channels(pre_bias, P)) - expand_channels(mean, P)
     factor = expand_cells(scale, P)
-    z = centered * factor + expand_cells(shift, P)
+    z = x * factor + expand_cells(shift, P)
     if videos.dout.ptr is not None:
         grad = load(videos.dout, at, mask, P) * silu_grad(z, P) * factor
         if group_means_ptr is not None:
-            grad -= expand_channels(mean_grad, P) + centered * expand_channels(mean_dot, P)
+            grad = (grad - expand_channels(mean_grad, P)) - x * expand_channels(mean_dot, P)
         store(videos.out, at, mask, grad, P)
     else:
-        if P.SILU:
-            z = z / (1.0 + tl.exp(-z))
-        value = store(videos.out, at, mask, z, P)
+        value = store(videos.out, at, mask, silu(z, P), P)
         if P.CACHE != "none":
             _update_cache(videos, at, mask, value, sizes, P)
 

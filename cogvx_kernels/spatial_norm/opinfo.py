@@ -182,7 +182,7 @@ def _launch(kernel: Any, a: Mapping[str, Any]) -> None:
             kernel.spatial_norm_fwd(joined, cache, x, moments, parameters, settings, start)
     grads = empty_video(x), *(None if z is None else empty_video(z) for z in (a["y"], a["b"]))
     given = a["moments"] is not None
-    kernel.spatial_norm_bwd(grads, x, x, moments, given, parameters, settings)
+    kernel.spatial_norm_bwd(grads, empty_video(x), x, moments, given, parameters, settings)
 
 
 _SIZES = ("2b-480x720-49f", "1.5-5b-768x1360-81f")
@@ -191,9 +191,9 @@ _SIZES = ("2b-480x720-49f", "1.5-5b-768x1360-81f")
 # (registers, bits of an access, narrower accesses). Weights and latents are small and take narrow
 # loads. Where a thread stores one partial sum no store is wide; loads of videos are 128 bits.
 _LIMITS = {
-    "_apply_kernel": (128, 128, 16),
+    "_apply_kernel": (96, 128, 16),
     "_moments_kernel": (80, 32, 2),
-    "sums_kernel": (176, 32, 8),
+    "sums_kernel": (168, 32, 8),
 }
 
 

@@ -14,20 +14,16 @@ from torch import Tensor
 
 from .._launch import contiguous, on_device
 from .device_utils import (
-    WARPS,
     expand_channels,
     load,
     load_vector,
-    plan_of,
-    sizes_of,
-    span_of,
     store,
     sum_pixels,
     tile_channels,
     tile_mask,
     tile_pixels,
-    video_of,
 )
+from .launch import WARPS, plan_of, sizes_of, span_of, video_of
 from .validation import Settings
 
 # Estimated, not measured: so long that the parts of a strip are a hundredth of its bytes.

@@ -29,8 +29,8 @@ def test_bytes_are_near_the_minimum(info, monkeypatch):
     Counted on a small part of the last block's video, in strips of the same length.
     """
     kernel = importlib.import_module("cogvx_kernels.spatial_norm.kernel")
-    device_utils = importlib.import_module("cogvx_kernels.spatial_norm.device_utils")
-    monkeypatch.setattr(device_utils, "PROGRAMS", 1)
+    layout = importlib.import_module("cogvx_kernels.spatial_norm.launch")
+    monkeypatch.setattr(layout, "PROGRAMS", 1)
     part = dataclasses.replace(SIZES["2b-480x720-49f"], height=1, width=4)
     arguments = materialize(info.at_size(part), torch.bfloat16)
     x = arguments["x"]
