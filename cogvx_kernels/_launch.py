@@ -53,6 +53,19 @@ def as_rows(x: Tensor | None, plan: Any) -> Rows:
     return Rows(x, batch // plan.ALIGN, seq // plan.ALIGN, dim)
 
 
+def product_options(target: Any, warps: int, stages: int) -> dict[str, int]:
+    """Launch options of a matrix product for Triton's `target`, None in the interpreter.
+
+    The stages are for at least 99 KB of shared memory; AMD's 64 KB hold two. RDNA 3 (gfx11) keeps
+    an operand in both halves of a wave, and spilled registers with less than this.
+    """
+    if target is None or target.backend != "hip":
+        return {"num_warps": warps, "num_stages": stages}
+    if target.arch.startswith("gfx11"):
+        return {"num_warps": 2 * warps, "num_stages": 1}
+    return {"num_warps": warps, "num_stages": min(stages, 2)}
+
+
 def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 

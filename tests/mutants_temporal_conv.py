@@ -43,7 +43,7 @@ TEMPORAL_CONV_MUTANTS = tuple(
          "STEPS: tl.constexpr = (P.IN + P.BLOCK_INNER - 1) // P.BLOCK_INNER",
          "STEPS: tl.constexpr = tl.maximum(P.IN // P.BLOCK_INNER, 1)"),
         (KERNEL, "one tap for all, stationary weight",
-         "tl.dot(rows, taps[j], acc", "tl.dot(rows, taps[0], acc"),
+         "add_product(acc, rows, taps[j], P)", "add_product(acc, rows, taps[0], P)"),
         (KERNEL, "zeros before the clip are its first frame, stationary weight",
          "(pixel_mask & (j >= first_tap(frame, P)))", "(pixel_mask & (j >= 0))"),
         (KERNEL, "the last tiles left out, stationary weight",

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from cogvx_kernels import _backend, _opinfo
 if not _backend.HAS_TRITON:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+from cogvx_kernels._launch import product_options  # noqa: E402
 from cogvx_kernels._opinfo import Budget  # noqa: E402
 from cogvx_kernels.testing import OPS  # noqa: E402
 from cogvx_kernels.tools import aot, options  # noqa: E402
@@ -138,6 +140,56 @@ def test_a_worse_kernel_is_over_budget(what, tmp_path):
 )
 def test_widths_are_read_from_the_disassembly(sass, widths):
     assert aot.widths(r"\bLDG(?:STS)?((?:\.\w+)*)", sass) == widths
+
+
+@pytest.mark.parametrize(
+    ("access", "bits"),
+    [
+        ("dwordx4", 128),
+        ("dword", 32),
+        ("ushort", 16),
+        ("ubyte", 8),
+        ("short_d16_hi", 16),
+        ("b128", 128),
+        ("b32", 32),
+        ("u16", 16),
+        ("d16_hi_b16", 16),
+        ("d16_u8", 8),
+    ],
+)
+def test_widths_of_amd_accesses(access, bits):
+    """By the names of CDNA (`dwordx4`) and RDNA (`b128`)."""
+    assert aot.amd_width(access) == bits
+
+
+def test_shared_memory_is_held_to_the_target():
+    """A GeForce has less than the budget of a kernel may be, with a budget or without."""
+    of = partial(aot.Report, "op", "k", "s", registers=1, spills=0, loads={128: 1})
+    report = of(target="sm_120", shared=100 * 1024, stores={128: 1}, lint=[])
+    message = "shared memory: 102400, at most 101376"
+    assert report.violations(None) == [message]
+    assert report.violations(Budget("k", "s", registers=64, shared=200 * 1024)) == [message]
+    other = of(target="sm_90", shared=100 * 1024, stores={128: 1}, lint=[])
+    assert other.violations(Budget("k", "s", registers=64, shared=200 * 1024)) == []
+
+
+def test_stores_by_element_are_not_held():
+    of = partial(aot.Report, "op", "k", "s", "gfx1100", 1, 0, 0, {128: 1}, {16: 64}, [])
+    budget = Budget("k", "s", registers=64, shared=0)
+    assert of(by_element=True).violations(budget) == []
+    assert of().violations(budget) == [
+        "accesses under 128 bits: 64, at most 0",
+        "no load or no store of 128 bits",
+    ]
+
+
+def test_options_of_a_matrix_product_for_each_target():
+    """Two stages fit AMD's shared memory; gfx11 needs more waves and one stage to spill nothing."""
+    found = {name: product_options(target, 8, 3) for name, target in aot.TARGETS.items()}
+    amd = {"num_warps": 8, "num_stages": 2}
+    others = {"gfx942": amd, "gfx1201": amd, "gfx1100": {"num_warps": 16, "num_stages": 1}}
+    assert found == dict.fromkeys(aot.TARGETS, {"num_warps": 8, "num_stages": 3}) | others
+    assert product_options(None, 8, 3) == {"num_warps": 8, "num_stages": 3}
 
 
 def test_violations_name_every_limit():

@@ -66,6 +66,7 @@ NAMES_TRITON = {
     "cogvx_kernels/tools/interpreter.py",
     "cogvx_kernels/tools/interpreter_speed.py",
     *(f"cogvx_kernels/{op}/{file}.py" for op in OP_PACKAGES for file in TRITON_FILES),
+    *(path for path in FILES if path.startswith("cogvx_kernels/ptx/")),
 } - {"cogvx_kernels/frame_cache/kernel.py"}
 # The model's layers, lowest first: a file or folder imports from lower layers only. A file that is
 # named here is not on its folder's layer.
@@ -213,6 +214,8 @@ def test_kernel_imports_point_down(path):
     elif place == "tools":
         allowed |= {"", "testing", "tools.doctor", "tools.interpreter", "tools.interpreter_speed"}
         allowed |= {"tools.options", "tools.passed"}
+    elif place == "ptx":
+        allowed |= {"testing"} | {name for name in own(path) if name.startswith("ptx.")}
     elif place == "patching":
         inside = {name for name in own(path) if name.startswith("patching.")}
         shared = {f"patching.{name}" for name in PATCHING_SHARED}

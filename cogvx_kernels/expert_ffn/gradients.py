@@ -12,6 +12,7 @@ from .device_utils import (
     locate,
     matmul,
     pairs_of,
+    plus_product,
     pre_activation,
     slopes,
     store,
@@ -130,7 +131,7 @@ def weight_grad_kernel(
             at = _rows_at(right, groups, sample, run, first, place, not LEFT_TOKENS, P)
             b = tl.load(right.ptr + at[:, None] + cols[None, :] * right.dim,
                         mask=there[:, None] & col_mask[None, :], other=0.0)  # fmt: skip
-            acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=P.COMPUTE)
+            acc = plus_product(acc, a, b, P)
     out = dweight_ptr + (expert * ROWS + rows[:, None]) * COLS + cols[None, :]
     store(out, acc, row_mask[:, None] & col_mask[None, :])
     if dbias_ptr is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.runtime.driver import driver
 
 from .._backend import INTERPRETED
-from .._launch import Rows, alignment, as_rows, on_device
+from .._launch import Rows, alignment, as_rows, on_device, product_options
 from .device_utils import (
     Experts,
     Groups,
@@ -41,7 +41,6 @@ BLOCK_COLS = 128
 BLOCK_INNER = 64  # of 2-byte elements; half as many of 4
 WARPS = 8
 STAGES = 3
-AMD_STAGES = 2  # with 64 KB of shared memory
 BAND = 8  # tiles of rows that reuse tiles of weights in the L2 cache
 
 # --- forward ---------------------------------------------------------------------------------
@@ -189,8 +188,8 @@ def _grid(plan: Plan, tiles: int, cols: int) -> tuple[int]:
 
 def _options(plan: Plan) -> dict[str, int]:
     warps = max(1, min(WARPS, plan.BLOCK_ROWS * plan.BLOCK_COLS // 256))
-    amd = not INTERPRETED and driver.active.get_current_target().backend == "hip"
-    return {"num_warps": warps, "num_stages": AMD_STAGES if amd else STAGES}
+    target = None if INTERPRETED else driver.active.get_current_target()
+    return product_options(target, warps, STAGES)
 
 
 def expert_ffn_fwd(

@@ -229,5 +229,19 @@ def unit_tile(unit, sizes):
 
 
 @triton.jit
+def add_product(acc, a, b, P: tl.constexpr):
+    """acc + a·b.
+
+    fp32 is summed step by step: fma over all steps in one chain errs more, the longer it is. Triton
+    makes that chain of the addition, too, unless max_num_imprecise_acc is set.
+    """
+    if a.dtype == P.COMPUTE:
+        acc += tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=1, out_dtype=P.COMPUTE)
+    else:
+        acc = tl.dot(a, b, acc, out_dtype=P.COMPUTE)
+    return acc
+
+
+@triton.jit
 def store(ptr, x, mask):
     tl.store(ptr, x.to(ptr.dtype.element_ty), mask=mask)

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .device_utils import (
+    add_product,
     first_tap,
     frame_address,
     pixel_count,
@@ -50,7 +51,7 @@ def dense_weight_kernel(
         pixel_mask &= tap >= first_tap(frame, P)
         b = tl.load(ptr + pixel_offsets(pixel[:, None], cols[None, :], stride, P),
                     mask=pixel_mask[:, None] & (cols < P.IN)[None, :], other=0.0)  # fmt: skip
-        acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=P.COMPUTE)
+        acc = add_product(acc, a, b, P)
     at = ((strip * P.KERNEL + tap) * P.OUT + rows[:, None]) * P.IN + cols[None, :]
     tl.store(sums_ptr + at, acc, mask=(rows < P.OUT)[:, None] & (cols < P.IN)[None, :])
     if bias_sums_ptr is not None:

@@ -17,11 +17,12 @@ from torch import Tensor
 from triton.runtime.driver import driver
 
 from .._backend import INTERPRETED
-from .._launch import on_device
+from .._launch import on_device, product_options
 from .depthwise import depthwise_bwd_kernel, depthwise_fwd_kernel, depthwise_weight_kernel
 from .device_utils import (
     Plan,
     Sizes,
+    add_product,
     first_tap,
     frame_address,
     is_channels_last,
@@ -45,7 +46,6 @@ BLOCK_COLS = 128
 BLOCK_INNER = 64  # 2-byte elements; half as many of 4 bytes
 WARPS = 8
 STAGES = 3
-AMD_STAGES = 2  # with 64 KB of shared memory
 STATIONARY_ROWS = 64  # of a tile, with a stationary weight: one program per multiprocessor
 STATIONARY_WARPS = 4
 STATIONARY_TILES = 32  # per load of the weight
@@ -129,7 +129,7 @@ def _stationary_weight(
             a = ptr + pixel_offsets(pixel[:, None], channel[None, :], stride, P)
             mask = (pixel_mask & (j >= first_tap(frame, P)))[:, None] & (channel < P.IN)[None, :]
             rows = tl.load(a, mask=mask, other=0.0)
-            acc = tl.dot(rows, taps[j], acc, input_precision="ieee", out_dtype=P.COMPUTE)
+            acc = add_product(acc, rows, taps[j], P)
         _epilogue(acc, out, bias_ptr, batch, frame, pixel, pixel_mask, cols, P)
 
 
@@ -174,7 +174,7 @@ def _dot_step(
         right = tl.load(b)
     else:
         right = tl.load(b, mask=b_mask, other=0.0)
-    return tl.dot(left, right, acc, input_precision="ieee", out_dtype=P.COMPUTE)
+    return add_product(acc, left, right, P)
 
 
 # --- launchers -------------------------------------------------------------------------------
@@ -361,8 +361,8 @@ def _options(plan: Plan, depthwise: bool) -> dict[str, int]:
     if depthwise:
         return {"num_warps": max(1, plan.BLOCK_ROWS * plan.BLOCK_COLS // 512)}
     warps = max(1, min(WARPS, plan.BLOCK_ROWS * plan.BLOCK_COLS // 256))
-    amd = not INTERPRETED and driver.active.get_current_target().backend == "hip"
-    return {"num_warps": warps, "num_stages": AMD_STAGES if amd else STAGES}
+    target = None if INTERPRETED else driver.active.get_current_target()
+    return product_options(target, warps, STAGES)
 
 
 def _sizes(x: Tensor, out_frames: int, plan: Plan) -> Sizes:

@@ -15,7 +15,7 @@ OPS = (
     "temporal_conv",
     "frame_cache_join",
 )
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100", "gfx1201")
 SIZES = (
     "2b-480x720-49f",
     "5b-480x720-49f",
