@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check fast test test-all verify bench tiny lint aot mutants clean
+.PHONY: help demo check fast test test-all verify bench tiny lint aot ptx mutants clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
@@ -94,6 +94,9 @@ lint: $(READY)  ## ruff, mypy, clang-format, and words that stay out
 
 aot: $(READY)  ## every Triton kernel through the compilers of every target; ARGS="--samples": every option
 	cogvx-kernels aot $(ARGS)
+
+ptx: $(RUNS)  ## the compiled code of every sample, executed on a CPU; ARGS="--quick": a few
+	cogvx-kernels ptx $(or $(ARGS),--arch sm_80 --arch sm_90)
 
 mutants: $(READY)  ## do the tests notice bugs that are put into kernels on purpose?
 	python -m tests.mutants

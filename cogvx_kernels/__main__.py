@@ -11,6 +11,7 @@ TOOLS = {
     "verify": "compare every op with its reference, on this GPU or in Triton's interpreter",
     "doctor": "print what is installed, which backend runs each op, and what is missing",
     "aot": "compile every kernel ahead of time for several GPUs and check its budget",
+    "ptx": "execute the compiled kernels on a CPU; check every access, barrier and wait",
     "bench": "time ops beside other libraries (forwards to python -m benchmarks)",
 }
 

@@ -124,6 +124,7 @@ IMPORTS_DIFFUSERS = {
 }
 IMPORTS_IN_FUNCTIONS |= IMPORTS_DIFFUSERS
 IMPORTS_IN_FUNCTIONS["cogvx_kernels/tools/verify.py"] = "from . import interpreter"
+IMPORTS_IN_FUNCTIONS["cogvx_kernels/tools/ptx.py"] = "from ..ptx import parse, samples"
 
 # Files that may use environment variables: settings of Triton, OpenMP and the platform.
 READS_THE_ENVIRONMENT = {
@@ -213,7 +214,7 @@ def test_kernel_imports_point_down(path):
         allowed |= {"_C"} if file == "kernel" else set()
     elif place == "tools":
         allowed |= {"", "testing", "tools.doctor", "tools.interpreter", "tools.interpreter_speed"}
-        allowed |= {"tools.options", "tools.passed"}
+        allowed |= {"tools.options", "tools.passed", "ptx.parse", "ptx.samples"}
     elif place == "ptx":
         allowed |= {"testing"} | {name for name in own(path) if name.startswith("ptx.")}
     elif place == "patching":

@@ -143,6 +143,11 @@ class Batch:
         step = BARRIER if self.warps == 1 else 1
         self.epoch = self.epoch + step * self.active_ctas()[:, None]
 
+    def fence(self, site: int) -> None:
+        """fence.proxy.async: wgmma sees what the threads wrote."""
+        self.together(site, "CTA")
+        self.shared.history.fence()
+
     def shuffle(self, site: int, x: Array, mode: str, by: int | Array) -> Array:
         """shfl.sync of whole warps; a lane without a source keeps its own value."""
         self.together(site, "warp")

@@ -68,26 +68,14 @@ class Copies:
         """Read `part` bytes of the sources into `data`."""
         memory, size = self.batch.globals, data.shape[-1]
         memory.count(site, source, wants, part)
+        wanted = np.broadcast_to(np.ones((1, 1), bool) if wants is None else wants, data.shape[:2])
+        source = np.broadcast_to(source, data.shape[:2])
         if part == size:
-            rows, shape = memory.read(site, source, wants, size)
-            got = None if rows is None else rows.view(np.uint8).reshape(*rows.shape, size)
-            if wants is None and got is not None:
-                data[...] = got
-                return
+            rows, _ = memory.read(site, source, wanted, size)
+            got = None if rows is None else rows.view(np.uint8).reshape(-1, size)
         else:
-            everyone = np.ones((1, 1), bool) if wants is None else wants
-            wants = np.broadcast_to(everyone, self.batch.shape)
-            got = memory.read_part(site, source, wants, part, size)
-        full = np.broadcast_to(np.ones((1, 1), bool) if wants is None else wants, self.batch.shape)
-        if got is None:
-            data[full, :part] = MADE_UP[:part]
-        elif wants is not None and np.broadcast_shapes(source.shape, wants.shape)[0] == len(full):
-            spread = np.broadcast_to(source, np.broadcast_shapes(source.shape, wants.shape))
-            target = np.zeros((*spread.shape, part), np.uint8)
-            target[np.broadcast_to(wants, spread.shape)] = got
-            data[..., :part] = np.where(full[..., None], target, data[..., :part])
-        else:
-            raise AssertionError("sources of fewer CTAs than masks")
+            got = memory.read_part(site, source, wanted, part, size)
+        data[wanted, :part] = MADE_UP[:part] if got is None else got
 
     def commit(self) -> None:
         """Close a group."""

@@ -103,9 +103,8 @@ class GlobalAccess:
         *, writes: bool,
     ) -> None:  # fmt: skip
         """Report CTAs of one launch of which one touches what another writes."""
-        if shape[0] != self.batch.ctas:
-            return  # a table that all CTAs read alike
-        cta = self.batch.cta
+        several = shape[0] != self.batch.ctas  # one row for all CTAs
+        cta = np.full((1, 1), -1, np.int32) if several else self.batch.cta
         if mask is not None:
             cta = np.broadcast_to(cta, shape)[np.broadcast_to(mask, shape)]
         memory = self.memory
@@ -113,13 +112,13 @@ class GlobalAccess:
             at = ((where + np.uint64(offset)) >> np.uint64(1)).astype(np.int64)
             who = np.broadcast_to(cta, at.shape)
             writer, reader = memory.writer[at], memory.reader[at]
-            if ((writer != 0) & (writer != who)).any():
+            if ((writer != 0) & ((writer != who) | several)).any() or (writes and several):
                 kind = "write" if writes else "read"
                 self.batch.report(site, f"race of CTAs, {kind} after another's write: global")
             if not writes:
                 memory.reader[at] = np.where((reader == 0) | (reader == who), who, -1)
                 continue
-            if ((reader != 0) & (reader != who)).any():
+            if ((reader != 0) & ((reader != who) | several)).any():
                 self.batch.report(site, "race of CTAs, write after another's read: global")
             memory.writer[at] = who
 

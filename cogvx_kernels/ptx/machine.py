@@ -72,11 +72,9 @@ def _next(
     taken = end if block.target < 0 else block.target
     if condition is None:
         there = now + 1 if block.end == "fall" else taken
-        return (
-            (there, None)
-            if active is None or where is None
-            else (now, np.where(active, there, where))
-        )
+        if active is None or where is None:
+            return there, None
+        return now, np.where(active, there, where)
     if block.negated:
         condition = ~condition
     if active is None and condition.all():

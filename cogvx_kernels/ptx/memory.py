@@ -1,8 +1,9 @@
 """Global memory of a launch: copies of its tensors, each at an address of its own, all checked.
 
-A storage has a region of 2**36 bytes, so that a wrong offset meets nothing. Its address equals the
-real one modulo 256, so that the alignment that Triton specialised on stays true. A region knows
-the spans of the launch's tensors in it: what lies in the storage but in no tensor is out of bounds.
+A storage is in the middle of a region of 2**36 bytes, so that a wrong offset meets nothing. Its
+address equals the real one modulo 256, so that the alignment that Triton specialised on stays true.
+A region knows the spans of the launch's tensors in it: what lies in the storage but in no tensor is
+out of bounds.
 """
 
 from dataclasses import dataclass, field
@@ -54,7 +55,7 @@ class Memory:
             region = by_storage.get(storage._cdata)
             if region is None:
                 pointer = 0 if x.is_meta else storage.data_ptr()
-                address = (len(self.regions) + 1 << REGION_BITS) + pointer % PAD
+                address = (2 * len(self.regions) + 3 << REGION_BITS - 1) + pointer % PAD
                 region = Region(name, None if dry else storage, address, storage.nbytes())
                 if not dry:
                     region.place = total + pointer % PAD

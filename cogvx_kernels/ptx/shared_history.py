@@ -113,7 +113,7 @@ class SharedHistory:
         return at
 
     def fence(self) -> None:
-        """fence.proxy.async: writes by threads are visible to wgmma from here on."""
+        """Writes by threads of active CTAs are visible to wgmma from here on."""
         rows = self.batch.active_ctas()[self.ctas]
         self.unfenced.reshape(len(self.ctas), -1)[rows] = False
 

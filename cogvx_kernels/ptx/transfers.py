@@ -196,7 +196,7 @@ def fence(e: Emitter, i: Instruction, modifiers: list[str]) -> None:
     _unguarded(i)
     if modifiers[:2] != ["proxy", "async"]:
         raise Unsupported(i.opcode)
-    e.out("m.shared.history.fence()")
+    e.out(f"m.fence({e.site(i)})")
 
 
 def wgmma(e: Emitter, i: Instruction, modifiers: list[str]) -> None:

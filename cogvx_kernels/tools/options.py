@@ -2,7 +2,8 @@
 
 import argparse
 
-# Copies of `testing.OPS`, `aot.TARGETS` and `_opinfo.SIZES`, which need torch; tests compare them.
+# Copies of `testing.OPS`, `aot.TARGETS`, `_opinfo.SIZES`, and of `ARCHES` and `DTYPES` of the tool
+# ptx, which need torch; tests compare them.
 OPS = (
     "rope3d",
     "qk_norm_rope3d",
@@ -15,6 +16,8 @@ OPS = (
     "temporal_conv",
     "frame_cache_join",
 )
+ARCHES = ("sm_80", "sm_90")  # whose PTX is executed
+DTYPES = ("bf16", "fp16", "fp32")
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100", "gfx1201")
 SIZES = (
     "2b-480x720-49f",
@@ -43,6 +46,31 @@ def verify(argv: list[str]) -> argparse.Namespace:
         metavar="N",
         help="processes; default: 1 on a GPU, else one for each core, 8 at most",
     )
+    return _with_jobs(parser, argv)
+
+
+def ptx(argv: list[str]) -> argparse.Namespace:
+    parser = _parser(
+        "ptx",
+        "Execute the kernels' compiled code (PTX) on a CPU, on the samples of the ops: check every "
+        "access, barrier, wait and fence, and compare the results with the references.",
+    )
+    parser.add_argument("--op", choices=OPS, action="append", help="default: all with Triton")
+    parser.add_argument("--arch", choices=ARCHES, action="append", help="default: sm_90")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: all")
+    parser.add_argument("--sample", metavar="WORDS", action="append",
+                        help="samples whose description contains these; default: all")  # fmt: skip
+    parser.add_argument("--quick", action="store_true",
+                        help="a few samples of each op, which launch every kernel")  # fmt: skip
+    parser.add_argument("--all-rows", action="store_true", help="print a row for each case")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows there ('-': only)")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="processes; default: one for each core, 8 at most"
+    )
+    return _with_jobs(parser, argv)
+
+
+def _with_jobs(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.jobs is not None and options.jobs < 1:
         parser.error(f"argument --jobs: must be 1 or more; got {options.jobs}")
