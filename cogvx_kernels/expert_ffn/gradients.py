@@ -53,7 +53,9 @@ def hidden_grad_kernel(
                 gate = tl.load(kept + P.FFN_DIM, mask=stored, other=0.0).to(P.COMPUTE)
         hidden = activate(pre, gate, P)
         if groups.share is not None:
-            dot = tl.sum(grad * hidden, 1)
+            # By fma, or the product is contracted with the sum's first exchange between threads,
+            # and those that hold copies of a row's sum differ by an ulp.
+            dot = tl.sum(tl.fma(grad, hidden, 0.0), 1)
             if down.bias is not None:
                 if col_tile == 0:
                     dot += _dot_bias(dout, rows, down, expert, P)
@@ -80,7 +82,8 @@ def _dot_bias(dout, rows, experts, expert, P: tl.constexpr):
         cols = begin + tl.arange(0, P.BLOCK_INNER).to(tl.int64)
         mask = cols < P.DIM
         part = tl.load(rows[:, None] + cols[None, :] * dout.dim, mask=mask[None, :], other=0.0)
-        total += tl.sum(part.to(P.COMPUTE) * bias_of(experts, expert, cols, mask, P)[None, :], 1)
+        bias = bias_of(experts, expert, cols, mask, P)[None, :]
+        total += tl.sum(tl.fma(part.to(P.COMPUTE), bias, 0.0), 1)  # by fma as above
     return total
 
 

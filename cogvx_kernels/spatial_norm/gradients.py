@@ -67,10 +67,12 @@ def _store_sums(sums_ptr, slot, lanes, y, sums, rstd, P: tl.constexpr):
     channel, channel_mask = lanes
     g, dot, xhat = sums
     g, dot = sum_run(g, P), sum_run(dot, P) * rstd[None, :]
-    xhat = sum_run(xhat, P) * rstd[None, :]
+    xhat = tl.fma(sum_run(xhat, P), rstd[None, :], 0.0)
     sums_ptr += slot * (3 * P.CHANNELS) + channel
-    tl.store(sums_ptr, tl.sum(y * g, axis=0), mask=channel_mask)
-    tl.store(sums_ptr + P.CHANNELS, tl.sum(y * dot, axis=0), mask=channel_mask)
+    # By fma, or the product is contracted with the sum's first exchange between threads, and those
+    # that hold copies of a channel's sum differ by an ulp.
+    tl.store(sums_ptr, tl.sum(tl.fma(y, g, 0.0), axis=0), mask=channel_mask)
+    tl.store(sums_ptr + P.CHANNELS, tl.sum(tl.fma(y, dot, 0.0), axis=0), mask=channel_mask)
     tl.store(sums_ptr + 2 * P.CHANNELS, tl.sum(xhat, axis=0), mask=channel_mask)
     return g, dot
 
