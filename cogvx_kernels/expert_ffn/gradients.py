@@ -113,6 +113,7 @@ def weight_grad_kernel(
     """
     BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
     BLOCK_COLS: tl.constexpr = P.BLOCK_COLS
+    BLOCK_INNER: tl.constexpr = P.BLOCK_INNER
     NCOLS: tl.constexpr = (COLS + BLOCK_COLS - 1) // BLOCK_COLS
     NROWS: tl.constexpr = (ROWS + BLOCK_ROWS - 1) // BLOCK_ROWS
     program = tl.program_id(0).to(tl.int64)
@@ -139,7 +140,7 @@ def weight_grad_kernel(
     store(out, acc, row_mask[:, None] & col_mask[None, :])
     if dbias_ptr is not None:
         if col_tile == 0:
-            total = tl.zeros((BLOCK_ROWS,), P.COMPUTE)
+            total = tl.zeros((BLOCK_ROWS, BLOCK_INNER), P.COMPUTE)
             for sample in range(0, samples):
                 for begin in range(0, run, P.BLOCK_INNER):
                     place = begin + inner
@@ -152,8 +153,8 @@ def weight_grad_kernel(
                         pair = tl.load(groups.order + first + place, mask=there, other=0)
                         share = tl.load(groups.share + pair, mask=there, other=0.0)
                         a *= share.to(P.COMPUTE)[None, :]
-                    total += tl.sum(a, 1)
-            store(dbias_ptr + expert * ROWS + rows, total, row_mask)
+                    total += a
+            store(dbias_ptr + expert * ROWS + rows, tl.sum(total, 1), row_mask)
 
 
 @triton.jit
