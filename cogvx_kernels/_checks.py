@@ -11,6 +11,23 @@ import torch
 from torch import Tensor
 
 
+def alike(x: Any, y: Tensor) -> bool:
+    """True for a tensor of the shape, dtype and device of `y`."""
+    return (
+        isinstance(x, Tensor) and x.shape == y.shape and x.dtype is y.dtype and x.device == y.device
+    )
+
+
+def fits(x: Any, shape: tuple[int, ...], dtypes: Sequence[torch.dtype], like: Tensor) -> bool:
+    """True for a tensor of this shape, one of the dtypes, and the device of `like`.
+
+    The other functions say what is wrong, and take longer to find out that nothing is.
+    """
+    return (
+        isinstance(x, Tensor) and x.shape == shape and x.dtype in dtypes and x.device == like.device
+    )
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -51,7 +68,7 @@ def shape(
 
     `why` is a function because torch.compile cannot format the sizes while it traces.
     """
-    if tuple(value.shape) != tuple(wanted):
+    if value.shape != wanted and tuple(value.shape) != tuple(wanted):
         raise ValueError(
             f"{op}: {name} must be {dims} = {tuple(wanted)}{why()}; got {tuple(value.shape)}"
         )
@@ -79,13 +96,14 @@ def vectors(
 
     `like` is the name of x.
     """
+    length, dtypes = (x.shape[dim],), (x.dtype, wide)
     for name, value in values.items():
-        if value is not None:
+        if value is not None and not fits(value, length, dtypes, x):
             tensor(op, name, value, (dims,))
-            dtype(op, name, value, (x.dtype, wide))
+            dtype(op, name, value, dtypes)
             same_device(op, name, value, like, x)
             shape(
-                op, name, value, (x.shape[dim],), f"({dims},)",
+                op, name, value, length, f"({dims},)",
                 lambda: f" for {like} of shape {tuple(x.shape)}",
             )  # fmt: skip
 

@@ -12,24 +12,51 @@ from torch import Tensor
 LAST = None
 
 
+_NO_CHANGE = contextlib.nullcontext()
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """The context of every launch: Triton launches on the current device, so it must be x's."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _NO_CHANGE
+    return torch.cuda.device(x.device)
 
 
-def alignment(*tensors: Tensor) -> int:
-    """The largest power of two, at most 16, that divides the strides of all but the last dims.
+def cdiv(x: int, y: int) -> int:
+    """x / y, rounded up. Triton's own, a constexpr_function, takes ten times as long."""
+    return -(-x // y)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def new(x: Tensor) -> Tensor:
+    """An empty contiguous tensor of x's shape and dtype."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def alignment(*tensors: Tensor | None, inner: int = -1) -> int:
+    """The largest power of two, at most 16, that divides the strides of all dims but `inner`.
 
     In elements. Kernels multiply strides by it as a constant, because Triton specialises a runtime
     stride only if it is a multiple of 16.
     """
-    strides = [
-        stride
-        for x in tensors
-        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
-        if size > 1
-    ]
-    return math.gcd(16, *strides)
+    present = [x for x in tensors if x is not None]
+    strides: list[int] = []
+    for x in present:
+        outer = [*x.stride()]
+        del outer[inner]
+        strides += outer
+    if math.gcd(16, *strides) == 16:
+        return 16
+    sizes: list[int] = []
+    for x in present:
+        outer = [*x.shape]
+        del outer[inner]
+        sizes += outer
+    return math.gcd(16, *(s for s, size in zip(strides, sizes, strict=True) if size > 1))
 
 
 class Rows(NamedTuple):
@@ -45,12 +72,18 @@ class Rows(NamedTuple):
     dim: int
 
 
+_NO_ROWS = Rows(None, 0, 0, 1)
+
+
 def as_rows(x: Tensor | None, plan: Any) -> Rows:
-    """`x` for a launch with the constants `plan`; None becomes a Rows without a pointer."""
+    """`x` for a launch with the constants `plan`; None becomes a Rows without a pointer.
+
+    A tensor (batch, dim) is one row for each sample.
+    """
     if x is None:
-        return Rows(None, 0, 0, 1)
-    batch, seq, dim = x.stride()
-    return Rows(x, batch // plan.ALIGN, seq // plan.ALIGN, dim)
+        return _NO_ROWS
+    batch, *seq, dim = x.stride()
+    return Rows(x, batch // plan.ALIGN, seq[0] // plan.ALIGN if seq else 0, dim)
 
 
 def product_options(target: Any, warps: int, stages: int) -> dict[str, int]:
@@ -88,9 +121,12 @@ def empty_video(x: Tensor, channels: int | None = None, frames: int | None = Non
 
     Channels-last if x is, else contiguous.
     """
+    form = (
+        torch.channels_last_3d if x.shape[1] > 1 and x.stride(1) == 1 else torch.contiguous_format
+    )
+    if channels is None and frames is None:
+        return torch.empty_like(x, memory_format=form)
     shape = list(x.shape)
     shape[1] = shape[1] if channels is None else channels
     shape[2] = shape[2] if frames is None else frames
-    last = x.shape[1] > 1 and x.stride(1) == 1
-    form = torch.channels_last_3d if last else torch.contiguous_format
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)

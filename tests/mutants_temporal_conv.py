@@ -47,7 +47,7 @@ TEMPORAL_CONV_MUTANTS = tuple(
         (KERNEL, "zeros before the clip are its first frame, stationary weight",
          "(pixel_mask & (j >= first_tap(frame, P)))", "(pixel_mask & (j >= 0))"),
         (KERNEL, "the last tiles left out, stationary weight",
-         "triton.cdiv(units, tiles) if tiles", "max(1, units // tiles) if tiles"),
+         "cdiv(units, tiles) if tiles", "max(1, units // tiles) if tiles"),
         (KERNEL, "bias forgotten", "acc += bias.to(P.COMPUTE)[None, :]", "acc += 0.0"),
         (DEPTHWISE, "the stride ignored between frames of a run",
          "sequence[i * P.STRIDE + j].to", "sequence[i + j].to"),

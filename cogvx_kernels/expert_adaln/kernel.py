@@ -16,7 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import LAST, Rows, alignment, as_rows, contiguous, on_device
+from .._launch import (
+    LAST,
+    Rows,
+    alignment,
+    as_rows,
+    cdiv,
+    contiguous,
+    new,
+    next_power_of_2,
+    on_device,
+)
 
 # Not yet measured. Large enough that the modulation and its gradients are at most a twentieth of a
 # strip's bytes; small enough that a real sequence has some 900 programs, six or seven for each
@@ -28,7 +38,7 @@ LANES_PER_WARP = 512
 
 
 class Modulation(NamedTuple):
-    """Modulation of a modality, each (batch, groups, dim) or None."""
+    """Modulation of a modality, each (batch, groups, dim), (batch, dim), or None."""
 
     shift: Tensor | None = None
     scale: Tensor | None = None
@@ -37,7 +47,10 @@ class Modulation(NamedTuple):
     @property
     def groups(self) -> int:
         """The number of groups; 0 without modulation."""
-        return next((x.shape[1] for x in self if x is not None), 0)
+        for x in self:
+            if x is not None:
+                return x.shape[1] if x.dim() == 3 else 1
+        return 0
 
 
 class Settings(NamedTuple):
@@ -250,7 +263,7 @@ def _modalities(
     modalities = []
     for modulation, first, tokens in both:
         run = tokens // max(modulation.groups, 1)
-        strips = triton.cdiv(run, plan.TOKENS)
+        strips = cdiv(run, plan.TOKENS)
         rows = (as_rows(x, plan) for x in modulation)
         modalities.append(Modality(*rows, first, run, strips, modulation.groups * strips))
     return modalities[0], modalities[1]
@@ -260,7 +273,7 @@ def _plan(x: Tensor, tokens: int, gated: bool, settings: Settings, *others: Tens
     """The constants of a launch over x and others, outputs and modulation included."""
     return Plan(
         DIM=x.shape[2],
-        LANES=triton.next_power_of_2(x.shape[2]),
+        LANES=next_power_of_2(x.shape[2]),
         TOKENS=tokens,
         ALIGN=alignment(x, *(other for other in others if other is not None)),
         NORM=settings.norm,
@@ -283,9 +296,8 @@ def expert_adaln_fwd(
     Without y the first is x itself; with norm="none" the second is empty. `inplace` writes the
     residual stream over x.
     """
-    stream = x if y is None or inplace else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    shape = (0,) if settings.norm == "none" else x.shape
-    out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    stream = x if y is None or inplace else new(x)
+    out = x.new_empty((0,)) if settings.norm == "none" else new(x)
     if x.numel() == 0:
         return stream, out
     batch, seqlen, _ = x.shape
@@ -313,8 +325,7 @@ def expert_adaln_bwd(
     because it is dstream; without a gate dy is empty. A shift is not read.
     """
     gated, normed = y is not None, settings.norm != "none"
-    dx = torch.empty(stream.shape if normed else (0,), dtype=stream.dtype, device=stream.device)
-    dy = torch.empty(stream.shape if gated else (0,), dtype=stream.dtype, device=stream.device)
+    dx, dy = (new(stream) if wanted else stream.new_empty((0,)) for wanted in (normed, gated))
     batch, seqlen, dim = stream.shape
     vectors = 2 * normed + gated
     grads = (dx if normed else None, dy if gated else None, dout, dstream)

@@ -166,7 +166,7 @@ def _expert_adaln_grads_fake(
 
 
 def _groups(*modulation):
-    return next((x.shape[1] for x in modulation if x is not None), 0)
+    return next((x.shape[1] if x.dim() == 3 else 1 for x in modulation if x is not None), 0)
 
 
 def _gradients(ctx, dstream, dout):
@@ -194,7 +194,11 @@ def _gradients(ctx, dstream, dout):
         dscale = dscale if bias is None else dscale + sum_dout * bias
         shifts = _of_modalities(sum_dout, ntext, text_scale, scale)
         scales = _of_modalities(dscale, ntext, text_scale, scale)
-        factors = [1 + x.to(sums.dtype) for x in (text_scale, scale) if x is not None]
+        factors = [
+            1 + (x if x.dim() == 3 else x[:, None]).to(sums.dtype)
+            for x in (text_scale, scale)
+            if x is not None
+        ]
         factor = torch.cat([sum_dout[:, :0], *factors], 1)
         dweight = None if weight is None else (factor * sum_dout_xhat).sum((0, 1)).to(weight.dtype)
         dbias = None if bias is None else (factor * sum_dout).sum((0, 1)).to(bias.dtype)
@@ -204,10 +208,10 @@ def _gradients(ctx, dstream, dout):
 
 
 def _of_modalities(sums, ntext, text, video):
-    """The sums of text's groups and of video's, in the dtype of each modulation, or None."""
+    """The sums of text's groups and of video's, as each modulation is, or None."""
     return (
-        None if text is None else sums[:, :ntext].to(text.dtype),
-        None if video is None else sums[:, ntext:].to(video.dtype),
+        None if text is None else sums[:, :ntext].to(text.dtype).view(text.shape),
+        None if video is None else sums[:, ntext:].to(video.dtype).view(video.shape),
     )
 
 
@@ -217,7 +221,7 @@ def _of_modalities(sums, ntext, text, video):
 def _check_rows(op: str, x: Tensor, text_len: int, y: Tensor | None = None) -> None:
     _checks.tensor(op, "x", x, ROWS)
     _checks.integer(op, "text_len", text_len, 0, x.shape[1], "(the seqlen of x)")
-    if y is not None:
+    if y is not None and not _checks.alike(y, x):
         _checks.tensor(op, "y", y, ROWS)
         _checks.dtype(op, "y", y, (x.dtype,))
         _checks.same_device(op, "y", y, "x", x)
@@ -228,6 +232,8 @@ def _check_modulation(op: str, x: Tensor, tokens: int, **modulation: Tensor | No
     """Check the modulation of one modality: equal shapes and dtypes that fit its tokens."""
     first = None
     for name, value in modulation.items():
+        if first is not None and _checks.alike(value, first[1]):
+            continue
         if value is None:
             if tokens:
                 raise ValueError(
@@ -240,20 +246,24 @@ def _check_modulation(op: str, x: Tensor, tokens: int, **modulation: Tensor | No
                 f"{op}: {name} must be a tensor (batch, dim) or (batch, groups, dim); "
                 f"got {_checks.describe(value)}"
             )
-        _checks.dtype(op, name, value, (x.dtype, torch.float32))
-        _checks.same_device(op, name, value, "x", x)
+        dtypes = x.dtype, torch.float32
         wanted = (x.shape[0], *value.shape[1:-1], x.shape[2])
-        _checks.shape(
-            op, name, value, wanted, "(batch, dim) or (batch, groups, dim)",
-            lambda: f" for x of shape {tuple(x.shape)}",
-        )  # fmt: skip
+        if not _checks.fits(value, wanted, dtypes, x):
+            _checks.dtype(op, name, value, dtypes)
+            _checks.same_device(op, name, value, "x", x)
+            _checks.shape(
+                op, name, value, wanted, "(batch, dim) or (batch, groups, dim)",
+                lambda: f" for x of shape {tuple(x.shape)}",
+            )  # fmt: skip
         groups = 1 if value.dim() == 2 else value.shape[1]
         if groups != 1 and (groups == 0 or tokens % groups):
             raise ValueError(
                 f"{op}: {name} must have a number of groups that divides the {tokens} tokens of "
                 f"its modality; got {tuple(value.shape)}"
             )
-        first = first or (name, value)
+        if first is None:
+            first = name, value
+            continue
         _checks.shape(op, name, value, first[1].shape, f"the shape of {first[0]}")
         _checks.dtype(op, name, value, (first[1].dtype,))
 
@@ -275,11 +285,6 @@ def _unsupported_reason(x: Tensor, **others: Tensor | None) -> str | None:
     if x.shape[2] > KERNEL_DIM:
         return f"x has dim {x.shape[2]}; the kernel takes at most {KERNEL_DIM}"
     return _backend.triton_reason("x", x) or _backend.transform_reason(x=x, **others)
-
-
-def _grouped(modulation: Tensor | None) -> Tensor | None:
-    """The modulation as (batch, groups, dim); (batch, dim) is one group."""
-    return modulation[:, None] if modulation is not None and modulation.dim() == 2 else modulation
 
 
 # --- under autocast --------------------------------------------------------------------------
@@ -382,7 +387,7 @@ def expert_adaln(
     _check_modulation(op, x, x.shape[1] - text_len, shift=shift, scale=scale)
     _check_modulation(op, x, text_len, text_shift=text_shift, text_scale=text_scale)
     _check_norm(op, x, weight, bias, norm, eps)
-    modulation = (_grouped(shift), _grouped(scale), _grouped(text_shift), _grouped(text_scale))
+    modulation = shift, scale, text_shift, text_scale
     if _backend.choose(backend, op, _unsupported_reason(x, **named, weight=weight, bias=bias), x):
         return _expert_adaln(x, *modulation, weight, bias, text_len, norm, float(eps))
     return expert_adaln_reference(
@@ -430,7 +435,7 @@ def gated_residual(
     _checks.flag(op, "inplace", inplace)
     if inplace:
         _check_inplace(op, x, y=y, gate=gate, text_gate=text_gate)
-    gates = _grouped(gate), _grouped(text_gate)
+    gates = gate, text_gate
     if _backend.choose(backend, op, _unsupported_reason(x, y=y, gate=gate, text_gate=text_gate), x):
         if inplace:
             _gated_residual_inplace(x, y, *gates, text_len)
@@ -492,9 +497,7 @@ def gated_residual_adaln(
         op, x, text_len, text_gate=text_gate, text_shift=text_shift, text_scale=text_scale
     )
     _check_norm(op, x, weight, bias, norm, eps)
-    gates = _grouped(gate), _grouped(text_gate)
-    modulation = (_grouped(shift), _grouped(scale), _grouped(text_shift), _grouped(text_scale))
-    arguments = (x, y, *gates, *modulation, weight, bias)
+    arguments = (x, y, gate, text_gate, shift, scale, text_shift, text_scale, weight, bias)
     reason = _unsupported_reason(x, y=y, **named_gates, **named, weight=weight, bias=bias)
     if _backend.choose(backend, op, reason, x):
         return _gated_residual_adaln(*arguments, text_len, norm, float(eps))

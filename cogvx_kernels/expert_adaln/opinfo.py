@@ -158,13 +158,8 @@ def _cost(passes: tuple[int, int], flops: tuple[int, int]) -> Any:
 
 def _launch(kernel: Any, a: Mapping[str, Any]) -> None:
     """Launch forward and backward."""
-
-    def grouped(name: str) -> Any:
-        x = a.get(name)
-        return x[:, None] if x is not None and x.dim() == 2 else x
-
     video, text = (
-        kernel.Modulation(*(grouped(of + name) for name in ("shift", "scale", "gate")))
+        kernel.Modulation(*(a.get(of + name) for name in ("shift", "scale", "gate")))
         for of in ("", "text_")
     )
     weight, bias = a.get("weight"), a.get("bias")

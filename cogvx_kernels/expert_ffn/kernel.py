@@ -18,7 +18,15 @@ from torch import Tensor
 from triton.runtime.driver import driver
 
 from .._backend import INTERPRETED
-from .._launch import Rows, alignment, as_rows, on_device, product_options
+from .._launch import (
+    Rows,
+    alignment,
+    as_rows,
+    cdiv,
+    next_power_of_2,
+    on_device,
+    product_options,
+)
 from .device_utils import (
     Experts,
     Groups,
@@ -168,7 +176,7 @@ def _plan(
 
 def _block(most: int, size: int) -> int:
     """A power of two from 16, the least of a tensor core, to `most`."""
-    return max(16, min(most, triton.next_power_of_2(size)))
+    return max(16, min(most, next_power_of_2(size)))
 
 
 def _tiles(plan: Plan, groups: Groups) -> int:
@@ -179,11 +187,11 @@ def _tiles(plan: Plan, groups: Groups) -> int:
     runs = [groups.seqlen]
     if plan.EXPERTS == 2:
         runs = [groups.text_len, groups.seqlen - groups.text_len]
-    return sum(triton.cdiv(groups.samples * run, plan.BLOCK_ROWS) for run in runs)
+    return sum(cdiv(groups.samples * run, plan.BLOCK_ROWS) for run in runs)
 
 
 def _grid(plan: Plan, tiles: int, cols: int) -> tuple[int]:
-    return (tiles * triton.cdiv(cols, plan.BLOCK_COLS),)
+    return (tiles * cdiv(cols, plan.BLOCK_COLS),)
 
 
 def _options(plan: Plan) -> dict[str, int]:
@@ -234,7 +242,7 @@ def _to_tokens(
     )  # fmt: skip
     if plan.TOP_K > 1:
         _combine_kernel[(out.shape[0] * out.shape[1],)](
-            out, slots, BLOCK=triton.next_power_of_2(plan.DIM), P=plan, num_warps=4
+            out, slots, BLOCK=next_power_of_2(plan.DIM), P=plan, num_warps=4
         )
 
 
@@ -266,7 +274,7 @@ def expert_ffn_bwd(
     )
     if share is not None:
         wide = torch.promote_types(share.dtype, torch.float32)
-        cols = triton.cdiv(plan.FFN_DIM, halved.BLOCK_COLS)
+        cols = cdiv(plan.FFN_DIM, halved.BLOCK_COLS)
         dshare = torch.zeros((cols, pairs), dtype=wide, device=x.device)
     if x.numel() == 0:
         empty = x.new_empty((0,)) if share is None else torch.zeros_like(share)
@@ -298,7 +306,7 @@ def _weight_grad(
     plan: Plan,
 ) -> None:  # fmt: skip
     experts, rows, cols = dweight.shape
-    grid = experts * triton.cdiv(rows, plan.BLOCK_ROWS) * triton.cdiv(cols, plan.BLOCK_COLS)
+    grid = experts * cdiv(rows, plan.BLOCK_ROWS) * cdiv(cols, plan.BLOCK_COLS)
     weight_grad_kernel[(grid,)](
         dweight, dbias if dbias.numel() else None, left, right, groups,
         ROWS=rows, COLS=cols, LEFT_TOKENS=left_tokens, P=plan, **_options(plan),

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import alignment, contiguous, on_device
+from .._launch import alignment, contiguous, new, next_power_of_2, on_device
 
 # Not yet measured; chosen for two 16-byte loads of bf16 in flight for each thread.
 TILE = 1024  # elements of one tensor that a program holds at a time
@@ -305,8 +305,8 @@ def _plan(
     """The constants of a launch over these tensors, outputs included."""
     heads = (q, *(() if k is None else (k,)), *others)
     dtype, headdim = q.dtype, q.shape[3]
-    lanes = triton.next_power_of_2(headdim)
-    nheads = triton.next_power_of_2(max(x.shape[2] for x in heads))
+    lanes = next_power_of_2(headdim)
+    nheads = next_power_of_2(max(x.shape[2] for x in heads))
     return Plan(
         HEADDIM=headdim,
         ROTARY=2 * cos.shape[1],
@@ -327,7 +327,7 @@ def rope3d_fwd(
     x: Tensor, cos: Tensor, sin: Tensor, text_len: int, interleaved: bool, inverse: bool
 ) -> Tensor:
     """x rotated by its angles, or by the opposite ones, as a new contiguous tensor."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = new(x)
     if x.numel() == 0:
         return out
     batch, seqlen = x.shape[:2]
@@ -348,8 +348,8 @@ def qk_norm_rope3d_fwd(
 
     affine: weight and bias of q's norm, then of k's.
     """
-    q_out = q if inplace else torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    k_out = k if inplace else torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    q_out = q if inplace else new(q)
+    k_out = k if inplace else new(k)
     if q.numel() + k.numel() == 0:
         return q_out, k_out
     batch, seqlen = q.shape[:2]
@@ -373,8 +373,8 @@ def qk_norm_rope3d_bwd(
     The rows are (4, headdim) in fp32 (fp64 for fp64 inputs), (0, headdim) without `affine_grads`.
     douts, weights: of q and of k.
     """
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    dq = new(q)
+    dk = new(k)
     batch, seqlen, _, headdim = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     rows = 4 if affine_grads else 0

@@ -140,9 +140,13 @@ def _check_rope(
     _checks.flag(op, "interleaved", interleaved)
     batch, seqlen, nheads, headdim = x.shape
     _checks.integer(op, "text_len", text_len, 0, seqlen, f"(the seqlen of {name})")
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     for table_name, value in (("cos", cos), ("sin", sin)):
+        if table_name == "sin" and cos is not None and value is not None:
+            if _checks.alike(value, cos):
+                _checks.no_grad(op, table_name, value)
+                continue
         table = _checks.tensor(op, table_name, value, ("video_len", "rotary_dim // 2"))
-        wide = torch.float64 if x.dtype is torch.float64 else torch.float32
         _checks.dtype(op, table_name, table, (torch.float32, wide))
         _checks.same_device(op, table_name, table, name, x)
         _checks.no_grad(op, table_name, table)
@@ -163,14 +167,16 @@ def _check_rope(
 def _check_qk_norm_rope(
     op: str, q: Tensor, k: Tensor, affine: dict[str, Tensor | None], norm: str, eps: float
 ) -> None:
-    _checks.tensor(op, "k", k, HEADS)
-    _checks.dtype(op, "k", k, (q.dtype,))
-    _checks.same_device(op, "k", k, "q", q)
-    batch, seqlen, _, headdim = q.shape
-    _checks.shape(
-        op, "k", k, (batch, seqlen, k.shape[2], headdim), "(batch, seqlen, any nheads, headdim)",
-        lambda: f" for q of shape {tuple(q.shape)}",
-    )  # fmt: skip
+    if not _checks.alike(k, q):
+        _checks.tensor(op, "k", k, HEADS)
+        _checks.dtype(op, "k", k, (q.dtype,))
+        _checks.same_device(op, "k", k, "q", q)
+        batch, seqlen, _, headdim = q.shape
+        wanted = (batch, seqlen, k.shape[2], headdim)
+        _checks.shape(
+            op, "k", k, wanted, "(batch, seqlen, any nheads, headdim)",
+            lambda: f" for q of shape {tuple(q.shape)}",
+        )  # fmt: skip
     _checks.vectors(op, "q", q, 3, "headdim", torch.float32, **affine)
     _checks.choice(op, "norm", norm, ("layer", "rms"))
     _checks.positive(op, "eps", eps)

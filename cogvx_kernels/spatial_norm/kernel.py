@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import LAST, on_device
+from .._launch import LAST, cdiv, on_device
 from .device_utils import (
     address,
     expand_cells,
@@ -243,8 +243,8 @@ def _sums(plan, dy, db, x, dout, parameters, moments) -> Tensor:
     sizes = sizes_of(x, parameters.latents, plan, span_of(x, plan, STRIP // plan.RUN))
     blocks, units = sizes.down, frames
     if parameters.latents is not None:
-        across = triton.cdiv(sizes.cols, plan.CELLS)
-        span = sizes.rows_per_latent * triton.cdiv(plan.RATIO, plan.RUN)
+        across = cdiv(sizes.cols, plan.CELLS)
+        span = sizes.rows_per_latent * cdiv(plan.RATIO, plan.RUN)
         sizes = sizes._replace(across=across, span=span)
         blocks, units = sizes.rows * across, sizes.latents
     shape = (batch, frames if plan.PER_FRAME else units, blocks, 3, channels)

@@ -5,15 +5,13 @@ neighbouring pixels for each of `cells` neighbouring latents, so that y and b ar
 each latent.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import LAST, contiguous
+from .._launch import LAST, alignment, cdiv, contiguous, next_power_of_2
 from .validation import Parameters, Settings
 
 # Estimated, not measured: two 16-byte loads for each thread of four warps, which is 16 elements of
@@ -91,27 +89,15 @@ class Plan(NamedTuple):
     COMPUTE: tl.dtype
 
 
-def _stride_alignment(channels_last: bool, *tensors: Tensor | None) -> int:
-    """The greatest common divisor of all strides but the innermost dim's and 16."""
-    inner = 1 if channels_last else 4
-    strides = (
-        stride
-        for x in tensors
-        if x is not None
-        for dim, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True))
-        if dim != inner and size > 1
-    )
-    return math.gcd(16, *strides)
-
-
 def video_of(x: Tensor | None, align: int, channels_last: bool) -> Video:
     if x is None:
         return Video(None, 0, 0, 0, 0, 1)
-    inner = 1 if channels_last else 4
-    batch, channel, frame, row, col = (
-        stride if dim == inner else stride // align for dim, stride in enumerate(x.stride())
-    )
-    return Video(x, batch, channel, frame, row, col)
+    batch, channel, frame, row, col = x.stride()
+    if channels_last:
+        col //= align
+    else:
+        channel //= align
+    return Video(x, batch // align, channel, frame // align, row // align, col)
 
 
 class Modulation(NamedTuple):
@@ -143,11 +129,11 @@ def _rows_are_dense(*tensors: Tensor | None) -> bool:
 
 def _tile_shape(x: Tensor, across: int, channels_last: bool) -> tuple[int, int]:
     """Pixels and channels of a tile, powers of two; as many as possible along the inner dim."""
-    elements, channels = TILE // x.element_size(), triton.next_power_of_2(x.shape[1])
+    elements, channels = TILE // x.element_size(), next_power_of_2(x.shape[1])
     if channels_last:
         lanes = min(channels, LANES)
         return elements // lanes, lanes
-    run = min(triton.next_power_of_2(across), RUN)
+    run = min(next_power_of_2(across), RUN)
     lanes = min(channels, elements // run)
     return run, lanes
 
@@ -159,12 +145,13 @@ def plan_of(
     """Plan a launch over x, `like` (videos of its height and width) and `latents` (y and b)."""
     channels, width = x.shape[1], x.shape[4]
     channels_last = channels > 1 and x.stride(1) == 1
+    inner = 1 if channels_last else 4
     modulation = next((z for z in latents if z is not None), None)
     ratio = 0 if modulation is None else width // modulation.shape[4]
     run, lanes = _tile_shape(x, width if ratio else x.shape[3] * width, channels_last)
     cells = 1
     if ratio:
-        pixels, run = run, min(run, triton.next_power_of_2(ratio))
+        pixels, run = run, min(run, next_power_of_2(ratio))
         cells = pixels // run
     return Plan(
         CHANNELS=channels,
@@ -173,12 +160,12 @@ def plan_of(
         CELLS=cells,
         RUN=run,
         LANES=lanes,
-        TILES=triton.cdiv(channels, lanes),
+        TILES=cdiv(channels, lanes),
         RATIO=ratio,
         FLAT=_rows_are_dense(x, *like),
         CHANNELS_LAST=channels_last,
-        ALIGN=_stride_alignment(channels_last, x, *like),
-        LATENT_ALIGN=_stride_alignment(channels_last, *latents),
+        ALIGN=alignment(x, *like, inner=inner),
+        LATENT_ALIGN=alignment(*latents, inner=inner),
         PER_FRAME=settings.per_frame,
         LEADS=settings.leads and x.shape[2] > 1,
         SILU=settings.silu,
@@ -198,12 +185,12 @@ def sizes_of(
     """
     frames, height, width = x.shape[2:]
     if modulation is None:
-        down = triton.cdiv(height * width, plan.RUN * span)
+        down = cdiv(height * width, plan.RUN * span)
         return Sizes(frames, height, width, 1, 1, 1, 1, 1, span, down, 1, cache_len)
     latents, rows, cols = modulation.shape[2:]
     rows_per_latent = height // rows
-    parts = triton.cdiv(rows_per_latent, span)
-    across = triton.cdiv(cols, plan.CELLS) * triton.cdiv(plan.RATIO, plan.RUN)
+    parts = cdiv(rows_per_latent, span)
+    across = cdiv(cols, plan.CELLS) * cdiv(plan.RATIO, plan.RUN)
     return Sizes(
         frames, height, width, latents, rows, cols, rows_per_latent, parts, span, rows * parts,
         across, cache_len,
@@ -216,5 +203,5 @@ def span_of(x: Tensor, plan: Plan, most: int) -> int:
     The batch does not count, so that a sample has the same bits in any batch.
     """
     frames, height, width = x.shape[2:]
-    tiles = frames * triton.cdiv(height * width, plan.RUN * plan.CELLS) * plan.TILES
+    tiles = frames * cdiv(height * width, plan.RUN * plan.CELLS) * plan.TILES
     return min(most, max(SPAN, tiles // PROGRAMS))

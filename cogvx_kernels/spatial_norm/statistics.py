@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import contiguous, on_device
+from .._launch import cdiv, contiguous, next_power_of_2, on_device
 from .device_utils import (
     expand_channels,
     load,
@@ -203,10 +203,10 @@ def _merge(
     """
     units, rows, kinds, width = parts.shape
     group_size = width // num_groups
-    cols = triton.next_power_of_2(group_size)
+    cols = next_power_of_2(group_size)
     block = max(1, 1024 // cols)
     chunk = max(2, MERGED // cols)
-    chunks = triton.cdiv(rows, chunk)
+    chunks = cdiv(rows, chunk)
     out = moments
     if chunks > 1:
         out = parts.new_empty((units, chunks, 4, num_groups))

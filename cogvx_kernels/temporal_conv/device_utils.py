@@ -79,9 +79,8 @@ def with_even_strides(x: Tensor | None, last: bool) -> Tensor | None:
 
 def strides_of(x: Tensor, last: bool) -> tuple[int, int, int]:
     """Strides of batch, frames, and pixels (`last`) or channels; 0 for a dim of size 1."""
-    batch, channels, frames = (
-        stride if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
-    )
+    shape, strides = x.shape, x.stride()
+    batch, channels, frames = [strides[dim] if shape[dim] > 1 else 0 for dim in range(3)]
     return batch, frames, _pixel_stride(x) if last else channels
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.runtime.driver import driver
 
 from .._backend import INTERPRETED
-from .._launch import on_device, product_options
+from .._launch import cdiv, next_power_of_2, on_device, product_options
 from .depthwise import depthwise_bwd_kernel, depthwise_fwd_kernel, depthwise_weight_kernel
 from .device_utils import (
     Plan,
@@ -198,10 +198,10 @@ def temporal_conv_fwd(
     plan = _plan(x, weight, cache, stride, start, channels, [x, cache, out], channels_last)
     sizes = _sizes(x, out.shape[2], plan)
     videos = [video_of(t, plan) for t in (out, x, cache)]
-    cols = triton.cdiv(weight.shape[0], plan.BLOCK_COLS)
+    cols = cdiv(weight.shape[0], plan.BLOCK_COLS)
     with on_device(x):
         if depthwise:
-            runs = triton.cdiv(out.shape[2], FRAMES)
+            runs = cdiv(out.shape[2], FRAMES)
             depthwise_fwd_kernel[(x.shape[0] * sizes.tiles * runs * cols,)](
                 *videos, weight.contiguous(), bias, sizes, runs, FRAMES=FRAMES, P=plan,
                 **_options(plan, depthwise),
@@ -216,7 +216,7 @@ def temporal_conv_fwd(
                 options, tiles = {"num_warps": STATIONARY_WARPS, "num_stages": 2}, STATIONARY_TILES
                 sizes = _sizes(x, out.shape[2], plan)
             units = x.shape[0] * sizes.tiles * out.shape[2]
-            _dense_fwd_kernel[(triton.cdiv(units, tiles) if tiles else units * cols,)](
+            _dense_fwd_kernel[(cdiv(units, tiles) if tiles else units * cols,)](
                 *videos, _taps_first(weight), bias, sizes, units, UNITS=tiles, P=plan,
                 **options,
             )  # fmt: skip
@@ -250,7 +250,7 @@ def _input_grad(
     plan = _plan(dx, weight, cache, stride, start, channels, [dx, past, dout], channels_last)
     sizes = _sizes(dx, dout.shape[2], plan)
     frames = dx.shape[2] + (0 if past is None else past.shape[2])
-    cols = triton.cdiv(dx.shape[1], plan.BLOCK_COLS)
+    cols = cdiv(dx.shape[1], plan.BLOCK_COLS)
     depthwise = _depthwise(dx, weight)
     run = depthwise_bwd_kernel if depthwise else _dense_bwd_kernel
     taps = weight.contiguous() if depthwise else _taps_first(weight)
@@ -270,16 +270,16 @@ def _weight_grad(
     channels = inner, pixels
     plan = _plan(x, weight, cache, stride, start, channels, [x, cache, dout], channels_last)
     depthwise = _depthwise(x, weight)
-    tiles, rows = triton.cdiv(x.shape[1], plan.BLOCK_COLS), plan.BLOCK_ROWS
+    tiles, rows = cdiv(x.shape[1], plan.BLOCK_COLS), plan.BLOCK_ROWS
     if not depthwise:
         rows = plan.BLOCK_INNER
         plan = plan._replace(BLOCK_ROWS=_block(BLOCK_COLS // _fp32_divisor(x), out))
-        tiles *= triton.cdiv(out, plan.BLOCK_ROWS)
+        tiles *= cdiv(out, plan.BLOCK_ROWS)
     sizes = _sizes(x, dout.shape[2], plan._replace(BLOCK_ROWS=rows))
     units = x.shape[0] * sizes.tiles * dout.shape[2]
     strips = min(units, max(1, STRIPS // (tiles * taps)))
-    strip_units = triton.cdiv(units, strips)
-    strips = triton.cdiv(units, strip_units)
+    strip_units = cdiv(units, strips)
+    strips = cdiv(units, strip_units)
     wide = torch.promote_types(x.dtype, torch.float32)
     sums = torch.empty((strips, taps, out, inner), dtype=wide, device=x.device)
     bias_sums = torch.empty((strips, out), dtype=wide, device=x.device) if dbias.numel() else None
@@ -309,7 +309,7 @@ def _plan(
     divisor = _fp32_divisor(x)
     rows, cols = BLOCK_ROWS // divisor, BLOCK_COLS // divisor
     if _depthwise(x, weight):
-        cols = min(BLOCK_COLS, triton.next_power_of_2(inner)) if channels_last else 1
+        cols = min(BLOCK_COLS, next_power_of_2(inner)) if channels_last else 1
         rows = _block(ELEMENTS // cols, pixels)
     else:
         rows, cols = _block(rows, pixels), _block(cols, channels[0])
@@ -354,7 +354,7 @@ def _fp32_divisor(x: Tensor) -> int:
 
 def _block(most: int, size: int) -> int:
     """A power of two from 16, the least of a tensor core, to `most`."""
-    return max(16, min(most, triton.next_power_of_2(size)))
+    return max(16, min(most, next_power_of_2(size)))
 
 
 def _options(plan: Plan, depthwise: bool) -> dict[str, int]:
@@ -368,7 +368,7 @@ def _options(plan: Plan, depthwise: bool) -> dict[str, int]:
 def _sizes(x: Tensor, out_frames: int, plan: Plan) -> Sizes:
     pixels = x.shape[3] * x.shape[4]
     units = pixels if plan.CHANNELS_LAST else pixels // plan.ALIGN
-    return Sizes(units, triton.cdiv(pixels, plan.BLOCK_ROWS), x.shape[2], out_frames)
+    return Sizes(units, cdiv(pixels, plan.BLOCK_ROWS), x.shape[2], out_frames)
 
 
 def _depthwise(x: Tensor, weight: Tensor) -> bool:

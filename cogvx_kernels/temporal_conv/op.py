@@ -204,7 +204,7 @@ def temporal_conv(
     if not _backend.choose(backend, op, reason, x):
         return temporal_conv_reference(x, weight, bias, cache=cache, stride=stride, start=start)
     settings = stride, "zeros" if cache is not None else start
-    taps = weight.flatten(2)
+    taps = weight if weight.dim() == 3 else weight.flatten(2)
     if x.dim() == 5:
         return _temporal_conv(x, taps, bias, cache, *settings)
     past = None if cache is None else as_pixels(cache)

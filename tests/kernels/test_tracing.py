@@ -1,4 +1,4 @@
-"""opcheck and torch.compile of every op."""
+"""opcheck, torch.compile, and the dispatcher of torch, for every op."""
 
 from typing import Any
 
@@ -6,14 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogvx_kernels import testing
+from cogvx_kernels._custom_op import CustomOp
 from cogvx_kernels._opinfo import OpInfo
-from cogvx_kernels.testing import evaluate, materialize
+from cogvx_kernels.testing import OPS, evaluate, materialize
 from tests.harness.selection import rest
 
-from .op_helpers import EVERY_OP, call, grad_outputs_of, present, resized
+from .op_helpers import EVERY_OP, assert_same_bits, call, grad_outputs_of, present, resized
 
 
 class Recorder(TorchDispatchMode):
@@ -68,6 +70,59 @@ def copied(x: Any, requires_grad: bool) -> Any:
         return x
     copy = x.detach().clone() if x.numel() else x.new_empty(x.shape)
     return copy.requires_grad_(requires_grad)
+
+
+@EVERY_OP
+def test_eager_calls_run_around_the_dispatcher(info, device, monkeypatch):
+    """With the bits that they have through it, forward and backward."""
+    arguments = materialize(info.samples[0], torch.float32, device=device)
+    settings = info.op, arguments, info.differentiable, grad_outputs_of(info, arguments)
+    right, seen = CustomOp._needs_dispatcher, []
+
+    def spied(self, flat):
+        seen.append(right(self, flat))
+        return seen[-1]
+
+    monkeypatch.setattr(CustomOp, "_needs_dispatcher", spied)
+    ours = evaluate(*settings, backend="kernel")
+    assert seen and not any(seen)
+    monkeypatch.setattr(CustomOp, "_needs_dispatcher", lambda self, flat: True)
+    assert_same_bits(evaluate(*settings, backend="kernel"), ours, "through the dispatcher")
+
+
+@pytest.fixture
+def rotate(device):
+    """rope3d of x, and an x."""
+    arguments = materialize(OPS["rope3d"].samples[0], torch.float32, device=device)
+    x = arguments.pop("x")
+    return lambda x, **tables: call(OPS["rope3d"], {"x": x, **arguments, **tables})[0], x
+
+
+def test_tensors_without_memory_go_through_the_dispatcher(rotate):
+    """On the meta device, and fake ones also outside of their mode."""
+    function, x = rotate
+    arguments = materialize(OPS["rope3d"].samples[0], torch.float32, device=x.device)
+    tables = {name: arguments[name] for name in ("cos", "sin")}
+    assert function(x.to("meta"), **{k: v.to("meta") for k, v in tables.items()}).is_meta
+    fake = FakeTensorMode().from_tensor
+    assert isinstance(function(fake(x), **{k: fake(v) for k, v in tables.items()}), FakeTensor)
+
+
+def test_profiler_sees_the_ops(rotate):
+    function, x = rotate
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function(x)
+    assert "cogvx::rope3d" in {event.key for event in profile.key_averages()}
+
+
+def test_gradients_in_a_batch(rotate):
+    function, x = rotate
+    x.requires_grad_()
+    out = function(x)
+    several = torch.randn(3, *out.shape, device=x.device)
+    (ours,) = torch.autograd.grad(out, x, several, retain_graph=True, is_grads_batched=True)
+    for grad, one in zip(ours, several, strict=True):
+        assert torch.equal(grad, *torch.autograd.grad(out, x, one, retain_graph=True))
 
 
 def training_step(info: OpInfo, names: tuple[str, ...], **constants: Any):
