@@ -73,7 +73,7 @@ NAMES_TRITON = {
 MODEL_LAYERS = (
     {"validation"},
     {"autocast", "config", "extras", "files", "memory", "threads"},
-    {"frames", "hub"},
+    {"frames", "hub", "profiling"},
     {"assets"},
     {"vae", "transformer", "schedulers", "video"},
     {"checkpoint", "generation", "plan"},

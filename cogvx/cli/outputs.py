@@ -11,20 +11,22 @@ if sys.platform != "win32":
 
 
 @contextmanager
-def output(path: Path, force: bool, suffixes: tuple[str, ...]) -> Iterator[None]:
+def output(
+    path: Path, force: bool, suffixes: tuple[str, ...], option: str = "--out"
+) -> Iterator[None]:
     """Lock a file to be written (`claimed`); check its suffix, and that it is new or `force`."""
     if path.suffix.lower() not in suffixes:
-        raise ValueError(f"--out must end in {' or '.join(suffixes)}; got {path}")
+        raise ValueError(f"{option} must end in {' or '.join(suffixes)}; got {path}")
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ValueError(f"--out must be a file in a folder that exists; got {path}")
-    with claimed(path):
+        raise ValueError(f"{option} must be a file in a folder that exists; got {path}")
+    with claimed(path, option):
         if path.exists() and not force:
             raise ValueError(f"{path}: exists already; --force replaces it")
         yield
 
 
 @contextmanager
-def claimed(path: Path) -> Iterator[None]:
+def claimed(path: Path, option: str = "--out") -> Iterator[None]:
     """Lock an output, so that a second command with the same output fails at its start.
 
     Locks a hidden file beside the output. The system releases the lock when the process ends, and
@@ -39,11 +41,12 @@ def claimed(path: Path) -> Iterator[None]:
         handle = _locked(lock)
     except BlockingIOError as error:
         raise BlockingIOError(
-            f"{path}: another command is writing it at this moment; wait, or choose another --out"
+            f"{path}: another command is writing it at this moment; wait, or choose another "
+            f"{option}"
         ) from error
     except OSError as error:
         raise OSError(
-            f"--out must be where a file can be written; got {path}: {error.strerror}"
+            f"{option} must be where a file can be written; got {path}: {error.strerror}"
         ) from error
     try:
         yield

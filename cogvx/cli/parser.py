@@ -137,6 +137,10 @@ def _generate(commands: Any) -> None:
     parser.add_argument("--vram-budget", type=arguments.size_in_bytes, metavar="BYTES",
                         help="fail before weights are read if more memory is needed, such as "
                         "10G; by default no limit")  # fmt: skip
+    parser.add_argument("--profile", type=Path, metavar="FILE.json",
+                        help="a trace of torch.profiler, which ui.perfetto.dev shows: the text "
+                        "encoder, each step, the VAE's chunks, every op; nvtx instead of a file "
+                        "for nsys; by default none")  # fmt: skip
     arguments.add_hub(parser)
     several = parser.add_argument_group(
         "several GPUs", "torchrun --nproc-per-node 8 -m cogvx generate … starts the processes."

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..profiling import annotate
 from ..schedulers import Generators, Solver, TimestepSchedule, randn_tensor
 from ..text import TextEncoder
 from ..vae import CausalVAE, Tiling
@@ -52,7 +53,8 @@ def _encode(text_encoder: TextEncoder | None, texts: Sequence[str], request: Req
             "model with one, or give prompt_embeds and, for guidance, negative_prompt_embeds"
         )
     distinct = list(dict.fromkeys(texts))
-    states = text_encoder.encode(distinct, request.text_length)
+    with annotate("text encoder"):
+        states = text_encoder.encode(distinct, request.text_length)
     check_finite(states, "the text encoder")
     if len(distinct) == len(texts):
         return states

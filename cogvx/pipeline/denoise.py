@@ -10,6 +10,7 @@ from torch import Tensor
 from cogvx_kernels.context_parallel import Context
 
 from ..generation import WHERE
+from ..profiling import annotate
 from ..schedulers import Generators, Solver, TimestepSchedule, dynamic_guidance
 from ..threads import suited_threads
 from ..transformer import STEPS_AHEAD, ExpertTransformer, Modulations, ProjectedText
@@ -73,8 +74,10 @@ def denoise(
         guidance = request.guidance
         if request.dynamic_guidance:
             guidance = dynamic_guidance(guidance, timestep, len(timesteps))
-        v = predict(transformer, latents, conditioning.image, texts, modulations, guidance, guides)
-        latents, prev_x0 = solver.step(latents, v, index, timesteps, prev_x0, generator)
+        with annotate(f"step {index + 1}"):
+            inputs = latents, conditioning.image, texts, modulations, guidance, guides
+            v = predict(transformer, *inputs)
+            latents, prev_x0 = solver.step(latents, v, index, timesteps, prev_x0, generator)
         check_finite(latents, f"step {index + 1} of {len(timesteps)}, timestep {timestep},")
         if request.callback is not None:
             changed = request.callback(index, timestep, latents)
@@ -131,7 +134,8 @@ def predict(
         latents = torch.cat([latents, image], 2)
 
     def forward(latents: Tensor, text: ProjectedText) -> Tensor:
-        with suited_threads(_values(transformer, latents, text), latents.device):
+        values = _values(transformer, latents, text)
+        with suited_threads(values, latents.device), annotate("transformer"):
             v: Tensor = transformer(latents, text, modulations=modulations)
         return v.float()
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from cogvx_kernels.streaming import CoderSpec, DecodeState, EncodeState, FrameCache, StreamState
 
 from .. import frames
+from ..profiling import annotate
 from ..threads import suited_threads
 from .decoder import Decoder
 from .distribution import DiagonalGaussian
@@ -114,7 +115,7 @@ def _stream(
     def run(chunk: Tensor, cache: FrameCache) -> Tensor:
         compiling = torch.compiler.is_compiling()
         threads = None if compiling else suited_threads(_largest(coder, chunk), chunk.device)
-        with threads or nullcontext():
+        with threads or nullcontext(), annotate(f"{spec.coder.lower()}, a chunk"):
             return coder(chunk, cache)
 
     def run_next(chunk: Tensor) -> Tensor:

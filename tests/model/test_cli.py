@@ -23,6 +23,7 @@ from cogvx.config import SchedulerConfig, TransformerConfig, VAEConfig
 from cogvx.factorized import param_count
 from cogvx.memory import LiveBytes
 from cogvx.pipeline import CogVideoX
+from cogvx.profiling import annotate
 from cogvx.transformer import ExpertTransformer
 from cogvx.vae import CausalVAE
 from cogvx.video import probe, psnr, read_video, write_video
@@ -207,6 +208,23 @@ def test_generate(capsys, here, model):
     video = pipe.generate("bike", steps=2, seed=5, height=32, width=32)
     write_video("d.mp4", video, 8)
     assert Path("a.mp4").read_bytes() == Path("d.mp4").read_bytes()
+
+
+def test_generate_writes_a_profile(capsys, here, model):
+    """A trace with a range for each part, the same video, and no ranges without a profiler."""
+    common = ["generate", "--model", model, *GENERATE]
+    assert run(capsys, *common, "--out", "a.mp4")[0] == 0
+    status, _, err = run(capsys, *common, "--out", "b.mp4", "--profile", "trace.json")
+    assert status == 0 and "profile: trace.json" in err
+    assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes()
+    names = [
+        event.get("name") for event in json.loads(Path("trace.json").read_text())["traceEvents"]
+    ]
+    assert {"text encoder", "step 1", "step 2"} <= {*names} and "step 3" not in names
+    assert names.count("transformer") == 2 and names.count("decoder, a chunk") == 1
+    assert annotate("step 1") is annotate("step 2")
+    status, _, err = run(capsys, *common, "--out", "c.mp4", "--profile", "trace.json")
+    assert status == 1 and "trace.json: exists already; --force replaces it" in err
 
 
 def test_generate_from_a_video(capsys, here, model):

@@ -102,6 +102,9 @@ def run(capsys, *words):
         (["--fps", "60", "--out", "a.gif"], "50"),
         (["--out", "a.avi"], "--out must end in .mp4"),
         (["--out", "no/a.mp4"], "--out must be a file in a folder that exists"),
+        (["--profile", "a.txt"], "--profile must end in .json; got a.txt"),
+        (["--profile", "no/a.json"], "--profile must be a file in a folder that exists"),
+        (["--profile", "/proc/a.json"], "--profile must be where a file can be written"),
         (["--out", "/proc/a.mp4"], "--out must be where a file can be written; got /proc/a.mp4"),
     ],
 )
