@@ -115,7 +115,7 @@ class SharedHistory:
     def fence(self) -> None:
         """Writes by threads of active CTAs are visible to wgmma from here on."""
         rows = self.batch.active_ctas()[self.ctas]
-        self.unfenced.reshape(len(self.ctas), -1)[rows] = False
+        self.unfenced.reshape(len(self.ctas), self.size // 2)[rows] = False
 
     def _check_copies(self, site: int, at: Array) -> None:
         if self.in_flight[at].any():

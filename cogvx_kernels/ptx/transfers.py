@@ -149,35 +149,43 @@ def vote(e: Emitter, i: Instruction, modifiers: list[str]) -> None:
     e.define(i.operands[0], text, "u4" if modifiers[1] == "ballot" else "b", i)
 
 
+MATRICES = re.compile(
+    r"(?:ld|st)matrix\.sync\.aligned\.m8n8\.x([124])\.(trans\.)?shared(::cta)?\.b16"
+)
+MMA = re.compile(r"mma\.sync\.aligned\.(m16n8k\d+)\.row\.col\.f32\.(\w+)\.\2\.f32")
+SHAPES = {"bf16": ("m16n8k16", "m16n8k8"), "f16": ("m16n8k16", "m16n8k8"),
+          "tf32": ("m16n8k8", "m16n8k4")}  # fmt: skip
+WGMMA = re.compile(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(b?f16)\.\2")
+
+
+def _matched(pattern: re.Pattern[str], i: Instruction) -> re.Match[str]:
+    """The opcode's parts; refuse one that is not of this form, or has a guard."""
+    _unguarded(i)
+    found = pattern.fullmatch(i.opcode)
+    if found is None:
+        raise Unsupported(i.opcode)
+    return found
+
+
 def ldmatrix(e: Emitter, i: Instruction, modifiers: list[str]) -> None:
-    _matrices_of_16_bits(i, modifiers)
-    count = next(int(m[1:]) for m in modifiers if re.fullmatch(r"x\d", m))
-    parts, trans = e.new(), "trans" in modifiers
-    address = e.address(i.operands[1], "u4")
+    found = _matched(MATRICES, i)
+    count, trans = int(found[1]), found[2] is not None
+    parts, address = e.new(), e.address(i.operands[1], "u4")
     e.out(f"{parts} = m.shared.load_matrix({e.site(i)}, {address}, {count}, {trans})")
     e.define_all(i.operands[0], parts, "u4", i)
 
 
 def stmatrix(e: Emitter, i: Instruction, modifiers: list[str]) -> None:
-    _matrices_of_16_bits(i, modifiers)
+    trans = _matched(MATRICES, i)[2] is not None
     parts = ", ".join(e.use(r, "u4") for r in vector(i.operands[1]))
-    address, trans = e.address(i.operands[0], "u4"), "trans" in modifiers
+    address = e.address(i.operands[0], "u4")
     e.out(f"m.shared.store_matrix({e.site(i)}, {address}, [{parts}], {trans})")
-
-
-def _matrices_of_16_bits(i: Instruction, modifiers: list[str]) -> None:
-    _unguarded(i)
-    if modifiers[:3] != ["sync", "aligned", "m8n8"] or modifiers[-1] != "b16":
-        raise Unsupported(i.opcode)
 
 
 def mma(e: Emitter, i: Instruction, modifiers: list[str]) -> None:
     """mma.sync with sums in fp32. The fragments of an operand are put together once in a block."""
-    _unguarded(i)
-    shape, (to, kind, same, from_) = modifiers[2], modifiers[-4:]
-    known = {("m16n8k16", "bf16"), ("m16n8k16", "f16"), ("m16n8k8", "bf16"), ("m16n8k8", "f16"),
-             ("m16n8k8", "tf32"), ("m16n8k4", "tf32")}  # fmt: skip
-    if to != "f32" or from_ != "f32" or kind != same or (shape, kind) not in known:
+    shape, kind = _matched(MMA, i).groups()
+    if shape not in SHAPES.get(kind, ()):
         raise Unsupported(i.opcode)
     matrices = []
     for side, operand in zip("ab", i.operands[1:3], strict=True):
@@ -207,13 +215,10 @@ def wgmma(e: Emitter, i: Instruction, modifiers: list[str]) -> None:
         return e.out("m.warpgroups.commit()")
     if modifiers[0] == "wait_group":
         return e.out(f"m.warpgroups.wait({integer(vector(i.operands[0])[0])})")
-    shape, to, kind, same = modifiers[3:7]
-    columns = re.fullmatch(r"m64n(\d+)k16", shape)
-    if modifiers[0] != "mma_async" or not columns or to != "f32" or kind not in ("f16", "bf16"):
-        raise Unsupported(i.opcode)
+    kind = _matched(WGMMA, i)[2]
     d, a, b, keep, *rest = i.operands
     signs_and_turns = [integer(x) for x in rest if isinstance(x, str)]
-    if kind != same or signs_and_turns[:2] != [1, 1]:
+    if signs_and_turns[:2] != [1, 1]:
         raise Unsupported(f"{i.opcode} of negated operands")
     turned = signs_and_turns[2:]
     if isinstance(a, list):

@@ -37,7 +37,7 @@ TORCH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def run(
     body: str, *tensors: torch.Tensor, threads: int = 32, grid: int = 1, shared: int = 0,
-    ctas: Sequence[int] | None = None, ulps: int = 0,
+    ctas: Sequence[int] | None = None, ulps: int = 0, watched: int = 8,
 ) -> Run:  # fmt: skip
     """Run a body, which finds the tensors at %d1, %d2, ..., and %tid.x in %r0 and in %d0."""
     params = ", ".join(f".param .u64 p{k}" for k in range(len(tensors)))
@@ -48,7 +48,7 @@ def run(
         f"p{k}": np.array([[memory.addresses[f"p{k}"]]], np.uint64) for k in range(len(tensors))
     }
     state = Run(program, parameters, memory, shared, (grid, 1, 1), Counters(program),
-                Faults(program), ulps=ulps)  # fmt: skip
+                Faults(program), ulps=ulps, watched=watched)  # fmt: skip
     execute(state, ctas)
     memory.write_back()
     return state

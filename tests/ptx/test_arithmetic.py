@@ -241,6 +241,8 @@ REFUSED = {
     "shfl.sync.bfly.b32 %r1, %r0, 1, 31, 15;": "shfl.sync.bfly",
     "shfl.sync.bfly.b32 %r1, %r0, 1, 7199, -1;": "a part of a warp",
     "bar.sync 1, 64;": "a barrier of some threads",
+    "ldmatrix.sync.aligned.m8n8.x1.trans.trans.shared.b16 {%r1}, [%r0];": "trans.trans",
+    "mma.sync.aligned.m16n8k16.row.row.f32.f16.f16.f32 {%r1}, {%r1}, {%r1}, {%r1};": "row.row",
     "ld.global.acquire.gpu.b32 %r1, [%d1];": "ld.global.acquire",
 }
 

@@ -326,3 +326,17 @@ def test_what_must_stand_around_a_wgmma(before, after, fault):
     body += wgmma(8, "bf16", "%d5", descriptor(layout, B_AT), 0, "0, 0") + after
     texts = run(body, image(a, b, layout, layout), threads=128, shared=SHARED).faults.texts
     assert (fault in " | ".join(texts)) if fault else not texts
+
+
+def test_races_are_not_looked_for_where_no_cta_is_watched():
+    layout, a, b, out = (
+        K_MAJOR["128 bytes"],
+        integers(64, 16, 7),
+        integers(8, 16, 5),
+        torch.zeros(128, 4),
+    )
+    body = FILL + f"mov.b64 %d5, {descriptor(layout, 0)};\n"
+    body += wgmma(8, "bf16", "%d5", descriptor(layout, B_AT), 0, "0, 0") + READY + DONE + store(8)
+    state = run(body, image(a, b, layout, layout), out, threads=128, shared=SHARED, watched=0)
+    assert torch.equal(product(out, 8), a.float() @ b.float().T)
+    assert not state.faults.texts
