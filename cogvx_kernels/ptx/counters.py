@@ -25,16 +25,24 @@ class Site:
     __slots__ = ("bytes", "least", "requests", "units")
 
     def __init__(self) -> None:
-        self.requests = self.units = self.least = self.bytes = 0
+        self.requests = self.units = self.least = self.bytes = 0.0
 
 
 class Counters:
-    """Counts of a launch, over the CTAs that ran."""
+    """Counts of a launch, over the CTAs that ran, or estimates for its whole grid."""
 
     def __init__(self, program: Program) -> None:
         self.blocks = np.zeros(len(program.blocks), np.int64)  # warps that ran each
         self.sites = [Site() for _ in program.sites]
         self.ctas = 0
+
+    def add(self, other: "Counters", times: float) -> None:
+        """Add what other CTAs counted, `times` over."""
+        self.blocks = self.blocks + times * other.blocks
+        self.ctas += other.ctas
+        for mine, site in zip(self.sites, other.sites, strict=True):
+            for name in Site.__slots__:
+                setattr(mine, name, getattr(mine, name) + times * getattr(site, name))
 
     def count_global(
         self, site: int, address: Array, mask: Array | None, width: int, shape: tuple[int, int]

@@ -59,6 +59,7 @@ class GlobalAccess:
         where, wrong = self.memory.locate(a, width)
         if wrong:
             return self.batch.report(site, f"{wrong}: global write")
+        self.memory.note(a, self.memory.stored)
         if where is None:
             return
         self._check_races(site, where, shape, mask, width, writes=True)
@@ -74,6 +75,8 @@ class GlobalAccess:
         if wrong:
             self.batch.report(site, f"{wrong}: global read")
             where = None if self.memory.dry else np.zeros(a.shape, np.uint64)
+        else:
+            self.memory.note(a, self.memory.loaded)
         if where is None:
             return None, shape
         self._check_races(site, where, shape, mask, width, writes=False)
@@ -89,6 +92,8 @@ class GlobalAccess:
         if wrong:
             self.batch.report(site, f"{wrong}: global read")
             where = None if self.memory.dry else np.zeros(a.shape, np.uint64)
+        else:
+            self.memory.note(a, self.memory.loaded)
         if where is None:
             return None
         self._check_races(site, where, shape, mask, width, writes=False)

@@ -37,7 +37,7 @@ class Launch:
     """A launch that was executed.
 
     compiled         Triton's kernel: `.asm["ptx"]`, `.metadata`
-    footprint        bytes that the tensors passed to it span
+    footprint        bytes that the tensors it loads, and those it stores, span
     seconds          of execution; compile_seconds of compilation and translation
     """
 
@@ -95,7 +95,7 @@ def executing(
     watched: int = 8,
     counting: bool = True,
     ulps: int = 0,
-    cubin: bool = False,
+    sample: Callable[[Run], Counters] | None = None,
 ) -> Iterator[None]:
     """Context in which Triton launches on CPU tensors run the PTX for `arch` (80, 90).
 
@@ -106,7 +106,7 @@ def executing(
     watched   CTAs of a batch whose shared memory is checked for races
     counting  collect counters of memory instructions
     ulps      largest error of approximate functions: 0, 1 or 2
-    cubin     run ptxas as well, for `compiled.asm["cubin"]`
+    sample    executes in place of `ctas`, and returns counters
 
     TRITON_INTERPRET must not be set. The compile-only driver stays active: without a GPU there is
     none to restore.
@@ -135,19 +135,21 @@ def executing(
             ulps,
         )
         compiled_at = time.perf_counter()
-        execute(state, ctas(sizes[0] * sizes[1] * sizes[2]))
+        if sample is None:
+            execute(state, ctas(sizes[0] * sizes[1] * sizes[2]))
+        counters = state.counters if sample is None else sample(state)
         if not dry:
             memory.write_back()
         now = time.perf_counter()
         done(
-            Launch(compiled.metadata.name, state.grid, compiled, program, state.counters,
+            Launch(compiled.metadata.name, state.grid, compiled, program, counters,
                    state.faults.texts, memory.footprint, now - compiled_at, compiled_at - begun)
         )  # fmt: skip
         return compiled
 
     driver.set_active(_CompileOnly(GPUTarget("cuda", arch, 32)))
     JITFunction.run = launch
-    knobs.runtime.add_stages_inspection_hook = None if cubin else _without_cubin
+    knobs.runtime.add_stages_inspection_hook = _without_cubin
     _backend.triton_reason = _dtype_reason
     try:
         yield

@@ -29,10 +29,11 @@ def execute(run: Run, ctas: Sequence[int] | Array | None = None) -> None:
         each = max(1, min(each, SHARED_BYTES // run.shared))
     with np.errstate(all="ignore"):
         for first in range(0, len(numbers), each):
-            _execute_batch(run, Batch(run, numbers[first : first + each]))
+            execute_batch(run, Batch(run, numbers[first : first + each]))
 
 
-def _execute_batch(run: Run, batch: Batch) -> None:
+def execute_batch(run: Run, batch: Batch) -> Registers:
+    """Run a batch to its end; return the registers that live beyond a block."""
     program = run.program
     blocks, end = program.function.blocks, len(program.blocks)
     registers: Registers = [None] * len(program.registers)
@@ -53,6 +54,7 @@ def _execute_batch(run: Run, batch: Batch) -> None:
         now, where = _next(batch, now, where, blocks[now], end, condition)
     if batch.copies.pending:
         batch.report(-1, "copies: in flight at the end of the program")
+    return registers
 
 
 def _warps(batch: Batch) -> int:

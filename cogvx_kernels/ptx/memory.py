@@ -48,6 +48,8 @@ class Memory:
         self.dry = dry
         self.regions: list[Region] = []
         self.addresses: dict[str, int] = {}
+        self.loaded: set[int] = set()  # regions, by the number in their addresses
+        self.stored: set[int] = set()
         by_storage: dict[int, Region] = {}
         total = PAD
         for name, x in tensors:
@@ -77,8 +79,18 @@ class Memory:
 
     @property
     def footprint(self) -> int:
-        """Bytes that the tensors span."""
-        return sum(last - first for region in self.regions for first, last in region.spans)
+        """Bytes that the tensors that were loaded span, and those that were stored."""
+        return sum(
+            last - first
+            for numbers in (self.loaded, self.stored)
+            for number in numbers
+            for first, last in self.regions[number - 1].spans
+        )
+
+    def note(self, a: Array, numbers: set[int]) -> None:
+        """Add to `loaded` or `stored` the regions of valid addresses."""
+        low, high = int(a.min()) >> REGION_BITS, int(a.max()) >> REGION_BITS
+        numbers.update((low,) if low == high else np.unique(a >> np.uint64(REGION_BITS)).tolist())
 
     def write_back(self) -> None:
         """Copy all bytes to the tensors."""

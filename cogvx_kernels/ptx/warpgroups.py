@@ -91,6 +91,8 @@ class Warpgroups:
         else:
             left = a.reshape(ctas, groups, ROWS, K)
         right = WIDEN[kind](self._operand(site, b, n, turned[1])).astype(np.float64)
+        if batch.run.memory.dry:  # values are made up
+            return sums
         total = np.stack([np.broadcast_to(r, batch.shape) for r in sums], -1)
         total = total.reshape(ctas, groups, 4, 8, 4, n // 8, 2, 2)
         total = total.transpose(0, 1, 2, 6, 3, 5, 4, 7).reshape(ctas, groups, ROWS, n)
