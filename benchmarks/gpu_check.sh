@@ -141,6 +141,14 @@ watched() {
     names+=("sanitize-$name")
 }
 
+# predicted OP: the times that the counters of its kernels predict, to print beside what was measured
+predicted() {
+    grep -q "^| \`$1\`" "$OUT/predicted.txt" || return 0
+    echo "$1, predicted"
+    sed -n '1p' "$OUT/predicted.txt"
+    grep "^| \`$1\`" "$OUT/predicted.txt"
+}
+
 # `timeout` runs programs, not functions: a bash that knows this one.
 export -f facts
 export PYTHON
@@ -177,7 +185,10 @@ spare bench-qk_norm_rope3d-card 25 "$PYTHON" -m benchmarks --op qk_norm_rope3d \
 spare tune 45 "$PYTHON" -m benchmarks.tune --op expert_adaln --quick --out "$OUT/bench"
 
 echo
+"$PYTHON" -m cogvx_kernels counters --table >"$OUT/predicted.txt" 2>&1
 for log in "$OUT"/bench-*.log "$OUT"/tune.log; do
+    op=$(basename "$log" .log)
+    predicted "${op#bench-}"
     [[ -e $log ]] && sed -n '/provider/,/^$/p;/refused\|outside/p' "$log" | cut -c1-120 | sed "1i $(basename "$log" .log)"
 done
 echo

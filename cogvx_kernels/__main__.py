@@ -12,6 +12,7 @@ TOOLS = {
     "doctor": "print what is installed, which backend runs each op, and what is missing",
     "aot": "compile every kernel ahead of time for several GPUs and check its budget",
     "ptx": "execute the compiled kernels on a CPU; check every access, barrier and wait",
+    "counters": "count what compiled kernels ask of a GPU at a model's size and check budgets",
     "bench": "time ops beside other libraries (forwards to python -m benchmarks)",
 }
 

@@ -14,4 +14,7 @@ What it does not know it refuses (`parse.Unsupported`).
     counters        sectors, wavefronts, warps of each block
     launch          hook below the launchers
     samples         an op's samples, compared
+    survey          counters at a model's size, of a few CTAs of each of `classes`
+    budgets         those that are kept, in counters.csv
+    cards           predicted times
 """

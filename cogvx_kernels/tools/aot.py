@@ -32,6 +32,7 @@ from triton.runtime.jit import JITFunction
 
 from .._backend import INTERPRETED
 from .._opinfo import SIZES, Budget, OpInfo, Sample
+from ..ptx import budgets as counters
 from ..testing import OPS, materialize
 from . import options as command_line
 
@@ -218,6 +219,20 @@ def in_parallel(
             yield from found
 
 
+Limited = tuple[Report, Budget | None]
+
+
+def counted(found: Iterator[Limited]) -> Iterator[tuple[Report, Budget | None, str]]:
+    """Add the kept counters of the launch, as text; "" if there are none."""
+    kept, numbers = counters.load(), collections.Counter[tuple[str, ...]]()
+    for report, budget in found:
+        call = report.op, report.size, budget.convention if budget else "", report.target
+        numbers[(*call, report.kernel)] += 1
+        key = counters.Key(*call, report.kernel, numbers[(*call, report.kernel)])
+        there = budget is not None and key in kept
+        yield report, budget, f" {counters.summary(key, kept[key])}" if there else ""
+
+
 def _read_cubin(accesses: bool, compiled: Any) -> Usage:
     """Registers and stack from the resource table, access widths from the disassembly."""
     with tempfile.TemporaryDirectory() as folder:
@@ -319,11 +334,13 @@ def main(argv: list[str]) -> int:
     rows, failures = [], []
     quiet = options.json == "-"
     if not quiet:
-        print(f"{'kernel':30}{'size':36}{'target':8}{'regs':>5}{'spill':>6}{'shared':>7}"
-              "  loads, stores as bits:count")  # fmt: skip
+        print(
+            f"{'kernel':30}{'size':36}{'target':8}{'regs':>5}{'spill':>6}{'shared':>7}"
+            f"{'coal.':>7}{'wavef':>6}{'slot/el':>8}{'pred. us':>9}  loads, stores as bits:count"
+        )
     ops, targets = options.op or list(OPS), options.target or list(TARGETS)
     sizes = options.size or list(SIZES)
-    for report, budget in in_parallel(ops, targets, sizes, options.samples):
+    for report, budget, known in counted(in_parallel(ops, targets, sizes, options.samples)):
         over = report.violations(budget)
         rows.append(dataclasses.asdict(report) | {"violations": over})
         failures += [f"{report.kernel} {report.size} {report.target}: {line}" for line in over]
@@ -333,7 +350,8 @@ def main(argv: list[str]) -> int:
                 for x in (report.loads, report.stores)
             )
             print(f"{report.kernel:30}{report.size:36}{report.target:8}{report.registers:>5}"
-                  f"{report.spills:>6}{report.shared:>7}  {loads} | {stores}")  # fmt: skip
+                  f"{report.spills:>6}{report.shared:>7}{known:38}  "
+                  f"{loads} | {stores}")  # fmt: skip
     if options.json:
         text = json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1)
         if quiet:

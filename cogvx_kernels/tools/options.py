@@ -19,6 +19,7 @@ OPS = (
 ARCHES = ("sm_80", "sm_90")  # whose PTX is executed
 DTYPES = ("bf16", "fp16", "fp32")
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100", "gfx1201")
+COUNTED = ("sm_90", "sm_80", "sm_89")
 SIZES = (
     "2b-480x720-49f",
     "5b-480x720-49f",
@@ -95,6 +96,18 @@ def aot(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, action="append", help="default: all")
     parser.add_argument("--samples", action="store_true", help="every small sample instead")
     parser.add_argument("--json", metavar="FILE", help="also write the reports there ('-': only)")
+    return parser.parse_args(argv)
+
+
+def counters(argv: list[str]) -> argparse.Namespace:
+    parser = _parser(
+        "counters", "Count what compiled kernels ask of a GPU at a model's size; check budgets."
+    )
+    parser.add_argument("--op", choices=OPS, action="append", help="default: all")
+    parser.add_argument("--target", choices=COUNTED, action="append", help="default: all")
+    parser.add_argument("--write", action="store_true", help="write the budgets instead")
+    parser.add_argument("--table", action="store_true",
+                        help="print the kept counters and predicted times as Markdown")  # fmt: skip
     return parser.parse_args(argv)
 
 
