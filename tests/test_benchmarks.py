@@ -3,7 +3,6 @@
 import csv
 import os
 import re
-import shlex
 import subprocess
 import sys
 import warnings
@@ -12,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import conv, experts, model, ops, registry, tune
-from benchmarks.__main__ import main, make_parser
+from benchmarks import conv, experts, host, model, ops, registry, tune
+from benchmarks.__main__ import main
 from cogvx.training import train
 from cogvx_kernels import _backend
 from cogvx_kernels.testing import OPS, SIZES
@@ -22,7 +21,6 @@ from tests.harness.selection import rest
 from .model.training.recipes import small
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "benchmarks/gpu_check.sh"
 
 ABSOLUTE = ("median_ms", "p25_ms", "p75_ms", "gb_per_s", "tflop_per_s", "copy_gb_per_s")
 COLUMNS = (
@@ -118,6 +116,19 @@ def test_plot_or_the_reason_for_none(finished):
 def test_modules_are_programs(program):
     done = run("-m", f"benchmarks.{program}", "--op", "nothing")
     assert done.returncode == 2 and "vae-decode" in done.stderr
+
+
+def test_host_costs_have_a_row():
+    """Where kernels are not interpreted: Triton's binder, a launch that does nothing."""
+    pytest.importorskip("triton")
+    done = run("-m", "benchmarks.host", "--op", "rope3d", "--seconds", "0.1", "--no-compile")
+    assert done.returncode == 0, done.stderr
+    heading, row = done.stdout.splitlines()[-2:]
+    assert heading.split()[:4] == ["op", "launch", "launcher", "op"]
+    name, *cells = row.split()
+    assert name == "rope3d" and len(cells) == len(host.COLUMNS)
+    assert [c for c in cells if c == "-"] == ["-"] * 2  # compiled
+    assert all(float(c) > 0 for c in cells[:2])
 
 
 @pytest.fixture
@@ -348,90 +359,6 @@ def test_tune_needs_a_gpu(plain, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         tune.main(())
     assert stopped.value.code == 2 and "needs a CUDA device" in capsys.readouterr().err
-
-
-# --- gpu_check.sh ------------------------------------------------------------------------------
-
-
-def test_script_for_pytest_benchmark():
-    """One row of it; in a process of its own, whose options are pytest-benchmark's."""
-    pytest.importorskip("pytest_benchmark")
-    words = "-q -p no:xdist -p no:cacheprovider benchmarks --benchmark-only -k".split()
-    # pytest-benchmark is off in a worker of pytest-xdist, which it knows by the environment.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *words, "rope3d-eager and not qk"],
-        cwd=ROOT, env=env, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
-
-
-def test_gpu_check_is_a_script():
-    done = subprocess.run(("bash", "-n", str(SCRIPT)), capture_output=True)
-    assert done.returncode == 0, done.stderr
-
-
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# Succeeds at everything, but for one part of the model.
-STUB = """#!/usr/bin/env bash
-case "$*" in *vae-decode*) echo "no such thing" && exit 3 ;; esac
-exit 0
-"""
-
-
-def test_gpu_check_goes_on_after_a_failure(tmp_path):
-    for name in ("python3", "nvidia-smi", "ptxas", "nvcc", "compute-sanitizer"):
-        (tmp_path / name).write_text(STUB)
-        (tmp_path / name).chmod(0o755)
-    done = subprocess.run(
-        ("bash", str(SCRIPT)),
-        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(tmp_path / "out")}
-        | {"PYTHON": str(tmp_path / "python3"), "BUDGET": "530"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    lines = (tmp_path / "out" / "summary.txt").read_text().splitlines()
-    status = {line.split()[1]: line.split()[0] for line in lines}
-    assert [name for name, word in status.items() if word != "ok"] == ["bench-vae-decode"]
-    assert "status 3" in next(line for line in lines if "vae-decode" in line)
-    tools = {f"sanitize-{tool}{of}" for tool in TOOLS for of in ("", "-videos", "-cache")}
-    assert tools - {"sanitize-synccheck-cache"} <= status.keys()
-    assert {"facts", "build", "contract", "tests-gpu", "verify", "tune"} <= status.keys()
-    about = ("qk_norm_rope3d", "expert_ffn", "spatial_norm_silu", "temporal_conv", "conv", "block")
-    assert {f"bench-{name}" for name in about} <= status.keys()
-    assert done.returncode == 1, done.stderr
-
-
-def test_gpu_check_sanitizes_every_op():
-    lists = re.findall(r"^(?:TOKENS|VIDEOS)=\((.*)\)$", SCRIPT.read_text(), re.MULTILINE)
-    assert sorted(" ".join(lists).split()) == sorted(OPS)
-
-
-def test_gpu_check_uses_known_names():
-    """Its flags, benchmarks, providers and calls: it must not fail on a GPU for want of a name."""
-    script = SCRIPT.read_text().replace("\\\n", " ")
-    commands = re.findall(r"^bench (.*)$", script, re.MULTILINE)
-    size = re.search(r"^SIZE=(.*)$", script, re.MULTILINE)[1]
-    assert len(commands) == 11
-    for command in commands:
-        name, limit, *words = shlex.split(command)
-        arguments = make_parser("op").parse_args(["--op", name, "--size", size, *words])
-        benchmark = registry.BENCHMARKS[name]
-        assert limit.isdecimal() and size in benchmark.sizes
-        assert {*(arguments.providers or ())} <= {*benchmark.entries()}
-        names = benchmark.conventions()
-        assert {*(arguments.conventions or ())} <= {*names, *map(str, range(len(names)))}
-
-
-def test_gpu_check_names_tests_that_exist():
-    script = SCRIPT.read_text()
-    files = re.findall(r"tests/\S+\.py", script)
-    assert len(files) == 4 and all((ROOT / file).is_file() for file in files)
-    (words,) = re.findall(r'-k "(.*)"', script)
-    functions = re.findall(r"^def (test_\w+)", (ROOT / files[0]).read_text(), re.MULTILINE)
-    for word in words.split(" or "):
-        assert any(word in function for function in functions), word
 
 
 # --- experts -----------------------------------------------------------------------------------

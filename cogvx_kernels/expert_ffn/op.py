@@ -160,22 +160,24 @@ def _check_experts(
             f"gates; got {tuple(up[0].shape)}"
         )
     ffn_dim = rows // 2 if activation == "swiglu" else rows
-    wanted = {
-        "up": (up, (rows, dim), f"(ffn_dim, dim) for x of shape {tuple(x.shape)}"),
-        "up_bias": (up_bias, (rows,), "(ffn_dim,) as up has rows"),
-        "down": (down, (dim, ffn_dim), f"(dim, ffn_dim) for up {tuple(up[0].shape)}"),
-        "down_bias": (down_bias, (dim,), f"(dim,) for x of shape {tuple(x.shape)}"),
-    }
-    for name, (tensors, shape, why) in wanted.items():
-        if len(tensors) not in (len(up), 0 if name.endswith("bias") else len(up)):
+    wanted = (
+        ("up", up, (rows, dim), "(ffn_dim, dim) for x of shape", x),
+        ("up_bias", up_bias, (rows,), "(ffn_dim,) for up", up[0]),
+        ("down", down, (dim, ffn_dim), "(dim, ffn_dim) for up", up[0]),
+        ("down_bias", down_bias, (dim,), "(dim,) for x of shape", x),
+    )
+    dtypes = (x.dtype,)
+    for name, tensors, shape, why, of in wanted:
+        if len(tensors) != len(up) and (tensors or not name.endswith("bias")):
             raise ValueError(
                 f"{op}: {name} must hold one tensor for each of the {len(up)} experts of up; "
                 f"got {len(tensors)}"
             )
         for one in tensors:
-            _checks.dtype(op, name, one, (x.dtype,))
-            _checks.same_device(op, name, one, "x", x)
-            _checks.shape(op, name, one, shape, f"of each expert {why}")
+            if not _checks.fits(one, shape, dtypes, x):
+                _checks.dtype(op, name, one, dtypes)
+                _checks.same_device(op, name, one, "x", x)
+                _checks.shape(op, name, one, shape, f"of each expert {why} {tuple(of.shape)}")
 
 
 def _check_index(op: str, x: Tensor, index: Tensor | None, weight: Tensor | None) -> None:

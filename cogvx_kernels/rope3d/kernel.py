@@ -286,8 +286,8 @@ def _qk_norm_rope3d_bwd_kernel(
 
 
 def _heads(x: Tensor, plan: Plan) -> Heads:
-    *outer, dim = x.stride()
-    return Heads(x, *(stride // plan.ALIGN for stride in outer), dim)
+    batch, seq, head, dim = x.stride()
+    return Heads(x, batch // plan.ALIGN, seq // plan.ALIGN, head // plan.ALIGN, dim)
 
 
 def _side(

@@ -96,8 +96,9 @@ def check_latents(op: str, x: Tensor, leads: bool, **latents: Tensor | None) -> 
             op, name, value, (*x.shape[:2], *value.shape[2:]), f"({', '.join(LATENTS)})",
             lambda: f" for x of shape {tuple(x.shape)}",
         )  # fmt: skip
+        if first is not None:
+            _checks.shape(op, name, value, first[1].shape, f"the shape of {first[0]}")
         first = first or (name, value)
-        _checks.shape(op, name, value, first[1].shape, f"the shape of {first[0]}")
         _check_ratio(op, name, x, value, leads)
 
 

@@ -79,15 +79,20 @@ def with_even_strides(x: Tensor | None, last: bool) -> Tensor | None:
 
 def strides_of(x: Tensor, last: bool) -> tuple[int, int, int]:
     """Strides of batch, frames, and pixels (`last`) or channels; 0 for a dim of size 1."""
-    shape, strides = x.shape, x.stride()
-    batch, channels, frames = [strides[dim] if shape[dim] > 1 else 0 for dim in range(3)]
-    return batch, frames, _pixel_stride(x) if last else channels
+    samples, channels, length, height, width = x.shape
+    batch, channel, frame, row, col = x.stride()
+    if last:
+        inner = col if width > 1 else row if height > 1 else 0
+    else:
+        inner = channel if channels > 1 else 0
+    return batch if samples > 1 else 0, frame if length > 1 else 0, inner
 
 
 def video_of(x: Tensor | None, plan: Plan) -> Video:
     if x is None:
         return Video(None, 0, 0, 0)
-    return Video(x, *(stride // plan.ALIGN for stride in strides_of(x, plan.CHANNELS_LAST)))
+    batch, frame, inner = strides_of(x, plan.CHANNELS_LAST)
+    return Video(x, batch // plan.ALIGN, frame // plan.ALIGN, inner // plan.ALIGN)
 
 
 # --- addresses -------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def _check(
         )
     _check_weight(op, x, weight)
     kept = weight.shape[2] - 1
-    if bias is not None:
+    if bias is not None and not _checks.fits(bias, (weight.shape[0],), (x.dtype,), x):
         _checks.tensor(op, "bias", bias, ("out_channels",))
         _checks.shape(op, "bias", bias, (weight.shape[0],), "(out_channels,)")
     if cache is not None:
@@ -136,7 +136,7 @@ def _check(
             lambda: f" for x of shape {tuple(x.shape)} and a kernel of {kept + 1}",
         )  # fmt: skip
     for name, value in (("weight", weight), ("bias", bias), ("cache", cache)):
-        if value is not None:
+        if value is not None and (value.dtype is not x.dtype or value.device != x.device):
             _checks.dtype(op, name, value, (x.dtype,))
             _checks.same_device(op, name, value, "x", x)
     _checks.integer(op, "stride", stride, 1, 2, "(frames for each frame of the result)")
