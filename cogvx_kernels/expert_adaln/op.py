@@ -189,7 +189,7 @@ def _gradients(ctx, dstream, dout):
     if dout is None:
         dx = dstream  # the residual passes it on
     else:
-        sum_dout, sum_dout_xhat = sums[:, :, 0], sums[:, :, 1]
+        sum_dout, sum_dout_xhat, *_ = sums.unbind(2)
         dscale = sum_dout_xhat if weight is None else sum_dout_xhat * weight
         dscale = dscale if bias is None else dscale + sum_dout * bias
         shifts = _of_modalities(sum_dout, ntext, text_scale, scale)
@@ -209,10 +209,15 @@ def _gradients(ctx, dstream, dout):
 
 def _of_modalities(sums, ntext, text, video):
     """The sums of text's groups and of video's, as each modulation is, or None."""
-    return (
-        None if text is None else sums[:, :ntext].to(text.dtype).view(text.shape),
-        None if video is None else sums[:, ntext:].to(video.dtype).view(video.shape),
-    )
+    if text is not None and video is not None and text.dtype is video.dtype:
+        sums = sums.to(text.dtype)  # one launch for both
+
+    def part(like, first, end):
+        if like is None:
+            return None
+        return (sums[:, first] if like.dim() == 2 else sums[:, first:end]).to(like.dtype)
+
+    return part(text, 0, ntext), part(video, ntext, sums.shape[1])
 
 
 # --- checks ----------------------------------------------------------------------------------

@@ -115,6 +115,16 @@ def test_generate_refuses_at_once(capsys, here, models, clip, no_weights, words,
     assert [path.name for path in here.iterdir()] == ["clip.mp4"]
 
 
+def test_a_profile_is_refused_at_once(capsys, here, models, no_weights, monkeypatch):
+    """NVTX ranges without CUDA; one file for many videos."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    command = ["generate", "--model", models / "5b", "--out", "a.mp4", "--profile", "nvtx"]
+    status, _, err = run(capsys, *command, *PROMPT)
+    assert status == 1 and "--profile must be a .json file where there is no CUDA device" in err
+    status, _, err = run(capsys, *command, "--prompts", "list.jsonl")
+    assert status == 1 and "--profile must come with --prompt; got --prompts" in err
+
+
 def test_an_image_to_video_model_refuses_at_once(capsys, here, models, no_weights):
     command = ["generate", "--model", models / "5b-i2v", *PROMPT, "--out", "a.mp4"]
     assert "--image must be given" in run(capsys, *command)[2]
