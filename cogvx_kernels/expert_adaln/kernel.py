@@ -257,15 +257,17 @@ def _modalities(
 
     An absent one has the modulation of the other, which is not read: both branches are compiled.
     """
-    if not text.groups or not video.groups:
-        text = video = text if text.groups else video
-    both = (text, 0, text_len), (video, text_len, seqlen - text_len)
+    of_text, of_video = text.groups, video.groups
+    if not of_text or not of_video:
+        text = video = text if of_text else video
+        of_text = of_video = of_text or of_video
+    both = (text, of_text, 0, text_len), (video, of_video, text_len, seqlen - text_len)
     modalities = []
-    for modulation, first, tokens in both:
-        run = tokens // max(modulation.groups, 1)
+    for (shift, scale, gate), groups, first, tokens in both:
+        run = tokens // max(groups, 1)
         strips = cdiv(run, plan.TOKENS)
-        rows = (as_rows(x, plan) for x in modulation)
-        modalities.append(Modality(*rows, first, run, strips, modulation.groups * strips))
+        rows = as_rows(shift, plan), as_rows(scale, plan), as_rows(gate, plan)
+        modalities.append(Modality(*rows, first, run, strips, groups * strips))
     return modalities[0], modalities[1]
 
 
@@ -275,7 +277,7 @@ def _plan(x: Tensor, tokens: int, gated: bool, settings: Settings, *others: Tens
         DIM=x.shape[2],
         LANES=next_power_of_2(x.shape[2]),
         TOKENS=tokens,
-        ALIGN=alignment(x, *(other for other in others if other is not None)),
+        ALIGN=alignment(x, *others),
         NORM=settings.norm,
         GATED=gated,
         EPS=settings.eps,
