@@ -37,7 +37,7 @@ class Launch:
     """A launch that was executed.
 
     compiled         Triton's kernel: `.asm["ptx"]`, `.metadata`
-    footprint        bytes that the tensors it loads, and those it stores, span
+    footprint        bytes that its tensors span, twice if both loaded and stored
     seconds          of execution; compile_seconds of compilation and translation
     """
 

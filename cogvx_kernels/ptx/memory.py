@@ -79,12 +79,14 @@ class Memory:
 
     @property
     def footprint(self) -> int:
-        """Bytes that the tensors that were loaded span, and those that were stored."""
+        """Bytes that the tensors span, twice if they were both loaded and stored.
+
+        Once if the CTAs that ran touched them not at all: others may.
+        """
         return sum(
-            last - first
-            for numbers in (self.loaded, self.stored)
-            for number in numbers
-            for first, last in self.regions[number - 1].spans
+            (last - first) * (2 if number in self.loaded & self.stored else 1)
+            for number, region in enumerate(self.regions, 1)
+            for first, last in region.spans
         )
 
     def note(self, a: Array, numbers: set[int]) -> None:

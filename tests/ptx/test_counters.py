@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from cogvx_kernels import _backend
 
@@ -26,6 +27,8 @@ from cogvx_kernels.tools import counters as counters_tool
 from cogvx_kernels.tools import options
 from tests.harness.selection import rest
 from tests.test_tools import run_tool
+
+from . import snippets
 
 ROOT = Path(__file__).resolve().parents[2]
 ELEMENTWISE = (
@@ -208,6 +211,15 @@ def test_control_flow_that_depends_on_data_has_no_classes():
 def test_a_small_grid_is_executed_whole():
     ((numbers, times),) = classes.choose(run_of(LOOPS, 3), 4)
     assert numbers.tolist() == [0, 1, 2] and times == 1
+
+
+def test_what_is_loaded_and_stored_counts_twice():
+    """Of three tensors of 128 bytes: changed in place, stored, not touched by the CTA that ran."""
+    tensors = [torch.zeros(32, dtype=torch.int32) for _ in range(3)]
+    state = snippets.run(
+        "ld.global.b32 %r1, [%d1];\nst.global.b32 [%d1], %r1;\nst.global.b32 [%d2], %r1;", *tensors
+    )
+    assert state.memory.footprint == 4 * 128
 
 
 def test_the_page_has_the_predicted_times():
