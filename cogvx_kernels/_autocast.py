@@ -23,8 +23,10 @@ def enabled(x: Any) -> bool:
     """True if autocast is on for the device of `x`; False if `x` is not a tensor."""
     if not isinstance(x, Tensor):
         return False
+    if x.is_cuda:
+        return torch.is_autocast_enabled("cuda")
     kind = x.device.type
-    known = kind == "cuda" or kind == "cpu" or torch.amp.is_autocast_available(kind)
+    known = kind == "cpu" or torch.amp.is_autocast_available(kind)
     return known and torch.is_autocast_enabled(kind)
 
 

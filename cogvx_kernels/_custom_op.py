@@ -12,6 +12,13 @@ from torch import Tensor
 PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
 
 
+_requires_grad = torch._C._any_requires_grad
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+_modes = torch._C._len_torch_dispatch_stack
+_is_profiled = torch._C._autograd._profiler_enabled
+_jit_trace = torch._C._get_tracing_state
+
+
 class CustomOp:
     """A torch op, `torch.ops.cogvx.<name>`, that calls its function directly where nobody watches.
 
@@ -49,10 +56,10 @@ class CustomOp:
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._op(*args)
-        flat = _flat(args, self._lists)
+        flat = _flat(args, self._lists) if self._lists else args
         if self._needs_dispatcher(flat):
             return self._op(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
+        if torch.is_grad_enabled() and _requires_grad(*flat):
             if self._differentiable is None:
                 return self._op(*args)  # whose backward raises
             return self._differentiable(args, flat)
@@ -66,13 +73,13 @@ class CustomOp:
         Gradients, which torch may batch, are among the first two arguments of every op.
         """
         for x in flat[:2]:
-            if x is not None and (x.is_meta or torch._C._functorch.is_legacy_batchedtensor(x)):
+            if x is not None and (x.is_meta or _is_batched(x)):
                 return True
         return (
             not PLAIN.issuperset(map(type, flat))
-            or torch._C._len_torch_dispatch_stack() > 0
-            or torch._C._autograd._profiler_enabled()
-            or torch._C._get_tracing_state() is not None
+            or _modes() > 0
+            or _is_profiled()
+            or _jit_trace() is not None
         )
 
 
