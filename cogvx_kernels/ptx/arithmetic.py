@@ -86,6 +86,8 @@ def product(e: Emitter, i: Instruction, modifiers: list[str], addend: object) ->
         form = f"(({a}.astype({double}) * {b}) >> {double}({8 * size})).astype({kind})"
     elif part == "hi" and kind == "u8":
         form = f"high_product_64({a}, {b})"
+    elif part == "hi":
+        form = f"high_signed_product_64({a}, {b})"
     else:
         raise Unsupported(i.opcode)
     if isinstance(addend, str):

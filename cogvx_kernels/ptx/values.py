@@ -89,6 +89,15 @@ def high_product_64(a: Array, b: Array) -> Array:
     return result
 
 
+def high_signed_product_64(a: Array, b: Array) -> Array:
+    """The upper half of signed 64-bit products: a negative factor is 2^64 less than its bits."""
+    a_bits, b_bits = a.astype(u8), b.astype(u8)
+    high = high_product_64(a_bits, b_bits)
+    high = high - np.where(a < 0, b_bits, u8(0)) - np.where(b < 0, a_bits, u8(0))
+    result: Array = high.astype(i8)
+    return result
+
+
 def bf16_of(x: Array) -> Array:
     """Round fp32 to the bits of bf16, to nearest even."""
     bits = x.view(u4)
