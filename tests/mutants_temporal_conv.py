@@ -1,8 +1,8 @@
 """Seeded bugs of `temporal_conv`: (name, file, old, new, tests), as `tests.mutants.Mutant`."""
 
-DEVICE, KERNEL, DEPTHWISE, GRADIENTS = (
+DEVICE, KERNEL, STATIONARY, DEPTHWISE, GRADIENTS = (
     f"cogvx_kernels/temporal_conv/{name}.py"
-    for name in ("device_utils", "kernel", "depthwise", "gradients")
+    for name in ("device_utils", "kernel", "stationary", "depthwise", "gradients")
 )
 
 TEMPORAL_CONV_MUTANTS = tuple(
@@ -35,35 +35,45 @@ TEMPORAL_CONV_MUTANTS = tuple(
         (DEVICE, "a stride of 0 treated as dense",
          "else _pixel_stride(x)) == 1", "else _pixel_stride(x)) <= 1"),
         (KERNEL, "taps reversed",
-         "weight_ptr + (tap * (P.OUT * P.IN) + cols[None, :] * P.IN",
-         "weight_ptr + ((P.KERNEL - 1 - tap) * (P.OUT * P.IN) + cols[None, :] * P.IN"),
+         "weight_ptr + (tap * (P.OUT * P.IN) + first)",
+         "weight_ptr + ((P.KERNEL - 1 - tap) * (P.OUT * P.IN) + first)"),
         (KERNEL, "the stride ignored",
          "frame * P.STRIDE + tap, P)", "frame + tap, P)"),
         (KERNEL, "the last channels left out of the sum",
          "STEPS: tl.constexpr = (P.IN + P.BLOCK_INNER - 1) // P.BLOCK_INNER",
          "STEPS: tl.constexpr = tl.maximum(P.IN // P.BLOCK_INNER, 1)"),
-        (KERNEL, "one tap for all, stationary weight",
-         "add_product(acc, rows, taps[j], P)", "add_product(acc, rows, taps[0], P)"),
-        (KERNEL, "zeros before the clip are its first frame, stationary weight",
-         "(pixel_mask & (j >= first_tap(frame, P)))", "(pixel_mask & (j >= 0))"),
+        (STATIONARY, "one tap for all, stationary weight",
+         "taps[STRIDE * i + r], P)", "taps[r], P)"),
+        (STATIONARY, "zeros before the clip are its first frame, stationary weight",
+         "valid &= position >= KERNEL - 1", "valid &= position >= 0"),
+        (STATIONARY, "the sums of one tile go on in the next",
+         "tl.where(begin == steps - 1 + SKIPPED, 0.0, sums[i])", "sums[0]"),
+        (STATIONARY, "copies of the first frame get no gradient",
+         "copy = (result >= 0) & (result < BEFORE)", "copy = result < 0"),
+        (STATIONARY, "bias forgotten, stationary weight",
+         "sums[DEPTH - 1] + bias[None, :]", "sums[DEPTH - 1]"),
         (KERNEL, "the last tiles left out, stationary weight",
-         "cdiv(units, tiles) if tiles", "max(1, units // tiles) if tiles"),
+         "cdiv(x.shape[0] * sizes.tiles, tiles), tiles",
+         "cdiv(x.shape[0] * sizes.tiles - 1, tiles), tiles"),
         (KERNEL, "bias forgotten", "acc += bias.to(P.COMPUTE)[None, :]", "acc += 0.0"),
         (DEPTHWISE, "the stride ignored between frames of a run",
          "sequence[i * P.STRIDE + j].to", "sequence[i + j].to"),
         (DEPTHWISE, "an output frame too many in the last run",
          "if frame < sizes.out_frames:", "if frame <= sizes.out_frames:"),
         (DEPTHWISE, "one weight for every tap of the gradient",
-         "weight_ptr + (cols * P.KERNEL + tap)", "weight_ptr + (cols * P.KERNEL + low)"),
+         "taps[j] * grads[(i + BEFORE - j)", "taps[0] * grads[(i + BEFORE - j)"),
+        (DEPTHWISE, "gradients of copies of the first frame are of one tap",
+         "for j in tl.static_range(KERNEL - 1):", "for j in tl.static_range(1):"),
+        (DEPTHWISE, "one weight's gradient for every tap",
+         "grad * values[i * P.STRIDE + j]", "grad * values[i * P.STRIDE]"),
         (GRADIENTS, "every tap reads the frame of the first",
-         "frame * P.STRIDE + tap, P)", "frame * P.STRIDE, P)"),
+         "values[i * P.STRIDE + j], P)", "values[i * P.STRIDE], P)"),
         (GRADIENTS, "zeros before the clip in the weight's gradient",
-         "        pixel_mask &= tap >= first_tap(frame, P)\n", ""),
-        (GRADIENTS, "a strip past the last unit",
-         "last = tl.minimum(first + strip_units, tl.cast(units, tl.int64))",
-         "last = first + strip_units"),
+         '(P.KERNEL - 1 if P.PAST == "zeros" else 0)', "0"),
+        (DEVICE, "a strip past the last group",
+         "last_group = tl.minimum(group + strips.strip_groups, tl.cast(strips.groups, tl.int64))",
+         "last_group = group + strips.strip_groups"),
         (GRADIENTS, "the bias gradient of one strip",
-         "tl.store(bias_sums_ptr + strip * P.OUT + rows, total, mask=rows < P.OUT)",
-         "tl.store(bias_sums_ptr + strip * P.OUT + rows, total * (strip == 0), mask=rows < P.OUT)"),
+         "strip * P.OUT + rows, bias,", "strip * P.OUT + rows, bias * (strip == 0),"),
     )
 )  # fmt: skip

@@ -45,12 +45,14 @@ WITHIN_AN_OP_PACKAGE = {
     "statistics": {"device_utils", "launch", "validation"},
     "gradients": {"device_utils"},
     "depthwise": {"device_utils"},
+    "stationary": {"device_utils"},
     "kernel": {
         "depthwise",
         "device_utils",
         "gradients",
         "launch",
         "routing",
+        "stationary",
         "statistics",
         "validation",
     },
@@ -60,7 +62,9 @@ WITHIN_AN_OP_PACKAGE = {
     "__init__": {"frequencies", "module", "op", "reference"},
 }
 # The Triton files of an op package; frame_cache's kernel is in the C++ extension.
-TRITON_FILES = ("depthwise", "device_utils", "gradients", "kernel", "launch", "statistics")
+TRITON_FILES = (
+    "depthwise", "device_utils", "gradients", "kernel", "launch", "stationary", "statistics",
+)  # fmt: skip
 NAMES_TRITON = {
     "cogvx_kernels/tools/aot.py",
     "cogvx_kernels/tools/interpreter.py",

@@ -33,6 +33,20 @@ class Sizes(NamedTuple):
     tiles: int  # of pixels in a frame
     frames: int  # of x
     out_frames: int
+    batch: int
+
+
+class Strips(NamedTuple):
+    """Ranges that programs sum for the gradient of a weight: of groups, and of tiles of pixels.
+
+    A group is a run of output frames of one sample.
+    """
+
+    runs: int  # of a sample
+    groups: int
+    tiles: int
+    strip_groups: int
+    strip_tiles: int
 
 
 class Plan(NamedTuple):
@@ -225,11 +239,38 @@ def pixel_count(sizes, P: tl.constexpr):
 
 
 @triton.jit
-def unit_tile(unit, sizes):
-    """(batch, tile of pixels, output frame) of a unit; frames of a tile are neighbours."""
-    frame = unit % sizes.out_frames
-    unit //= sizes.out_frames
-    return unit // sizes.tiles, unit % sizes.tiles, frame
+def strip_tiles(strip, strips):
+    """(first group, last, first tile, last) of a strip; each last is not in it."""
+    parts = (strips.tiles + strips.strip_tiles - 1) // strips.strip_tiles
+    group = strip // parts * strips.strip_groups
+    tile = strip % parts * strips.strip_tiles
+    last_group = tl.minimum(group + strips.strip_groups, tl.cast(strips.groups, tl.int64))
+    last_tile = tl.minimum(tile + strips.strip_tiles, tl.cast(strips.tiles, tl.int64))
+    return group, last_group, tile, last_tile
+
+
+@triton.jit
+def channel_address(ptr, channel, inner, P: tl.constexpr):
+    """Address of the first pixel of a channel, from that of its frame."""
+    start = channel
+    if not P.CHANNELS_LAST:
+        start *= inner * P.ALIGN
+    return ptr + start
+
+
+@triton.jit
+def tile_address(ptr, tile, ROWS: tl.constexpr, inner, P: tl.constexpr):
+    """Address of the first pixel of a tile of ROWS, from that of its frame."""
+    start = tile * ROWS
+    if P.CHANNELS_LAST:
+        start *= inner * P.ALIGN
+    return ptr + start
+
+
+@triton.jit
+def tile_mask(pixel, tile, ROWS: tl.constexpr, sizes, P: tl.constexpr):
+    """Mask of the pixels of a tile of ROWS, which count from its first."""
+    return pixel < pixel_count(sizes, P) - tile * ROWS
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Triton kernel for the gradient of a dense weight: each program sums over a strip of rows.
 
-A unit is a tile of pixels of one output frame, a strip a run of units. The launcher sums the
-strips in order.
+A group is a run of FRAMES output frames of one sample, a strip a range of pixels of a range of
+groups. The launcher sums the strips in order.
 """
 
 import triton
@@ -9,66 +9,103 @@ import triton.language as tl
 
 from .device_utils import (
     add_product,
-    first_tap,
     frame_address,
-    pixel_count,
     pixel_offsets,
     source_frame,
-    unit_tile,
+    strip_tiles,
+    tile_address,
+    tile_mask,
 )
 
 
-@triton.jit(do_not_specialize=["units", "strip_units"])
+@triton.jit
 def dense_weight_kernel(
-    sums_ptr, bias_sums_ptr, x, cache, dout, sizes, units, strip_units, P: tl.constexpr
-):
+    sums_ptr, bias_sums_ptr, x, cache, dout, sizes, strips, TAPS: tl.constexpr,
+    FRAMES: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
     """sums (strips, KERNEL, OUT, IN) = doutᵀ · the frame a tap reads; bias_sums (strips, OUT).
 
-    Grid (strips · tiles of OUT · tiles of IN · KERNEL,): taps of the same rows are neighbours.
+    A program has TAPS taps, which share the frames that it loads. Grid (strips · tiles of OUT ·
+    tiles of IN · KERNEL / TAPS,): taps of the same rows are neighbours.
     """
     BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
     BLOCK_COLS: tl.constexpr = P.BLOCK_COLS
+    BLOCK_INNER: tl.constexpr = P.BLOCK_INNER
     NROWS: tl.constexpr = (P.OUT + BLOCK_ROWS - 1) // BLOCK_ROWS
     NCOLS: tl.constexpr = (P.IN + BLOCK_COLS - 1) // BLOCK_COLS
+    PARTS: tl.constexpr = P.KERNEL // TAPS
+    LOADED: tl.constexpr = P.STRIDE * (FRAMES - 1) + TAPS
     program = tl.program_id(0).to(tl.int64)
-    tap = program % P.KERNEL
-    program //= P.KERNEL
+    tap = program % PARTS * TAPS
+    program //= PARTS
     col_tile = program % NCOLS
     program //= NCOLS
     row_tile, strip = program % NROWS, program // NROWS
     rows = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    inner = tl.arange(0, P.BLOCK_INNER)
-    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
-    first = strip * strip_units
-    last = tl.minimum(first + strip_units, tl.cast(units, tl.int64))
-    for unit in range(first, last):
-        batch, tile, frame = unit_tile(unit, sizes)
-        pixel = tile * P.BLOCK_INNER + inner
-        pixel_mask = pixel < pixel_count(sizes, P)
-        a = _load_transposed(dout, batch, frame, pixel, pixel_mask, rows, P)
-        ptr, stride = source_frame(x, cache, batch, frame * P.STRIDE + tap, P)
-        pixel_mask &= tap >= first_tap(frame, P)
-        b = tl.load(ptr + pixel_offsets(pixel[:, None], cols[None, :], stride, P),
-                    mask=pixel_mask[:, None] & (cols < P.IN)[None, :], other=0.0)  # fmt: skip
-        acc = add_product(acc, a, b, P)
-    at = ((strip * P.KERNEL + tap) * P.OUT + rows[:, None]) * P.IN + cols[None, :]
-    tl.store(sums_ptr + at, acc, mask=(rows < P.OUT)[:, None] & (cols < P.IN)[None, :])
+    pixel = tl.arange(0, BLOCK_INNER).to(tl.int64)
+    grad_inner = tl.cast(dout.inner, tl.int64)
+    grad_at = pixel_offsets(pixel[None, :], rows[:, None], grad_inner, P)
+    accs = ()
+    for _ in tl.static_range(TAPS):
+        accs += (tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE),)
+    # With several taps the bias sums are a product with ones, of the least columns: a tile that
+    # wgmma reads, Triton overwrites too early if it is also loaded into registers.
+    ONES: tl.constexpr = 16
+    ones = tl.full((BLOCK_INNER, ONES), 1.0, tl.float32).to(dout.ptr.dtype.element_ty)
+    total = tl.zeros((BLOCK_ROWS, ONES), P.COMPUTE)
+    first_group, last_group, first_tile, last_tile = strip_tiles(strip, strips)
+    for group in range(first_group, last_group):
+        batch, frame = group // strips.runs, group % strips.runs * FRAMES
+        for tile in range(first_tile, last_tile):
+            mask = tile_mask(pixel, tile, BLOCK_INNER, sizes, P)
+            grad_mask = mask[None, :] & (rows < P.OUT)[:, None]
+            mask = mask[:, None] & (cols < P.IN)[None, :]
+            values = ()
+            for i in tl.static_range(LOADED):
+                position = frame * P.STRIDE + tap + i
+                ptr, inner = source_frame(x, cache, batch, position, P)
+                ptr = tile_address(ptr, tile, BLOCK_INNER, inner, P)
+                at = pixel_offsets(pixel[:, None], cols[None, :], inner, P)
+                valid = position >= (P.KERNEL - 1 if P.PAST == "zeros" else 0)
+                values += (tl.load(ptr + at, mask=mask & valid, other=0.0),)
+            for i in tl.static_range(FRAMES):
+                ptr = frame_address(dout, batch, frame + i, P)
+                ptr = tile_address(ptr, tile, BLOCK_INNER, grad_inner, P)
+                grad = tl.load(ptr + grad_at, mask=grad_mask, other=0.0)
+                if bias_sums_ptr is not None and TAPS > 1:
+                    total = add_product(total, grad, ones, P)
+                sums = ()
+                for j in tl.static_range(TAPS):
+                    sums += (add_product(accs[j], grad, values[i * P.STRIDE + j], P),)
+                accs = sums
+    mask = (rows < P.OUT)[:, None] & (cols < P.IN)[None, :]
+    for j in tl.static_range(TAPS):
+        at = ((strip * P.KERNEL + tap + j) * P.OUT + rows[:, None]) * P.IN + cols[None, :]
+        tl.store(sums_ptr + at, accs[j], mask=mask)
     if bias_sums_ptr is not None:
         if tap == 0 and col_tile == 0:
-            total = tl.zeros((BLOCK_ROWS,), P.COMPUTE)
-            for unit in range(first, last):
-                batch, tile, frame = unit_tile(unit, sizes)
-                pixel = tile * P.BLOCK_INNER + inner
-                pixel_mask = pixel < pixel_count(sizes, P)
-                a = _load_transposed(dout, batch, frame, pixel, pixel_mask, rows, P)
-                total += tl.sum(a.to(P.COMPUTE), 1)
-            tl.store(bias_sums_ptr + strip * P.OUT + rows, total, mask=rows < P.OUT)
+            if TAPS > 1:
+                bias = tl.max(total, 1)
+            else:
+                bias = _strip_sums(dout, rows, strip, sizes, strips, P)
+            tl.store(bias_sums_ptr + strip * P.OUT + rows, bias, mask=rows < P.OUT)
 
 
 @triton.jit
-def _load_transposed(dout, batch, frame, pixel, pixel_mask, rows, P: tl.constexpr):
-    """Load gradients of a frame as (channels, pixels)."""
-    at = pixel_offsets(pixel[None, :], rows[:, None], tl.cast(dout.inner, tl.int64), P)
-    mask = pixel_mask[None, :] & (rows < P.OUT)[:, None]
-    return tl.load(frame_address(dout, batch, frame, P) + at, mask=mask, other=0.0)
+def _strip_sums(dout, rows, strip, sizes, strips, P: tl.constexpr):
+    """Sums of a strip's gradients, by channel, for groups of one frame."""
+    BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
+    BLOCK_INNER: tl.constexpr = P.BLOCK_INNER
+    pixel = tl.arange(0, BLOCK_INNER).to(tl.int64)
+    inner = tl.cast(dout.inner, tl.int64)
+    at = pixel_offsets(pixel[None, :], rows[:, None], inner, P)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_INNER), P.COMPUTE)
+    first_group, last_group, first_tile, last_tile = strip_tiles(strip, strips)
+    for group in range(first_group, last_group):
+        frame = frame_address(dout, group // strips.runs, group % strips.runs, P)
+        for tile in range(first_tile, last_tile):
+            mask = tile_mask(pixel, tile, BLOCK_INNER, sizes, P)[None, :] & (rows < P.OUT)[:, None]
+            ptr = tile_address(frame, tile, BLOCK_INNER, inner, P)
+            total += tl.load(ptr + at, mask=mask, other=0.0).to(P.COMPUTE)
+    return tl.sum(total, 1)

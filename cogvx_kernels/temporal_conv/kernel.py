@@ -2,13 +2,15 @@
 
 Dense: a program computes one tile of pixels and channels of an output frame, in one loop over taps
 and input channels. The frame that a tap reads, of x or of the cache, is chosen by a scalar
-(`device_utils.py`), so nothing is padded, concatenated or unfolded. Depthwise is elementwise
-(`depthwise.py`). The gradient of x is the same product with the taps reversed; a replicated first
-frame also gets the gradients of its copies. Gradients of weights are sums over strips of rows, then
-over strips (`gradients.py`). Every sum has a fixed order; there are no atomics.
+(`device_utils.py`), so nothing is padded, concatenated or unfolded. On Hopper a weight of up to 128
+channels stays in shared memory (`stationary.py`). Depthwise is elementwise (`depthwise.py`). The
+gradient of x is the same product with the taps reversed; a replicated first frame also gets the
+gradients of its copies. Gradients of weights are sums over strips of rows, then over strips
+(`gradients.py`). Every sum has a fixed order; there are no atomics.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,7 +24,9 @@ from .depthwise import depthwise_bwd_kernel, depthwise_fwd_kernel, depthwise_wei
 from .device_utils import (
     Plan,
     Sizes,
+    Strips,
     add_product,
+    channel_address,
     first_tap,
     frame_address,
     is_channels_last,
@@ -34,42 +38,46 @@ from .device_utils import (
     taps_of,
     target_frame,
     tile_pixels,
-    unit_tile,
     video_of,
     with_even_strides,
 )
 from .gradients import dense_weight_kernel
+from .stationary import stationary_weight
 
 # Chosen to compile without spills, not measured.
 BLOCK_ROWS = 128
 BLOCK_COLS = 128
+WIDE_COLS = 256  # on Hopper, whose tensor cores read operands from shared memory
 BLOCK_INNER = 64  # 2-byte elements; half as many of 4 bytes
 WARPS = 8
 STAGES = 3
 STATIONARY_ROWS = 64  # of a tile, with a stationary weight: one program per multiprocessor
-STATIONARY_WARPS = 4
-STATIONARY_TILES = 32  # per load of the weight
+STATIONARY_WARPS = 8
+STATIONARY_TILES = 32  # of an output frame each, per load of the weight
 STATIONARY_BYTES = 200 * 1024  # of 227 KB shared memory; the epilogue takes some more
 FRAMES = 4  # output frames of a depthwise program
+GRAD_FRAMES = 5  # frames of a program for their gradients: 8 and 2 of a cache are two runs
 ELEMENTS = 1024  # of each: two 16-byte loads of bf16 for each of 64 threads
+FUSED_TAPS = 3  # of a program for the gradient of the weight, on Hopper
+FUSED_INNER = 16  # pixels of a step of it: 32 spill
 STRIPS = 512  # programs, about, for the gradient of the weight
 
 # --- dense -----------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["units"])
+@triton.jit(do_not_specialize=["tiles"])
 def _dense_fwd_kernel(
-    out, x, cache, weight_ptr, bias_ptr, sizes, units, UNITS: tl.constexpr, P: tl.constexpr
+    out, x, cache, weight_ptr, bias_ptr, sizes, tiles, STATIONARY: tl.constexpr, P: tl.constexpr
 ):
-    """Output frames.
+    """Output frames; weight (KERNEL, OUT, IN).
 
-    weight (KERNEL, OUT, IN). A unit is a tile of pixels of one output frame. Grid (units · tiles of
-    channels,); with a weight that is stationary for UNITS units, (runs of UNITS,).
+    Grid (batch · tiles of pixels · frames · tiles of channels,); with a stationary weight (runs of
+    `tiles` tiles of pixels,).
     """
-    if UNITS == 0:
-        _streamed_weight(out, x, cache, weight_ptr, bias_ptr, sizes, P)
+    if STATIONARY:
+        stationary_weight(out, out, x, cache, weight_ptr, bias_ptr, sizes, tiles, "", P)
     else:
-        _stationary_weight(out, x, cache, weight_ptr, bias_ptr, sizes, units, UNITS, P)
+        _streamed_weight(out, x, cache, weight_ptr, bias_ptr, sizes, P)
 
 
 @triton.jit
@@ -83,19 +91,15 @@ def _streamed_weight(out, x, cache, weight_ptr, bias_ptr, sizes, P: tl.constexpr
     pixel, pixel_mask = tile_pixels(tile, sizes, P)
     cols = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     inner = tl.arange(0, P.BLOCK_INNER).to(tl.int64)
+    matrix = cols[None, :] * P.IN + inner[:, None]
     acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
     for step in range(first_tap(frame, P) * STEPS, tl.cast(P.KERNEL * STEPS, tl.int64)):
-        tap, channel = step // STEPS, step % STEPS * P.BLOCK_INNER + inner
+        tap, first = step // STEPS, step % STEPS * P.BLOCK_INNER
         ptr, stride = source_frame(x, cache, batch, frame * P.STRIDE + tap, P)
-        a = ptr + pixel_offsets(pixel[:, None], channel[None, :], stride, P)
-        b = weight_ptr + (tap * (P.OUT * P.IN) + cols[None, :] * P.IN + channel[:, None])
-        acc = _dot_step(acc, a, b, pixel_mask, channel, cols, P.IN, P.OUT, P)
-    _epilogue(acc, out, bias_ptr, batch, frame, pixel, pixel_mask, cols, P)
-
-
-@triton.jit
-def _epilogue(acc, out, bias_ptr, batch, frame, pixel, pixel_mask, cols, P: tl.constexpr):
-    """Add the bias, store."""
+        ptr = channel_address(ptr, first, stride, P)
+        a = ptr + pixel_offsets(pixel[:, None], inner[None, :], stride, P)
+        b = weight_ptr + (tap * (P.OUT * P.IN) + first) + matrix
+        acc = _dot_step(acc, a, b, pixel_mask, first + inner, cols, P.IN, P.OUT, P)
     mask = pixel_mask[:, None] & (cols < P.OUT)[None, :]
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + cols, mask=cols < P.OUT, other=0.0)
@@ -104,38 +108,24 @@ def _epilogue(acc, out, bias_ptr, batch, frame, pixel, pixel_mask, cols, P: tl.c
     store(frame_address(out, batch, frame, P) + at, acc, mask)
 
 
-@triton.jit
-def _stationary_weight(
-    out, x, cache, weight_ptr, bias_ptr, sizes, units, UNITS: tl.constexpr, P: tl.constexpr
+@triton.jit(do_not_specialize=["nframes", "tiles"])
+def _dense_bwd_kernel(
+    dx, dcache, dout, weight_ptr, sizes, nframes, tiles, GRAD: tl.constexpr, P: tl.constexpr
 ):
-    """UNITS tiles in turn, of few channels; the weight is loaded once and stays on the chip."""
-    KERNEL: tl.constexpr = P.KERNEL
-    BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
-    BLOCK_COLS: tl.constexpr = P.BLOCK_COLS
-    cols = tl.arange(0, BLOCK_COLS).to(tl.int64)
-    channel = tl.arange(0, P.BLOCK_INNER).to(tl.int64)
-    taps = ()
-    for j in tl.static_range(KERNEL):
-        at = j * P.OUT * P.IN + cols[None, :] * P.IN + channel[:, None]
-        inside = (channel < P.IN)[:, None] & (cols < P.OUT)[None, :]
-        taps += (tl.load(weight_ptr + at, mask=inside, other=0.0),)
-    first = tl.program_id(0).to(tl.int64) * UNITS
-    for unit in range(first, tl.minimum(first + UNITS, tl.cast(units, tl.int64))):
-        batch, tile, frame = unit_tile(unit, sizes)
-        pixel, pixel_mask = tile_pixels(tile, sizes, P)
-        acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
-        for j in tl.static_range(KERNEL):
-            ptr, stride = source_frame(x, cache, batch, frame * P.STRIDE + j, P)
-            a = ptr + pixel_offsets(pixel[:, None], channel[None, :], stride, P)
-            mask = (pixel_mask & (j >= first_tap(frame, P)))[:, None] & (channel < P.IN)[None, :]
-            rows = tl.load(a, mask=mask, other=0.0)
-            acc = add_product(acc, rows, taps[j], P)
-        _epilogue(acc, out, bias_ptr, batch, frame, pixel, pixel_mask, cols, P)
+    """Gradients of the cache, if there is one, and of x. Grid as above.
+
+    GRAD and a stationary weight, (KERNEL, IN, OUT) with its taps reversed, as in
+    `stationary_weight`; otherwise GRAD is "" and the weight that of the forward.
+    """
+    if GRAD != "":
+        stationary_weight(dx, dcache, dout, dout, weight_ptr, None, sizes, tiles, GRAD, P)
+    else:
+        _streamed_grad(dx, dcache, dout, weight_ptr, sizes, nframes, P)
 
 
-@triton.jit(do_not_specialize=["nframes"])
-def _dense_bwd_kernel(dx, dcache, dout, weight_ptr, sizes, nframes, P: tl.constexpr):
-    """Gradients of the cache, if there is one, and of x. Grid as above."""
+@triton.jit
+def _streamed_grad(dx, dcache, dout, weight_ptr, sizes, nframes, P: tl.constexpr):
+    """One tile, as the forward."""
     NCOLS: tl.constexpr = (P.IN + P.BLOCK_COLS - 1) // P.BLOCK_COLS
     STEPS: tl.constexpr = (P.OUT + P.BLOCK_INNER - 1) // P.BLOCK_INNER
     BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
@@ -146,16 +136,18 @@ def _dense_bwd_kernel(dx, dcache, dout, weight_ptr, sizes, nframes, P: tl.conste
     inner = tl.arange(0, P.BLOCK_INNER).to(tl.int64)
     last, first, ptr, stride = target_frame(dx, dcache, batch, frame, P)
     dout_inner = tl.cast(dout.inner, tl.int64)
+    cells = pixel_offsets(pixel[:, None], inner[None, :], dout_inner, P)
+    matrix = inner[:, None] * P.IN + cols[None, :]
     acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
     for position in range(first, last + 1):
         low, count = taps_of(position, sizes.out_frames, P)
         for step in range(0, count * STEPS):
             tap = low + step // STEPS * P.STRIDE
-            channel = step % STEPS * P.BLOCK_INNER + inner
+            begin = step % STEPS * P.BLOCK_INNER
             rows = frame_address(dout, batch, (position - tap) // P.STRIDE, P)
-            a = rows + pixel_offsets(pixel[:, None], channel[None, :], dout_inner, P)
-            b = weight_ptr + (tap * (P.OUT * P.IN) + channel[:, None] * P.IN + cols[None, :])
-            acc = _dot_step(acc, a, b, pixel_mask, channel, cols, P.OUT, P.IN, P)
+            a = channel_address(rows, begin, dout_inner, P) + cells
+            b = weight_ptr + (tap * (P.OUT * P.IN) + begin * P.IN) + matrix
+            acc = _dot_step(acc, a, b, pixel_mask, begin + inner, cols, P.OUT, P.IN, P)
     mask = pixel_mask[:, None] & (cols < P.IN)[None, :]
     store(ptr + pixel_offsets(pixel[:, None], cols[None, :], stride, P), acc, mask)
 
@@ -199,26 +191,25 @@ def temporal_conv_fwd(
     sizes = _sizes(x, out.shape[2], plan)
     videos = [video_of(t, plan) for t in (out, x, cache)]
     cols = cdiv(weight.shape[0], plan.BLOCK_COLS)
+    taps = _taps_first(weight)
     with on_device(x):
         if depthwise:
             runs = cdiv(out.shape[2], FRAMES)
             depthwise_fwd_kernel[(x.shape[0] * sizes.tiles * runs * cols,)](
-                *videos, weight.contiguous(), bias, sizes, runs, FRAMES=FRAMES, P=plan,
+                *videos, taps, bias, sizes, runs, FRAMES=FRAMES, P=plan,
                 **_options(plan, depthwise),
             )  # fmt: skip
+        elif _is_stationary(plan, x):
+            launch = _stationary(plan, x, out.shape[2])
+            _dense_fwd_kernel[(launch.programs,)](
+                *videos, taps, bias, launch.sizes, launch.tiles, STATIONARY=True, P=launch.plan,
+                **launch.options,
+            )  # fmt: skip
         else:
-            options, tiles = _options(plan, depthwise), 0
-            if _is_stationary(plan, x):
-                plan = plan._replace(
-                    BLOCK_ROWS=min(plan.BLOCK_ROWS, STATIONARY_ROWS),
-                    BLOCK_INNER=_block(BLOCK_COLS, plan.IN),
-                )
-                options, tiles = {"num_warps": STATIONARY_WARPS, "num_stages": 2}, STATIONARY_TILES
-                sizes = _sizes(x, out.shape[2], plan)
             units = x.shape[0] * sizes.tiles * out.shape[2]
-            _dense_fwd_kernel[(cdiv(units, tiles) if tiles else units * cols,)](
-                *videos, _taps_first(weight), bias, sizes, units, UNITS=tiles, P=plan,
-                **options,
+            _dense_fwd_kernel[(units * cols,)](
+                *videos, taps, bias, sizes, 0, STATIONARY=False, P=plan,
+                **_options(plan, depthwise),
             )  # fmt: skip
 
 
@@ -252,13 +243,48 @@ def _input_grad(
     frames = dx.shape[2] + (0 if past is None else past.shape[2])
     cols = cdiv(dx.shape[1], plan.BLOCK_COLS)
     depthwise = _depthwise(dx, weight)
-    run = depthwise_bwd_kernel if depthwise else _dense_bwd_kernel
-    taps = weight.contiguous() if depthwise else _taps_first(weight)
+    videos = [video_of(t, plan) for t in (dx, past, dout)]
+    swapped = plan._replace(IN=plan.OUT, OUT=plan.IN, PAST="zeros")
     with on_device(dx):
-        run[(dx.shape[0] * sizes.tiles * frames * cols,)](
-            video_of(dx, plan), video_of(past, plan), video_of(dout, plan), taps, sizes, frames,
-            P=plan, **_options(plan, depthwise),
-        )  # fmt: skip
+        if depthwise:
+            runs = cdiv(frames, GRAD_FRAMES)
+            each = cdiv(cdiv(frames, runs), stride) * stride
+            depthwise_bwd_kernel[(dx.shape[0] * sizes.tiles * runs * cols,)](
+                *videos, _taps_first(weight), sizes, frames, runs, FRAMES=each, P=plan,
+                **_options(plan, depthwise),
+            )  # fmt: skip
+        elif stride == 1 and _is_stationary(swapped, dout):
+            launch = _stationary(swapped, dout, dx.shape[2] + plan.KERNEL - 1)
+            taps = weight.flip(2).permute(2, 1, 0).contiguous()
+            _dense_bwd_kernel[(launch.programs,)](
+                *videos, taps, launch.sizes, frames, launch.tiles, GRAD=plan.PAST, P=launch.plan,
+                **launch.options,
+            )  # fmt: skip
+        else:
+            _dense_bwd_kernel[(dx.shape[0] * sizes.tiles * frames * cols,)](
+                *videos, _taps_first(weight), sizes, frames, 0, GRAD="", P=plan,
+                **_options(plan, depthwise),
+            )  # fmt: skip
+
+
+class _Stationary(NamedTuple):
+    """Launch of a kernel with a stationary weight."""
+
+    programs: int
+    tiles: int  # of a program
+    sizes: Sizes
+    plan: Plan
+    options: dict[str, int]
+
+
+def _stationary(plan: Plan, x: Tensor, out_frames: int) -> _Stationary:
+    plan = plan._replace(
+        BLOCK_ROWS=min(plan.BLOCK_ROWS, STATIONARY_ROWS), BLOCK_INNER=_block(BLOCK_COLS, plan.IN)
+    )
+    sizes = _sizes(x, out_frames, plan)
+    tiles = max(1, STATIONARY_TILES // out_frames)
+    options = {"num_warps": STATIONARY_WARPS, "num_stages": STAGES}
+    return _Stationary(cdiv(x.shape[0] * sizes.tiles, tiles), tiles, sizes, plan, options)
 
 
 def _weight_grad(
@@ -266,32 +292,54 @@ def _weight_grad(
     stride: int, start: str, channels_last: bool,
 ) -> None:  # fmt: skip
     out, inner, taps = weight.shape
-    pixels = x.shape[3] * x.shape[4]
+    pixels, frames = x.shape[3] * x.shape[4], dout.shape[2]
     channels = inner, pixels
     plan = _plan(x, weight, cache, stride, start, channels, [x, cache, dout], channels_last)
     depthwise = _depthwise(x, weight)
-    tiles, rows = cdiv(x.shape[1], plan.BLOCK_COLS), plan.BLOCK_ROWS
+    constants = {"FRAMES": _divisor(frames, FRAMES // stride), "TAPS": taps}
+    programs, rows = STRIPS, plan.BLOCK_ROWS
     if not depthwise:
+        side = BLOCK_COLS // _fp32_divisor(x)
+        plan = plan._replace(BLOCK_ROWS=_block(side, out), BLOCK_COLS=_block(side, inner))
+        if 1 < taps <= FUSED_TAPS and x.element_size() == 2 and _on_hopper():
+            plan = plan._replace(BLOCK_INNER=FUSED_INNER)
+            programs //= 2  # with the registers of two
+        else:
+            constants = {"FRAMES": 1, "TAPS": 1}
         rows = plan.BLOCK_INNER
-        plan = plan._replace(BLOCK_ROWS=_block(BLOCK_COLS // _fp32_divisor(x), out))
-        tiles *= cdiv(out, plan.BLOCK_ROWS)
-    sizes = _sizes(x, dout.shape[2], plan._replace(BLOCK_ROWS=rows))
-    units = x.shape[0] * sizes.tiles * dout.shape[2]
-    strips = min(units, max(1, STRIPS // (tiles * taps)))
-    strip_units = cdiv(units, strips)
-    strips = cdiv(units, strip_units)
+    tiles = cdiv(x.shape[1], plan.BLOCK_COLS) * (taps // constants["TAPS"])
+    tiles *= 1 if depthwise else cdiv(out, plan.BLOCK_ROWS)
+    runs, most = frames // constants["FRAMES"], max(1, programs // tiles)
+    strips = _strips(x.shape[0], runs, cdiv(pixels, rows), most)
+    count = cdiv(strips.groups, strips.strip_groups)
+    count *= cdiv(strips.tiles, strips.strip_tiles)
     wide = torch.promote_types(x.dtype, torch.float32)
-    sums = torch.empty((strips, taps, out, inner), dtype=wide, device=x.device)
-    bias_sums = torch.empty((strips, out), dtype=wide, device=x.device) if dbias.numel() else None
+    sums = torch.empty((count, taps, out, inner), dtype=wide, device=x.device)
+    bias_sums = torch.empty((count, out), dtype=wide, device=x.device) if dbias.numel() else None
     run = depthwise_weight_kernel if depthwise else dense_weight_kernel
+    options = _options(plan, depthwise)
+    if depthwise:
+        options["num_warps"] *= 2  # for the sums of all taps
     with on_device(x):
-        run[(strips * tiles * taps,)](
-            sums, bias_sums, video_of(x, plan), video_of(cache, plan), video_of(dout, plan), sizes,
-            units, strip_units, P=plan, **_options(plan, depthwise),
+        run[(count * tiles,)](
+            sums, bias_sums, video_of(x, plan), video_of(cache, plan), video_of(dout, plan),
+            _sizes(x, frames, plan), strips, P=plan, **constants, **options,
         )  # fmt: skip
     dweight.copy_(sums.sum(0).permute(1, 2, 0))
     if bias_sums is not None:
         dbias.copy_(bias_sums.sum(0))
+
+
+def _strips(batch: int, runs: int, tiles: int, most: int) -> Strips:
+    """Split runs of frames and tiles of pixels into `most` strips, about."""
+    groups = batch * runs
+    strip_tiles = cdiv(tiles, min(tiles, max(1, most // groups)))
+    return Strips(runs, groups, tiles, cdiv(groups, most), strip_tiles)
+
+
+def _divisor(frames: int, most: int) -> int:
+    """The largest divisor that is at most `most`: a run has no frame past the last."""
+    return max(n for n in range(1, most + 1) if frames % n == 0)
 
 
 def _plan(
@@ -312,6 +360,8 @@ def _plan(
         cols = min(BLOCK_COLS, next_power_of_2(inner)) if channels_last else 1
         rows = _block(ELEMENTS // cols, pixels)
     else:
+        if x.element_size() == 2 and _on_hopper():
+            cols = WIDE_COLS
         rows, cols = _block(rows, pixels), _block(cols, channels[0])
     present = [t for t in videos if t is not None]
     strides = [stride for t in present for stride in strides_of(t, channels_last)]
@@ -331,20 +381,25 @@ def _plan(
 
 
 def _is_stationary(plan: Plan, x: Tensor) -> bool:
-    """True if a dense weight fits in shared memory beside two tiles of each tap, on Hopper.
+    """True if a dense weight fits in shared memory beside STAGES steps of tiles, on Hopper.
 
     Its tensor cores read operands from shared memory. Older GPUs would hold the weight in
     registers; newer ones ran out of those.
     """
     inner = _block(BLOCK_COLS, plan.IN)
-    columns = plan.BLOCK_COLS + 2 * STATIONARY_ROWS
-    fits = plan.KERNEL * inner * columns * x.element_size() <= STATIONARY_BYTES
-    if x.element_size() != 2 or not fits or max(plan.IN, plan.OUT) > BLOCK_COLS:
-        return False
+    columns = plan.KERNEL * plan.BLOCK_COLS + STAGES * plan.STRIDE * STATIONARY_ROWS
+    fits = inner * columns * x.element_size() <= STATIONARY_BYTES
+    narrow = max(plan.IN, plan.OUT) <= BLOCK_COLS
+    return x.element_size() == 2 and fits and narrow and _on_hopper()
+
+
+def _on_hopper() -> bool:
+    """True on Hopper, but with Triton 3.6, which fails to pipeline several products in a loop."""
     if INTERPRETED:
         return True
     target = driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch == 90
+    recent = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+    return recent and bool(target.backend == "cuda" and target.arch == 90)
 
 
 def _fp32_divisor(x: Tensor) -> int:
@@ -368,7 +423,8 @@ def _options(plan: Plan, depthwise: bool) -> dict[str, int]:
 def _sizes(x: Tensor, out_frames: int, plan: Plan) -> Sizes:
     pixels = x.shape[3] * x.shape[4]
     units = pixels if plan.CHANNELS_LAST else pixels // plan.ALIGN
-    return Sizes(units, cdiv(pixels, plan.BLOCK_ROWS), x.shape[2], out_frames)
+    tiles = cdiv(pixels, plan.BLOCK_ROWS)
+    return Sizes(units, tiles, x.shape[2], out_frames, x.shape[0])
 
 
 def _depthwise(x: Tensor, weight: Tensor) -> bool:

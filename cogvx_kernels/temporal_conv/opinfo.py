@@ -160,25 +160,29 @@ def _launch(kernel: Any, a: Mapping[str, Any]) -> None:
     kernel.temporal_conv_bwd(grads, out, x, weight, cache, stride, start)
 
 
-# (registers, shared memory, bits of an access, narrower accesses). A stationary weight is 96 KB, as
-# are two tiles of each of its three taps; a streamed one takes three steps of 32 KB. Narrow are
-# biases, a depthwise weight and masked loads ahead; AMD's matrix units leave four elements of a row
-# to a thread. The sums for a depthwise weight are one element per thread.
-_STATIONARY = {"_dense_fwd_kernel": (200, 208 * 1024, 64, 32)}
-_DENSE = {
-    "_dense_bwd_kernel": (168, 100 * 1024, 64, 16),
-    "dense_weight_kernel": (184, 100 * 1024, 128, 16),
+# (registers, shared memory, bits of an access, narrower accesses). A stationary weight is 96 KB and
+# three tiles are 48 KB; a streamed one takes three steps of 48 KB, on Hopper. Sums of three taps
+# are 192 registers, their frames 40 KB a step. Narrow are biases and masked loads ahead; AMD's
+# matrix units leave four elements of a row to a thread. The sums for a depthwise weight are one
+# element per thread.
+_STATIONARY = {
+    "_dense_fwd_kernel": (200, 164 * 1024, 64, 32),
+    "_dense_bwd_kernel": (200, 164 * 1024, 64, 32),
 }
-_STREAMED = {"_dense_fwd_kernel": (200, 100 * 1024, 64, 64)}
+_STREAMED = {
+    "_dense_fwd_kernel": (232, 148 * 1024, 64, 64),
+    "_dense_bwd_kernel": (232, 148 * 1024, 64, 32),
+}
+_WEIGHT = {"dense_weight_kernel": (255, 128 * 1024, 128, 32)}
 _DEPTHWISE = {
     "depthwise_fwd_kernel": (144, 4096, 128, 32),
-    "depthwise_bwd_kernel": (64, 4096, 128, 16),
-    "depthwise_weight_kernel": (72, 4096, 32, 0),
+    "depthwise_bwd_kernel": (168, 4096, 128, 32),
+    "depthwise_weight_kernel": (128, 4096, 32, 0),
 }
 _LIMITS = {
-    "": _STATIONARY | _DENSE,
-    "256 channels": _STREAMED | _DENSE,
-    "512 channels": _STREAMED | _DENSE,
+    "": _STATIONARY | _WEIGHT,
+    "256 channels": _STREAMED | _WEIGHT,
+    "512 channels": _STREAMED | _WEIGHT,
     "depthwise": _DEPTHWISE,
 }
 _BUDGETS = tuple(

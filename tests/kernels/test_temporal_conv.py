@@ -1,5 +1,6 @@
 """Properties of `temporal_conv`: causality, chunks, equality with torch's convolutions."""
 
+import functools
 import importlib
 import itertools
 
@@ -331,6 +332,25 @@ def test_gradients_are_rounded_once(device, depthwise):
         assert ((a.double() - b).abs() <= allowed).all()
 
 
+@pytest.mark.parametrize("strips", [1, 3, 1000])
+@KINDS
+def test_gradients_of_weights_in_any_number_of_strips(device, depthwise, strips, monkeypatch):
+    """Small integers: fewer strips than samples, as in a large batch, and one for each tile."""
+    x, weight, bias = (
+        integers(t.shape, device) for t in made(device, 3, depthwise, batch=4, pixels=(3, 17))
+    )
+    dout = integers(x.shape, device)
+    _, _, *whole = results(temporal_conv, (x, weight, bias), dout)
+    monkeypatch.setattr(kernel, "STRIPS", strips)
+    for half in (x, x.half()):
+        arguments = half, weight.to(half.dtype), bias.to(half.dtype)
+        function = functools.partial(temporal_conv, backend="kernel")
+        for ours, theirs in zip(
+            results(function, arguments, dout.to(half.dtype))[2:], whole, strict=True
+        ):
+            assert torch.equal(ours.float(), theirs)
+
+
 # --- memory ----------------------------------------------------------------------------------
 
 
@@ -375,60 +395,3 @@ def test_an_expanded_gradient(device, depthwise):
         )
         for a, b in zip(ours, theirs, strict=True):
             assert torch.equal(a, b)
-
-
-if _backend.INTERPRETED:
-    from tests.harness.observe import observe
-
-    def traffic(x, weight):
-        """(programs, bytes read, bytes written) of one forward launch in bf16, channels-last."""
-        x = x.bfloat16().to(memory_format=torch.channels_last_3d)
-        with observe() as seen:
-            temporal_conv(x, weight.bfloat16(), backend="kernel")
-        [launch] = seen.launches
-        return launch.grid[0], launch.bytes_read, launch.bytes_written
-
-    @pytest.mark.parametrize("taps", [1, 2, 3])
-    def test_bytes_with_a_stationary_weight(device, taps):
-        """At 128 channels: each frame once per tap, and the weight once per 32 tiles.
-
-        32 tiles of 64 pixels are 16 times the bytes of a tap's matrix: the weight adds a sixteenth.
-        Of the taps' frames one is new; the others were read by concurrent programs and previous
-        tiles, and come from the L2 cache.
-        """
-        tiles, rest = kernel.STATIONARY_TILES, 3
-        pixels = (tiles + rest) * kernel.STATIONARY_ROWS
-        x, weight = torch.zeros(1, 128, 1, 1, pixels), torch.zeros(128, 128, taps)
-        video, matrices = x.numel() * 2, weight.numel() * 2
-        expected = taps * video + 2 * matrices, video
-        assert traffic(x.to(device), weight.to(device)) == (2, *expected)
-        assert 16 * matrices == taps * video * tiles // (tiles + rest)
-
-    @pytest.mark.parametrize("taps", [1, 3, 5])
-    def test_bytes_of_dense_tiles(device, taps):
-        """At 256 channels: each frame once per tap and per 128 output channels."""
-        frames, tiles = 3, 2
-        x = torch.zeros(1, 256, frames, 1, tiles * kernel.BLOCK_ROWS, device=device)
-        weight = torch.zeros(256, 256, taps, device=device)
-        video, matrices = x.numel() * 2, weight.numel() * 2
-        expected = 2 * taps * video + frames * tiles * matrices, video
-        assert traffic(x, weight) == (2 * frames * tiles, *expected)
-
-    @pytest.mark.parametrize("stride", [1, 2])
-    def test_bytes_of_depthwise_columns(device, stride):
-        """12 frames are loaded of 8 and 2 cached; with stride 2, 10 and a half."""
-        x, weight, _ = made(device, 3, True, frames=8, channels=128, pixels=(1, 64), batch=1)
-        cache = x[:, :, :2].contiguous(memory_format=torch.channels_last_3d)
-        with observe() as seen:
-            out = temporal_conv(x, weight, cache=cache, stride=stride, backend="kernel")
-        [launch] = seen.launches
-        frame = x[:, :, 0].numel() * 4
-        programs = launch.grid[0]
-        runs = -(-out.shape[2] // kernel.FRAMES)
-        loaded = sum(
-            min(stride * (kernel.FRAMES - 1) + 3, 10 - run * stride * kernel.FRAMES)
-            for run in range(runs)
-        )
-        assert launch.bytes_written == out.numel() * 4
-        assert launch.bytes_read == loaded * frame + programs * weight.numel() * 4
-        assert loaded <= 12
