@@ -168,7 +168,10 @@ EXPERT_FFN_MUTANTS = tuple(
     Mutant(name, file, old, new, "expert_ffn")
     for file, name, old, new in (
         (FFN_DEVICE, "text's run for the video's rows",
-         "tl.where(expert == 0, 0, text_len) + row % run", "row % run"),
+         "+ tl.where(expert == 0, 0, text_len)\n", "\n"),
+        (FFN_DEVICE, "the first row of a sample taken for one of the sample before",
+         "pair += tl.where(place >= run, others, 0)", "pair += tl.where(place > run, others, 0)"),
+        (FFN_DEVICE, "a tile of at most two samples", "(P.BLOCK_ROWS - 1) // run + 1", "1"),
         (FFN_DEVICE, "the last, partial tile of an expert left out",
          "tiles = (count + (P.BLOCK_ROWS - 1)) // P.BLOCK_ROWS", "tiles = count // P.BLOCK_ROWS"),
         (FFN_DEVICE, "the tile at the boundary goes to the expert before",
@@ -203,7 +206,7 @@ EXPERT_FFN_MUTANTS = tuple(
         (FFN_KERNEL, "one choice too few summed",
          "for choice in tl.static_range(TOP_K):", "for choice in tl.static_range(TOP_K - 1):"),
         (FFN_GRADIENTS, "the gradient of a weight without its bias",
-         "dot += _dot_bias(", "dot += 0.0 * _dot_bias("),
+         "along += _dot_bias(", "along += 0.0 * _dot_bias("),
         (FFN_GRADIENTS, "the hidden activation without its weight",
          "            hidden *= share\n", ""),
         (FFN_GRADIENTS, "a bias' gradient without the weights",

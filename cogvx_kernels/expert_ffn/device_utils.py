@@ -97,10 +97,11 @@ def locate(tile, groups, GROUPS: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def pairs_of(groups, expert, first, row, P: tl.constexpr):
-    """The (token, choice) pairs of an expert's rows, numbered through batch, sequence and choices.
+def pairs_of(groups, expert, first, begin, row, P: tl.constexpr):
+    """The (token, choice) pairs of a tile's rows, numbered through batch, sequence and choices.
 
-    `row` must be less than the expert's rows: a pair past them need not exist.
+    `begin` is the tile's first row. `row` must be less than the expert's rows: a pair past them
+    need not exist.
     """
     if P.ROUTED:
         pair = tl.load(groups.order + first + row)
@@ -109,7 +110,14 @@ def pairs_of(groups, expert, first, row, P: tl.constexpr):
     else:
         text_len = tl.cast(groups.text_len, tl.int64)
         run = tl.where(expert == 0, text_len, groups.seqlen - text_len)
-        pair = row // run * groups.seqlen + tl.where(expert == 0, 0, text_len) + row % run
+        others = groups.seqlen - run
+        sample = begin // run
+        place = row - sample * run  # in the tile's first sample, or past it
+        pair = row + sample * others + tl.where(expert == 0, 0, text_len)
+        # A division of 64 bits for each row would take too many registers.
+        for _ in range(0, (P.BLOCK_ROWS - 1) // run + 1):
+            pair += tl.where(place >= run, others, 0)
+            place -= tl.where(place >= run, run, 0)
     return pair
 
 

@@ -13,7 +13,6 @@ from .device_utils import (
     matmul,
     pairs_of,
     plus_product,
-    pre_activation,
     slopes,
     store,
     tile_of,
@@ -23,14 +22,16 @@ from .device_utils import (
 
 @triton.jit(do_not_specialize=["tiles"])
 def hidden_grad_kernel(
-    dpre_ptr, hidden_ptr, dshare_ptr, dout, x, pre_ptr, groups, up, down, tiles, P: tl.constexpr
+    dpre_ptr, hidden_ptr, dshare_ptr, dout, pre_ptr, groups, down, tiles, P: tl.constexpr
 ):
     """The gradient of the pre-activation, and the hidden activation recomputed, times the share.
 
-    dshare (tiles of columns, pairs) is each program's part of dout · y. Grid as in the forward.
+    dshare (tiles of columns, pairs) is each program's part of dout · y. dpre_ptr may be pre_ptr: a
+    program reads its tile before it writes it. Grid as in the forward.
     """
     NCOLS: tl.constexpr = (P.FFN_DIM + P.BLOCK_COLS - 1) // P.BLOCK_COLS
     WIDTH: tl.constexpr = P.FFN_DIM * (1 + P.GATED)
+    BLOCK_ROWS: tl.constexpr = P.BLOCK_ROWS
     tile, col_tile = tile_of(tiles, NCOLS, P)
     expert, first, begin, count = locate(tile, groups, P.EXPERTS, P)
     if expert >= 0:
@@ -38,39 +39,38 @@ def hidden_grad_kernel(
         cols = col_tile * P.BLOCK_COLS + tl.arange(0, P.BLOCK_COLS)
         mask = cols < P.FFN_DIM
         there = row < count
-        pair = pairs_of(groups, expert, first, tl.minimum(row, count - 1), P)
+        pair = pairs_of(groups, expert, first, begin, tl.minimum(row, count - 1), P)
         at = (first + row)[:, None]
         stored = there[:, None] & mask[None, :]
         rows = dout.ptr + token_rows(dout, groups, pair, P)
+        along = tl.zeros((BLOCK_ROWS,), P.COMPUTE)
+        if groups.share is not None:
+            if down.bias is not None:
+                if col_tile == 0:  # before the product, whose tiles fill the registers
+                    along += _dot_bias(dout, rows, down, expert, P)
         grad = matmul(rows, dout.dim, down, expert, cols, mask, P.FFN_DIM, P.DIM, False, P)
-        if pre_ptr is None:
-            pre, gate = pre_activation(x, groups, pair, expert, up, cols, mask, P)
-        else:
-            kept = pre_ptr + at * WIDTH + cols[None, :]
-            pre = tl.load(kept, mask=stored, other=0.0).to(P.COMPUTE)
-            gate = pre
-            if P.GATED:
-                gate = tl.load(kept + P.FFN_DIM, mask=stored, other=0.0).to(P.COMPUTE)
+        kept = pre_ptr + at * WIDTH + cols[None, :]
+        pre = tl.load(kept, mask=stored, other=0.0).to(P.COMPUTE)
+        gate = pre
+        if P.GATED:
+            gate = tl.load(kept + P.FFN_DIM, mask=stored, other=0.0).to(P.COMPUTE)
         hidden = activate(pre, gate, P)
         if groups.share is not None:
             # By fma, or the product is contracted with the sum's first exchange between threads,
             # and those that hold copies of a row's sum differ by an ulp.
-            dot = tl.sum(tl.fma(grad, hidden, 0.0), 1)
-            if down.bias is not None:
-                if col_tile == 0:
-                    dot += _dot_bias(dout, rows, down, expert, P)
+            along += tl.sum(tl.fma(grad, hidden, 0.0), 1)
             pairs = tl.cast(groups.samples, tl.int64) * groups.seqlen * P.TOP_K
-            tl.store(dshare_ptr + col_tile * pairs + pair, dot, mask=there)
+            tl.store(dshare_ptr + col_tile * pairs + pair, along, mask=there)
             share = tl.load(groups.share + pair).to(P.COMPUTE)[:, None]
             grad *= share
             hidden *= share
+        if hidden_ptr is not None:
+            store(hidden_ptr + at * P.FFN_DIM + cols[None, :], hidden, stored)
         slope, gate_slope = slopes(pre, gate, P)
         out = dpre_ptr + at * WIDTH + cols[None, :]
         store(out, grad * slope, stored)
         if P.GATED:
             store(out + P.FFN_DIM, grad * gate_slope, stored)
-        if hidden_ptr is not None:
-            store(hidden_ptr + at * P.FFN_DIM + cols[None, :], hidden, stored)
 
 
 @triton.jit

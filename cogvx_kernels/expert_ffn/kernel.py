@@ -10,6 +10,7 @@ one for the gradient of x, one for each weight. Sums have a fixed order, without
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -46,6 +47,7 @@ from .routing import ExpertWeights, Routing, Weights
 # Not yet measured; the largest that compile without spills.
 BLOCK_ROWS = 128
 BLOCK_COLS = 128
+WIDE_COLS = 256  # on Hopper: a quarter less traffic from L2, which bounds products
 BLOCK_INNER = 64  # of 2-byte elements; half as many of 4
 WARPS = 8
 STAGES = 3
@@ -56,7 +58,10 @@ BAND = 8  # tiles of rows that reuse tiles of weights in the L2 cache
 
 @triton.jit(do_not_specialize=["tiles"])
 def _up_kernel(hidden_ptr, pre_ptr, x, groups, up, tiles, P: tl.constexpr):
-    """hidden = act(x · upᵀ + bias), a row for each pair. Grid (tiles of rows · of columns,)."""
+    """pre = x · upᵀ + bias and hidden = act(pre), a row for each pair; either may be None.
+
+    Grid (tiles of rows · of columns,).
+    """
     NCOLS: tl.constexpr = (P.FFN_DIM + P.BLOCK_COLS - 1) // P.BLOCK_COLS
     WIDTH: tl.constexpr = P.FFN_DIM * (1 + P.GATED)
     tile, col_tile = tile_of(tiles, NCOLS, P)
@@ -65,17 +70,18 @@ def _up_kernel(hidden_ptr, pre_ptr, x, groups, up, tiles, P: tl.constexpr):
         row = begin + tl.arange(0, P.BLOCK_ROWS)
         cols = col_tile * P.BLOCK_COLS + tl.arange(0, P.BLOCK_COLS)
         mask = cols < P.FFN_DIM
-        pair = pairs_of(groups, expert, first, tl.minimum(row, count - 1), P)
+        pair = pairs_of(groups, expert, first, begin, tl.minimum(row, count - 1), P)
         pre, gate = pre_activation(x, groups, pair, expert, up, cols, mask, P)
         at = (first + row)[:, None]
         stored = (row < count)[:, None] & mask[None, :]
-        hidden = activate(pre, gate, P)
-        store(hidden_ptr + at * P.FFN_DIM + cols[None, :], hidden, stored)
         if pre_ptr is not None:
             kept = pre_ptr + at * WIDTH + cols[None, :]
             store(kept, pre, stored)
             if P.GATED:
                 store(kept + P.FFN_DIM, gate, stored)
+        if hidden_ptr is not None:
+            hidden = activate(pre, gate, P)
+            store(hidden_ptr + at * P.FFN_DIM + cols[None, :], hidden, stored)
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -98,13 +104,15 @@ def _down_kernel(
         cols = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
         mask = cols < P.DIM
         safe = tl.minimum(row, count - 1)
-        pair = pairs_of(groups, expert, first, safe, P)
         acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), P.COMPUTE)
         if expert < P.EXPERTS:
             rows = rows_ptr + (first + safe) * INNER
             acc = matmul(rows, 1, weights, expert, cols, mask, P.DIM, INNER, FORWARD, P)
             if FORWARD and weights.bias is not None:
                 acc += bias_of(weights, expert, cols, mask, P)[None, :]
+        # Behind the loop, which would keep it in registers.
+        pair = pairs_of(groups, expert, first, begin, safe, P)
+        if expert < P.EXPERTS:
             if FORWARD and groups.share is not None:
                 acc *= tl.load(groups.share + pair).to(P.COMPUTE)[:, None]
         stored = (row < count)[:, None] & mask[None, :]
@@ -166,7 +174,7 @@ def _plan(
         ACTIVATION=activation,
         GATED=up[0].shape[0] != ffn_dim,
         BLOCK_ROWS=_block(BLOCK_ROWS // block, x.shape[0] * x.shape[1]),
-        BLOCK_COLS=_block(BLOCK_COLS // block, min(dim, ffn_dim)),
+        BLOCK_COLS=_block(_most_columns(small), min(dim, ffn_dim)),
         BLOCK_INNER=_block(inner, min(dim, ffn_dim)),
         BAND=BAND,
         ALIGN=math.gcd(alignment(x, *up, *down, *rows), ffn_dim),  # the width of compact rows
@@ -177,6 +185,19 @@ def _plan(
 def _block(most: int, size: int) -> int:
     """A power of two from 16, the least of a tensor core, to `most`."""
     return max(16, min(most, next_power_of_2(size)))
+
+
+def _most_columns(small: bool) -> int:
+    if not small:
+        return BLOCK_COLS // 2
+    target = _target()
+    return WIDE_COLS if target is not None and target.arch == 90 else BLOCK_COLS
+
+
+def _columns(plan: Plan, cols: int, most: int = WIDE_COLS) -> Plan:
+    """The plan with tiles of at most `most` columns; of WIDE_COLS only if they divide `cols`."""
+    width = max(16, min(plan.BLOCK_COLS, most))
+    return plan._replace(BLOCK_COLS=min(width, BLOCK_COLS) if cols % width else width)
 
 
 def _tiles(plan: Plan, groups: Groups) -> int:
@@ -196,8 +217,12 @@ def _grid(plan: Plan, tiles: int, cols: int) -> tuple[int]:
 
 def _options(plan: Plan) -> dict[str, int]:
     warps = max(1, min(WARPS, plan.BLOCK_ROWS * plan.BLOCK_COLS // 256))
-    target = None if INTERPRETED else driver.active.get_current_target()
-    return product_options(target, warps, STAGES)
+    return product_options(_target(), warps, STAGES)
+
+
+def _target() -> Any:
+    """Triton's target; None in the interpreter."""
+    return None if INTERPRETED else driver.active.get_current_target()
 
 
 def expert_ffn_fwd(
@@ -216,20 +241,31 @@ def expert_ffn_fwd(
     if out.numel() == 0:
         return out, pre
     hidden = torch.empty((pairs, plan.FFN_DIM), dtype=x.dtype, device=x.device)
-    tiles = _tiles(plan, groups)
+    first = _experts(up, experts.up_bias, plan)
     with on_device(x):
-        _up_kernel[_grid(plan, tiles, plan.FFN_DIM)](
-            hidden, pre if keep else None, as_rows(x, plan), groups,
-            _experts(up, experts.up_bias, plan), tiles, P=plan, **_options(plan),
-        )  # fmt: skip
+        _up(hidden, pre if keep else None, x, groups, first, plan)
         _to_tokens(out, hidden, groups, _experts(down, experts.down_bias, plan), plan, forward=True)
     return out, pre
+
+
+def _up(
+    hidden: Tensor | None, pre: Tensor | None, x: Tensor, groups: Groups, weights: Experts,
+    plan: Plan,
+) -> None:  # fmt: skip
+    """Launch `_up_kernel`."""
+    two = plan.GATED or (hidden is not None and pre is not None)  # tiles at once in registers
+    plan = _columns(plan, plan.FFN_DIM, BLOCK_COLS if two else WIDE_COLS)
+    tiles = _tiles(plan, groups)
+    _up_kernel[_grid(plan, tiles, plan.FFN_DIM)](
+        hidden, pre, as_rows(x, plan), groups, weights, tiles, P=plan, **_options(plan)
+    )
 
 
 def _to_tokens(
     out: Tensor, rows: Tensor, groups: Groups, weights: Experts, plan: Plan, forward: bool
 ) -> None:
     """Launch `_down_kernel`, and with several choices the sum over them."""
+    plan = _columns(plan, plan.DIM)
     tiles = _tiles(plan, groups)
     slots = out
     if plan.TOP_K > 1:
@@ -258,9 +294,11 @@ def expert_ffn_bwd(
     rows, weights = needs
     dout, x = _flat(dout), _flat(x)
     plan = _plan(x, up, down, routing, activation, dout)
-    # Half as wide, so that the tiles of the pre-activation and its gradient both fit in registers.
-    halved = plan._replace(BLOCK_COLS=max(16, plan.BLOCK_COLS // 2))
     groups, share = _groups(x, routing, text_len), None if routing is None else routing.share
+    # Half as wide: registers hold a tile of the gradient beside two of its activation, or more.
+    more = plan.GATED or share is not None
+    most = min(plan.BLOCK_COLS, BLOCK_COLS) if more else plan.BLOCK_COLS
+    halved = _columns(plan, plan.FFN_DIM, most // 2)
     pairs, width = x.shape[0] * x.shape[1] * plan.TOP_K, up[0].shape[0]
 
     def new(*shape: int, when: bool = True) -> Tensor:
@@ -285,9 +323,12 @@ def expert_ffn_bwd(
     tiles = _tiles(plan, groups)
     first, second = _experts(up, experts.up_bias, plan), _experts(down, experts.down_bias, plan)
     with on_device(x):
+        if pre is None:  # in place, so that it takes no more memory
+            pre = dpre
+            _up(None, pre, x, groups, first, plan)
         hidden_grad_kernel[_grid(halved, tiles, plan.FFN_DIM)](
-            dpre, hidden, None if share is None else dshare, as_rows(dout, plan), as_rows(x, plan),
-            pre, groups, first, second, tiles, P=halved, **_options(halved),
+            dpre, hidden, None if share is None else dshare, as_rows(dout, plan), pre, groups,
+            second, tiles, P=halved, **_options(halved),
         )  # fmt: skip
         if rows:
             _to_tokens(dx, dpre, groups, first, plan, forward=False)
@@ -306,6 +347,7 @@ def _weight_grad(
     plan: Plan,
 ) -> None:  # fmt: skip
     experts, rows, cols = dweight.shape
+    plan = _columns(plan, cols)
     grid = experts * cdiv(rows, plan.BLOCK_ROWS) * cdiv(cols, plan.BLOCK_COLS)
     weight_grad_kernel[(grid,)](
         dweight, dbias if dbias.numel() else None, left, right, groups,
