@@ -64,7 +64,10 @@ class GlobalAccess:
             return
         self._check_races(site, where, shape, mask, width, writes=True)
         at = (where >> np.uint64(width.bit_length() - 1)).astype(np.int64)
-        self.memory.views[width][at] = np.ascontiguousarray(data).view(VIEWS[width])[..., 0]
+        data = np.ascontiguousarray(data).view(VIEWS[width])[..., 0]
+        self.memory.views[width][at] = data
+        if (self.memory.views[width][at] != data).any():
+            self.batch.report(site, "race, threads store different values to one address: global")
 
     def read(
         self, site: int, address: Array, mask: Array | None, width: int

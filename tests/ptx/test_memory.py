@@ -109,6 +109,12 @@ def test_ctas_that_share_an_address_race():
     assert "race of CTAs" in faults_of(run(read, x, grid=2))
 
 
+def test_threads_that_store_different_values_to_one_global_address():
+    x = torch.zeros(1, dtype=torch.int32)
+    assert "store different values" in faults_of(run("st.global.b32 [%d1], %r0;", x))
+    assert not run("mov.b32 %r1, 7;\nst.global.b32 [%d1], %r1;", x).faults.texts
+
+
 def test_chosen_ctas_run_alone():
     x = torch.zeros(8, dtype=torch.int32)
     text = "mov.u32 %r1, %ctaid.x;\ncvt.u64.u32 %d0, %r1;\n" + at("%d1", "%d9", 4)
