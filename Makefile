@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check fast test test-all verify bench tiny lint aot ptx mutants clean
+.PHONY: help demo check fast test test-all verify bench tiny lint aot ptx mutants mutants-ptx clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
@@ -100,6 +100,9 @@ ptx: $(RUNS)  ## the compiled code of every sample, executed on a CPU; ARGS="--q
 
 mutants: $(READY)  ## do the tests notice bugs that are put into kernels on purpose?
 	python -m tests.mutants
+
+mutants-ptx: $(READY)  ## does `cogvx-kernels ptx` notice bugs that are put into compiled code?
+	python -m tests.ptx_mutants
 
 clean:  ## remove all that make has made, .venv included
 	rm -rf $(VENV) build out *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks
