@@ -60,8 +60,8 @@ class Copies:
                 self._read(site, source, wants, part, data)
         full = np.broadcast_to(np.where(active, to, np.uint32(0)), batch.shape)
         where, _ = shared.locate(site, full, None, size)
-        shared.history.write(site, full, mask, size, copying=True)
-        shared.views[size][where[active] >> (size.bit_length() - 1)] = poison(size)
+        with shared.history.writing(site, full, mask, size, copying=True):
+            shared.views[size][where[active] >> (size.bit_length() - 1)] = poison(size)
         self.pending.append(Copy(full, where, data, active.copy(), self.committed.copy()))
 
     def _read(self, site: int, source: Array, wants: Array | None, part: int, data: Array) -> None:

@@ -4,6 +4,8 @@ Threads run in lock-step, so a missing barrier does not show in results; it show
 2 bytes. Threads of one warp are apart only behind a bar.warp.sync.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -71,20 +73,36 @@ class SharedHistory:
         again = self.read_who[at] != who  # by several threads of this instruction
         self.read_who[at[again]] = SEVERAL
 
-    def write(
+    @contextlib.contextmanager
+    def writing(
         self, site: int, address: Array, mask: Array | None, width: int, copying: bool = False
-    ) -> None:
-        """Check and record a store by threads, or the start of a copy."""
+    ) -> Iterator[None]:
+        """Context of a store by threads, or of the start of a copy: check and record it.
+
+        A write of what is there already races with nothing.
+        """
         if not len(self.ctas):
+            yield
             return
         at, who, when = touched = self.touched(address, mask, width)
-        self._check_order(site, "write", touched, "write", self.write_who, self.write_when)
+        before = self._contents(at)
+        yield
+        changed = (self._contents(at) != before) | copying
         self._check_copies(site, at)
+        touched = Touched(at[changed], who[changed], when[changed])
+        self._check_order(site, "write", touched, "write", self.write_who, self.write_when)
         self._check_order(site, "write", touched, "read", self.read_who, self.read_when)
-        if self.multiplied[at].any():
+        if self.multiplied[touched.at].any():
             self._race(site, "write of what a wgmma may still be reading", "")
         self.write_who[at], self.write_when[at] = who, when
         (self.in_flight if copying else self.unfenced)[at] = True
+
+    def _contents(self, at: Array) -> Array:
+        """What units hold."""
+        units = self.size // 2
+        place = self.ctas[at // units] * units + at % units
+        contents: Array = self.batch.shared.views[2][place]
+        return contents
 
     def arrive(self, address: Array, mask: Array, width: int) -> None:
         """Record that copies have arrived, which is a write at the time of the wait."""

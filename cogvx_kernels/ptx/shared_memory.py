@@ -82,14 +82,14 @@ class SharedMemory:
         self.count(site, address, mask, width)
         address = np.broadcast_to(address, (len(address), self.batch.threads))
         where, shape = self.locate(site, address, mask, width)
-        self.history.write(site, address, mask, width)
         data = np.stack([np.broadcast_to(v, shape) for v in values], -1)
         if mask is not None:
             data = data[np.broadcast_to(mask, shape)]
         at = where >> (width.bit_length() - 1)
         data = np.ascontiguousarray(data).view(VIEWS[width])[..., 0]
         view = self.views[width]
-        view[at] = data
+        with self.history.writing(site, address, mask, width):
+            view[at] = data
         if len(self.history.ctas) and (view[at] != data).any():
             wrong = np.flatnonzero(view[at].ravel() != data.ravel())
             byte = int(where.ravel()[wrong[0]]) % self.size
@@ -108,7 +108,8 @@ class SharedMemory:
 
     def load_matrix(self, site: int, address: Array, count: int, trans: bool) -> list[Array]:
         """ldmatrix: a register for each of `count` matrices."""
-        where = self._rows(site, address, count, writes=False)
+        where, lanes, active = self._rows(site, address, count)
+        self.history.read(site, lanes, active, 16)
         tile = np.ascontiguousarray(self.views[16][where >> 4]).view(np.uint16)
         tile = tile.reshape(*where.shape, 8)
         if trans:
@@ -121,14 +122,15 @@ class SharedMemory:
     def store_matrix(self, site: int, address: Array, values: list[Array], trans: bool) -> None:
         """stmatrix: the reverse of ldmatrix."""
         batch, count = self.batch, len(values)
-        where = self._rows(site, address, count, writes=True)
-        lanes = (batch.ctas, batch.warps, 8, 4)
-        words = [np.broadcast_to(v, batch.shape).reshape(lanes) for v in values]
+        where, rows, lanes = self._rows(site, address, count)
+        spread = (batch.ctas, batch.warps, 8, 4)
+        words = [np.broadcast_to(v, batch.shape).reshape(spread) for v in values]
         tile = np.ascontiguousarray(np.stack(words, 2)).view(np.uint16)
         if trans:
             tile = np.ascontiguousarray(tile.swapaxes(-1, -2))
         active = self._active()[:, :, :count]
-        self.views[16][where[active] >> 4] = tile.view("V16")[..., 0][active]
+        with self.history.writing(site, rows, lanes, 16):
+            self.views[16][where[active] >> 4] = tile.view("V16")[..., 0][active]
 
     def _active(self) -> Array:
         """Active threads, (CTAs, warps, 4, 8)."""
@@ -136,8 +138,9 @@ class SharedMemory:
         active = np.ones((1, 1), bool) if batch.active is None else batch.active
         return np.broadcast_to(active, batch.shape).reshape(batch.ctas, batch.warps, 4, 8)
 
-    def _rows(self, site: int, address: Array, count: int, *, writes: bool) -> Array:
-        """Places of the rows of matrices, (CTAs, warps, count, 8), checked, counted, recorded."""
+    def _rows(self, site: int, address: Array, count: int) -> tuple[Array, Array, Array]:
+        """Places of the rows of matrices (CTAs, warps, count, 8), counted and checked; the
+        addresses that the threads give, and which of them do."""
         batch = self.batch
         batch.together(site, "warp")
         active = self._active().copy()
@@ -154,9 +157,6 @@ class SharedMemory:
         if wrong.any():
             byte = int(rows[wrong].max())
             batch.report(site, f"out of bounds: shared byte {byte} of {self.limit}")
-        record = self.history.write if writes else self.history.read
-        record(
-            site, np.where(active, rows, 0).reshape(batch.shape), active.reshape(batch.shape), 16
-        )
         inside = np.clip(rows[:, :, :count] & ~15, 0, self.size - 16)
-        return inside + self.first[:, :, None, None]
+        given = np.where(active, rows, 0).reshape(batch.shape)
+        return inside + self.first[:, :, None, None], given, active.reshape(batch.shape)

@@ -171,7 +171,8 @@ def test_reads_of_what_another_thread_wrote(threads, distance, between, fault):
 def test_writes_of_what_another_thread_read(barrier):
     out = torch.zeros(64, dtype=torch.int32)
     body = put_shared() + "bar.sync 0;\n" + get_other(32, 64)
-    state = run(body + "bar.sync 0;\n" * barrier + put_shared(), out, threads=64, shared=256)
+    other = put_shared().replace("], %r0", "], %r5")
+    state = run(body + "bar.sync 0;\n" * barrier + other, out, threads=64, shared=256)
     assert ("write after read, no barrier between warps" in faults_of(state)) != barrier
 
 
@@ -179,6 +180,15 @@ def test_threads_that_store_different_values_to_one_address():
     same = "mov.u32 %r1, global_smem;\nst.shared.b32 [%r1], {};\n"
     assert "store different values" in faults_of(run(same.format("%r0"), shared=4))
     assert not run(same.format(7), shared=4).faults.texts
+
+
+def test_warps_that_store_the_same_values_do_not_race():
+    """A constant of which each warp stores a copy; with another value by the second warp it is."""
+    first = "mov.u32 %r1, global_smem;\nshr.u32 %r2, %r0, 5;\nsetp.eq.u32 %p1, %r2, 0;\n"
+    first += "@%p1 st.shared.b32 [%r1], 7;\n"
+    for value, fault in ((7, False), (8, True)):
+        state = run(first + f"@!%p1 st.shared.b32 [%r1], {value};", threads=64, shared=4)
+        assert ("write after write, no barrier" in faults_of(state)) == fault
 
 
 def test_shared_memory_ends_where_the_kernel_requested():
