@@ -61,11 +61,16 @@ def module_bytes(module: nn.Module) -> int:
     return sum({storage._cdata: storage.nbytes() for storage in _storages(tensors)}.values())
 
 
+_SCALARS = {int, float, bool, str, type(None), torch.dtype, torch.device}
+
+
 def _storages(*tensors: Any) -> list[torch.UntypedStorage]:
     # Without torch's pytree: this runs twice for every operation, and takes half the time.
     found, left = [], [*tensors]
     while left:
         x = left.pop()
+        if type(x) in _SCALARS:  # most arguments, in a fifth of the time
+            continue
         if isinstance(x, Tensor):
             if hasattr(x, "__tensor_flatten__"):  # a wrapper, such as DTensor, has no storage
                 left.extend(getattr(x, name) for name in x.__tensor_flatten__()[0])
