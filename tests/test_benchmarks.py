@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import conv, experts, host, model, ops, registry, tune
+from benchmarks import conv, experts, host, model, ops, registry, report, tune
 from benchmarks.__main__ import main
-from cogvx.training import train
+from cogvx.training import loop, train
 from cogvx_kernels import _backend
 from cogvx_kernels.testing import OPS, SIZES
 from tests.harness.selection import rest
@@ -46,6 +46,13 @@ def plain(monkeypatch):
     """Kernels are not interpreted, as where TRITON_INTERPRET is not set."""
     for module in (_backend, ops, model, tune):
         monkeypatch.setattr(module, "INTERPRETED", False)
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    """`finished`, which is a process of its own, has one."""
+    monkeypatch.setattr(report, "plot", lambda *_: None)
+    monkeypatch.setattr(loop, "plot_losses", lambda *_: None)
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

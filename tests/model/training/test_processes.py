@@ -46,7 +46,7 @@ def torchrun(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_train_one_model(tmp_path):
+def test_two_processes_train_one_model(tmp_path, plots):
     """The same bits by torchrun and by forks; and a model, a curve and checkpoints as one process
     leaves them."""
     summary = torchrun(tmp_path)

@@ -16,7 +16,7 @@ from cogvx.cli import main
 from cogvx.data import LatentClips
 from cogvx.shapes import ProceduralClips, commands
 from cogvx.shapes.scoring import score_vae
-from cogvx.training import train, trainer
+from cogvx.training import loop, plotting, train, trainer
 from cogvx.training.checkpointing import RunFolder
 from cogvx.training.losses import VelocityLoss
 from cogvx.video import probe
@@ -51,7 +51,9 @@ def whole(tmp_path_factory):
     """Folder of an uninterrupted training, made once; in a test, where "auto" is the reference."""
     if not WHOLE:
         folder = tmp_path_factory.mktemp("whole")
-        train(small(), folder)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "plot_losses", plotting.plot_losses)
+            train(small(), folder)
         WHOLE.append(folder)
     return WHOLE[0]
 
@@ -109,7 +111,8 @@ def test_same_recipe_gives_the_same_bits(whole, tmp_path):
 
 
 def test_another_seed_gives_other_weights(whole, tmp_path):
-    train(small(seed=1), tmp_path, stages=["vae"])
+    once = {"save_every": STEPS, "sample_every": STEPS}
+    train(small(seed=1, vae_training=once), tmp_path, stages=["vae"])
     vae = {name: t for name, t in weights(whole).items() if name.startswith("vae.")}
     assert any(not torch.equal(t, vae[name]) for name, t in weights(tmp_path).items())
 
@@ -143,7 +146,7 @@ def test_resume_after_any_step_gives_the_same_bits(whole, tmp_path, stage):
     assert curve(whole, stage) == curve(tmp_path, stage)
 
 
-def test_resume_after_sigkill_gives_the_same_bits(whole, tmp_path):
+def test_resume_after_sigkill_gives_the_same_bits(whole, tmp_path, plots):
     """SIGKILL during a step, two checkpoints and a plot, each in a process of its own."""
 
     def training(end):
@@ -211,7 +214,8 @@ def test_non_finite_gradients_stop_the_training(tmp_path):
 )
 def test_options_give_about_the_same_losses(whole, tmp_path, options):
     """Accumulation, gradient checkpointing and bfloat16 have other bits."""
-    points = train(small(vae_training=options, transformer_training=options), tmp_path)
+    changes = {**options, "save_every": STEPS, "sample_every": STEPS}
+    points = train(small(vae_training=changes, transformer_training=changes), tmp_path)
     for stage, came in points.items():
         losses = [(a["loss"], b["loss"]) for a, b in zip(came, curve(whole, stage), strict=True)]
         assert all(abs(a - b) < 0.3 * b for a, b in losses), losses
