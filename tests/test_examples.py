@@ -41,20 +41,30 @@ def shape_of(text: str) -> list[str]:
     return re.sub(r"[\d.,e-]+\d|True|False|(text|video)\.\w+\.\w+", "…", text).splitlines()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_example_runs_and_prints_what_its_page_shows(name):
+def test_examples_run_and_print_what_their_page_shows():
+    """Each as a program, in one new process that imports torch once."""
+    program = """import runpy, sys
+for name in sys.argv[1:]:
+    print(name)
+    runpy.run_module(f"examples.{name}", run_name="__main__")
+    print(chr(0), end="")"""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", f"examples.{name}"],
+        [sys.executable, "-c", program, *NAMES],
         cwd=ROOT, capture_output=True, text=True, env={**kept, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    printed = done.stdout.splitlines()
-    assert printed[0] == SAME_WEIGHTS
-    end = printed[-len(LINES[name]) :]
-    assert all(map(re.fullmatch, LINES[name], end)), done.stdout
-    [shown] = re.findall(rf"`python -m examples\.{name}`.*?```\n(.*?)```", README, re.DOTALL)
-    assert shape_of(shown) == shape_of(done.stdout), "examples/README.md shows what is printed"
+    *outputs, rest = done.stdout.split("\0")
+    assert len(outputs) == len(NAMES) and not rest
+    for name, output in zip(NAMES, outputs, strict=True):
+        first, *printed = output.splitlines()
+        assert first == name and printed[0] == SAME_WEIGHTS
+        end = printed[-len(LINES[name]) :]
+        assert all(map(re.fullmatch, LINES[name], end)), output
+        [shown] = re.findall(rf"`python -m examples\.{name}`.*?```\n(.*?)```", README, re.DOTALL)
+        assert shape_of(shown) == shape_of("\n".join(printed)), (
+            "examples/README.md shows what is printed"
+        )
 
 
 @pytest.mark.parametrize("chunks", [[1, 1, 1, 1], [3, 1], [2, 2]])
