@@ -60,6 +60,8 @@ def run(
     Raises RankFailure, with the traceback, signal or stack of the rank that failed first, if one
     raises, dies or is not done at the deadline.
     """
+    import torch._dynamo  # noqa: F401  (by the first custom op: 1 to 3 s, again in each fork)
+
     ranks: list[_Rank] = []
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder, "store")
