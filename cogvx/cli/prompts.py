@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ..checkpoint import atomic_path
 from ..checkpoint.record import check_record
 from ..extras import extra
-from ..parallel import Ranks, context_parallel, stop
+from ..parallel import Ranks, context_parallel
 from ..parallel.launch import TIMEOUT, attempt
 from ..pipeline import CogVideoX, resume
 from . import ERRORS, loading, message_of, ranks
@@ -51,8 +51,7 @@ def generate_all(options: argparse.Namespace, console: Console) -> None:
     for fact in made(options, todo, console, processes):
         facts.append(fact)
         console.progress("videos", len(facts), len(lines))
-    if processes is not None:
-        stop()
+    ranks.end(processes)  # together: the first may hold the store that the others still read
     if is_first:  # it has all facts
         _report(options, facts, console)
 
