@@ -135,6 +135,7 @@ IMPORTS_IN_FUNCTIONS["cogvx_kernels/tools/ptx.py"] = "from ..ptx import parse, s
 READS_THE_ENVIRONMENT = {
     "cogvx/parallel/launch.py",  # set by torchrun
     "cogvx/__main__.py",  # OMP_WAIT_POLICY
+    "cogvx/cli/arguments.py",  # set by torchrun; reads them without torch
     "cogvx_kernels/_backend.py",  # TRITON_INTERPRET
     "cogvx_kernels/tools/passed.py",  # where the cache folder is; Triton's settings
     "cogvx_kernels/tools/verify.py",  # TRITON_INTERPRET, set for another process

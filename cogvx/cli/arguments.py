@@ -1,12 +1,15 @@
 """Option types, and options shared by several commands. Imports no torch."""
 
 import argparse
+import importlib
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..generation import CHOICES, GenerationParams
 from ..validation import did_you_mean
@@ -51,11 +54,25 @@ class Parser(argparse.ArgumentParser):
                 f"{did_you_mean(str(value), names)}"
             )  # fmt: skip
 
+    def error(self, message: str) -> NoReturn:
+        """Exit with usage and message, which torchrun's report has too; its first rank prints."""
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            errors = importlib.import_module("torch.distributed.elastic.multiprocessing.errors")
+            with suppress(ValueError):
+                errors.record(_raise)(ValueError(message))
+            if os.environ.get("RANK", "0") != "0":
+                self.exit(2)
+        super().error(message)
+
     @property
     def names(self) -> list[str]:
         """Option strings, such as --out; none of deprecated options."""
         actions = self._option_string_actions.items()
         return [name for name, action in actions if action.help != argparse.SUPPRESS]
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def count(text: str) -> int:

@@ -74,7 +74,7 @@ def _line(
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"must be a JSON object; {error}") from error
+        raise ValueError(f"must be a JSON object; {error.msg} at column {error.colno}") from error
     if not isinstance(found, dict):
         raise ValueError(f"must be a JSON object; got {text[:60]}")
     usual = {**vars(options), "out": f"{number:05}.mp4"}

@@ -120,7 +120,7 @@ def test_torchrun_does_not_try_a_failed_line_again(here, capsys, monkeypatch):
     ("text", "message"),
     [
         ("", "must have a line for each video; it has none"),
-        ("a red circle", "line 1: must be a JSON object; Expecting value"),
+        ("a red circle", "line 1: must be a JSON object; Expecting value at column 1$"),
         ("[1]", r"line 1: must be a JSON object; got \[1\]"),
         ('{"seed": 1}', "line 1: the following arguments are required: --prompt"),
         ('{"prompt": "x"}\n{"promt": "x"}', "line 2: unknown option --promt; did you mean"),
@@ -164,12 +164,12 @@ def test_ray_goes_on_after_an_actor_was_killed(here, monkeypatch):
     """In a cluster of this machine: the line is taken up where its latents were saved."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("PYTHONPATH", str(Path(cogvx.__file__).parents[1]))
-    command = words("--json", "--ray", "--checkpoint-every", "1", "--steps", "100")
+    command = words("--json", "--ray", "--checkpoint-every", "1", "--steps", "60")
     with subprocess.Popen(
         [sys.executable, "-m", "cogvx", *command], stdout=subprocess.PIPE, text=True
     ) as job:
         saved = here / "videos" / "00001.latents.safetensors"
-        wait_for(lambda: saved.exists() and resume.read(saved).state.done >= 20, job)
+        wait_for(lambda: saved.exists() and resume.read(saved).state.done >= 8, job)
         lock = str(saved.with_name(".00001.mp4.lock"))
         [actor] = [pid for pid in descendants(job.pid) if lock in opened(pid)]
         os.kill(actor, signal.SIGKILL)
@@ -178,12 +178,12 @@ def test_ray_goes_on_after_an_actor_was_killed(here, monkeypatch):
 
         def finished():
             done.append(resume.read(saved).state.done)
-            return done[-1] == 100
+            return done[-1] == 60
 
         wait_for(finished, job)
         facts = json.loads(job.communicate(timeout=300)[0])
     assert job.returncode == 0
-    assert 20 <= done[0] < 100 and done == sorted(done)
+    assert 8 <= done[0] < 60 and done == sorted(done)
     assert (facts["made"], facts["failed"]) == (3, 0)
     assert {fact["seed"] for fact in facts["videos"]} == {3, 7, 5}
 

@@ -15,6 +15,8 @@ from cogvx.pipeline import resume
 from tests.harness.selection import rest
 from tests.harness.workers import run_cases
 
+from . import ranks
+
 PAGE = Path(__file__).resolve().parents[2] / "docs/distributed.md"
 GENERATE = ["generate", "--model", "tiny", "--prompt", "a red circle moves right", "--steps", "3",
             "--frames", "5", "--seed", "1", "--device", "cpu", "--guidance", "2",
@@ -90,6 +92,14 @@ def test_a_rank_that_fails_ends_the_job_with_the_cause(how, cause, tmp_path):
     assert cause in str(done)
     assert f"(local_rank: {0 if how == 'SIGSTOP' else 1})" in report, done
     assert list(tmp_path.iterdir()) == [script]
+
+
+def test_a_typing_mistake_is_in_the_report_and_printed_once():
+    done = ranks.torchrun(main, 2, ["generate", "--modle", "tiny"])
+    message = "unknown option --modle; did you mean --model?"
+    assert done.status == "failed"
+    assert done.output.count("usage: ") == done.output.count(message) == 1, done.output
+    assert f"ValueError: {message}" in done.detail[done.detail.index("Root Cause") :], done.detail
 
 
 def test_without_torchrun_the_command_is_named(capsys, tmp_path):
