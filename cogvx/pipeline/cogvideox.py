@@ -27,26 +27,25 @@ from ..checkpoint import (
 )
 from ..checkpoint.folder import DIFFUSERS_VERSION
 from ..checkpoint.folder import SOLVERS as SOLVER_CLASSES
-from ..checkpoint.record import Record, check_record, record_of_config, record_of_model
 from ..checkpoint.weights import variants_of
 from ..config import SchedulerConfig
 from ..files import CONFIG_BYTES, read_json
 from ..generation import WHERE, GenerationParams
 from ..hub import PARTS
 from ..plan import Plan, forecast
-from ..schedulers import SOLVERS, Generators, Solver, TimestepSchedule, randn_tensor
+from ..schedulers import SOLVERS
 from ..shapes.word_encoder import WordTextEncoder, has_word_encoder
 from ..text import T5TextEncoder, TextEncoder, check_packages
 from ..transformer import ExpertTransformer
 from ..vae import CausalVAE, Tiling
-from . import resume
-from .conditioning import Progress, decode, embeddings, encoded, image_condition, noisy_video
-from .denoise import Conditioning, State, denoise, drawn_seed, each, make_generator
+from . import resume, start
+from .conditioning import Progress, decode
+from .denoise import State, denoise, drawn_seed, make_generator
 from .lora import Adapters
 from .options import documents_options, merge_options
 from .params import Request, default_size, resolve
-from .pictures import to_tensor
-from .ranks import begin_together, guides_of
+from .pictures import to_tensor, warn_of_range
+from .ranks import guides_of
 from .resume import Saved
 
 if TYPE_CHECKING:
@@ -327,7 +326,7 @@ class CogVideoX:
             self.scheduler.num_train_timesteps,
         )
         self._warn_of_half()
-        _warn_of_range({"image": params.image, "video": params.video})
+        warn_of_range({"image": params.image, "video": params.video})
         progress = request.progress or _no_progress
         shared = self.vae.decoder.ranks
         if shared is not None and request.output == "video":
@@ -388,7 +387,7 @@ class CogVideoX:
         timesteps = solver.timestep_schedule(request.steps, request.strength)
         seed = drawn if draws else request.seed
         generator = make_generator(seed, request.generator, request.batch)
-        saved = self._begin(request, solver, timesteps, generator, progress)
+        saved = start.begin(self, request, solver, timesteps, generator, progress)
         record, conditioning, state = saved.record, saved.conditioning, saved.state
         if conditioning is not None:  # None: the file had all steps
             progress("denoise", state.done, len(timesteps))
@@ -398,94 +397,12 @@ class CogVideoX:
             for state in run:
                 now = every is not None and state.done % every == 0 and state.done < len(timesteps)
                 if path is not None and now:
-                    states = _states(generator)
+                    states = start.states(generator)
                     resume.write(path, Saved(record, len(timesteps), state, conditioning, states))
                 progress("denoise", state.done, len(timesteps))
         if path is not None:
             resume.write(path, Saved(record, len(timesteps), state))
         return state
-
-    def _begin(
-        self,
-        request: Request,
-        solver: Solver,
-        timesteps: TimestepSchedule,
-        generator: Generators,
-        progress: Progress,
-    ) -> Saved:
-        """All that the first remaining step needs; of a finished run, its latents."""
-        recorded = request.save_latents is not None or request.resume is not None
-        record = self._record(request, generator) if recorded or self.ranks is not None else {}
-
-        def begin() -> Saved:
-            if request.resume is not None:
-                return self._resume(request, record, generator)
-            conditioning, state = self._prepare(request, solver, timesteps, generator, progress)
-            return Saved(record, len(timesteps), state, conditioning, _states(generator))
-
-        if self.ranks is None:
-            return begin()
-        encoder = self.vae.encoder
-        kept, encoder.ranks = encoder.ranks, None  # the first rank encodes alone
-        try:
-            return begin_together(self.ranks, record, begin, generator, self.device)
-        finally:
-            encoder.ranks = kept
-
-    def _prepare(
-        self,
-        request: Request,
-        solver: Solver,
-        timesteps: TimestepSchedule,
-        generator: Generators,
-        progress: Progress,
-    ) -> tuple[Conditioning, State]:
-        """Inputs of the first step: text, then image or video, then noise, in this order."""
-        weight = next(self.transformer.parameters())
-        like = weight.new_empty(request.shape)
-        text, negative = embeddings(self.text_encoder, request, progress)
-        text, negative = text.to(like), None if negative is None else negative.to(like)
-        image = None
-        if request.mode != "text":
-            source = request.image[:, None] if request.mode == "image" else request.video
-            raw = encoded(self.vae, source, generator, progress, request.tiling)
-            if request.mode == "video":
-                latents = noisy_video(raw, self.vae, request, solver, timesteps, generator, like)
-                return Conditioning(text, negative), State(latents)
-            image = image_condition(raw, self.vae, request, like)
-        if request.latents is None:
-            latents = randn_tensor(like, generator)
-        else:
-            latents = request.latents.to(like)
-        return Conditioning(text, negative, image), State(latents)
-
-    def _record(self, request: Request, generator: Generators) -> Record:
-        """Everything that must be the same when a file of latents is resumed."""
-        adapters = self._adapters_of_transformer()
-        weights = None if adapters is None else adapters.weights()
-        seeds = [one.initial_seed() for one in each(generator)]
-        return {
-            **resume.record_of(request),
-            **record_of_model("transformer", self.transformer, weights),
-            "lora": None if adapters is None else adapters.record(),
-            **record_of_model("vae", self.vae),
-            **record_of_config("scheduler", self.scheduler),
-            "generator": ", ".join(one.device.type for one in each(generator)),
-            "seed": seeds[0] if len(seeds) == 1 else seeds,
-        }
-
-    def _resume(self, request: Request, record: Record, generator: Generators) -> Saved:
-        """Read a file to the transformer's device, and restore the generators."""
-        assert request.resume is not None
-        saved = resume.read(request.resume)
-        wanted = {
-            name: value
-            for name, value in record.items()
-            if request.seed is not None or name != "seed"
-        }
-        check_record(request.resume, saved.record, wanted)
-        saved.restore(each(generator))
-        return saved.to(self.device)
 
     def _model_index(self) -> dict[str, Any]:
         """Contents of model_index.json: diffusers' classes for the folders."""
@@ -521,23 +438,6 @@ def _has_text_encoder(folder: Path) -> bool:
         return isinstance(entry, list) and any(entry)
     # of a model on the hub, the tokenizer is downloaded before the encoder
     return any((folder / name).is_dir() for name in ("text_encoder", "tokenizer"))
-
-
-def _warn_of_range(sources: dict[str, Any]) -> None:
-    """Warn of tensors in [0, 1], which are valid but pale in [-1, 1]."""
-    for name, source in sources.items():
-        if isinstance(source, Tensor) and source.min() >= 0:
-            warnings.warn(
-                f"{name} has no value below 0, as if it were in [0, 1], and would come out pale "
-                f"and gray: values are in [-1, 1], which 2 * {name} - 1 makes of [0, 1]",
-                stacklevel=4,
-            )
-
-
-def _states(generator: Generators) -> Tensor:
-    """State of a generator, (bytes,), or of several, (batch, bytes)."""
-    states = [one.get_state() for one in each(generator)]
-    return states[0] if len(states) == 1 else torch.stack(states)
 
 
 def _no_progress(stage: str, done: int, total: int) -> None:

@@ -82,3 +82,14 @@ def _warn_of_shape(name: str, height: int, width: int, wanted: int, wanted_width
             "another shape; crop it first, or give height and width like it",
             stacklevel=6,
         )
+
+
+def warn_of_range(sources: dict[str, Any]) -> None:
+    """Warn of tensors in [0, 1], which are valid but pale in [-1, 1]."""
+    for name, source in sources.items():
+        if isinstance(source, Tensor) and source.min() >= 0:
+            warnings.warn(
+                f"{name} has no value below 0, as if it were in [0, 1], and would come out pale "
+                f"and gray: values are in [-1, 1], which 2 * {name} - 1 makes of [0, 1]",
+                stacklevel=4,
+            )
