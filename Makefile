@@ -59,8 +59,8 @@ SIDE := $(VENV)/diffusers-$(DIFFUSERS)
 OTHERS := diffusers==$(DIFFUSERS) transformers==4.57.1 tokenizers==0.22.1 huggingface_hub==0.36.0
 test: $(SIDE)/.ready
 	PYTHONPATH=$(CURDIR)/$(SIDE) python -m tests.patching.without torchao --all $(SEEDED) \
-	    tests/patching/test_patch.py tests/patching/test_refusals.py \
-	    tests/patching/test_memory_and_streams.py
+	    tests/patching/test_patch.py tests/patching/test_unpatch.py \
+	    tests/patching/test_refusals.py tests/patching/test_memory_and_streams.py
 else
 test: $(READY)  ## every test function; TRITON=3.6.0: kernels on that; DIFFUSERS=0.33.0: patch on that
 	$(PYTEST) $(if $(PART),--part $(PART))
