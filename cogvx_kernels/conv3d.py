@@ -139,7 +139,7 @@ def _conv3d(
         return torch.empty(
             shape, dtype=x.dtype, device="meta", memory_format=_format(_channels_last(x))
         )
-    if _takes_onednn(x, weight, bias):
+    if takes_onednn(x, weight, bias):
         return torch.mkldnn_convolution(x, weight, bias, padding, (1, 1, 1), (1, 1, 1), 1)
     out = F.conv3d(x, weight, bias, padding=padding)
     if _channels_last(x):  # torch's slow algorithm, that of small calls on a CPU, forgets it
@@ -147,8 +147,9 @@ def _conv3d(
     return out
 
 
-def _takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """True if oneDNN can be called by name: torch runs small calls without it, 10 times slower."""
+def takes_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """True if oneDNN can be called by name: torch runs small convolutions without it, 10 times
+    slower."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():  # it cannot be traced
         return False
     plain = x.device.type == "cpu" and x.dtype is torch.float32 and type(x) is Tensor

@@ -24,6 +24,7 @@ FOUNDATIONS = (
     "chunks",
     "context_parallel",
     "_launch",
+    "_norm",
     "_opinfo",
     "modality",
     "_backend",
@@ -31,6 +32,7 @@ FOUNDATIONS = (
     "resample",
     "streaming",
     "module_utils",
+    "linear",
 )
 # What a file of an op package may import from its own package.
 WITHIN_AN_OP_PACKAGE = {

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._backend import transform_reason
 from ..context_parallel import Part
 from ..expert_adaln import expert_adaln, gated_residual, gated_residual_adaln
+from ..linear import linear
 from ..module_utils import has_hooks
 from ..rope3d import qk_norm_rope3d, rope3d
 from . import forward_swap
@@ -74,7 +75,7 @@ def block(
         x, y.to(x.dtype), *_gates(first), *_shifts(second), *affine(self.norm2.norm),
         text_len=text_len, eps=self.norm2.norm.eps,
     )  # fmt: skip
-    y = self.ff(h)
+    y = _feed_forward(self.ff, h)
     x = call(gated_residual, x, y.to(x.dtype), *_gates(second), text_len=text_len)
     site.hit("adaln", call.reason, 2)
     text, video = x.split([text_len, x.shape[1] - text_len], dim=1)
@@ -157,10 +158,10 @@ def _attention(
     tokens, one for each row."""
     if type(attn.processor).__name__ == FUSED:
         layers = [attn.to_qkv]
-        q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
+        q, k, v = linear(attn.to_qkv, x).chunk(3, dim=-1)
     else:
         layers = [attn.to_q, attn.to_k]
-        q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
+        q, k, v = (linear(layer, x) for layer in (attn.to_q, attn.to_k, attn.to_v))
     q, k, v = (z.unflatten(2, (attn.heads, -1)) for z in (q, k, v))
     text_len = x.shape[1] - cos.shape[0]
     if attn.norm_q is None:
@@ -174,7 +175,25 @@ def _attention(
         )  # fmt: skip
     own = partial(sdpa, attn)
     y = own(q, k, v) if part is None else part.attention(q, k, v, own)
-    return attn.to_out[1](attn.to_out[0](y.flatten(2)))
+    return attn.to_out[1](linear(attn.to_out[0], y.flatten(2)))
+
+
+def _feed_forward(ff: Any, x: Tensor) -> Tensor:
+    """ff(x); where it is as known, with its linear layers by `linear`."""
+    first, *others = ff.net
+    drops = [layer for layer in others if type(layer) is nn.Dropout]
+    known = (
+        type(ff).__name__ == "FeedForward"
+        and len(others) == len(drops) + 1
+        and type(first).__name__ == "GELU"
+        and first.approximate == "tanh"
+        and not any(layer.training and layer.p for layer in drops)
+        and not any(map(has_hooks, (ff, first, *drops)))
+    )
+    if not known:
+        return ff(x)
+    last = next(layer for layer in others if type(layer) is not nn.Dropout)
+    return linear(last, linear(first.proj, x, gelu=True))
 
 
 def _tables(
