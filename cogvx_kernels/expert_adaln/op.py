@@ -12,10 +12,13 @@ from .reference import (
     gated_residual_adaln_reference,
     gated_residual_reference,
 )
-
-ROWS = ("batch", "seqlen", "dim")
-KERNEL_DIM = 16384  # largest row that a program holds in registers
-
+from .validation import (
+    check_inplace,
+    check_modulation,
+    check_norm,
+    check_rows,
+    unsupported_reason,
+)
 
 # --- cogvx::expert_adaln ---------------------------------------------------------------------
 
@@ -220,78 +223,6 @@ def _of_modalities(sums, ntext, text, video):
     return part(text, 0, ntext), part(video, ntext, sums.shape[1])
 
 
-# --- checks ----------------------------------------------------------------------------------
-
-
-def _check_rows(op: str, x: Tensor, text_len: int, y: Tensor | None = None) -> None:
-    _checks.tensor(op, "x", x, ROWS)
-    _checks.integer(op, "text_len", text_len, 0, x.shape[1], "(the seqlen of x)")
-    if y is not None and not _checks.alike(y, x):
-        _checks.tensor(op, "y", y, ROWS)
-        _checks.dtype(op, "y", y, (x.dtype,))
-        _checks.same_device(op, "y", y, "x", x)
-        _checks.shape(op, "y", y, x.shape, "the shape of x")
-
-
-def _check_modulation(op: str, x: Tensor, tokens: int, **modulation: Tensor | None) -> None:
-    """Check the modulation of one modality: equal shapes and dtypes that fit its tokens."""
-    first = None
-    for name, value in modulation.items():
-        if first is not None and _checks.alike(value, first[1]):
-            continue
-        if value is None:
-            if tokens:
-                raise ValueError(
-                    f"{op}: {name} must be (batch, dim) or (batch, groups, dim) for the {tokens} "
-                    f"tokens of its modality; got None"
-                )
-            continue
-        if not isinstance(value, Tensor) or value.dim() not in (2, 3):
-            raise TypeError(
-                f"{op}: {name} must be a tensor (batch, dim) or (batch, groups, dim); "
-                f"got {_checks.describe(value)}"
-            )
-        dtypes = x.dtype, torch.float32
-        wanted = (x.shape[0], *value.shape[1:-1], x.shape[2])
-        if not _checks.fits(value, wanted, dtypes, x):
-            _checks.dtype(op, name, value, dtypes)
-            _checks.same_device(op, name, value, "x", x)
-            _checks.shape(
-                op, name, value, wanted, "(batch, dim) or (batch, groups, dim)",
-                lambda: f" for x of shape {tuple(x.shape)}",
-            )  # fmt: skip
-        groups = 1 if value.dim() == 2 else value.shape[1]
-        if groups != 1 and (groups == 0 or tokens % groups):
-            raise ValueError(
-                f"{op}: {name} must have a number of groups that divides the {tokens} tokens of "
-                f"its modality; got {tuple(value.shape)}"
-            )
-        if first is None:
-            first = name, value
-            continue
-        _checks.shape(op, name, value, first[1].shape, f"the shape of {first[0]}")
-        _checks.dtype(op, name, value, (first[1].dtype,))
-
-
-def _check_norm(
-    op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str, eps: float
-) -> None:
-    _checks.vectors(op, "x", x, 2, "dim", weight=weight, bias=bias)
-    _checks.choice(op, "norm", norm, ("layer", "rms"))
-    _checks.positive(op, "eps", eps)
-
-
-def _check_inplace(op: str, x: Tensor, **others: Tensor | None) -> None:
-    _checks.inplace(op, "x and keeps no graph", {"x": x}, others)
-
-
-def _unsupported_reason(x: Tensor, **others: Tensor | None) -> str | None:
-    """Return why the kernels cannot take `x` and the others, or None."""
-    if x.shape[2] > KERNEL_DIM:
-        return f"x has dim {x.shape[2]}; the kernel takes at most {KERNEL_DIM}"
-    return _backend.triton_reason("x", x) or _backend.transform_reason(x=x, **others)
-
-
 # --- under autocast --------------------------------------------------------------------------
 
 
@@ -317,7 +248,7 @@ def _gated_residual_under_autocast(
         if wide is x or not inplace:
             return gated_residual(wide, *others, inplace=inplace, **rest)
         out = gated_residual(wide, *others, **rest)
-    _check_inplace("gated_residual", x, y=y, gate=gate, text_gate=text_gate)
+    check_inplace("gated_residual", x, y=y, gate=gate, text_gate=text_gate)
     return x.copy_(out)
 
 
@@ -388,12 +319,12 @@ def expert_adaln(
         return _expert_adaln_under_autocast(
             x, weight, bias, named, text_len=text_len, norm=norm, eps=eps, backend=backend
         )
-    _check_rows(op, x, text_len)
-    _check_modulation(op, x, x.shape[1] - text_len, shift=shift, scale=scale)
-    _check_modulation(op, x, text_len, text_shift=text_shift, text_scale=text_scale)
-    _check_norm(op, x, weight, bias, norm, eps)
+    check_rows(op, x, text_len)
+    check_modulation(op, x, x.shape[1] - text_len, shift=shift, scale=scale)
+    check_modulation(op, x, text_len, text_shift=text_shift, text_scale=text_scale)
+    check_norm(op, x, weight, bias, norm, eps)
     modulation = shift, scale, text_shift, text_scale
-    if _backend.choose(backend, op, _unsupported_reason(x, **named, weight=weight, bias=bias), x):
+    if _backend.choose(backend, op, unsupported_reason(x, **named, weight=weight, bias=bias), x):
         return _expert_adaln(x, *modulation, weight, bias, text_len, norm, float(eps))
     return expert_adaln_reference(
         x, *modulation, weight, bias, text_len=text_len, norm=norm, eps=eps
@@ -434,14 +365,14 @@ def gated_residual(
         return _gated_residual_under_autocast(
             x, y, gate, text_gate, inplace, text_len=text_len, backend=backend
         )
-    _check_rows(op, x, text_len, y)
-    _check_modulation(op, x, x.shape[1] - text_len, gate=gate)
-    _check_modulation(op, x, text_len, text_gate=text_gate)
+    check_rows(op, x, text_len, y)
+    check_modulation(op, x, x.shape[1] - text_len, gate=gate)
+    check_modulation(op, x, text_len, text_gate=text_gate)
     _checks.flag(op, "inplace", inplace)
     if inplace:
-        _check_inplace(op, x, y=y, gate=gate, text_gate=text_gate)
+        check_inplace(op, x, y=y, gate=gate, text_gate=text_gate)
     gates = gate, text_gate
-    if _backend.choose(backend, op, _unsupported_reason(x, y=y, gate=gate, text_gate=text_gate), x):
+    if _backend.choose(backend, op, unsupported_reason(x, y=y, gate=gate, text_gate=text_gate), x):
         if inplace:
             _gated_residual_inplace(x, y, *gates, text_len)
             return x
@@ -496,14 +427,14 @@ def gated_residual_adaln(
             x, y, named_gates, named, weight, bias,
             text_len=text_len, norm=norm, eps=eps, backend=backend,
         )  # fmt: skip
-    _check_rows(op, x, text_len, y)
-    _check_modulation(op, x, x.shape[1] - text_len, gate=gate, shift=shift, scale=scale)
-    _check_modulation(
+    check_rows(op, x, text_len, y)
+    check_modulation(op, x, x.shape[1] - text_len, gate=gate, shift=shift, scale=scale)
+    check_modulation(
         op, x, text_len, text_gate=text_gate, text_shift=text_shift, text_scale=text_scale
     )
-    _check_norm(op, x, weight, bias, norm, eps)
+    check_norm(op, x, weight, bias, norm, eps)
     arguments = (x, y, gate, text_gate, shift, scale, text_shift, text_scale, weight, bias)
-    reason = _unsupported_reason(x, y=y, **named_gates, **named, weight=weight, bias=bias)
+    reason = unsupported_reason(x, y=y, **named_gates, **named, weight=weight, bias=bias)
     if _backend.choose(backend, op, reason, x):
         return _gated_residual_adaln(*arguments, text_len, norm, float(eps))
     return gated_residual_adaln_reference(*arguments, text_len=text_len, norm=norm, eps=eps)
