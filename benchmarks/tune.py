@@ -57,7 +57,7 @@ _ROPE3D = {"TILE": (512, 1024, 2048, 4096), "NUM_WARPS": (1, 2, 4, 8)}
 _ROPE3D_BACKWARD = {**_ROPE3D, "BACKWARD_PROGRAMS": (264, 528, 1056, 2112)}
 _KERNEL = "cogvx_kernels.rope3d.kernel"
 
-_ADALN = {"LANES_PER_WARP": (128, 256, 512, 1024)}
+_ADALN = {"LANES_PER_WARP": (192, 384, 768, 1536)}
 _OF_ADALN = Sweep(
     "cogvx_kernels.expert_adaln.kernel",
     {"TOKENS": (2, 4, 8, 16, 32, 40), **_ADALN},

@@ -3,6 +3,7 @@
 A strip is a run of tokens with the same modulation: of one sample, one modality and one group. A
 program loads the modulation of a strip once, as a factor and a term, and loops over its tokens:
 gate, residual, norm and modulation in one pass. Text and video strips are programs of one launch.
+A row is a tuple of vectors of a power of two: of 3 · 1024 for 3072, in which no lane is idle.
 The backward loops over the same strips, recomputes the norm's statistics, which are not stored, and
 sums dout and dout·x̂ in registers; the gradients of modulation, weight and bias follow from these
 two vectors. Each program writes its sums to a row of a buffer, which is summed at the end, without
@@ -33,8 +34,10 @@ from .._launch import (
 # multiprocessor of a large GPU, all resident at once.
 TOKENS = 40
 BACKWARD_TOKENS = 40
-# For each warp: 16 elements a thread, two 16-byte loads of bf16.
-LANES_PER_WARP = 512
+# Most lanes of a warp: 24 a thread, three 16-byte loads of bf16. Fewer warps reduce in less.
+LANES_PER_WARP = 768
+MOST_PARTS = 5  # of a row
+FEWEST_LANES = 256  # of a part, if there are several
 
 
 class Modulation(NamedTuple):
@@ -101,6 +104,7 @@ class Plan(NamedTuple):
     """Compile-time constants of a launch."""
 
     DIM: int
+    PARTS: int  # of a row, each of LANES; one part has lanes to spare
     LANES: int  # a power of two
     TOKENS: int  # of a strip
     ALIGN: int  # elements that strides are multiples of
@@ -111,70 +115,137 @@ class Plan(NamedTuple):
 
 
 @triton.jit
-def _at(rows, batch, index, cols, P: tl.constexpr):
-    """Addresses of one row, in 64 bits from the first product on."""
-    start = tl.cast(batch, tl.int64) * rows.batch + tl.cast(index, tl.int64) * rows.seq
-    return rows.ptr + (start * P.ALIGN + cols * rows.dim)
+def _columns(P: tl.constexpr):
+    """The columns of each part."""
+    LANES: tl.constexpr = P.LANES
+    PARTS: tl.constexpr = P.PARTS
+    lanes = tl.arange(0, LANES).to(tl.int64)
+    cols = (lanes,)
+    for part in tl.static_range(1, PARTS):
+        cols = cols + (lanes + part * LANES,)  # noqa: RUF005 (no starred tuples in Triton)
+    return cols
 
 
 @triton.jit
-def _load(rows, batch, index, cols, mask, P: tl.constexpr):
-    return tl.load(_at(rows, batch, index, cols, P), mask=mask, other=0.0).to(P.COMPUTE)
+def _zeros(cols, P: tl.constexpr):
+    """A row of zeros."""
+    LANES: tl.constexpr = P.LANES
+    return [tl.zeros((LANES,), P.COMPUTE) for _ in cols]
 
 
 @triton.jit
-def _store(rows, batch, index, cols, mask, x, P: tl.constexpr):
-    """Store a row, rounded to the tensor's dtype; return the rounded values, widened."""
-    rounded = x.to(rows.ptr.dtype.element_ty)
-    tl.store(_at(rows, batch, index, cols, P), rounded, mask=mask)
+def _load_part(ptr, col, P: tl.constexpr):
+    if P.PARTS * P.LANES == P.DIM:
+        x = tl.load(ptr)
+    else:
+        x = tl.load(ptr, mask=col < P.DIM, other=0.0)
+    return x.to(P.COMPUTE)
+
+
+@triton.jit
+def _store_part(ptr, col, x, P: tl.constexpr):
+    """Store a part, rounded to the tensor's dtype; return the rounded values, widened."""
+    rounded = x.to(ptr.dtype.element_ty)
+    if P.PARTS * P.LANES == P.DIM:
+        tl.store(ptr, rounded)
+    else:
+        tl.store(ptr, rounded, mask=col < P.DIM)
     return rounded.to(P.COMPUTE)
 
 
 @triton.jit
-def _vector(ptr, cols, mask, otherwise: tl.constexpr, P: tl.constexpr):
-    """Load a vector (dim,); without a pointer, a constant."""
-    LANES: tl.constexpr = P.LANES
-    if ptr is None:
-        vector = tl.full((LANES,), otherwise, P.COMPUTE)
-    else:
-        vector = tl.load(ptr + cols, mask=mask, other=0.0).to(P.COMPUTE)
-    return vector
+def _row(rows, batch, index, P: tl.constexpr):
+    """The address of one row, in 64 bits from the first product on."""
+    start = tl.cast(batch, tl.int64) * rows.batch + tl.cast(index, tl.int64) * rows.seq
+    return rows.ptr + start * P.ALIGN
 
 
 @triton.jit
-def _normalise(x, mask, P: tl.constexpr):
+def _load(rows, batch, index, cols, P: tl.constexpr):
+    ptr = _row(rows, batch, index, P)
+    return [_load_part(ptr + col * rows.dim, col, P) for col in cols]
+
+
+@triton.jit
+def _store(rows, batch, index, cols, x, P: tl.constexpr):
+    """Store a row; return the rounded values, widened."""
+    PARTS: tl.constexpr = P.PARTS
+    ptr = _row(rows, batch, index, P)
+    rounded = (_store_part(ptr + cols[0] * rows.dim, cols[0], x[0], P),)
+    for i in tl.static_range(1, PARTS):
+        part = _store_part(ptr + cols[i] * rows.dim, cols[i], x[i], P)
+        rounded = rounded + (part,)  # noqa: RUF005
+    return rounded
+
+
+@triton.jit
+def _add(a, b, P: tl.constexpr):
+    PARTS: tl.constexpr = P.PARTS
+    out = (a[0] + b[0],)
+    for i in tl.static_range(1, PARTS):
+        out = out + (a[i] + b[i],)  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def _multiply(a, b, P: tl.constexpr):
+    PARTS: tl.constexpr = P.PARTS
+    out = (a[0] * b[0],)
+    for i in tl.static_range(1, PARTS):
+        out = out + (a[i] * b[i],)  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def _mean(x, P: tl.constexpr):
+    """The mean of a row: its parts are added first, which takes one reduction."""
+    PARTS: tl.constexpr = P.PARTS
+    total = x[0]
+    for part in tl.static_range(1, PARTS):
+        total += x[part]
+    return tl.sum(total, axis=0) * (1.0 / P.DIM)
+
+
+@triton.jit
+def _normalise(x, cols, P: tl.constexpr):
     """The normalised row, and 1 / its standard deviation or root mean square."""
     if P.NORM == "layer":
-        mean = tl.sum(x, axis=0) * (1.0 / P.DIM)
-        x = tl.where(mask, x - mean, 0.0)
-    rstd = tl.rsqrt(tl.sum(x * x, axis=0) * (1.0 / P.DIM) + P.EPS)
-    return x * rstd, rstd
+        mean = _mean(x, P)
+        x = [part - mean for part in x]
+        if P.PARTS * P.LANES != P.DIM:
+            x = (tl.where(cols[0] < P.DIM, x[0], 0.0),)
+    rstd = tl.rsqrt(_mean(_multiply(x, x, P), P) + P.EPS)
+    return [part * rstd for part in x], rstd
 
 
 @triton.jit
 def _forward_strip(tensors, modality, batch, place, P: tl.constexpr):
     """Compute one strip; `place` is its index within the sample and modality."""
-    cols = tl.arange(0, P.LANES).to(tl.int64)
-    mask = cols < P.DIM
+    cols = _columns(P)
     group = tl.cast(place // modality.strips, tl.int64)
     begin = tl.cast(place % modality.strips, tl.int64) * P.TOKENS
     if P.NORM != "none":
-        factor = 1.0 + _load(modality.scale, batch, group, cols, mask, P)
-        term = _load(modality.shift, batch, group, cols, mask, P)
-        term += _vector(tensors.bias, cols, mask, 0.0, P) * factor
-        factor *= _vector(tensors.weight, cols, mask, 1.0, P)
+        factor = [1.0 + part for part in _load(modality.scale, batch, group, cols, P)]
+        term = _load(modality.shift, batch, group, cols, P)
+        if tensors.bias is not None:
+            bias = [_load_part(tensors.bias + col, col, P) for col in cols]
+            term = _add(term, _multiply(bias, factor, P), P)
+        if tensors.weight is not None:
+            weight = [_load_part(tensors.weight + col, col, P) for col in cols]
+            factor = _multiply(factor, weight, P)
     if P.GATED:
-        gate = _load(modality.gate, batch, group, cols, mask, P)
+        gate = _load(modality.gate, batch, group, cols, P)
     first = modality.first + group * modality.run + begin
     for step in range(0, tl.minimum(modality.run - begin, P.TOKENS)):
         token = first + step
-        row = _load(tensors.x, batch, token, cols, mask, P)
+        row = _load(tensors.x, batch, token, cols, P)
         if P.GATED:
-            row += gate * _load(tensors.y, batch, token, cols, mask, P)
-            row = _store(tensors.stream, batch, token, cols, mask, row, P)
+            row = _add(row, _multiply(gate, _load(tensors.y, batch, token, cols, P), P), P)
+            row = _store(tensors.stream, batch, token, cols, row, P)
         if P.NORM != "none":
-            xhat, _ = _normalise(row, mask, P)
-            _store(tensors.out, batch, token, cols, mask, xhat * factor + term, P)
+            xhat, _ = _normalise(row, cols, P)
+            out = _add(term, _multiply(xhat, factor, P), P)
+            _store(tensors.out, batch, token, cols, out, P)
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -190,49 +261,61 @@ def _expert_adaln_fwd_kernel(tensors, text, video, programs, P: tl.constexpr):
 
 
 @triton.jit
+def _norm_grad(grad, xhat, rstd, P: tl.constexpr):
+    """The gradient of the norm's input from that of the normalised row."""
+    along = _mean(_multiply(grad, xhat, P), P) * rstd
+    if P.NORM == "layer":
+        mean = _mean(grad, P) * rstd
+        away = [part * -along - mean for part in xhat]
+    else:
+        away = [part * -along for part in xhat]
+    return _add([part * rstd for part in grad], away, P)
+
+
+@triton.jit
 def _backward_strip(tensors, sums_ptr, modality, batch, place, P: tl.constexpr):
     """Gradients of one strip; its sums of dout, dout·x̂ and dx·y go to a row of `sums`."""
-    cols = tl.arange(0, P.LANES).to(tl.int64)
-    mask = cols < P.DIM
+    cols = _columns(P)
     group = tl.cast(place // modality.strips, tl.int64)
     begin = tl.cast(place % modality.strips, tl.int64) * P.TOKENS
-    LANES: tl.constexpr = P.LANES
-    sum_dout = tl.zeros((LANES,), P.COMPUTE)
-    sum_dout_xhat = tl.zeros((LANES,), P.COMPUTE)
-    sum_dx_y = tl.zeros((LANES,), P.COMPUTE)
+    sum_dout = _zeros(cols, P)
+    sum_dout_xhat = _zeros(cols, P)
+    sum_dx_y = _zeros(cols, P)
     if P.NORM != "none":
-        factor = 1.0 + _load(modality.scale, batch, group, cols, mask, P)
-        factor *= _vector(tensors.weight, cols, mask, 1.0, P)
+        factor = [1.0 + part for part in _load(modality.scale, batch, group, cols, P)]
+        if tensors.weight is not None:
+            weight = [_load_part(tensors.weight + col, col, P) for col in cols]
+            factor = _multiply(factor, weight, P)
     if P.GATED:
-        gate = _load(modality.gate, batch, group, cols, mask, P)
+        gate = _load(modality.gate, batch, group, cols, P)
     first = modality.first + group * modality.run + begin
     for step in range(0, tl.minimum(modality.run - begin, P.TOKENS)):
         token = first + step
         if P.NORM != "none":
-            row = _load(tensors.stream, batch, token, cols, mask, P)
-            xhat, rstd = _normalise(row, mask, P)
-            grad = _load(tensors.dout, batch, token, cols, mask, P)
-            sum_dout += grad
-            sum_dout_xhat += grad * xhat
-            grad *= factor
-            dot = tl.sum(grad * xhat, axis=0) * (1.0 / P.DIM)
-            if P.NORM == "layer":
-                grad -= tl.sum(grad, axis=0) * (1.0 / P.DIM)
-            grad = (grad - xhat * dot) * rstd
+            row = _load(tensors.stream, batch, token, cols, P)
+            xhat, rstd = _normalise(row, cols, P)
+            grad = _load(tensors.dout, batch, token, cols, P)
+            sum_dout = _add(sum_dout, grad, P)
+            sum_dout_xhat = _add(sum_dout_xhat, _multiply(grad, xhat, P), P)
+            grad = _norm_grad(_multiply(grad, factor, P), xhat, rstd, P)
             if P.GATED:
-                grad += _load(tensors.dstream, batch, token, cols, mask, P)
-            _store(tensors.dx, batch, token, cols, mask, grad, P)
+                grad = _add(grad, _load(tensors.dstream, batch, token, cols, P), P)
+            _store(tensors.dx, batch, token, cols, grad, P)
         else:
-            grad = _load(tensors.dstream, batch, token, cols, mask, P)
+            grad = _load(tensors.dstream, batch, token, cols, P)
         if P.GATED:
-            sum_dx_y += grad * _load(tensors.y, batch, token, cols, mask, P)
-            _store(tensors.dy, batch, token, cols, mask, grad * gate, P)
-    if P.NORM != "none":
-        tl.store(sums_ptr + cols, sum_dout, mask=mask)
-        tl.store(sums_ptr + P.DIM + cols, sum_dout_xhat, mask=mask)
-        sums_ptr += 2 * P.DIM
-    if P.GATED:
-        tl.store(sums_ptr + cols, sum_dx_y, mask=mask)
+            y = _load(tensors.y, batch, token, cols, P)
+            sum_dx_y = _add(sum_dx_y, _multiply(grad, y, P), P)
+            _store(tensors.dy, batch, token, cols, _multiply(grad, gate, P), P)
+    PARTS: tl.constexpr = P.PARTS
+    for i in tl.static_range(PARTS):
+        ptr = sums_ptr + cols[i]
+        if P.NORM != "none":
+            _store_part(ptr, cols[i], sum_dout[i], P)
+            _store_part(ptr + P.DIM, cols[i], sum_dout_xhat[i], P)
+            ptr += 2 * P.DIM
+        if P.GATED:
+            _store_part(ptr, cols[i], sum_dx_y[i], P)
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -271,11 +354,21 @@ def _modalities(
     return modalities[0], modalities[1]
 
 
+def _split(dim: int) -> tuple[int, int]:
+    """(parts, lanes of each) of a row: 3 · 1024 for 3072, and no lane of 4096 idle."""
+    lanes = dim & -dim
+    if lanes >= FEWEST_LANES and dim // lanes <= MOST_PARTS:
+        return dim // lanes, lanes
+    return 1, next_power_of_2(dim)
+
+
 def _plan(x: Tensor, tokens: int, gated: bool, settings: Settings, *others: Tensor | None) -> Plan:
     """The constants of a launch over x and others, outputs and modulation included."""
+    parts, lanes = _split(x.shape[2])
     return Plan(
         DIM=x.shape[2],
-        LANES=next_power_of_2(x.shape[2]),
+        PARTS=parts,
+        LANES=lanes,
         TOKENS=tokens,
         ALIGN=alignment(x, *others),
         NORM=settings.norm,
@@ -286,7 +379,7 @@ def _plan(x: Tensor, tokens: int, gated: bool, settings: Settings, *others: Tens
 
 
 def _num_warps(plan: Plan) -> int:
-    return min(16, max(1, plan.LANES // LANES_PER_WARP))
+    return min(16, next_power_of_2(cdiv(plan.PARTS * plan.LANES, LANES_PER_WARP)))
 
 
 def expert_adaln_fwd(

@@ -82,6 +82,7 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("dim 40", {"dim": 40}),
     ("dim 17", {"dim": 17}),
     ("dim 1000", {"dim": 1000, "text_len": 1, "video_len": 2}),
+    ("dim 768, three parts", {"dim": 768, "text_len": 1, "video_len": 2}),
     ("as wide as the 2B model", {"dim": 1920, "text_len": 1, "video_len": 2}),
     ("fp32 modulation", {"wide": True}),
     ("rows of a packed tensor", {"layout": "packed", "batch": 2}),
@@ -172,20 +173,20 @@ def _launch(kernel: Any, a: Mapping[str, Any]) -> None:
     kernel.expert_adaln_bwd(dstream, dout, x, y, video, text, weight, settings)
 
 
-# A thread holds 16 lanes of each vector that is kept for a strip: forward factor, term and gate,
-# backward two or three sums more. Shared memory is that of AMD's reductions; NVIDIA's need less.
+# A thread holds up to 24 lanes of each vector that is kept for a strip: forward factor, term and
+# gate, backward two or three sums more. Shared memory is that of AMD's reductions; NVIDIA's need
+# less. Four wavefronts of AMD load a part of 1024, a third of 3072, 64 bits a thread.
 _SIZES = ("2b-480x720-49f", "5b-480x720-49f", "1.5-5b-768x1360-81f", "card-480x720-49f")
 
 
 def _budgets(forward: int, backward: int) -> tuple[Budget, ...]:
     return tuple(
-        budget
+        Budget(kernel, size, registers, 16384, 64 if "5b" in size else 128)
         for size in _SIZES
-        for budget in (
-            Budget("_expert_adaln_fwd_kernel", size, registers=forward, shared=16384),
-            Budget("_expert_adaln_bwd_kernel", size, registers=backward, shared=16384),
+        for kernel, registers in (
+            ("_expert_adaln_fwd_kernel", forward), ("_expert_adaln_bwd_kernel", backward)
         )
-    )
+    )  # fmt: skip
 
 
 EXPERT_ADALN = OpInfo(
@@ -202,7 +203,7 @@ EXPERT_ADALN = OpInfo(
     cost=_cost((2, 3), (8, 16)),
     torch_ops=("expert_adaln", "expert_adaln_backward"),
     launch=_launch,
-    budgets=_budgets(80, 128),
+    budgets=_budgets(96, 168),
 )
 
 GATED_RESIDUAL = OpInfo(
@@ -220,7 +221,7 @@ GATED_RESIDUAL = OpInfo(
     variants=({"inplace": True},),
     torch_ops=("gated_residual", "gated_residual_", "expert_adaln_backward"),
     launch=_launch,
-    budgets=_budgets(64, 80),
+    budgets=_budgets(72, 96),
 )
 
 GATED_RESIDUAL_ADALN = OpInfo(
@@ -240,5 +241,5 @@ GATED_RESIDUAL_ADALN = OpInfo(
     cost=_cost((4, 6), (10, 19)),
     torch_ops=("gated_residual_adaln", "expert_adaln_backward"),
     launch=_launch,
-    budgets=_budgets(128, 176),
+    budgets=_budgets(144, 255),
 )

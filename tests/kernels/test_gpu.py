@@ -188,7 +188,7 @@ CHOICES = {
     "rope3d": choices(TILE=(512, 1024, 2048, 4096), NUM_WARPS=(1, 2, 4, 8)),
     "expert_adaln": [
         {"TOKENS": tokens, "BACKWARD_TOKENS": tokens, "LANES_PER_WARP": lanes}
-        for tokens, lanes in itertools.product((8, 24, 40), (256, 512, 1024))
+        for tokens, lanes in itertools.product((8, 24, 40), (384, 768, 1536))
     ],
     "expert_ffn": [
         {"BLOCK_ROWS": rows, "BLOCK_COLS": cols, "WARPS": warps, "STAGES": stages}
