@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import modality
-from .._norm import norm_rows
 
 
 def expert_adaln_reference(
@@ -39,7 +38,12 @@ def expert_adaln_reference(
     Source: CogVideoX (arXiv 2408.06072), section 2.2, expert adaptive LayerNorm; DiT (arXiv
     2212.09748), section 3.2, for adaLN.
     """
-    n = norm_rows(x, norm, weight, bias, eps)
+    n = x.to(torch.promote_types(x.dtype, torch.float32))
+    if norm == "layer":
+        n = n - n.mean(-1, keepdim=True)
+    n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + eps)
+    n = n if weight is None else n * weight
+    n = n if bias is None else n + bias
     text, video = modality.split(n, text_len)
     text = _modulated(text, text_shift, text_scale)
     video = _modulated(video, shift, scale)
@@ -63,10 +67,9 @@ def gated_residual_reference(
     Source: DiT (arXiv 2212.09748), section 3.2; CogVideoX (arXiv 2408.06072), section 2.2.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    text, video = modality.split(x.to(wide), text_len)
-    text_y, video_y = modality.split(y.to(wide), text_len)
-    text, video = _gated_sum(text, text_y, text_gate), _gated_sum(video, video_y, gate)
-    return modality.join(text, video).to(x.dtype)
+    text, video = modality.split(y.to(wide), text_len)
+    gated = modality.join(_gated(text, text_gate), _gated(video, gate))
+    return (x.to(wide) + gated).to(x.dtype)
 
 
 def gated_residual_adaln_reference(
@@ -102,18 +105,13 @@ def _modulated(tokens: Tensor, shift: Tensor | None, scale: Tensor | None) -> Te
     if shift is None or scale is None:
         return tokens  # there are no tokens
     runs = _runs(tokens, scale)
-    return _add_product(_each(shift, tokens), runs, 1 + _each(scale, tokens)).flatten(1, 2)
+    return (runs * (1 + _each(scale, tokens)) + _each(shift, tokens)).flatten(1, 2)
 
 
-def _gated_sum(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+def _gated(tokens: Tensor, gate: Tensor | None) -> Tensor:
     if gate is None:
-        return x + y  # there are no tokens
-    return _add_product(_runs(x, gate), _runs(y, gate), _each(gate, y)).flatten(1, 2)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total + a·b, in one pass; the compiled forward-mode derivative of addcmul crashes."""
-    return total + a * b if torch.compiler.is_compiling() else torch.addcmul(total, a, b)
+        return tokens  # there are no tokens
+    return (_runs(tokens, gate) * _each(gate, tokens)).flatten(1, 2)
 
 
 def _runs(tokens: Tensor, modulation: Tensor) -> Tensor:

@@ -71,8 +71,7 @@ def expert_ffn_reference(
 
     if index is None:
         parts = modality.split(x, text_len) if len(up) == 2 else (x,)
-        outputs = [expert(e, tokens) for e, tokens in enumerate(parts)]
-        y = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+        y = torch.cat([expert(e, tokens) for e, tokens in enumerate(parts)], 1)
     else:
         y = torch.zeros_like(x, dtype=wide)
         for e in range(len(up)):

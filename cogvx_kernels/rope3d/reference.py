@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import modality
-from .._norm import norm_rows
 
 
 def rope3d_reference(
@@ -29,28 +28,13 @@ def rope3d_reference(
     """
     text, video = modality.split(x, text_len)
     half = cos.shape[-1]
+    rotated, rest = video[..., : 2 * half], video[..., 2 * half :]
     wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = cos.to(wide)[:, None], sin.to(wide)[:, None]  # (video_len, 1, rotary_dim // 2)
-    turn = _turned if interleaved and not torch.compiler.is_compiling() else _turned_by_parts
-    turned = turn(video[..., : 2 * half].to(wide), cos, sin, interleaved).to(x.dtype)
-    rest = video[..., 2 * half :]
-    return modality.join(text, torch.cat([turned, rest], -1) if rest.shape[-1] else turned)
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Adjacent dims as complex numbers, a + bi times cos + i·sin: one vectorised pass on a CPU.
-
-    Compilers have no code for complex numbers.
-    """
-    # A copy, because a complex number must begin at an even offset.
-    pairs = x.unflatten(-1, (-1, 2)).clone(memory_format=torch.contiguous_format)
-    return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2)
-
-
-def _turned_by_parts(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    pairs, axis = ((-1, 2), -1) if interleaved else ((2, -1), -2)
-    a, b = x.unflatten(-1, pairs).unbind(axis)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], axis).flatten(-2)
+    pairs, axis = ((half, 2), -1) if interleaved else ((2, half), -2)
+    a, b = rotated.to(wide).unflatten(-1, pairs).unbind(axis)
+    rotated = torch.stack([a * cos - b * sin, b * cos + a * sin], axis).flatten(-2)
+    return modality.join(text, torch.cat([rotated.to(x.dtype), rest], -1))
 
 
 def qk_norm_rope3d_reference(
@@ -84,11 +68,17 @@ def qk_norm_rope3d_reference(
 
     if cos is None or sin is None:
         raise TypeError("qk_norm_rope3d_reference: cos and sin must be tensors; got None")
+
+    def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if norm == "layer":
+            x = x - x.mean(-1, keepdim=True)
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        x = x if weight is None else x * weight
+        return x if bias is None else x + bias
+
     q_out, k_out = (
         rope3d_reference(x, cos, sin, text_len=text_len, interleaved=interleaved)
-        for x in (
-            norm_rows(q, norm, q_weight, q_bias, eps),
-            norm_rows(k, norm, k_weight, k_bias, eps),
-        )
+        for x in (normalise(q, q_weight, q_bias), normalise(k, k_weight, k_bias))
     )
     return q_out.to(q.dtype), k_out.to(k.dtype)
