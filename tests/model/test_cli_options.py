@@ -164,7 +164,7 @@ def test_completion(capsys):
     status, script, _ = run(capsys, "completion", "bash")
     assert status == 0
     assert completed(script, "cogvx", "re") == ["reconstruct"]
-    assert completed(script, "cogvx", "generate", "--pro") == ["--prompt", "--prompts"]
+    assert completed(script, "cogvx", "generate", "--prompt") == ["--prompt", "--prompts"]
     assert completed(script, "cogvx", "generate", "--solver", "d") == ["ddim", "dpm"]
     assert completed(script, "cogvx", "generate", "--image", "x") == []
     assert completed(script, "cogvx", "generate", "--sch") == []
