@@ -182,7 +182,7 @@ def _qk_norm_rope_launch(kernel: Any, a: Mapping[str, Any]) -> None:
 # 64 registers let 16 programs of the forward share an SM of 65,536: 32 KiB of loads in flight. The
 # narrow accesses are the norm's weights, 2 bytes a thread, and the sums of their gradients.
 _SIZES = ("2b-480x720-49f", "5b-480x720-49f", "card-480x720-49f")
-_ROPE_BUDGETS = tuple(Budget("_rope3d_fwd_kernel", size, registers=40, shared=0) for size in _SIZES)
+_ROPE_BUDGETS = tuple(Budget("_rope3d_fwd_kernel", size, registers=44, shared=0) for size in _SIZES)
 _QK_NORM_ROPE_BUDGETS = tuple(
     budget
     for size in _SIZES
