@@ -61,9 +61,9 @@ def on_two_machines(command, work=None):
         elastic_launch(config, lambda: sys.exit(work(arguments)))()
 
     def both(_):
-        os.environ.update(
-            OMP_NUM_THREADS="1", TRITON_INTERPRET="0", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"
-        )
+        os.environ.update(OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+        if work is None:  # forks have read it
+            os.environ["TRITON_INTERPRET"] = "0"
         other = fork()
         if other == 0:
             settle(1)

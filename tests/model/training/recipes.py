@@ -1,5 +1,7 @@
 """A recipe that trains in a second."""
 
+import json
+
 from cogvx.training import Recipe, trainer
 
 STEPS = 6
@@ -54,3 +56,14 @@ def small(**changes):
         else:
             tables[name] = change
     return Recipe.from_dict(tables)
+
+
+def write(recipe, path):
+    """The tables of the recipe as a file; values of None, which are defaults, are left out."""
+    lines = []
+    for table, values in recipe.to_dict().items():
+        if not isinstance(values, dict):
+            continue
+        lines.append(f"[{table}]")
+        lines += [f"{k} = {json.dumps(v)}" for k, v in values.items() if v is not None]
+    path.write_text("\n".join(lines))

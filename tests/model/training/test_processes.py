@@ -9,47 +9,39 @@ from safetensors.torch import load_file
 
 from cogvx.cli import main
 from cogvx.training import train
+from tests.harness.selection import rest
 from tests.parallel import ranks
+from tests.parallel.test_machines import documented, on_two_machines
 
-from .recipes import small
+from .recipes import small, write
 
 ONE_SHEET = {"sample_every": 6}
 MADE = small(vae_training=ONE_SHEET, transformer_training=ONE_SHEET)
-RECIPE = """
-[data]
-{data}
-[vae]
-{vae}
-[vae_training]
-{vae_training}
-[transformer]
-{transformer}
-[transformer_training]
-{transformer_training}
-"""
 
 
-def torchrun(folder):
+def one_machine(command):
+    return ranks.torchrun(main, 2, command)
+
+
+def two_machines(command):
+    return on_two_machines([*documented(), *command], main)
+
+
+def torchrun(machines, folder):
     """`cogvx train` of the small recipe into the folder "one"."""
-    recipe = MADE.to_dict()
-    lines = {
-        table: "\n".join(f"{key} = {json.dumps(value)}" for key, value in recipe[table].items()
-                         if value is not None)
-        for table in ("data", "vae", "vae_training", "transformer", "transformer_training")
-    }  # fmt: skip
-    (folder / "recipe.toml").write_text(RECIPE.format(**lines))
-    command = ["train", str(folder / "recipe.toml"), "--out", str(folder / "one"), "--json"]
-    done = ranks.torchrun(main, 2, command)
+    write(MADE, folder / "recipe.toml")
+    done = machines(["train", str(folder / "recipe.toml"), "--out", str(folder / "one"), "--json"])
     assert done.ok, done
     [printed] = re.findall(r"^{$.*?^}$", done.output, re.DOTALL | re.MULTILINE)
     return json.loads(printed)  # of the first process: the other prints nothing
 
 
+@pytest.mark.parametrize("machines", [one_machine, rest(two_machines)])
 @pytest.mark.slow
-def test_two_processes_train_one_model(tmp_path, plots):
+def test_two_processes_train_one_model(machines, tmp_path, plots):
     """The same bits by torchrun and by forks; and a model, a curve and checkpoints as one process
     leaves them."""
-    summary = torchrun(tmp_path)
+    summary = torchrun(machines, tmp_path)
     assert summary["vae_step"] == summary["transformer_step"] == 6
     ranks.run(train, 2, MADE, tmp_path / "two")
     found = []
