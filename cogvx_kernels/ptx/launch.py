@@ -52,17 +52,17 @@ class Launch:
     compile_seconds: float
 
 
-class _CompileOnly:
-    """A Triton driver for a target without its GPU."""
+class CompileOnly:
+    """A Triton driver for a target without its GPU; `name` is part of the key of its kernels."""
 
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
+    def __init__(self, target: GPUTarget, name: str = "") -> None:
+        self.target, self.name = target, name
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> str:  # the key of the cache of compiled kernels
-        return f"ptx {self.target}"
+        return f"{self.name}{self.target}"
 
     def get_current_stream(self, device: object) -> int:
         return 0
@@ -147,7 +147,7 @@ def executing(
         )  # fmt: skip
         return compiled
 
-    driver.set_active(_CompileOnly(GPUTarget("cuda", arch, 32)))
+    driver.set_active(CompileOnly(GPUTarget("cuda", arch, 32), "ptx "))
     JITFunction.run = launch
     knobs.runtime.add_stages_inspection_hook = _without_cubin
     _backend.triton_reason = _dtype_reason

@@ -33,6 +33,7 @@ from triton.runtime.jit import JITFunction
 from .._backend import INTERPRETED
 from .._opinfo import SIZES, Budget, OpInfo, Sample
 from ..ptx import budgets as counters
+from ..ptx.launch import CompileOnly
 from ..testing import OPS, materialize
 from . import options as command_line
 
@@ -94,22 +95,6 @@ class Report:
         return over + self.lint
 
 
-class _CompileOnly:
-    """A Triton driver for a target without its GPU."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> str:  # the key of the cache of compiled kernels
-        return str(self.target)
-
-    def get_current_stream(self, device: object) -> int:
-        return 0
-
-
 def compile_launches(
     info: OpInfo, sample: Sample, dtype: torch.dtype, target: GPUTarget
 ) -> list[Any]:
@@ -128,7 +113,7 @@ def compile_launches(
         return []
     kernel = importlib.import_module(info.op.__module__.rpartition(".")[0] + ".kernel")
     arguments = materialize(sample, dtype, device="meta")
-    driver.set_active(_CompileOnly(target))
+    driver.set_active(CompileOnly(target))
     JITFunction.run = compile_only
     try:
         info.launch(kernel, arguments)
