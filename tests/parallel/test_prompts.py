@@ -24,6 +24,7 @@ from cogvx.cli.console import Console
 from cogvx.cli.outputs import claimed
 from cogvx.parallel import Ranks, start
 from cogvx.pipeline import denoise, resume
+from tests.harness.selection import rest
 
 from . import ranks
 
@@ -313,7 +314,7 @@ def lines_of_a_rank(slow, beats, timeout):
     return sorted(fact["out"] for fact in facts)
 
 
-@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("frozen", [rest(0), 1])
 def test_a_frozen_rank_ends_the_job(frozen):
     message = f"rank {frozen} has made no progress for 0:00:00.500000, it is frozen or lost"
     with pytest.raises(ranks.RankFailure, match=message):

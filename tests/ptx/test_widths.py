@@ -7,14 +7,16 @@ import sys
 import pytest
 
 from cogvx_kernels import _backend
+from tests.harness.selection import rest
 from tests.test_tools import ROOT
 
 if not _backend.HAS_TRITON:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 
-def test_temporal_conv_at_512_channels():
-    """Its sum over 3 taps of 512 channels, forward and backward, within the rule of all kernels.
+@pytest.mark.parametrize("channels", [160, rest(512)])
+def test_temporal_conv_at_many_channels(channels):
+    """Its sum over 3 taps of all channels, forward and backward, within the rule of all kernels.
 
     As one chain of fma its error was over it. A few pixels, in a process without the interpreter.
     """
@@ -24,14 +26,19 @@ from cogvx_kernels._opinfo import Sample, TensorSpec
 from cogvx_kernels.ptx.samples import run_sample
 from cogvx_kernels.testing import OPS
 video = {"x": 1, "cache": 2}
-specs = {n: TensorSpec((1, 512, f, 1, 3), layout="channels_last") for n, f in video.items()}
-weight = {"weight": TensorSpec((512, 512, 3), "matrix"), "bias": TensorSpec((512,), "few")}
-sample = Sample("512 channels", {**specs, **weight, "stride": 1, "start": None})
+specs = {n: TensorSpec((1, CHANNELS, f, 1, 3), layout="channels_last") for n, f in video.items()}
+weight, bias = TensorSpec((CHANNELS, CHANNELS, 3), "matrix"), TensorSpec((CHANNELS,), "few")
+specs |= {"weight": weight, "bias": bias}
+sample = Sample("many channels", {**specs, "stride": 1, "start": None})
 result = run_sample(OPS["temporal_conv"], sample, torch.float32, 90, counting=False)
 print(len(result.launches), len(result.comparisons), *map(str, result.missed), *result.faults)
 """
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=kept
+        [sys.executable, "-c", code.replace("CHANNELS", str(channels))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=kept,
     )
     assert done.stdout == "3 5\n", done.stdout + done.stderr
