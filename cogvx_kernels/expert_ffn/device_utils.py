@@ -278,3 +278,15 @@ def pre_activation(x, groups, pair, expert, up, cols, mask, P: tl.constexpr):
 @triton.jit
 def store(ptr, x, mask):
     tl.store(ptr, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_finite(ptr, x, mask):
+    """Store a pre-activation; beyond fp16's range at its end, where derivatives are constant.
+
+    At an infinity they would be NaN.
+    """
+    if ptr.dtype.element_ty == tl.float16:
+        x = tl.maximum(x, -65504.0, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.minimum(x, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+    store(ptr, x, mask)

@@ -39,6 +39,7 @@ from .device_utils import (
     pairs_of,
     pre_activation,
     store,
+    store_finite,
     tile_of,
 )
 from .gradients import hidden_grad_kernel, weight_grad_kernel
@@ -76,9 +77,9 @@ def _up_kernel(hidden_ptr, pre_ptr, x, groups, up, tiles, P: tl.constexpr):
         stored = (row < count)[:, None] & mask[None, :]
         if pre_ptr is not None:
             kept = pre_ptr + at * WIDTH + cols[None, :]
-            store(kept, pre, stored)
+            store_finite(kept, pre, stored)
             if P.GATED:
-                store(kept + P.FFN_DIM, gate, stored)
+                store_finite(kept + P.FFN_DIM, gate, stored)
         if hidden_ptr is not None:
             hidden = activate(pre, gate, P)
             store(hidden_ptr + at * P.FFN_DIM + cols[None, :], hidden, stored)

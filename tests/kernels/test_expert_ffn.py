@@ -193,6 +193,19 @@ def test_kept_pre_activation_changes_no_result():
 
 @TRITON
 @pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu"])
+def test_pre_activations_beyond_fp16_have_finite_gradients(activation, recompute):
+    """The activation is 0 for one of -4e5, as is its derivative."""
+    x = torch.full((1, 4, 16), -500.0, dtype=torch.float16, device=device(), requires_grad=True)
+    up, down = (torch.full((1, 16, 16), v, dtype=x.dtype, device=x.device) for v in (50.0, 1.0))
+    options = {"activation": activation, "backend": "kernel", "recompute": recompute}
+    out = FFN.op(x, up.requires_grad_(), None, down.requires_grad_(), None, **options)
+    grads = torch.autograd.grad(out.sum(), (x, up, down))
+    assert not out.any() and not any(grad.any() for grad in grads)
+
+
+@TRITON
+@pytest.mark.parametrize("recompute", [True, False])
 def test_saved_tensors(recompute):
     """Only arguments, or also a pre-activation of the documented size."""
     arguments = materialize(FFN.samples[0], torch.bfloat16, device=device())
