@@ -39,14 +39,10 @@ ELEMENTWISE = (*FEW, "qk_norm_rope3d", "gated_residual", "gated_residual_adaln")
     ("ops", "target"),
     [
         (FEW, "sm_90"),
-        rest(tuple(op for op in ELEMENTWISE if op not in FEW), "sm_90"),
-        *(rest(("spatial_norm_silu",), target) for target in budgets.TARGETS),
-        *(rest((op,), "sm_90") for op in ("temporal_conv", "expert_ffn")),
         *(
-            rest(ops, target)
-            for ops in (ELEMENTWISE, ("temporal_conv",), ("expert_ffn",))
+            rest(ops, target)  # the longest first, so that each is in a part of its own
+            for ops in (("expert_ffn",), ("temporal_conv",), ("spatial_norm_silu",), ELEMENTWISE)
             for target in budgets.TARGETS
-            if target != "sm_90"
         ),
     ],
 )
