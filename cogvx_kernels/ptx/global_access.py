@@ -73,16 +73,9 @@ class GlobalAccess:
         self, site: int, address: Array, mask: Array | None, width: int
     ) -> tuple[Array | None, tuple[int, ...]]:
         """The bytes there, those of active threads in one dim if there is a mask; the shape."""
-        shape, a = active(address, mask)
-        where, wrong = self.memory.locate(a, width)
-        if wrong:
-            self.batch.report(site, f"{wrong}: global read")
-            where = None if self.memory.dry else np.zeros(a.shape, np.uint64)
-        else:
-            self.memory.note(a, self.memory.loaded)
+        shape, where = self._read_places(site, address, mask, width, width)
         if where is None:
             return None, shape
-        self._check_races(site, where, shape, mask, width, writes=False)
         at = (where >> np.uint64(width.bit_length() - 1)).astype(np.int64)
         return np.ascontiguousarray(self.memory.views[width][at]), shape
 
@@ -90,6 +83,15 @@ class GlobalAccess:
         self, site: int, address: Array, mask: Array, width: int, align: int
     ) -> Array | None:
         """The first `width` bytes, of any number, at addresses aligned to `align`."""
+        _, where = self._read_places(site, address, mask, width, align)
+        if where is None:
+            return None
+        return self.memory.bytes[where.astype(np.int64)[..., None] + np.arange(width)]
+
+    def _read_places(
+        self, site: int, address: Array, mask: Array | None, width: int, align: int
+    ) -> tuple[tuple[int, ...], Array | None]:
+        """The shape of a read, and its checked places in memory; None if nothing is behind them."""
         shape, a = active(address, mask)
         where, wrong = self.memory.locate(a, width, align)
         if wrong:
@@ -97,10 +99,9 @@ class GlobalAccess:
             where = None if self.memory.dry else np.zeros(a.shape, np.uint64)
         else:
             self.memory.note(a, self.memory.loaded)
-        if where is None:
-            return None
-        self._check_races(site, where, shape, mask, width, writes=False)
-        return self.memory.bytes[where.astype(np.int64)[..., None] + np.arange(width)]
+        if where is not None:
+            self._check_races(site, where, shape, mask, width, writes=False)
+        return shape, where
 
     def count(self, site: int, address: Array, mask: Array | None, width: int) -> None:
         if self.batch.run.counting:
