@@ -20,7 +20,7 @@ _jit_trace = torch._C._get_tracing_state
 
 
 class CustomOp:
-    """A torch op, `torch.ops.cogvx.<name>`, that calls its function directly where nobody watches.
+    """A torch op, `torch.ops.cogvx.<name>`, whose eager calls run its function directly.
 
     The dispatcher and torch's machinery for Python ops take longer than a launch. What they are for
     (torch.compile, export, fake tensors, dispatch modes, torch.profiler) has them still; else the
